@@ -1,0 +1,36 @@
+"""Losses over pixels and patches."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def ssim(a: Tensor, b: Tensor, *, window: int = 7) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of pictures (B, H, W, 3) in [0, 1] -> (B,).
+
+    Uniform window; used as a training signal on patches, not as the reported metric.
+    """
+    a, b = a.permute(0, 3, 1, 2), b.permute(0, 3, 1, 2)
+
+    def mean(x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, window, stride=1)
+
+    mu_a, mu_b = mean(a), mean(b)
+    var_a, var_b = mean(a * a) - mu_a**2, mean(b * b) - mu_b**2
+    cov = mean(a * b) - mu_a * mu_b
+    c1, c2 = 0.01**2, 0.03**2
+    score = ((2 * mu_a * mu_b + c1) * (2 * cov + c2)) / (
+        (mu_a**2 + mu_b**2 + c1) * (var_a + var_b + c2)
+    )
+    return score.mean((1, 2, 3))
+
+
+def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
+    """Mean absolute difference of the pictures' (B, H, W, 3) finite differences, scalar."""
+    terms = [
+        ((a[:, 1:] - a[:, :-1]) - (b[:, 1:] - b[:, :-1])).abs().mean(),
+        ((a[:, :, 1:] - a[:, :, :-1]) - (b[:, :, 1:] - b[:, :, :-1])).abs().mean(),
+    ]
+    return torch.stack(terms).sum()

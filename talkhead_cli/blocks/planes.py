@@ -1,0 +1,57 @@
+"""Features of points from axis-aligned planes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# The two coordinates that each plane keeps: xy, xz, yz.
+_PAIRS = ((0, 1), (0, 2), (1, 2))
+
+
+class TriPlanes(nn.Module):
+    """Multi-resolution tri-plane encoder (EG3D's planes, instant-ngp's pyramid of sizes).
+
+    Each level holds three planes of C channels, read bilinearly; the readings of all planes
+    and levels are concatenated.
+    """
+
+    def __init__(self, sizes: Sequence[int], channels: int, *, spread: float = 0.1) -> None:
+        """`spread`: half-width of the uniform initial values."""
+        super().__init__()
+        self.levels = nn.ParameterList(
+            nn.Parameter(torch.empty(3, channels, s, s).uniform_(-spread, spread)) for s in sizes
+        )
+        self.n_out = 3 * channels * len(sizes)
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, 3), the box mapped to [-1, 1] -> (N, n_out); outside, the border's value."""
+        assert x.ndim == 2 and x.shape[1] == 3, x.shape
+        grid = torch.stack([x[:, list(pair)] for pair in _PAIRS]).unsqueeze(2)  # (3, N, 1, 2)
+        read = [
+            F.grid_sample(level, grid, padding_mode="border", align_corners=False)
+            .squeeze(-1)
+            .permute(2, 0, 1)
+            .reshape(len(x), -1)
+            for level in self.levels
+        ]
+        return torch.cat(read, -1)
+
+    def roughness(self) -> Tensor:
+        """Mean squared difference of neighbouring texels, over planes and levels."""
+        terms = [
+            (p[..., 1:, :] - p[..., :-1, :]).square().mean()
+            + (p[..., 1:] - p[..., :-1]).square().mean()
+            for p in self.levels
+        ]
+        return torch.stack(terms).mean()
+
+
+def frequencies(x: Tensor, n_octaves: int) -> Tensor:
+    """Frequency encoding of x (N, d), input kept -> (N, d (1 + 2 n)) (NeRF, eq. 4)."""
+    angle = x[..., None] * (torch.pi * 2.0 ** torch.arange(n_octaves, device=x.device))
+    return torch.cat([x, angle.sin().flatten(1), angle.cos().flatten(1)], -1)

@@ -1,0 +1,298 @@
+"""The commands: options, help, and one job call each. Nothing heavy is imported up here."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from talkhead_cli import __version__
+from talkhead_cli.cli.console import answer, err, speaking
+
+app = typer.Typer(
+    name="talkhead",
+    help="From a person's video to a talking avatar, from any speech to a film of them.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Home = Annotated[
+    Path | None,
+    typer.Option("--home", help="Folder of the avatars.  [default: $TALKHEAD_HOME or ./avatars]"),
+]
+Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Add the traceback to an error.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Id = Annotated[str, typer.Option("--id", help="Which identity.")]
+RunName = Annotated[str | None, typer.Option("--run", help="Which run.  [default: the newest]")]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        answer(f"talkhead {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Say the version.")
+    ] = False,
+) -> None:
+    del version
+
+
+def _say(paths: list[Path], facts: dict[str, Any], json: bool) -> None:
+    if json:
+        answer(jsonlib.dumps({"paths": [str(p) for p in paths], **facts}))
+        return
+    for path in paths:
+        answer(path)
+
+
+@app.command()
+def preprocess(
+    video: Annotated[Path, typer.Argument(help="A video of one person talking.")],
+    name: Annotated[
+        str | None, typer.Option("--id", help="Name of the identity.  [default: the file's stem]")
+    ] = None,
+    face: Annotated[
+        str, typer.Option(help="With several faces: largest, left or right.")
+    ] = "largest",
+    no_audio: Annotated[
+        bool, typer.Option("--no-audio", help="Track a film without sound.")
+    ] = False,
+    consent: Annotated[
+        Path | None, typer.Option(help="The person's consent; kept with the identity.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Forget what was done and begin anew.")] = False,
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Track the person in a video: landmarks, head pose, eyes, labels, plate, speech features."""
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.preprocess import preprocess as job
+        from talkhead_cli.store import home_folder
+
+        space = job(
+            video, home_folder(home), report, name=name, which_face=face,
+            with_audio=not no_audio, consent=consent, fresh=fresh,
+        )  # fmt: skip
+        _say([space.root], {"manifest": space.manifest()}, json)
+
+
+@app.command()
+def finetune(
+    name: Id,
+    preset: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--preset", help="Preset by name or file; repeat it, the later wins."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("-s", "--set", help="One preset key: key=value.")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option("--run", help="Name of the run.  [default: its presets]")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Replace the run of that name.")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train one person's avatar.  An interrupted run goes on where it was saved last."""
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.finetune import finetune as job
+        from talkhead_cli.store import home_folder
+
+        made = job(
+            home_folder(home), name, report, names=preset or ["lokitalk"],
+            settings=setting or [], run_name=run, device=device, seed=seed, fresh=fresh,
+        )  # fmt: skip
+        _say([made.root], {"meta": made.meta()}, json)
+
+
+@app.command()
+def render(
+    name: Id,
+    audio: Annotated[Path, typer.Option("--audio", help="Speech, in any format.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Film to write.  [default: ID-SPEECH.mp4]")
+    ] = None,
+    run: RunName = None,
+    pose: Annotated[
+        str, typer.Option(help="footage, still, or a table of 6 columns (file).")
+    ] = "footage",
+    blink: Annotated[
+        str, typer.Option(help="footage, auto, none, or a table of openness (file).")
+    ] = "footage",
+    background: Annotated[str, typer.Option(help="plate, #rrggbb, or a picture.")] = "plate",
+    alpha: Annotated[
+        bool, typer.Option("--alpha", help="Keep transparency (.webm or .mov).")
+    ] = False,
+    depth: Annotated[bool, typer.Option("--depth", help="Write a 16-bit depth film too.")] = False,
+    yaw: Annotated[float, typer.Option(help="Carry the camera round the head, degrees.")] = 0.0,
+    pitch: Annotated[float, typer.Option(help="Lift the camera over the head, degrees.")] = 0.0,
+    device: Device = "auto",
+    seed: Seed = 0,
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Film the avatar saying any speech: the square crop, 25 frames/s, with the sound."""
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.render import Wishes
+        from talkhead_cli.jobs.render import render as job
+        from talkhead_cli.store import home_folder
+
+        wishes = Wishes(pose, blink, background, alpha, depth, yaw, pitch, seed)
+        paths = job(
+            home_folder(home), name, audio, report, out=out, run_name=run, wishes=wishes,
+            device=device,
+        )  # fmt: skip
+        _say(paths, {}, json)
+
+
+@app.command()
+def evaluate(
+    name: Id,
+    run: RunName = None,
+    device: Device = "auto",
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Score a run on the end of the clip, which it was not trained on."""
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.evaluate import evaluate as job
+        from talkhead_cli.store import home_folder
+
+        figures, paths = job(home_folder(home), name, report, run_name=run, device=device)
+        if not json:
+            _table(figures)
+        _say(paths, {"figures": figures}, json)
+
+
+def _table(figures: dict[str, Any]) -> None:
+    picture, lips, eyes = figures["picture"], figures["lips"], figures["eyes"]
+    low, high = lips["correlation"]["interval_90"]
+    rows = [
+        ("PSNR, face box", f"{picture['face_box']['psnr_db']:.2f} dB"),
+        ("PSNR, full", f"{picture['full']['psnr_db']:.2f} dB"),
+        ("SSIM, face box / full",
+         f"{picture['face_box']['ssim']:.3f} / {picture['full']['ssim']:.3f}"),
+        ("lips against truth", f"{lips['correlation']['r']:.2f}  [{low:.2f}, {high:.2f}]"),
+        ("  linear baseline", f"{lips['linear_baseline']['r']:.2f}"),
+        ("  other speech (control)", f"{lips['mismatched_control']['r']:.2f}"),
+        ("  spread", f"{lips['correlation']['spread']:.2f}"),
+        ("eyes against truth",
+         f"{eyes['correlation']['r']:.2f}  ({eyes['blinks_in_truth']} blinks)"),
+        ("LMD, mouth", f"{figures['lmd_px_at_512']:.2f} px at 512"),
+        ("jitter against truth's", f"{figures['jitter_px_at_512']['ratio']:.2f}"),
+        ("marching", f"{figures['render']['frames_per_second']:.1f} frames/s"),
+    ]  # fmt: skip
+    for label, value in rows:
+        err.print(f"  {label:26}{value}")
+
+
+@app.command("list")
+def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> None:
+    """List identities and their runs."""
+    with speaking(verbose):
+        from talkhead_cli.store import Workspace, home_folder, list_ids, list_runs
+
+        folder = home_folder(home)
+        for name in list_ids(folder):
+            space = Workspace(folder, name)
+            manifest = space.manifest()
+            runs = [
+                r.name + ("" if r.is_finished else " (unfinished)") for r in list_runs(space.runs)
+            ]
+            if json:
+                answer(jsonlib.dumps({"id": name, "runs": runs}))
+            else:
+                seconds = manifest.get("n_frames", 0) / 25
+                answer(f"{name}\t{seconds:.1f} s\t{', '.join(runs) or 'no runs'}")
+
+
+@app.command()
+def info(
+    name: Annotated[str, typer.Argument(help="Identity.")],
+    home: Home = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say what is known of an identity, as JSON."""
+    with speaking(verbose):
+        from talkhead_cli.store import Workspace, home_folder, list_runs
+
+        space = Workspace.open(home_folder(home), name)
+        runs = {r.name: r.meta() for r in list_runs(space.runs)}
+        answer(jsonlib.dumps({**space.manifest(), "runs": runs}, indent=2))
+
+
+@app.command()
+def remove(
+    name: Annotated[str, typer.Argument(help="Identity.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: Home = None,
+    verbose: Verbose = False,
+) -> None:
+    """Delete an identity with all its runs."""
+    with speaking(verbose):
+        from talkhead_cli.store import Workspace, home_folder, list_ids
+
+        folder = home_folder(home)
+        space = Workspace(folder, name)
+        if name not in list_ids(folder):
+            Workspace.open(folder, name)
+        if not yes and not typer.confirm(f"Delete {space.root} and all its runs?", err=True):
+            raise typer.Exit(1)
+        space.remove()
+
+
+@app.command()
+def presets(
+    name: Annotated[str | None, typer.Argument(help="Print this one.")] = None,
+    verbose: Verbose = False,
+) -> None:
+    """List the presets, or print one."""
+    with speaking(verbose):
+        from talkhead_cli.jobs.preset import preset_folder, preset_names, read_layer
+
+        if name is None:
+            for known in preset_names():
+                answer(known)
+        else:
+            read_layer(name)
+            answer((preset_folder() / f"{name}.yaml").read_text(encoding="utf-8").rstrip())
+
+
+@app.command()
+def doctor(verbose: Verbose = False) -> None:
+    """Say what this machine has and lacks, one line each with its fix."""
+    with speaking(verbose):
+        from talkhead_cli.jobs.doctor import needs
+
+        bad = False
+        for need in needs():
+            mark = "ok  " if need.ok else ("FAIL" if need.required else "none")
+            bad |= need.required and not need.ok
+            fix = f"  -> {need.fix}" if need.fix and not need.ok else ""
+            answer(f"{mark}  {need.name}: {need.found}{fix}")
+        if bad:
+            raise SystemExit(1)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Every word that is printed, and how an error becomes an exit code.
+
+stdout carries the paths of what was made, stderr everything else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import sys
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from talkhead_cli.contracts import MisuseError, TalkheadError
+
+PLAIN_EVERY_S = 10.0
+
+err = Console(stderr=True, highlight=False)
+
+
+class Reporter:
+    """Progress on a terminal as bars with rate and time left, elsewhere as plain lines."""
+
+    def __init__(self) -> None:
+        self._bars: Progress | None = None
+        self._task: TaskID | None = None
+        self._name, self._total, self._unit = "", None, "frames"
+        self._done, self._began, self._said = 0, 0.0, 0.0
+        if err.is_terminal:
+            self._bars = Progress(
+                TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[figures]}"), console=err,
+            )  # fmt: skip
+
+    def __enter__(self) -> Reporter:
+        if self._bars is not None:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._close_stage()
+        if self._bars is not None:
+            self._bars.stop()
+
+    def stage(self, name: str, total: int | None = None, unit: str = "frames") -> None:
+        self._close_stage()
+        self._name, self._total, self._unit = name, total, unit
+        self._done, self._began = 0, time.monotonic()
+        self._said = self._began
+        if self._bars is not None:
+            self._task = self._bars.add_task(name, total=total, rate="", figures="")
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        self._done += n
+        now = time.monotonic()
+        rate = self._done / max(now - self._began, 1e-9)
+        shown = "  ".join(f"{k} {v:.4g}" for k, v in figures.items())
+        if self._bars is not None and self._task is not None:
+            self._bars.update(
+                self._task, advance=n, rate=f"{rate:.1f} {self._unit}/s", figures=shown
+            )
+        elif now - self._said > PLAIN_EVERY_S:
+            self._said = now
+            self._line(rate, shown)
+
+    def note(self, text: str) -> None:
+        err.print(f"[yellow]note:[/] {_escaped(text)}")
+
+    def _line(self, rate: float, shown: str) -> None:
+        of = f"/{self._total}" if self._total else ""
+        left = ""
+        if self._total and rate > 0:
+            left = f", {max(0, self._total - self._done) / rate:.0f} s left"
+        err.print(
+            f"{self._name}: {self._done}{of} {self._unit}, {rate:.1f}/s{left}  {shown}".rstrip()
+        )
+
+    def _close_stage(self) -> None:
+        if self._name and self._bars is None:
+            seconds = time.monotonic() - self._began
+            if seconds > 0.5:
+                count = f" {self._done} {self._unit}," if self._done else ""
+                err.print(f"{self._name}:{count} {seconds:.1f} s")
+        self._name = ""
+
+
+def _escaped(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+@contextlib.contextmanager
+def speaking(verbose: bool) -> Iterator[Reporter]:
+    """Run a job: report progress, turn errors into one sentence and an exit code.
+
+    0 done, 1 failed, 2 misused, 130 interrupted.
+    """
+    code, words = 0, ""
+    try:
+        with Reporter() as reporter:
+            yield reporter
+    except MisuseError as error:
+        code, words = 2, str(error)
+        _trace(verbose)
+    except TalkheadError as error:
+        code, words = 1, str(error)
+        _trace(verbose)
+    except KeyboardInterrupt:
+        code, words = 130, "interrupted; run the same command again to go on"
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        code, words = 1, f"cannot write: {error.strerror} ({error.filename or 'disk'})"
+        _trace(verbose)
+    if code:
+        err.print(f"[bold red]error:[/] {_escaped(words)}")
+        raise SystemExit(code)
+
+
+def _trace(verbose: bool) -> None:
+    if verbose:
+        err.print_exception()
+
+
+def answer(text: object) -> None:
+    """One line of the answer itself, to stdout."""
+    sys.stdout.write(f"{text}\n")

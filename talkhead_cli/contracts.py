@@ -1,0 +1,262 @@
+"""Floor 0: the types that every room shares. Imports nothing of ours.
+
+Shape legend
+    T rows of Signals (frames)   W audio window steps   A audio feature size
+    L = 68 landmarks             R rays                 S samples per ray
+    N packed points              C channels             B pictures
+    H, W_px height and width of a picture in pixels
+
+Axes
+    World = head space: origin between the ears, x to the person's left (right in the
+    picture), y down, z away from the camera (a face looks along -z); 1.0 = one face
+    height (top of the forehead to the chin).  Camera axes are OpenCV's (x right, y down,
+    z forward); pixel centres lie at +0.5.  Colours are sRGB in [0, 1], channels last.
+    In head space the head stands still: a turning head is a moving camera.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+
+if TYPE_CHECKING:  # `--help` must not pay for torch
+    from torch import Tensor
+
+FPS = 25
+SAMPLE_RATE_HZ = 16_000
+SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FPS
+N_LANDMARKS = 68
+LABELS = ("face", "mouth", "hair", "neck", "torso", "background")
+
+Item = TypeVar("Item")
+
+
+class TalkheadError(Exception):
+    """Something the user can mend; its text is one sentence that says how."""
+
+
+class MisuseError(TalkheadError):
+    """The command itself is wrong (unknown key, bad id): exit code 2."""
+
+
+class Progress(Protocol):
+    """How a job reports. The console implements it; tests pass `SilentProgress`."""
+
+    def stage(self, name: str, total: int | None = None, unit: str = "frames") -> None:
+        """Begin a named part of `total` units (None: unknown)."""
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        """`n` more units are done; `figures` are shown beside them."""
+
+    def note(self, text: str) -> None:
+        """One line the user should read: a fallback and what it lost, a choice made."""
+
+
+class SilentProgress:
+    """Keeps the notes and says nothing."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def stage(self, name: str, total: int | None = None, unit: str = "frames") -> None:
+        pass
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        pass
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def followed(progress: Progress, items: Iterable[Item]) -> Iterator[Item]:
+    """Yield `items`, one unit of progress each."""
+    for item in items:
+        yield item
+        progress.advance()
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that a room needs of the machine; `doctor` prints them."""
+
+    name: str
+    ok: bool
+    found: str
+    fix: str = ""
+    required: bool = True
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Where each row is seen from, in head space.
+
+    c2w      (T, 4, 4) camera to world, rotation orthonormal
+    k        (T, 3, 3) intrinsics in pixels of a picture of `size_px`
+    size_px  side of the square picture
+    """
+
+    c2w: Tensor
+    k: Tensor
+    size_px: int
+
+    def __getitem__(self, rows: Any) -> Camera:
+        return Camera(self.c2w[rows], self.k[rows], self.size_px)
+
+    def to(self, device: Any) -> Camera:
+        return Camera(self.c2w.to(device), self.k.to(device), self.size_px)
+
+    def resized(self, size_px: int) -> Camera:
+        """The same view as a picture of another size."""
+        k = self.k.clone()
+        k[:, :2] *= size_px / self.size_px
+        return Camera(self.c2w, k, size_px)
+
+
+@dataclass(frozen=True)
+class Signals:
+    """All that a network may listen to, T rows. Smoothing happens here and nowhere later.
+
+    audio         (T, W, A) standardised speech features around each frame
+    eye           (T, 2) openness of the eyes on the picture's left, right: 0 shut ... 1 open
+    gaze          (T, 2) iris offset right, down, in eye widths
+    brow          (T, 2) height of the brows on the picture's left, right, over the person's mean
+    landmarks     (T, 68, 3) iBUG order, head space
+    landmarks_px  (T, 68, 2) as seen, in pixels of the 512-normalised crop divided by 512: [0, 1]
+    pose          (T, 6) head to camera: rotation vector (rad), translation (face heights)
+    body          (T, 4) shoulders against their mean: right, down (face heights at the
+                  torso's depth), roll (rad), log scale
+    person        (T,) long
+    footage_index (T,) long, frame of the footage; -1 = new speech, no picture to compare with
+    """
+
+    audio: Tensor
+    eye: Tensor
+    gaze: Tensor
+    brow: Tensor
+    landmarks: Tensor
+    landmarks_px: Tensor
+    pose: Tensor
+    body: Tensor
+    camera: Camera
+    person: Tensor
+    footage_index: Tensor
+
+    def __len__(self) -> int:
+        return int(self.pose.shape[0])
+
+    def __getitem__(self, rows: Any) -> Signals:
+        if isinstance(rows, int):
+            rows = slice(rows, rows + 1)
+        return Signals(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    def to(self, device: Any) -> Signals:
+        return Signals(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    def with_(self, **changes: Any) -> Signals:
+        """A copy with some tensors replaced."""
+        return replace(self, **changes)
+
+
+@dataclass(frozen=True)
+class RayBundle:
+    """R rays in head space.
+
+    origins (R, 3) · directions (R, 3) unit · near, far (R, 1) distances; far <= near: misses
+    pixel (R, 2) x, y in pixels · row (R,) the row of the Signals each ray belongs to
+    layout (B, h, w) when the rays are B whole pictures or patches in raster order
+    """
+
+    origins: Tensor
+    directions: Tensor
+    near: Tensor
+    far: Tensor
+    pixel: Tensor
+    row: Tensor
+    layout: tuple[int, int, int] | None = None
+
+    def __len__(self) -> int:
+        return int(self.origins.shape[0])
+
+    def __getitem__(self, rows: Any) -> RayBundle:
+        return RayBundle(
+            self.origins[rows],
+            self.directions[rows],
+            self.near[rows],
+            self.far[rows],
+            self.pixel[rows],
+            self.row[rows],
+        )
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What marching returns for R rays; weights accumulate in float32.
+
+    feature (R, C) composited channels, the last `n_detached` with detached weights
+    opacity (R, 1) in [0, 1] · depth (R, 1) expected distance of what was hit, not
+    normalised by opacity · spread (R, 1) variance of that distance along the ray,
+    sum w t^2 - (sum w t)^2 / sum w (0 for a thin surface) · n_points sent to the field
+    """
+
+    feature: Tensor
+    opacity: Tensor
+    depth: Tensor
+    spread: Tensor
+    n_points: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A finished picture, B of them when the rays had a layout, else R loose pixels.
+
+    rgb (B, H, W, 3) or (R, 3) · alpha, depth with one channel · parts: named maps for
+    losses and pictures, never for control
+    """
+
+    rgb: Tensor
+    alpha: Tensor
+    depth: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Shot:
+    """One person's share of a training step.
+
+    signals  T rows · rays None for a stage that hears only speech
+    target   (R, 3) true colours · labels (R, 6) soft labels in the order of LABELS
+    """
+
+    signals: Signals
+    rays: RayBundle | None = None
+    target: Tensor | None = None
+    labels: Tensor | None = None
+    plate: Tensor | None = None
+
+
+@runtime_checkable
+class Field(Protocol):
+    """Density and C channels of points in head space, for `n_rows` rows said beforehand."""
+
+    aabb: Tensor  # (6,) x0 y0 z0 x1 y1 z1
+    channels: int
+    n_detached: int
+    n_rows: int
+
+    def density(self, x: Tensor, row: Tensor) -> Tensor:
+        """x (N, 3), row (N,) long -> density (N,) >= 0 per unit of length."""
+
+    def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, 3), unit d (N, 3), row (N,) -> density (N,), channels (N, C)."""
+
+
+@runtime_checkable
+class RayMarcher(Protocol):
+    """Turns rays into composited channels; sees points, directions and row numbers only."""
+
+    def march(self, field: Field, rays: RayBundle) -> Rendered:
+        """Integrate `field` along `rays`."""
+
+    def refresh(self, field: Field, step: int) -> None:
+        """Learn which cells of space the field fills."""

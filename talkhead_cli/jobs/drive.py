@@ -1,0 +1,225 @@
+"""What moves the head while new speech is spoken: pose, blinks, gaze, camera.
+
+Every value is a function of the frame's number alone, so that a frame does not depend on
+which were rendered before it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from talkhead_cli.contracts import FPS, Camera, MisuseError, TalkheadError
+from talkhead_cli.jobs.footage import head_camera
+
+Array = NDArray[np.floating[Any]]
+
+TURN = 10  # frames over which a replay slows down and turns round
+MAX_ANGLE_DEG = 45.0
+# Spontaneous blinks in conversation: about 17 a minute, a third of a second each (Bentivoglio
+# et al. 1997), shutting faster than they open.
+BLINK_MEAN_S, BLINK_SPREAD, BLINK_MIN_S = 3.5, 0.5, 1.0
+BLINK_SHAPE = np.array([0.75, 0.35, 0.05, 0.0, 0.15, 0.4, 0.7, 0.9])
+
+
+@dataclass(frozen=True)
+class Drive:
+    """Says the driving values of any frames (n,) of a film of new speech."""
+
+    pose: Callable[[NDArray[Any]], tuple[Array, Array]]  # -> pose (n, 6), body (n, 4)
+    eyes: Callable[[NDArray[Any]], tuple[Array, Array, Array]]  # -> eye, gaze, brow (n, 2)
+    k: Tensor
+    yaw_deg: float = 0.0
+    pitch_deg: float = 0.0
+
+    def camera(self, pose: Array, size_px: int) -> Camera:
+        """The footage's camera, carried round the head by yaw and pitch."""
+        seen = head_camera(torch.from_numpy(pose).float(), self.k, size_px)
+        if not (self.yaw_deg or self.pitch_deg):
+            return seen
+        from scipy.spatial.transform import Rotation
+
+        turn = Rotation.from_euler("yx", [self.yaw_deg, self.pitch_deg], degrees=True).as_matrix()
+        orbit = torch.eye(4)
+        orbit[:3, :3] = torch.from_numpy(turn).float()
+        return Camera(orbit @ seen.c2w, seen.k, seen.size_px)
+
+
+def make(
+    footage: dict[str, NDArray[Any]],
+    n_frames: int,
+    *,
+    pose: str = "footage",
+    blink: str = "footage",
+    yaw_deg: float = 0.0,
+    pitch_deg: float = 0.0,
+    seed: int = 0,
+) -> Drive:
+    """The drive of a film of n_frames.
+
+    footage: a run's drive.npz · pose: footage, still or a file · blink: footage, auto, none or
+    a file
+    """
+    if max(abs(yaw_deg), abs(pitch_deg)) > MAX_ANGLE_DEG:
+        raise MisuseError(f"--yaw and --pitch must lie within {MAX_ANGLE_DEG:.0f} degrees")
+    first, last = longest_run(footage["usable"])
+    clip = {k: footage[k][first : last + 1] for k in ("pose", "body", "eye", "gaze", "brow")}
+    replay = there_and_back(last - first + 1)
+    middle = {k: np.median(v, axis=0) for k, v in clip.items()}
+
+    def from_footage(frames: NDArray[Any]) -> tuple[Array, Array]:
+        at = replay(frames)
+        return between(clip["pose"], at), between(clip["body"], at)
+
+    def still(frames: NDArray[Any]) -> tuple[Array, Array]:
+        tile = (len(frames), 1)
+        return np.tile(middle["pose"], tile), np.tile(middle["body"], tile)
+
+    moves: Callable[[NDArray[Any]], tuple[Array, Array]]
+    if pose == "footage":
+        moves = from_footage
+    elif pose == "still":
+        moves = still
+    else:
+        moves = _pose_file(Path(pose), middle["body"])
+
+    looks = replay if pose == "footage" else None
+    eyes = _eyes(blink, clip, middle, replay, looks, n_frames, seed)
+    return Drive(moves, eyes, torch.from_numpy(footage["k"]), yaw_deg, pitch_deg)
+
+
+def longest_run(usable: NDArray[np.bool_]) -> tuple[int, int]:
+    """First and last frame of the longest stretch that has a face."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], usable, [False]]).astype(int)))
+    spans = edges.reshape(-1, 2)
+    if len(spans) == 0:
+        raise TalkheadError("the run's footage has no usable frame; preprocess it again")
+    first, end = spans[np.argmax(spans[:, 1] - spans[:, 0])]
+    return int(first), int(end) - 1
+
+
+def there_and_back(n: int) -> Callable[[NDArray[Any]], Array]:
+    """Frame numbers -> places in a clip of n frames: forward, then backward, without a jerk.
+
+    Within TURN frames of an end the motion slows to a stop and turns: a parabola in place of
+    the corner of a triangle wave.
+    """
+    last = n - 1
+
+    def place(frames: NDArray[Any]) -> Array:
+        if last <= 0:
+            return np.zeros(len(frames))
+        turn = min(TURN, last / 2)
+        at = np.abs((np.asarray(frames, float) + last) % (2 * last) - last)
+
+        def eased(distance: Array) -> Array:
+            return np.where(distance < turn, distance**2 / (2 * turn) + turn / 2, distance)
+
+        # measured from either end, the corner is cut by turn / 2; spread that over the clip
+        at = np.where(at < last / 2, eased(at), last - eased(last - at))
+        return at
+
+    return place
+
+
+def between(values: Array, at: Array) -> Array:
+    """Linear interpolation of values (n, k) at fractional rows."""
+    low = np.floor(at).astype(int).clip(0, len(values) - 1)
+    high = np.minimum(low + 1, len(values) - 1)
+    share = (at - low)[:, None]
+    return values[low] * (1 - share) + values[high] * share
+
+
+def blink_track(n_frames: int, seed: int) -> Array:
+    """Eye openness factor (n_frames,): 1 open, 0 shut, at a natural rate."""
+    rng = np.random.default_rng(seed)
+    track = np.ones(n_frames)
+    at = rng.uniform(0.5, BLINK_MEAN_S)
+    while at * FPS < n_frames:
+        first = int(at * FPS)
+        shape = BLINK_SHAPE[: n_frames - first]
+        track[first : first + len(shape)] = np.minimum(track[first : first + len(shape)], shape)
+        at += max(BLINK_MIN_S, rng.lognormal(np.log(BLINK_MEAN_S), BLINK_SPREAD))
+    return track
+
+
+def _eyes(
+    blink: str,
+    clip: dict[str, Array],
+    middle: dict[str, Array],
+    replay: Callable[[NDArray[Any]], Array],
+    looks: Callable[[NDArray[Any]], Array] | None,
+    n_frames: int,
+    seed: int,
+) -> Callable[[NDArray[Any]], tuple[Array, Array, Array]]:
+    awake = middle["eye"]
+    if blink == "footage":
+
+        def open_by(frames: NDArray[Any]) -> Array:
+            return between(clip["eye"], replay(frames))
+    elif blink == "none":
+
+        def open_by(frames: NDArray[Any]) -> Array:
+            return np.tile(awake, (len(frames), 1))
+    elif blink == "auto":
+        track = blink_track(n_frames, seed)
+
+        def open_by(frames: NDArray[Any]) -> Array:
+            return track[frames, None] * awake
+    else:
+        given = read_table(Path(blink), (1, 2), "--blink")
+
+        def open_by(frames: NDArray[Any]) -> Array:
+            rows = given[np.minimum(frames, len(given) - 1)]
+            return np.broadcast_to(rows, (len(frames), 2)).copy()
+
+    def eyes(frames: NDArray[Any]) -> tuple[Array, Array, Array]:
+        if looks is None:
+            tile = (len(frames), 1)
+            return open_by(frames), np.tile(middle["gaze"], tile), np.tile(middle["brow"], tile)
+        at = looks(frames)
+        return open_by(frames), between(clip["gaze"], at), between(clip["brow"], at)
+
+    return eyes
+
+
+def _pose_file(path: Path, body: Array) -> Callable[[NDArray[Any]], tuple[Array, Array]]:
+    """Poses of a file: 6 columns, rotation vector (rad) and translation (face heights)."""
+    given = read_table(path, (6,), "--pose")
+    replay = there_and_back(len(given))
+
+    def moves(frames: NDArray[Any]) -> tuple[Array, Array]:
+        at = np.asarray(frames, float) if frames.max() < len(given) else replay(frames)
+        return between(given, at), np.tile(body, (len(frames), 1))
+
+    return moves
+
+
+def read_table(path: Path, columns: tuple[int, ...], option: str) -> Array:
+    """Numbers of a .csv, .txt or .npy file, one row a frame, (n, columns)."""
+    if not path.is_file():
+        raise TalkheadError(f"{option} {path}: there is no such file (and it is no known word)")
+    try:
+        if path.suffix == ".npy":
+            table = np.load(path, allow_pickle=False)
+        else:
+            table = np.loadtxt(path, delimiter="," if path.suffix == ".csv" else None, ndmin=2)
+    except ValueError as error:
+        raise TalkheadError(f"{option} {path}: not a table of numbers ({error})") from error
+    table = np.asarray(table, float)
+    table = table[:, None] if table.ndim == 1 else table
+    if table.ndim != 2 or table.shape[1] not in columns or not len(table):
+        wanted = " or ".join(str(c) for c in columns)
+        raise TalkheadError(
+            f"{option} {path}: needs {wanted} columns, one row a frame (25 a second)"
+        )
+    if not np.isfinite(table).all():
+        raise TalkheadError(f"{option} {path}: holds values that are not numbers")
+    return table

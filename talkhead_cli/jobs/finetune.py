@@ -1,0 +1,126 @@
+"""One identity's workspace -> a trained avatar of that person."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning_fabric import Fabric
+
+from talkhead_cli import __version__
+from talkhead_cli.contracts import Progress, TalkheadError
+from talkhead_cli.jobs import fit, footage, player
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.preset import Preset
+from talkhead_cli.store import Run, Workspace
+from talkhead_cli.track import voice
+
+
+def finetune(
+    home: Path,
+    name: str,
+    progress: Progress,
+    *,
+    names: Sequence[str] = ("lokitalk",),
+    settings: Sequence[str] = (),
+    run_name: str | None = None,
+    device: str = "auto",
+    seed: int = 0,
+    fresh: bool = False,
+    stop_after: Callable[[fit.Place], bool] | None = None,
+) -> Run:
+    """Train the preset made of `names` and `settings` on identity `name`.
+
+    A run that was interrupted continues from its last save; a finished one is left as it is.
+    """
+    preset = presets.load(names, settings)
+    space = Workspace.open(home, name)
+    if not space.manifest()["has_audio"]:
+        raise TalkheadError(
+            f"'{name}' was preprocessed without sound, so its speech cannot be learnt; "
+            "preprocess a clip that has sound"
+        )
+    where = player.device_of(device)
+    run = Run(space.runs / (run_name or presets.run_name(names, settings)))
+    with space.locked():
+        if fresh:
+            run.clear()
+        if _is_finished(run, preset, space, progress):
+            return run
+        began = time.monotonic()
+        spent = run.meta().get("seconds", 0.0)
+        run.write_preset(preset.to_yaml())
+        run.write_meta(identity=name, version=__version__, footage=space.fingerprint, seed=seed)
+
+        fabric = Fabric(accelerator=where.type, devices=1)
+        fabric.seed_everything(seed, verbose=False)
+        clip = footage.load(space, preset.data, progress)
+        aabb = footage.box_of(clip.signals.camera[clip.train])
+        n_features = int(clip.signals.audio.shape[2])
+        avatar, marcher, why = player.build(preset, n_features, aabb.to(where), where)
+        progress.note(f"marching: {why}")
+        hearing = clip.train[clip.heard[clip.train]]
+        avatar.calibrate(clip.signals[hearing].to(where), aabb.to(where))
+        place = fit.fit(
+            preset, avatar, marcher, [clip], run, fabric, progress, seed=seed,
+            stop_after=stop_after,
+        )  # fmt: skip
+        seconds = spent + time.monotonic() - began
+        if place.stage < len(preset.train.stages):
+            run.write_meta(seconds=round(seconds, 1))
+            return run
+        player.save(run, avatar, marcher)
+        run.save_drive(_drive(space, clip))
+        shutil.copyfile(space.plate_file, run.plate_file)
+        run.write_meta(
+            finished=True,
+            finished_at=time.time(),
+            seconds=round(seconds, 1),
+            steps=place.total,
+            figures=place.figures,
+            n_train=len(clip.train),
+            n_held=len(clip.held),
+            device=_device_name(where),
+            torch=torch.__version__,
+            speech={"backend": space.manifest()["backends"]["voice"], "n_features": n_features,
+                    "window": preset.data.window, "names": list(voice.FEATURE_NAMES)},
+            source=space.manifest()["source"],
+            consent=space.manifest().get("consent", []),
+        )  # fmt: skip
+    return run
+
+
+def _is_finished(run: Run, preset: Preset, space: Workspace, progress: Progress) -> bool:
+    """Whether nothing is left to do; refuses a run that another preset or clip began."""
+    text = run.preset_text()
+    if text is None:
+        return False
+    if presets.from_yaml(text) != preset:
+        raise TalkheadError(
+            f"run '{run.name}' was begun with other settings; pass --fresh to replace it, or "
+            "--run NAME for a new one"
+        )
+    if run.meta().get("footage", space.fingerprint) != space.fingerprint:
+        raise TalkheadError(
+            f"run '{run.name}' was trained on an earlier preprocessing of '{space.id}'; pass "
+            "--fresh to train it anew"
+        )
+    if run.is_finished:
+        progress.note(f"run '{run.name}' is finished already; --fresh trains it anew")
+    return run.is_finished
+
+
+def _drive(space: Workspace, clip: Footage) -> dict[str, np.ndarray]:
+    """What rendering needs of the footage."""
+    tracks = space.load("tracks")
+    kept = {name: tracks[name] for name in (*player.DRIVEN, "k", "usable")}
+    return kept | {"speech_mean": clip.stats.mean, "speech_std": clip.stats.std}
+
+
+def _device_name(where: torch.device) -> str:
+    return torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"

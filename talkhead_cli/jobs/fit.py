@@ -1,0 +1,362 @@
+"""The one training loop.
+
+for stage in preset: for step in stage: draw shots, march, compose, lose, step
+once in a while: refresh the grid, average the weights, check for NaN, save, report
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from talkhead_cli.avatars.base import Avatar, StepResult
+from talkhead_cli.contracts import Progress, Shot, TalkheadError
+from talkhead_cli.jobs import shots
+from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.preset import Preset, Stage
+from talkhead_cli.store import Run
+
+SAVE_EVERY_S = 20.0
+GOOD_EVERY = 100  # steps between the states a NaN rolls back to
+MAX_ROLLBACKS = 3
+WARM_UP = 50  # steps
+START_RAYS, MAX_RAYS = 512, 16_384
+
+
+class Step(nn.Module):
+    """Condition, march, compose and lose, in one forward: what Fabric wraps."""
+
+    def __init__(self, avatar: Avatar, marcher: nn.Module) -> None:
+        super().__init__()
+        self.avatar, self.marcher = avatar, marcher
+
+    def forward(self, drawn: list[Shot], listen: bool) -> tuple[dict[str, Tensor], int]:
+        """Losses by name, and how many points the field was asked for."""
+        results, n_points = [], 0
+        for shot in drawn:
+            if shot.rays is None:
+                results.append(StepResult(shot))
+                continue
+            assert shot.plate is not None
+            signals = self.avatar.listen(shot.signals) if listen else shot.signals
+            made = self.avatar.condition(signals)
+            rendered = self.marcher.march(made, shot.rays)  # type: ignore[operator]
+            frame = self.avatar.compose(rendered, shot.rays, shot.plate)
+            results.append(StepResult(shot, made, rendered, frame))
+            n_points += rendered.n_points
+        return self.avatar.losses(results), n_points
+
+
+@dataclass
+class Place:
+    """Where training stands; saved with the weights."""
+
+    stage: int = 0
+    step: int = 0
+    total: int = 0
+    n_rays: float = START_RAYS
+    best: float = math.inf
+    rollbacks: int = 0
+    figures: dict[str, float] = field(default_factory=dict)
+
+
+def fit(
+    preset: Preset,
+    avatar: Avatar,
+    marcher: nn.Module,
+    people: list[Footage],
+    run: Run,
+    fabric: Fabric,
+    progress: Progress,
+    *,
+    seed: int = 0,
+    stop_after: Callable[[Place], bool] | None = None,
+) -> Place:
+    """Train through the preset's stages, continuing from the run's last save if there is one.
+
+    At the end the avatar holds the averaged weights.  `stop_after` ends the loop early, as a
+    kill would (tests).
+    """
+    step_module = Step(avatar, marcher)
+    average = _Average(avatar, preset.train.ema)
+    place, held = Place(), run.resume_state()
+    writer = _log_writer(run, progress) if fabric.is_global_zero else None
+    rng = torch.Generator().manual_seed(seed)
+    if held is not None:
+        place = Place(**held["place"])
+        step_module.load_state_dict(held["module"])
+        average.load(held["average"])
+        progress.note(f"continuing from step {place.total}")
+    stages = list(preset.train.stages.items())
+    while place.stage < len(stages):
+        name, stage = stages[place.stage]
+        trainer = _StageLoop(
+            name, stage, preset, step_module, average, people, run, fabric, progress, writer, rng
+        )
+        resume = held["stage"] if held is not None else None
+        held = None
+        if not trainer.go(place, resume, stop_after):
+            return place
+        place.stage, place.step, place.best = place.stage + 1, 0, math.inf
+    if writer is not None:
+        writer.close()
+    average.give(avatar)
+    return place
+
+
+class _StageLoop:
+    """One stage of the preset."""
+
+    def __init__(
+        self,
+        name: str,
+        stage: Stage,
+        preset: Preset,
+        module: Step,
+        average: _Average,
+        people: list[Footage],
+        run: Run,
+        fabric: Fabric,
+        progress: Progress,
+        writer: Any,
+        rng: torch.Generator,
+    ) -> None:
+        self.name, self.stage, self.preset = name, stage, preset
+        self.module, self.average, self.run = module, average, run
+        self.fabric, self.progress, self.writer, self.rng = fabric, progress, writer, rng
+        self.avatar = module.avatar
+        self.n_steps = max(1, round(stage.steps * preset.train.scale)) if stage.steps else 0
+        self.people, self.inner = people, None
+        if stage.inner_split:
+            self.people, self.inner = _inner_split(people, stage)
+        wanted = {id(p) for part in stage.learn for p in self.avatar.part(part)}
+        for parameter in self.avatar.parameters():
+            parameter.requires_grad_(id(parameter) in wanted)
+        groups = [
+            {"params": self.avatar.part(part), "lr": stage.rates[part], "rate": stage.rates[part]}
+            for part in stage.learn
+        ]
+        optimizer = torch.optim.Adam(
+            groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8
+        )
+        self.wrapped, self.optimizer = fabric.setup(module, optimizer)
+
+    def go(
+        self, place: Place, resume: dict[str, Any] | None, stop: Callable[[Place], bool] | None
+    ) -> bool:
+        """Run the stage to its end; False when stopped early."""
+        best = None
+        if resume is not None:
+            self.optimizer.load_state_dict(resume["optimizer"])
+            best = resume["best"]
+        good, saved_at = None, time.monotonic()
+        self.module.train()
+        self.progress.stage(f"train: {self.name}", self.n_steps, "steps")
+        if place.step:
+            self.progress.advance(place.step)
+        while place.step < self.n_steps:
+            if place.step % GOOD_EVERY == 0 and self.inner is None:
+                good = (
+                    copy.deepcopy(self.module.state_dict()),
+                    copy.deepcopy(self.optimizer.state_dict()),
+                    place.step,
+                )
+            losses, loss = self._one(place)
+            if not math.isfinite(loss):
+                self._roll_back(place, good)
+                continue
+            place.step += 1
+            place.total += 1
+            place.figures = losses
+            self.average.update(self.avatar)
+            if self.inner is not None and (place.step % 25 == 0 or place.step == self.n_steps):
+                best = self._keep_best(place, best)
+            if self.writer is not None and place.total % 20 == 0:
+                for key, value in losses.items():
+                    self.writer.add_scalar(f"{self.name}/{key}", value, place.total)
+            self.progress.advance(1, **_shown(losses))
+            if time.monotonic() - saved_at > SAVE_EVERY_S:
+                self._save(place, best)
+                saved_at = time.monotonic()
+            if stop is not None and stop(place):
+                self._save(place, best)
+                return False
+        if best is not None:
+            self.module.load_state_dict(best)
+            self.average.restart(self.avatar)
+        return True
+
+    def _one(self, place: Place) -> tuple[dict[str, float], float]:
+        """One optimiser step; the losses as numbers, and their weighted sum."""
+        self._schedule(place.step)
+        self.rng.manual_seed(_mix(place.total, self.fabric.global_rank, place.rollbacks))
+        torch.manual_seed(_mix(place.total, self.fabric.global_rank, 7919))
+        device = self.fabric.device
+        drawn = [
+            _to(
+                shots.draw(p, self.stage, int(place.n_rays), self.avatar.aabb.cpu(), self.rng),
+                device,
+            )
+            for p in self.people
+        ]
+        if self.stage.rays != "none" and not self.stage.freeze_grid:
+            with torch.no_grad():
+                field_now = self.avatar.condition(drawn[0].signals)
+                self.module.marcher.refresh(field_now, place.total)  # type: ignore[operator]
+        terms, n_points = self.wrapped(drawn, self.stage.listen)
+        loss = sum(self.stage.weights.get(k, 0.0) * v for k, v in terms.items())
+        assert isinstance(loss, Tensor), f"stage {self.name} weighs none of its losses"
+        self.optimizer.zero_grad(set_to_none=True)
+        value = float(loss.detach())
+        if math.isfinite(value):
+            self.fabric.backward(loss)
+            self.optimizer.step()
+        if n_points:
+            want = place.n_rays * self.stage.n_points / n_points
+            limit = MAX_RAYS if self.stage.rays == "random" else MAX_RAYS // 2
+            place.n_rays = min(max(0.9 * place.n_rays + 0.1 * want, 128), limit)
+        figures = {k: float(v.detach()) for k, v in terms.items()} | {"loss": value}
+        if n_points:
+            figures |= {"rays": float(int(place.n_rays)), "points": float(n_points)}
+        return figures, value
+
+    def _schedule(self, step: int) -> None:
+        """Warm-up, then an exponential fall."""
+        scale = min(1.0, (step + 1) / WARM_UP) * self.stage.fall ** (step / max(1, self.n_steps))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["rate"] * scale
+
+    def _roll_back(self, place: Place, good: Any) -> None:
+        place.rollbacks += 1
+        if good is None or place.rollbacks > MAX_ROLLBACKS:
+            raise TalkheadError(
+                f"training of stage '{self.name}' keeps producing NaN; lower the stage's rates, "
+                f"for example -s train.stages.{self.name}.rates.{self.stage.learn[0]}=0.001"
+            )
+        module, optimizer, step = good
+        self.module.load_state_dict(module)
+        self.optimizer.load_state_dict(optimizer)
+        self.average.restart(self.avatar)
+        for group in self.optimizer.param_groups:
+            group["rate"] *= 0.5
+        self.progress.note(
+            f"a loss was not a number at step {place.step} of '{self.name}'; back to step {step} "
+            "at half the rates"
+        )
+        place.total -= place.step - step
+        place.step = step
+
+    @torch.no_grad()
+    def _keep_best(self, place: Place, best: Any) -> Any:
+        """Score the inner split; the state with the lowest loss so far."""
+        assert self.inner is not None
+        self.module.eval()
+        terms, _ = self.module(self.inner, self.stage.listen)
+        self.module.train()
+        value = float(sum(self.stage.weights.get(k, 0.0) * v for k, v in terms.items()))
+        if value < place.best:
+            place.best = value
+            return copy.deepcopy(self.module.state_dict())
+        return best
+
+    def _save(self, place: Place, best: Any) -> None:
+        if not self.fabric.is_global_zero:
+            return
+        self.run.save_resume({
+            "place": {**vars(place)},
+            "module": self.module.state_dict(),
+            "average": self.average.state(),
+            "stage": {"optimizer": self.optimizer.state_dict(), "best": best},
+        })  # fmt: skip
+
+
+class _Average:
+    """Exponential average of the avatar's weights, with a warm-up so that it never lags."""
+
+    def __init__(self, avatar: Avatar, decay: float) -> None:
+        self.decay, self.count = decay, 0
+        self.weights = {k: v.detach().clone() for k, v in avatar.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, avatar: Avatar) -> None:
+        self.count += 1
+        decay = min(self.decay, (1 + self.count) / (10 + self.count))
+        for name, parameter in avatar.named_parameters():
+            if parameter.requires_grad:
+                self.weights[name].lerp_(
+                    parameter.detach().to(self.weights[name].device), 1 - decay
+                )
+
+    def restart(self, avatar: Avatar) -> None:
+        self.count = 0
+        for name, parameter in avatar.named_parameters():
+            self.weights[name].copy_(parameter.detach())
+
+    @torch.no_grad()
+    def give(self, avatar: Avatar) -> None:
+        for name, parameter in avatar.named_parameters():
+            parameter.copy_(self.weights[name])
+
+    def state(self) -> dict[str, Any]:
+        return {"count": self.count, "weights": self.weights}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.count = state["count"]
+        for name, value in state["weights"].items():
+            self.weights[name].copy_(value)
+
+
+def _inner_split(people: list[Footage], stage: Stage) -> tuple[list[Footage], list[Shot]]:
+    """Training rows without their last share, and that share as whole shots."""
+    from dataclasses import replace
+
+    shorter, inner = [], []
+    for person in people:
+        rows = person.train[person.heard[person.train]]
+        n = max(1, round(stage.inner_split * len(rows)))
+        inner.append(Shot(person.signals[rows[-n:]]))
+        shorter.append(replace(person, train=rows[:-n]))
+    return shorter, inner
+
+
+def _to(shot: Shot, device: torch.device) -> Shot:
+    if device.type == "cpu":
+        return shot
+    rays = shot.rays
+    if rays is not None:
+        rays = type(rays)(
+            *(getattr(rays, n).to(device)
+              for n in ("origins", "directions", "near", "far", "pixel", "row")),
+            layout=rays.layout,
+        )  # fmt: skip
+    moved = [t if t is None else t.to(device) for t in (shot.target, shot.labels, shot.plate)]
+    return Shot(shot.signals.to(device), rays, *moved)
+
+
+def _shown(losses: dict[str, float]) -> dict[str, float]:
+    return {k: losses[k] for k in ("loss", "rays") if k in losses}
+
+
+def _mix(*numbers: int) -> int:
+    """One seed out of several."""
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 12_345) % (2**31 - 1)
+    return seed
+
+
+def _log_writer(run: Run, progress: Progress) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        progress.note("tensorboard is not installed: no training curves are logged")
+        return None
+    return SummaryWriter(str(run.log_folder))

@@ -1,0 +1,205 @@
+"""A workspace as tensors: signals of every frame, pixels and labels by memory map."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from talkhead_cli import media
+from talkhead_cli.contracts import FPS, LABELS, Camera, Progress, Signals, TalkheadError, followed
+from talkhead_cli.jobs.preset import Data
+from talkhead_cli.store import Workspace
+from talkhead_cli.track import voice
+from talkhead_cli.track.face import MESH_TO_68, lip_aperture
+
+MIN_HOLDOUT = 4 * FPS
+STORED_PX = 512  # intrinsics in tracks are for this size
+
+
+@dataclass(frozen=True)
+class SpeechStats:
+    """What speech features are standardised by, (A,) each."""
+
+    mean: NDArray[np.float32]
+    std: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, stream: NDArray[np.float32]) -> SpeechStats:
+        return cls(stream.mean(0), stream.std(0) + 1e-3)
+
+    def windows(
+        self, stream: NDArray[np.float32], frames: NDArray[Any], n_steps: int
+    ) -> NDArray[np.float32]:
+        """Standardised windows (len(frames), n_steps, A)."""
+        return voice.windows((stream - self.mean) / self.std, frames, n_steps).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Footage:
+    """One person's clip, ready for training.
+
+    signals   all T rows · train, held (n,) long: rows to learn from, rows kept apart
+    heard     (T,) whether there is living sound
+    pictures  (T, s, s, 3) uint8 · labels (T, 6, 128, 128) uint8 · plate (s, s, 3) in [0, 1]
+    stream    (4 T, A) raw speech features · lip_truth (T,) lip aperture as tracked
+    """
+
+    signals: Signals
+    train: Tensor
+    held: Tensor
+    heard: Tensor
+    pictures: NDArray[np.uint8]
+    labels: NDArray[np.uint8]
+    plate: Tensor
+    stats: SpeechStats
+    stream: NDArray[np.float32]
+    lip_truth: NDArray[np.float32]
+
+    @property
+    def size_px(self) -> int:
+        return int(self.plate.shape[0])
+
+
+def split(n_frames: int, holdout: float) -> int:
+    """How many frames at the end are held out: the share, at least 4 s, at most a quarter."""
+    if holdout == 0:
+        return 0
+    return min(max(round(holdout * n_frames), MIN_HOLDOUT), n_frames // 4)
+
+
+def load(space: Workspace, data: Data, progress: Progress) -> Footage:
+    """Read a workspace at the preset's picture size; caches pixels on first use."""
+    tracks, sound = space.load("tracks"), space.load("voice")
+    n_frames = len(tracks["pose"])
+    n_held = split(n_frames, data.holdout)
+    n_train = n_frames - n_held
+    usable = torch.from_numpy(tracks["usable"])
+    heard = torch.from_numpy(sound["heard"])
+    rows = torch.arange(n_frames)
+    train, held = rows[usable & (rows < n_train)], rows[usable & (rows >= n_train)]
+    if len(train) < 2 * FPS:
+        raise TalkheadError(
+            f"'{space.id}' has only {len(train) / FPS:.1f} s with a face to learn from; at least "
+            "2 s are needed"
+        )
+    stats = SpeechStats.of(sound["stream"][: n_train * voice.RATE_HZ // FPS])
+    return Footage(
+        signals=make_signals(tracks, sound["stream"], stats, data),
+        train=train,
+        held=held,
+        heard=heard,
+        pictures=_pictures(space, data.size_px, n_frames, progress),
+        labels=_labels(space, n_frames, progress),
+        plate=read_plate(space.plate_file, data.size_px),
+        stats=stats,
+        stream=sound["stream"],
+        lip_truth=lip_aperture(tracks["mesh_px"]),
+    )
+
+
+def make_signals(
+    tracks: dict[str, NDArray[Any]],
+    stream: NDArray[np.float32],
+    stats: SpeechStats,
+    data: Data,
+) -> Signals:
+    """All rows of a tracked clip."""
+    n_frames = len(tracks["pose"])
+    pose = torch.from_numpy(tracks["pose"])
+    window = stats.windows(stream, np.arange(n_frames), data.window)
+    marks = tracks["mesh_px"][:, MESH_TO_68]
+    return Signals(
+        audio=torch.from_numpy(window),
+        eye=torch.from_numpy(tracks["eye"]),
+        gaze=torch.from_numpy(tracks["gaze"]),
+        brow=torch.from_numpy(tracks["brow"]),
+        landmarks=torch.from_numpy(tracks["landmarks"]),
+        landmarks_px=torch.from_numpy(marks),
+        pose=pose,
+        body=torch.from_numpy(tracks["body"]),
+        camera=head_camera(pose, torch.from_numpy(tracks["k"]), data.size_px),
+        person=torch.zeros(n_frames, dtype=torch.long),
+        footage_index=torch.arange(n_frames),
+    )
+
+
+def head_camera(pose: Tensor, k: Tensor, size_px: int) -> Camera:
+    """The camera that a head in `pose` (T, 6) is seen by, intrinsics k (3, 3) at STORED_PX."""
+    from scipy.spatial.transform import Rotation
+
+    turn = torch.from_numpy(Rotation.from_rotvec(pose[:, :3].numpy()).as_matrix()).float()
+    c2w = torch.eye(4).repeat(len(pose), 1, 1)
+    c2w[:, :3, :3] = turn.transpose(1, 2)
+    c2w[:, :3, 3] = -(turn.transpose(1, 2) @ pose[:, 3:, None])[..., 0]
+    return Camera(c2w, k.expand(len(pose), 3, 3), STORED_PX).resized(size_px)
+
+
+def box_of(camera: Camera, near_z: float = -0.95, far_z: float = 0.75) -> Tensor:
+    """The box (6,) of head space that holds all that rays of any row can meet of the person.
+
+    Depth is a head's: from before the nose to behind the skull; the sides are where the
+    pictures' corners cut those depths.
+    """
+    size = float(camera.size_px)
+    corner = torch.tensor([[0, 0], [size, 0], [0, size], [size, size]])
+    k = camera.k[:, None]
+    ray = torch.stack(
+        [
+            (corner[:, 0] - k[..., 0, 2]) / k[..., 0, 0],
+            (corner[:, 1] - k[..., 1, 2]) / k[..., 1, 1],
+            torch.ones(len(camera.k), 4),
+        ],
+        -1,
+    )  # (T, 4, 3)
+    ray = torch.einsum("tij,tcj->tci", camera.c2w[:, :3, :3], ray)
+    origin = camera.c2w[:, None, :3, 3]
+    sides = []
+    for z in (near_z, far_z):
+        at = origin + ray * ((z - origin[..., 2:]) / ray[..., 2:])
+        sides.append(at[..., :2].flatten(0, 1))
+    xy = torch.cat(sides)
+    low, high = xy.quantile(0.002, dim=0) - 0.02, xy.quantile(0.998, dim=0) + 0.02
+    return torch.tensor([*low.tolist(), near_z, *high.tolist(), far_z])
+
+
+def read_plate(path: Any, size_px: int) -> Tensor:
+    """Background (s, s, 3) in [0, 1]."""
+    picture = cv2.imread(str(path))
+    if picture is None:
+        raise TalkheadError(f"{path} is missing or damaged; run preprocess again")
+    small = cv2.resize(picture, (size_px, size_px), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(small[..., ::-1].astype(np.float32) / 255)
+
+
+def _pictures(
+    space: Workspace, size_px: int, n_frames: int, progress: Progress
+) -> NDArray[np.uint8]:
+    cached = space.pixels("rgb", size_px)
+    if cached is not None:
+        return cached
+    progress.stage("pictures", n_frames)
+    stream = media.frames(space.video, size=(size_px, size_px), n_frames=n_frames)
+    shape = (n_frames, size_px, size_px, 3)
+    return space.save_pixels("rgb", size_px, shape, followed(progress, stream))
+
+
+def _labels(space: Workspace, n_frames: int, progress: Progress) -> NDArray[np.uint8]:
+    side = 128
+    cached = space.pixels("labels", side)
+    if cached is not None:
+        return cached
+    progress.stage("labels", n_frames)
+
+    def rows() -> Iterator[NDArray[np.uint8]]:
+        for frame in range(n_frames):
+            yield space.labels(frame)
+
+    shape = (n_frames, len(LABELS), side, side)
+    return space.save_pixels("labels", side, shape, followed(progress, rows()))

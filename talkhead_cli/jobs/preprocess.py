@@ -1,0 +1,406 @@
+"""A video of somebody talking -> a workspace that everything else reads."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from talkhead_cli import __version__, media
+from talkhead_cli.contracts import (
+    FPS,
+    SAMPLES_PER_FRAME,
+    MisuseError,
+    Progress,
+    TalkheadError,
+    followed,
+)
+from talkhead_cli.store import Workspace, check_id
+from talkhead_cli.store.files import atomic, digest, sha256_of
+from talkhead_cli.store.workspace import PIECE
+from talkhead_cli.track import face, matte, pose, voice
+from talkhead_cli.track.crop import Crop, choose_crop
+from talkhead_cli.track.scout import Scene, scout
+
+MIN_SECONDS = 3.0
+SIZE_PX = 512
+MESH_MAX_SIDE = 1280
+N_PLATE = 25  # frames behind the background's median
+N_EVIDENCE = 40  # frames that tell hair from torso by motion
+# A stage's version is part of its key: raise it when its result changes.
+VERSIONS = {"sound": 1, "mesh": 1, "pose": 1, "film": 1, "tracks": 1, "labels": 1}
+
+
+def id_from(video: Path) -> str:
+    """A valid id out of a file's stem."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", video.stem).strip("-._")
+    return check_id(re.sub(r"\.{2,}", ".", name)[:64] or "person")
+
+
+def preprocess(
+    video: Path,
+    home: Path,
+    progress: Progress,
+    *,
+    name: str | None = None,
+    which_face: str = "largest",
+    with_audio: bool = True,
+    consent: Path | None = None,
+    size_px: int = SIZE_PX,
+    fresh: bool = False,
+) -> Workspace:
+    """Track one person through a video and write the workspace `home`/`name`.
+
+    Stages are keyed by the content of their inputs: a second call does only what is missing
+    or changed.  `which_face` is largest, left or right, as seen in the picture.
+    """
+    if which_face not in ("largest", "left", "right"):
+        raise MisuseError(f"--face must be largest, left or right, not '{which_face}'")
+    if consent is not None and not consent.is_file():
+        raise TalkheadError(f"the consent file {consent} does not exist")
+    space = Workspace(home, check_id(name) if name else id_from(video))
+    began = time.monotonic()
+    probe = media.probe(video)
+    if not probe.has_video:
+        raise TalkheadError(f"{video.name} has no picture; give a video of somebody talking")
+    if probe.duration_s < MIN_SECONDS:
+        raise TalkheadError(
+            f"{video.name} is only {probe.duration_s:.1f} s long; "
+            f"at least {MIN_SECONDS:.0f} s of talking are needed (a minute looks good)"
+        )
+    if with_audio and not probe.has_audio:
+        raise TalkheadError(
+            f"{video.name} has no sound track; film with sound, or pass --no-audio to track "
+            "the pictures alone"
+        )
+    source = sha256_of(video)
+    with space.locked():
+        if fresh:
+            space.clear()
+        work = _Work(space, video, source, probe, progress)
+        faces, scene = work.mesh(which_face)
+        head = work.pose(faces)
+        n_frames = len(faces.found)
+        work.sound(n_frames, with_audio=with_audio)
+        crop = choose_crop(faces.points, faces.found, (probe.width, probe.height))
+        if crop.side < size_px:
+            progress.note(
+                f"the head's square is {crop.side} px in the film; it is enlarged to {size_px} px"
+            )
+        work.film(faces, crop, size_px)
+        work.tracks(faces, head, crop, size_px)
+        work.labels(n_frames)
+        missing = _ranges(~faces.found)
+        if missing:
+            progress.note("no face in frames " + ", ".join(missing) + "; training leaves them out")
+        kept = space.manifest().get("consent", [])
+        if consent is not None:
+            kept = sorted({*kept, space.keep_consent(consent)})
+        seconds = time.monotonic() - began
+        space.note(
+            finished=True,
+            version=__version__,
+            source={"name": video.name, "sha256": source, "seconds": probe.duration_s},
+            fps=FPS,
+            size_px=size_px,
+            n_frames=n_frames,
+            n_found=int(faces.found.sum()),
+            crop={"x": crop.x, "y": crop.y, "side": crop.side},
+            focal_px=head.focal_px * crop.scale(size_px),
+            backends={
+                "mesh": "mediapipe",
+                "matte": "mediapipe-selfie",
+                "labels": "colour+motion",
+                "voice": "mel+formants" if with_audio else "none",
+            },
+            has_audio=with_audio,
+            faces_seen=scene.n_faces,
+            consent=kept,
+        )
+        if work.did_anything:
+            rate = n_frames / max(seconds, 1e-6)
+            space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
+    return space
+
+
+def _ranges(flags: NDArray[np.bool_]) -> list[str]:
+    """Runs of True as 'a-b'."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(int)))
+    return [f"{a}-{b - 1}" for a, b in edges.reshape(-1, 2)]
+
+
+class _Work:
+    """The stages, in order; each is skipped when its key says it is done."""
+
+    def __init__(
+        self, space: Workspace, video: Path, source: str, probe: media.Probe, progress: Progress
+    ) -> None:
+        self.space, self.video, self.source = space, video, source
+        self.probe, self.progress = probe, progress
+        self.size = (probe.width, probe.height)
+        self.did_anything = False
+        self._keys: dict[str, str] = {}
+
+    def _stage(self, stage: str, *inputs: Any, needs: tuple[str, ...] = ()) -> Callable[[], None]:
+        """Key a stage; returns what to call when it is done, or None-like if nothing to do."""
+        self._keys[stage] = digest(VERSIONS[stage], inputs, [self._keys[n] for n in needs])
+        return lambda: self.space.mark_done(stage, self._keys[stage])
+
+    def _todo(self, stage: str) -> bool:
+        todo = not self.space.is_done(stage, self._keys[stage])
+        self.did_anything |= todo
+        return todo
+
+    def mesh(self, which_face: str) -> tuple[face.Faces, Scene]:
+        """Find the person, then the mesh in every frame."""
+        done = self._stage("mesh", self.source, which_face)
+        if self._todo("mesh"):
+            self.progress.stage("looking for faces")
+            scene = scout(
+                media.frames(self.video, max_side=640, stride=FPS // 2), self.size, which_face
+            )
+            if scene.n_faces > 1:
+                self.progress.note(
+                    f"{scene.n_faces} faces are in the film; following the {which_face} one "
+                    "(--face left|right|largest chooses)"
+                )
+            points, found, skin = self._follow(scene)
+            arrays = {
+                "points": points,
+                "found": found,
+                "skin": skin,
+                "n_faces": np.array(scene.n_faces),
+                "roi": np.array(scene.roi),
+            }
+            self.space.save("mesh", arrays)
+            done()
+        stored = self.space.load("mesh")
+        faces = face.Faces(stored["points"], stored["found"])
+        if not faces.found.any():
+            raise TalkheadError(
+                f"no face was found in {self.video.name}; film one person facing the camera"
+            )
+        if len(faces.found) < MIN_SECONDS * FPS:
+            raise TalkheadError(
+                f"only {len(faces.found) / FPS:.1f} s of {self.video.name} could be read; at least "
+                f"{MIN_SECONDS:.0f} s of talking are needed"
+            )
+        return faces, Scene(int(stored["n_faces"]), tuple(stored["roi"].tolist()))
+
+    def _follow(self, scene: Scene) -> tuple[Any, Any, Any]:
+        x, y, width, height = scene.roi
+        shrink = min(1.0, MESH_MAX_SIDE / max(width, height))
+        size = (max(2, round(width * shrink)), max(2, round(height * shrink)))
+        scale = np.array([width / size[0], height / size[1], width / size[0]], np.float32)
+        offset = np.array([x, y, 0], np.float32)
+        points, skin = [], []
+        total = max(1, round(self.probe.duration_s * FPS))
+        self.progress.stage("face mesh", total)
+        blank = np.full((face.N_MESH, 3), np.nan, np.float32)
+        with face.FaceMesh() as mesh:
+            stream = media.frames(
+                self.video, crop=scene.roi, size=size, on_warning=self.progress.note
+            )
+            for index, rgb in enumerate(followed(self.progress, stream)):
+                seen = mesh(rgb)
+                points.append(blank if seen is None else seen * scale + offset)
+                if seen is not None and index % 10 == 0:
+                    skin.append(matte.skin_samples(rgb, seen))
+        found = np.array([not np.isnan(p[0, 0]) for p in points])
+        colours = np.concatenate(skin) if skin else np.zeros((0, 3), np.float32)
+        return np.stack(points), found, colours
+
+    def pose(self, faces: face.Faces) -> pose.HeadTrack:
+        self._stage("pose", needs=("mesh",))
+        self.progress.stage("head pose", None)
+        return pose.fit_head(faces.points, faces.found, self.size)
+
+    def sound(self, n_frames: int, *, with_audio: bool) -> None:
+        """16 kHz sound and its features on the video's clock."""
+        done = self._stage("sound", self.source, with_audio, voice.FEATURE_NAMES, needs=("mesh",))
+        if not self._todo("sound"):
+            return
+        self.progress.stage("sound", None)
+        n_samples = n_frames * SAMPLES_PER_FRAME
+        if with_audio:
+            samples = media.sound(self.video, n_samples=n_samples)
+        else:
+            samples = np.zeros(n_samples, np.float32)
+        heard = voice.heard(samples, n_frames)
+        if with_audio and not heard.any():
+            raise TalkheadError(
+                f"the sound of {self.video.name} is silent; film with a working microphone, or "
+                "pass --no-audio to track the pictures alone"
+            )
+        quiet = _ranges(~heard)
+        if with_audio and quiet:
+            self.progress.note(
+                "the sound is dead in frames "
+                + ", ".join(quiet)
+                + "; speech is not learnt from them"
+            )
+        media.write_wav(self.space.audio, samples)
+        self.space.save("voice", {"stream": voice.features(samples), "heard": heard})
+        done()
+
+    def film(self, faces: face.Faces, crop: Crop, size_px: int) -> None:
+        """The cropped video, mattes, skin, shoulders' registration, plate."""
+        done = self._stage("film", [crop.x, crop.y, crop.side], size_px, needs=("mesh",))
+        if not self._todo("film"):
+            return
+        n_frames = len(faces.found)
+        mesh = self._mesh_in_crop(faces, crop)
+        reference = _reference_frame(mesh, faces.found)
+        square = {"crop": (crop.x, crop.y, crop.side, crop.side), "size": (size_px, size_px)}
+        skin_model = matte.SkinModel.fit(self.space.load("mesh")["skin"])
+        wanted = set(np.linspace(0, n_frames - 1, min(N_PLATE, n_frames)).astype(int).tolist())
+        thumbs_at = np.linspace(0, n_frames - 1, min(N_EVIDENCE, n_frames)).astype(int)
+        thumbs_at = np.unique(np.append(thumbs_at, reference))
+        plate_frames, plate_mattes, thumbs = [], [], []
+        warps = np.tile(np.eye(2, 3), (n_frames, 1, 1))
+        tracked = np.zeros(n_frames, bool)
+        piece: dict[str, list[Any]] = {"matte": [], "skin": []}
+        first_picture = next(
+            iter(media.frames(self.video, start_s=reference / FPS, n_frames=1, **square))
+        )
+        self.progress.stage("crop, matte, shoulders", n_frames)
+        with (
+            matte.Segmenter() as segment,
+            media.VideoWriter(
+                self.space.video, (size_px, size_px), crf=10, preset="ultrafast", intra=True
+            ) as out,
+        ):
+            person = cv2.resize(segment(first_picture), (matte.MAP_PX, matte.MAP_PX))
+            prior = matte.torso_prior(mesh[reference])
+            shoulders = matte.BodyTracker(first_picture, (person * prior).astype(np.uint8))
+            stream = media.frames(self.video, n_frames=n_frames, **square)
+            for index, rgb in enumerate(followed(self.progress, stream)):
+                out.write(rgb)
+                mask = segment(rgb)
+                piece["matte"].append(mask)
+                piece["skin"].append(skin_model(rgb))
+                warp = shoulders(rgb)
+                if warp is not None:
+                    warps[index], tracked[index] = warp, True
+                if index in wanted:
+                    plate_frames.append(rgb)
+                    plate_mattes.append(mask)
+                if index in thumbs_at:
+                    thumbs.append(
+                        cv2.resize(rgb, (matte.MAP_PX,) * 2, interpolation=cv2.INTER_AREA)
+                    )
+                if len(piece["matte"]) == PIECE or index == n_frames - 1:
+                    self.space.save_piece(
+                        "maps", index // PIECE * PIECE, {k: np.stack(v) for k, v in piece.items()}
+                    )
+                    piece = {"matte": [], "skin": []}
+        plate, seen = matte.make_plate(plate_frames, plate_mattes)
+        with atomic(self.space.plate_file) as part:
+            cv2.imwrite(str(part), plate[..., ::-1])
+        self.space.save("film", {
+            "warps": warps, "tracked": tracked, "thumbs": np.stack(thumbs),
+            "thumbs_at": thumbs_at, "reference": np.array(reference),
+            "plate_seen": (seen > 0).mean(),
+        })  # fmt: skip
+        done()
+
+    def _mesh_in_crop(self, faces: face.Faces, crop: Crop) -> NDArray[np.float32]:
+        """Mesh (T, 478, 2) in shares of the crop's side, gaps bridged."""
+        filled = face.fill_gaps(faces.points[..., :2], faces.found)
+        return ((filled - np.array([crop.x, crop.y])) / crop.side).astype(np.float32)
+
+    def tracks(self, faces: face.Faces, head: pose.HeadTrack, crop: Crop, size_px: int) -> None:
+        """All per-frame signals."""
+        done = self._stage("tracks", size_px, needs=("film", "pose"))
+        if not self._todo("tracks"):
+            return
+        mesh = self._mesh_in_crop(faces, crop)
+        film = self.space.load("film")
+        scale = crop.scale(size_px)
+        k = np.array([
+            [head.focal_px * scale, 0, (head.centre_px[0] - crop.x) * scale],
+            [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
+            [0, 0, 1],
+        ])  # fmt: skip
+        chosen = np.unique(
+            np.concatenate([face.MESH_TO_68, *face.BROWS, *(e[:2] for e in face.EYES)])
+        )
+        filled = face.fill_gaps(faces.points[..., :2], faces.found)
+        lifted = np.full((len(filled), face.N_MESH, 3), np.nan, np.float32)
+        lifted[:, chosen] = head.lift(filled[:, chosen], chosen)
+        gap = face.lid_gap(filled)
+        eyes = face.fit_eye_scale(gap[faces.found])
+        reference = int(film["reference"])
+        pivot = matte.body_pivot(mesh[reference])
+        body = matte.body_motion(film["warps"], film["tracked"], pivot)
+        to_heights = size_px / k[0, 0] * float(np.median(head.translation[:, 2]))
+        near_gap = np.convolve(~faces.found, np.ones(5), "same") > 0
+        self.space.save("tracks", {
+            "pose": head.pose.astype(np.float32),
+            "k": k.astype(np.float32),
+            "eye": eyes.openness(gap).astype(np.float32),
+            "eye_scale": np.stack([eyes.shut, eyes.open]),
+            "gaze": face.gaze(filled).astype(np.float32),
+            "brow": face.brow(lifted).astype(np.float32),
+            "landmarks": face.to_68(lifted).astype(np.float32),
+            "mesh_px": mesh,
+            "body": np.concatenate(
+                [body[:, :2] * to_heights, body[:, 2:], np.zeros((len(body), 1))], -1
+            ).astype(np.float32),
+            "body_px": body.astype(np.float32),
+            "body_pivot": pivot.astype(np.float32),
+            "shape": head.shape.astype(np.float32),
+            "residual_px": head.residual_px.astype(np.float32),
+            "found": faces.found,
+            "usable": ~near_gap,
+        })  # fmt: skip
+        done()
+
+    def labels(self, n_frames: int) -> None:
+        """Soft labels of every frame."""
+        done = self._stage("labels", needs=("tracks",))
+        if not self._todo("labels"):
+            return
+        film, tracks = self.space.load("film"), self.space.load("tracks")
+        reference = int(film["reference"])
+        mesh, body, pivot = tracks["mesh_px"], tracks["body_px"], tracks["body_pivot"]
+        at = film["thumbs_at"]
+        others = [i for i, frame in enumerate(at) if frame != reference and tracks["found"][frame]]
+        thumbs = film["thumbs"]
+        odds = matte.motion_evidence(
+            thumbs[int(np.flatnonzero(at == reference)[0])],
+            [thumbs[i] for i in others],
+            [mesh[at[i]] for i in others],
+            mesh[reference],
+            [film["warps"][at[i]] for i in others],
+        )
+        prior = matte.torso_prior(mesh[reference])
+        logit = np.log((prior + 1e-3) / (1 - prior + 1e-3)) + np.clip(odds, -4, 4)
+        maps = matte.RegionMaps(1 / (1 + np.exp(-logit)), mesh[reference])
+        self.progress.stage("labels", n_frames)
+        for first in range(0, n_frames, PIECE):
+            rows = range(first, min(first + PIECE, n_frames))
+            stack = []
+            for row in followed(self.progress, rows):
+                stored, at_row = self.space.piece("maps", row)
+                hair, torso = maps.moved(mesh[row], body[row] - body[reference], pivot)
+                stack.append(
+                    matte.label_maps(
+                        mesh[row], stored["matte"][at_row], stored["skin"][at_row], hair, torso
+                    )
+                )
+            self.space.save_piece("labels", first, {"labels": np.stack(stack)})
+        done()
+
+
+def _reference_frame(mesh: NDArray[np.float32], found: NDArray[np.bool_]) -> int:
+    """The found frame whose face is nearest to where it usually is."""
+    rigid = mesh[:, pose.RIGID].reshape(len(mesh), -1)
+    distance = np.linalg.norm(rigid - np.median(rigid[found], 0), axis=1)
+    return int(np.argmin(np.where(found, distance, np.inf)))

@@ -1,0 +1,211 @@
+"""Presets: strict, frozen, small. The only reader of YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from talkhead_cli.contracts import MisuseError
+
+Region = Literal["all", "lips", "eyes"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class Data(_Strict):
+    """size_px: side of the pictures trained and rendered · holdout: share of the clip kept from
+    training (the field's 1/11; at least 4 s, at most a quarter; 0 trains on everything)
+    · window: steps of 10 ms of speech around a frame."""
+
+    size_px: Annotated[int, Field(ge=32, le=1024, multiple_of=8)] = 512
+    holdout: Annotated[float, Field(ge=0, le=0.5)] = 1 / 11
+    window: Annotated[int, Field(ge=5, le=201)] = 33
+
+
+class March(_Strict):
+    """n_steps: samples through the depth of the box · resolution: cells per axis
+    · early_stop: transmittance at which a ray ends · every: steps between grid updates."""
+
+    n_steps: Annotated[int, Field(ge=8, le=1024)] = 96
+    resolution: Annotated[int, Field(ge=16, le=256)] = 96
+    early_stop: Annotated[float, Field(ge=0, lt=1)] = 1e-3
+    every: Annotated[int, Field(ge=1)] = 16
+    kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto"
+
+
+class Stage(_Strict):
+    """One leg of training.
+
+    steps
+    rays         none (speech only), random pixels, or square patches
+    n_points     samples sent to the field per step; sets the number of rays
+    patch_px     side of a patch · region: where patches lie
+    n_frames     rows mixed in a step · batch: rows of a speech-only step
+    learn        parts of the avatar that move · rates: their learning rates
+    fall         share of the rates that is left at the end
+    weights      of the losses
+    listen       drive the field by what the speech encoder hears, not by what was tracked
+    inner_split  share of the training rows that chooses the best step (0: the last)
+    freeze_grid  leave the occupancy grid as it is
+    """
+
+    steps: Annotated[int, Field(ge=0)]
+    rays: Literal["none", "random", "patch"] = "random"
+    n_points: Annotated[int, Field(ge=256)] = 24_000
+    patch_px: Annotated[int, Field(ge=8, le=256)] = 32
+    region: Region = "all"
+    n_frames: Annotated[int, Field(ge=1)] = 16
+    batch: Annotated[int, Field(ge=1)] = 64
+    learn: tuple[str, ...]
+    rates: dict[str, Annotated[float, Field(gt=0)]]
+    fall: Annotated[float, Field(gt=0, le=1)] = 0.1
+    weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    listen: bool = False
+    inner_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
+    freeze_grid: bool = False
+
+    @model_validator(mode="after")
+    def _rates_are_for_what_learns(self) -> Stage:
+        if missing := set(self.learn) ^ set(self.rates):
+            raise ValueError(f"learn and rates must name the same parts; differ in {missing}")
+        return self
+
+
+class Train(_Strict):
+    """scale multiplies the steps of every stage · ema: decay of the averaged weights."""
+
+    scale: Annotated[float, Field(gt=0)] = 1.0
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
+    stages: dict[str, Stage]
+
+
+class Render(_Strict):
+    """batch: frames marched at once · crf: H.264 quality (lower is better)."""
+
+    batch: Annotated[int, Field(ge=1)] = 1
+    crf: Annotated[int, Field(ge=0, le=40)] = 16
+
+
+class AvatarOptions(_Strict):
+    """size: the one dial that each method maps to its widths."""
+
+    size: Literal["tiny", "full"] = "full"
+
+
+class Preset(_Strict):
+    """Everything that names a training run."""
+
+    method: str
+    data: Data = Data()
+    march: March = March()
+    train: Train
+    render: Render = Render()
+    avatar: AvatarOptions = AvatarOptions()
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def preset_folder() -> Path:
+    """Where the presets lie: inside the wheel, or beside the package in a checkout."""
+    inside = Path(str(resources.files("talkhead_cli") / "presets"))
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "presets"
+
+
+def preset_names() -> list[str]:
+    return sorted(p.stem for p in preset_folder().glob("*.yaml"))
+
+
+def read_layer(name: str) -> dict[str, Any]:
+    """One preset by name or by path, as plain values."""
+    path = Path(name) if name.endswith((".yaml", ".yml")) else preset_folder() / f"{name}.yaml"
+    if not path.is_file() or (path.parent == preset_folder() and "/" in name):
+        raise MisuseError(
+            f"there is no preset '{name}'; known: {', '.join(preset_names())}, or a .yaml file"
+        )
+    try:
+        layer = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise MisuseError(f"{path.name} is not valid YAML: {error}") from error
+    if not isinstance(layer, dict):
+        raise MisuseError(f"{path.name} must hold keys and values")
+    return layer
+
+
+def load(names: Sequence[str], settings: Sequence[str] = ()) -> Preset:
+    """Merge presets left to right, then `key=value` settings with dotted keys; validate."""
+    merged: dict[str, Any] = {}
+    for name in names:
+        merged = _merge(merged, read_layer(name))
+    for setting in settings:
+        merged = _merge(merged, _parse_setting(setting))
+    return validate(merged)
+
+
+def from_yaml(text: str) -> Preset:
+    return validate(yaml.safe_load(text))
+
+
+def run_name(names: Sequence[str], settings: Sequence[str]) -> str:
+    """A run is named by its presets; settings do not change the name."""
+    del settings
+    return "+".join(Path(n).stem for n in names)
+
+
+def validate(values: dict[str, Any]) -> Preset:
+    """Values -> Preset, or MisuseError naming the dotted path that is wrong."""
+    try:
+        return Preset.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _known_keys(first["loc"][:-1])
+            hint = f"; known there: {', '.join(known)}" if known else ""
+            raise MisuseError(f"unknown preset key '{path}'{hint}") from error
+        raise MisuseError(f"preset key '{path}': {first['msg']}") from error
+
+
+def _known_keys(parents: tuple[int | str, ...]) -> list[str]:
+    model: Any = Preset
+    for part in parents:
+        if model is Train and part == "stages":
+            model = dict
+        elif model is dict:
+            model = Stage
+        else:
+            field = model.model_fields.get(str(part))
+            model = field.annotation if field else None
+        if model is None:
+            return []
+    return list(model.model_fields) if hasattr(model, "model_fields") else []
+
+
+def _merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _merge(merged[key], value) if both else value
+    return merged
+
+
+def _parse_setting(setting: str) -> dict[str, Any]:
+    key, equals, text = setting.partition("=")
+    if not equals or not key:
+        raise MisuseError(f"'{setting}' is not key=value, for example -s data.size_px=256")
+    try:
+        value = yaml.safe_load(text)
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+            value = float(value) if value.lower() not in ("nan", "inf", "-inf") else value
+    except (ValueError, yaml.YAMLError):
+        value = text
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)

@@ -1,0 +1,117 @@
+"""Draws training rays: which frames, which pixels, and what they should look like."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from talkhead_cli.contracts import RayBundle, Shot, Signals
+from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.preset import Stage
+from talkhead_cli.march import pixel_rays
+
+# Shares of random rays by region.  Mouth and eyes cover a hundredth of the picture: drawn
+# evenly they would hardly ever be seen, and blinks would not be learnt at all.
+SHARES = {"mouth": 0.18, "eyes": 0.12, "face": 0.32, "all": 0.38}
+
+
+def draw(footage: Footage, stage: Stage, n_rays: int, aabb: Tensor, rng: torch.Generator) -> Shot:
+    """One person's share of a training step."""
+    if stage.rays == "none":
+        rows = footage.train[footage.heard[footage.train]]
+        return Shot(footage.signals[_pick(rows, stage.batch, rng)])
+    n_frames = min(stage.n_frames, max(1, n_rays // 16))
+    if stage.rays == "patch":
+        n_frames = max(1, min(n_frames, n_rays // stage.patch_px**2))
+    rows = _pick(footage.train, n_frames, rng)
+    signals = footage.signals[rows]
+    if stage.rays == "patch":
+        row, pixel = _patches(signals, stage, rng)
+        layout = (n_frames, stage.patch_px, stage.patch_px)
+    else:
+        row, pixel = _pixels(signals, n_rays, rng)
+        layout = None
+    rays = pixel_rays(signals.camera, row, pixel, aabb, layout=layout)
+    return with_truth(footage, rows, Shot(signals, rays))
+
+
+def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
+    """The shot with true colours, labels and the background behind each ray."""
+    rays = shot.rays
+    assert rays is not None
+    column, line = rays.pixel.long().unbind(1)
+    frame = rows[rays.row].numpy()
+    x, y = column.numpy(), line.numpy()
+    target = torch.from_numpy(footage.pictures[frame, y, x]).float() / 255
+    scale = footage.labels.shape[-1] / footage.size_px
+    at = (np.floor((y + 0.5) * scale).astype(int), np.floor((x + 0.5) * scale).astype(int))
+    labels = torch.from_numpy(footage.labels[frame, :, at[0], at[1]]).float() / 255
+    return Shot(shot.signals, rays, target, labels, footage.plate[line, column])
+
+
+def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:
+    """n rows, without repeats while they last."""
+    if n >= len(rows):
+        return rows[torch.randint(len(rows), (n,), generator=rng)]
+    return rows[torch.randperm(len(rows), generator=rng)[:n]]
+
+
+def _pixels(signals: Signals, n_rays: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Random pixels by region: row (R,), pixel centres (R, 2)."""
+    size = signals.camera.size_px
+    marks = signals.landmarks_px * size
+    per_row = max(4, n_rays // len(signals))
+    rows, places = [], []
+    for region, share in SHARES.items():
+        n = max(1, round(share * per_row))
+        unit = torch.rand(len(signals), n, 2, generator=rng)
+        if region == "all":
+            at = unit * size
+        else:
+            centre, radius = _region(marks, region, rng)
+            at = centre[:, None] + (2 * unit - 1) * radius[:, None]
+        rows.append(torch.arange(len(signals))[:, None].expand(-1, n).flatten())
+        places.append(at.flatten(0, 1))
+    pixel = torch.cat(places).floor().clamp(0, size - 1) + 0.5
+    return torch.cat(rows), pixel
+
+
+def _patches(signals: Signals, stage: Stage, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One square patch per row, in raster order: row (R,), pixel centres (R, 2)."""
+    size, side = signals.camera.size_px, stage.patch_px
+    marks = signals.landmarks_px * size
+    if stage.region == "all":
+        centre = torch.rand(len(signals), 2, generator=rng) * size
+    else:
+        name = {"lips": "mouth", "eyes": "eyes"}[stage.region]
+        centre, radius = _region(marks, name, rng)
+        centre = centre + (torch.rand(len(signals), 2, generator=rng) - 0.5) * radius
+    corner = (centre - side / 2).round().clamp(0, size - side)
+    line, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    offset = torch.stack([column, line], -1).flatten(0, 1) + 0.5
+    pixel = (corner[:, None] + offset).flatten(0, 1)
+    return torch.arange(len(signals)).repeat_interleave(side * side), pixel
+
+
+def _region(marks: Tensor, region: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Centre and half-size (T, 2) of a region's box; one of the two eyes at random."""
+    if region == "eyes":
+        left, right = marks[:, 36:42], marks[:, 42:48]
+        which = torch.rand(len(marks), 1, 1, generator=rng) < 0.5
+        points, grow = torch.where(which, left, right), (1.5, 2.4)
+    elif region == "mouth":
+        points, grow = marks[:, 48:68], (1.3, 1.8)
+    else:
+        points, grow = marks, (1.1, 1.25)
+    low, high = points.amin(1), points.amax(1)
+    half = (high - low) / 2
+    floor = half.amax(1, keepdim=True) * 0.35
+    return (low + high) / 2, torch.maximum(half, floor) * torch.tensor(grow)
+
+
+def whole_picture(signals: Signals, aabb: Tensor) -> RayBundle:
+    """Rays of all rows' pictures."""
+    from talkhead_cli.march import picture_rays
+
+    return picture_rays(signals.camera, torch.arange(len(signals)), aabb)

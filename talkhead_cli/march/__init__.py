@@ -1,0 +1,111 @@
+"""Volume rendering: rays through an occupancy grid to composited channels.
+
+The only file that asks whether CUDA exists. A marcher sees points, directions and row
+numbers; what moved the points there is the field's affair.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ..contracts import MisuseError, Need, TalkheadError
+from .dense import DenseMarcher
+from .occupancy import OccupancyGrid
+from .packed import NerfaccMarcher, PackedMarcher, nerfacc_obstacle
+from .rays import intersect_box, picture_rays, pixel_rays, step_length
+
+__all__ = [
+    "DenseMarcher",
+    "MarchOptions",
+    "NerfaccMarcher",
+    "OccupancyGrid",
+    "PackedMarcher",
+    "build",
+    "check",
+    "intersect_box",
+    "picture_rays",
+    "pixel_rays",
+    "step_length",
+]
+
+KINDS = ("auto", "packed", "dense", "nerfacc")
+
+
+@dataclass(frozen=True)
+class MarchOptions:
+    """How finely to march.
+
+    n_steps     samples of a ray straight through the box: step = depth (z) / n_steps
+    resolution  cells of the occupancy grid along each axis
+    early_stop  transmittance at which a ray ends when no gradient is wanted; 0: never
+    every       training steps between updates of the grid
+    kind        "auto" takes nerfacc where its kernels can be had, else packed
+    """
+
+    n_steps: int = 64
+    resolution: int = 64
+    early_stop: float = 1e-4
+    every: int = 16
+    seed: int = 0
+    kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto"
+
+
+def build(
+    options: MarchOptions, aabb: Tensor, device: torch.device | str
+) -> tuple[DenseMarcher | PackedMarcher, str]:
+    """The marcher for a box (6,) on a device, and one line that says why this one."""
+    device = torch.device(device)
+    if options.kind not in KINDS:
+        raise MisuseError(f"march.kind is {options.kind!r}; use one of {', '.join(KINDS)}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise TalkheadError("no CUDA device is found; use --device cpu")
+    aabb = aabb.to(device)
+    if options.kind == "dense":
+        return DenseMarcher(aabb, options.n_steps), "dense: asked for"
+
+    step = step_length(aabb, options.n_steps)
+    grid = OccupancyGrid(aabb, step, options.resolution, options.seed)
+
+    def made(kind: type[PackedMarcher]) -> PackedMarcher:
+        return kind(grid, step, early_stop=options.early_stop, every=options.every)
+
+    if options.kind == "packed":
+        return made(PackedMarcher), "packed: asked for"
+    obstacle = nerfacc_obstacle() if device.type == "cuda" else "nerfacc needs a CUDA device"
+    if not obstacle:
+        return made(NerfaccMarcher), "nerfacc: CUDA kernels"
+    if options.kind == "nerfacc":
+        raise TalkheadError(f"nerfacc cannot be used ({obstacle}); set march.kind=packed")
+    return made(PackedMarcher), f"packed in plain torch: {obstacle}"
+
+
+def check() -> list[Need]:
+    """What marching can use. Nothing is required: plain torch marches on any machine."""
+    wishes = (
+        (
+            "CUDA device",
+            torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "install a CUDA build of torch, or train on the CPU with the tiny preset",
+        ),
+        (
+            "nerfacc",
+            "installed" if importlib.util.find_spec("nerfacc") else None,
+            "pip install nerfacc 'torch<2.14'  (of use only with a CUDA device)",
+        ),
+        (
+            "nvcc",
+            shutil.which("nvcc"),
+            "put the CUDA toolkit's bin folder on PATH; nerfacc compiles with it, once",
+        ),
+        ("ninja", shutil.which("ninja"), "pip install ninja  (nerfacc compiles with it, once)"),
+    )
+    return [
+        Need(name, found is not None, found or "none", fix, required=False)
+        for name, found, fix in wishes
+    ]

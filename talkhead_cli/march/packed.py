@@ -1,0 +1,265 @@
+"""Only what is worth looking at goes to the field: the marchers that are used.
+
+`PackedMarcher` is plain torch and runs anywhere; `NerfaccMarcher` lets nerfacc's CUDA
+kernels walk the grid. Both share the occupancy grid and, without gradients, the rounds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..contracts import Field, RayBundle, Rendered
+from .dense import first_sample, quadrature
+from .occupancy import OccupancyGrid
+from .rays import intersect_box
+
+RAYS_AT_ONCE = 2048  # so that the test against the grid stays in the processor's cache
+FIRST_ROUND = 4  # samples; about what it takes to pass from air into skin
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The N samples of R rays worth looking at, ray by ray and front to back.
+
+    t (N,) distance · ray (N,) long, ascending · start, count (R,) long, each ray's share
+    """
+
+    t: Tensor
+    ray: Tensor
+    start: Tensor
+    count: Tensor
+
+
+class PackedMarcher(nn.Module):
+    """Samples that lie in occupied cells, on the lattice of `DenseMarcher`.
+
+    With gradients all of them go to the field at once. Without, rays are followed front to
+    back in rounds, and a ray whose transmittance fell to `early_stop` is left alone: what
+    a face hides is never evaluated, and no channel is off by more than `early_stop` times
+    its largest value. In training every ray's lattice is shifted by a random part of a step.
+    """
+
+    def __init__(
+        self,
+        occupancy: OccupancyGrid,
+        step_length: float,
+        *,
+        early_stop: float = 1e-4,
+        every: int = 16,
+    ) -> None:
+        super().__init__()
+        assert step_length > 0 and 0 <= early_stop < 1 and every > 0
+        self.occupancy, self.step = occupancy, step_length
+        self.early_stop, self.every = early_stop, every
+
+    def march(self, field: Field, rays: RayBundle) -> Rendered:
+        """Integrate `field` along `rays`."""
+        packed = self.sample(rays)
+        origin = _first_distance(packed)
+        feature = rays.origins.new_zeros(len(rays), field.channels, dtype=torch.float32)
+        # Moments of w about each ray's first sample: (sum w, sum w s, sum w s^2). Distances
+        # from there are small, so that the spread of a thin surface survives float32.
+        moments = feature.new_zeros(len(rays), 3)
+        alive = packed.count.nonzero().squeeze(1)
+        through = feature.new_ones(len(alive))
+        n_points = 0
+        for a, b in self._rounds(packed):
+            if not len(alive):
+                break
+            start, n_left = packed.start[alive] + a, packed.count[alive] - a
+            width = min(b - a, int(n_left.max()))
+            lane = torch.arange(width, device=alive.device)
+            slot = (lane < n_left[:, None]).view(-1).nonzero().squeeze(1)  # into (A, width)
+            if a == 0 and b == len(packed.t):  # one shot: the packed order is the slots' order
+                t, ray = packed.t, packed.ray
+            else:
+                here = (start[:, None] + lane).view(-1).index_select(0, slot)
+                t, ray = packed.t.index_select(0, here), packed.ray.index_select(0, here)
+            x, density, channels = _ask(field, rays, t, ray)
+            n_points += len(t)
+
+            shape = (len(alive), width)
+            matrix = density.new_zeros(shape[0] * width)
+            w = quadrature(matrix.scatter(0, slot, density).view(shape), self.step)
+            w = w * through[:, None]
+            packed_w = w.view(-1).index_select(0, slot)
+            if self.training and torch.is_grad_enabled():
+                self.occupancy.observe(x, packed_w)
+            feature = feature + _composite(field, packed_w, channels, ray, len(rays))
+            s = matrix.scatter(0, slot, t).view(shape) - origin[alive]
+            ws = w * s
+            sums = torch.stack((w.sum(1), ws.sum(1), (ws * s).sum(1)), 1)
+            moments = moments.index_add(0, alive, sums)
+            through = through - w.detach().sum(1)
+            keep = (through > self.early_stop) & (n_left > width)
+            alive, through = alive[keep], through[keep]
+
+        opacity, first, second = moments.chunk(3, 1)
+        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
+        return Rendered(feature, opacity, first + origin * opacity, spread, n_points)
+
+    def refresh(self, field: Field, step: int) -> None:
+        """Update the grid on every `every`-th step."""
+        if step % self.every == 0:
+            self.occupancy.update(field, step)
+
+    @torch.no_grad()
+    def sample(self, rays: RayBundle) -> Packed:
+        """Lay the lattice over each ray and keep what lies in occupied cells."""
+        first = first_sample(rays, self.step, self.training)
+        enter, leave = intersect_box(rays.origins, rays.directions, self.occupancy.tight_box())
+        # The lattice is laid from `near`, whatever the grid says: a cell that opens or shuts
+        # must not move the other samples. One sample more on either side absorbs rounding.
+        begin = ((enter - first) / self.step).floor().clamp_min(0)
+        end = ((torch.minimum(leave, rays.far) - first) / self.step).ceil() + 1
+        span = torch.where(leave > enter, end - begin, 0).clamp_min(0).squeeze(1)
+        live = (span > 0).nonzero().squeeze(1)
+        count = live.new_zeros(len(rays))
+        found = [first.new_zeros(0)]
+        at_once = RAYS_AT_ONCE if live.is_cpu else 32 * RAYS_AT_ONCE
+        for part in torch.split(live, at_once) if len(live) else ():
+            lane = torch.arange(int(span[part].max()), device=part.device)
+            t = first[part] + self.step * (begin[part] + lane)  # (R', S)
+            keep = self.occupancy.along(rays.origins[part], rays.directions[part], t)
+            keep &= t < rays.far[part]
+            count[part] = keep.sum(1)
+            found.append(t.view(-1).index_select(0, keep.view(-1).nonzero().squeeze(1)))
+        return _packed(torch.cat(found), count)
+
+    def _rounds(self, packed: Packed) -> Iterator[tuple[int, int]]:
+        """Ranks a <= i < b of the samples that each round looks at."""
+        if torch.is_grad_enabled() or self.early_stop == 0:
+            yield 0, len(packed.t)
+            return
+        a, n = 0, FIRST_ROUND
+        while True:
+            yield a, a + n
+            a, n = a + n, max(n, a)  # 4, 4, 8, 16, ...
+
+
+class NerfaccMarcher(PackedMarcher):
+    """The same march with nerfacc 0.5's kernels; CUDA only.
+
+    The grid walk replaces the lattice test, and with gradients the weights stay packed
+    (no (R, S) matrix at all). `rendering()` of nerfacc is not used: it wants 3 channels.
+    """
+
+    @torch.no_grad()
+    def sample(self, rays: RayBundle) -> Packed:
+        """Walk the grid cell by cell (`nerfacc.traverse_grids`)."""
+        if not len(rays):
+            return super().sample(rays)
+        grid = self.occupancy
+        enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
+        near, far = torch.maximum(rays.near, enter), torch.minimum(rays.far, leave)
+        # Its samples are middles of intervals, hence half a step before our first one.
+        start = first_sample(rays, self.step, self.training) - 0.5 * self.step
+        _, samples, _ = _nerfacc("grid").traverse_grids(
+            rays.origins.float(),
+            rays.directions.float(),
+            grid.occupied[None],
+            grid.aabb[None],
+            near_planes=start.squeeze(1),
+            far_planes=rays.far.squeeze(1),
+            step_size=self.step,
+            # Our own hits: theirs divides by a direction of exactly zero.
+            t_sorted=torch.cat((near, far), 1),
+            t_indices=torch.arange(2, device=near.device).expand(len(rays), 2),
+            hits=far > near,
+        )
+        return _packed(samples.vals, samples.packed_info[:, 1])
+
+    def march(self, field: Field, rays: RayBundle) -> Rendered:
+        """Integrate `field` along `rays`."""
+        if not torch.is_grad_enabled():
+            return super().march(field, rays)
+        packed = self.sample(rays)
+        if not len(packed.t):
+            return super().march(field, rays)
+        x, density, channels = _ask(field, rays, packed.t, packed.ray)
+        volrend = _nerfacc("volrend")
+        weights, _, _ = volrend.render_weight_from_density(
+            torch.zeros_like(packed.t),
+            torch.full_like(packed.t, self.step),
+            density,
+            packed_info=torch.stack((packed.start, packed.count), 1),
+        )
+        if self.training:
+            self.occupancy.observe(x, weights)
+        origin = _first_distance(packed)
+        s = packed.t[:, None] - origin[packed.ray]
+        attached = field.channels - field.n_detached
+        feature, extra, moments = (
+            volrend.accumulate_along_rays(w, values, ray_indices=packed.ray, n_rays=len(rays))
+            for w, values in (
+                (weights, channels[:, :attached].float()),
+                (weights.detach(), channels[:, attached:].float()),
+                (weights, torch.cat((torch.ones_like(s), s, s**2), 1)),
+            )
+        )
+        opacity, first, second = moments.chunk(3, 1)
+        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
+        depth = first + origin * opacity
+        return Rendered(torch.cat((feature, extra), 1), opacity, depth, spread, len(packed.t))
+
+
+def nerfacc_obstacle() -> str:
+    """Why nerfacc cannot be used here, "" if it can. Builds its extension (minutes, once)."""
+    try:
+        version = importlib.import_module("nerfacc").__version__
+        with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout carries paths
+            kernels = _nerfacc("cuda._backend")._C
+    except Exception as error:  # a failed build raises whatever the compiler wrapper raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    if kernels is None:
+        return f"nerfacc {version} found no nvcc" if not shutil.which("nvcc") else "no kernels"
+    return ""
+
+
+def _nerfacc(module: str) -> Any:
+    return importlib.import_module(f"nerfacc.{module}")
+
+
+def _packed(t: Tensor, count: Tensor) -> Packed:
+    """t (N,), count (R,) -> the samples with their owners."""
+    ray = torch.arange(len(count), device=t.device).repeat_interleave(count)
+    return Packed(t, ray, count.cumsum(0) - count, count)
+
+
+def _composite(field: Field, w: Tensor, channels: Tensor, ray: Tensor, n_rays: int) -> Tensor:
+    """Weights (N,), channels (N, C), ray (N,) -> (n_rays, C); the last ones leave w alone."""
+    attached = field.channels - field.n_detached
+    zeros = torch.zeros(n_rays, field.channels, device=w.device)
+    # Summed apart: joining columns per ray costs a hundredth of joining them per sample.
+    parts = (
+        zeros[:, part].index_add(0, ray, weight[:, None] * channels[:, part].float())
+        for weight, part in ((w, slice(attached)), (w.detach(), slice(attached, None)))
+    )
+    return torch.cat(tuple(parts), 1)
+
+
+def _first_distance(packed: Packed) -> Tensor:
+    """(R, 1) distance of each ray's first sample, 0 where it has none."""
+    some = packed.count > 0
+    at = torch.where(some, packed.start, 0)
+    t = packed.t if len(packed.t) else packed.t.new_zeros(1)
+    return torch.where(some, t.index_select(0, at), 0.0)[:, None]
+
+
+def _ask(field: Field, rays: RayBundle, t: Tensor, ray: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The field at distances t (N,) along rays (N,): x (N, 3), density (N,), channels (N, C)."""
+    d = rays.directions.index_select(0, ray)
+    x = rays.origins.index_select(0, ray) + t[:, None] * d
+    density, channels = field(x, d, rays.row.index_select(0, ray))
+    assert density.shape == t.shape, (density.shape, t.shape)
+    assert channels.shape == (len(t), field.channels), channels.shape
+    return x, density.float(), channels

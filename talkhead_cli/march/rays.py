@@ -1,0 +1,76 @@
+"""Pixels become rays, and rays meet boxes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..contracts import Camera, RayBundle
+
+NEAR = 0.01  # face heights; nothing nearer to the lens is drawn
+
+
+def step_length(aabb: Tensor, n_steps: int) -> float:
+    """The world length of one march step: the box's depth (z, face heights) over `n_steps`.
+
+    A ray straight through takes `n_steps` samples and an oblique one more, so that the
+    spacing, and with it what a density means, is the same for every ray.
+    """
+    assert aabb.shape == (6,) and n_steps > 0
+    return float(aabb[5] - aabb[2]) / n_steps
+
+
+def intersect_box(origins: Tensor, directions: Tensor, aabb: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rays enter and leave a box (slab method: Kay & Kajiya 1986).
+
+    origins, directions (R, 3), aabb (6,) -> near, far (R, 1) with NEAR <= near <= far.
+    A ray that misses gets near = far.
+    """
+    assert origins.shape == directions.shape and origins.shape[-1] == 3 and aabb.shape == (6,)
+    # A ray parallel to a slab: a huge finite slope keeps 0 * inf = nan out.
+    tiny = torch.full_like(directions, 1e-12)
+    slope = 1.0 / torch.where(directions.abs() < tiny, tiny, directions)
+    a, b = (aabb[:3] - origins) * slope, (aabb[3:] - origins) * slope
+    near = torch.minimum(a, b).amax(-1, keepdim=True).clamp_min(NEAR)
+    far = torch.maximum(a, b).amin(-1, keepdim=True)
+    hit = far > near
+    near = torch.where(hit, near, NEAR)
+    return near, torch.where(hit, far, near)
+
+
+def pixel_rays(
+    camera: Camera,
+    row: Tensor,
+    pixel: Tensor,
+    aabb: Tensor,
+    layout: tuple[int, int, int] | None = None,
+) -> RayBundle:
+    """Rays through single pixels of a pinhole camera without lens distortion.
+
+    row (R,) long, which row of `camera` each ray is seen from; pixel (R, 2) x, y in pixels
+    of a picture of `camera.size_px`, centres at +0.5; aabb (6,) the field's box.
+    """
+    assert row.ndim == 1 and pixel.shape == (len(row), 2), (row.shape, pixel.shape)
+    k, c2w = camera.k[row], camera.c2w[row]
+    y = (pixel[:, 1] - k[:, 1, 2]) / k[:, 1, 1]
+    x = (pixel[:, 0] - k[:, 0, 2] - k[:, 0, 1] * y) / k[:, 0, 0]
+    looking = torch.stack((x, y, torch.ones_like(x)), -1)  # camera axes: z forward
+    directions = (c2w[:, :3, :3] * looking[:, None]).sum(-1)  # not @: autocast would halve it
+    directions = torch.nn.functional.normalize(directions, dim=-1)
+    origins = c2w[:, :3, 3].contiguous()
+    near, far = intersect_box(origins, directions, aabb)
+    return RayBundle(origins, directions, near, far, pixel, row, layout)
+
+
+def picture_rays(camera: Camera, rows: Tensor, aabb: Tensor) -> RayBundle:
+    """Every pixel of whole pictures in raster order, layout (B, H, W).
+
+    rows (B,) long, positions in the given camera; `row` of the rays counts in it too.
+    """
+    assert rows.ndim == 1
+    size = camera.size_px
+    centre = torch.arange(size, device=rows.device, dtype=camera.k.dtype) + 0.5
+    y, x = torch.meshgrid(centre, centre, indexing="ij")
+    pixel = torch.stack((x, y), -1).reshape(-1, 2).repeat(len(rows), 1)
+    row = rows.repeat_interleave(size * size)
+    return pixel_rays(camera, row, pixel, aabb, (len(rows), size, size))

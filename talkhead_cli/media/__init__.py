@@ -1,0 +1,46 @@
+"""Ffmpeg in and out: the only room that starts another program.
+
+One clock for a file's pictures and sound: time 0 is the earliest track's start, frame i is
+what is seen at (i + 0.5) / 25 s, and sample n is heard at n / 16000 s.
+"""
+
+from __future__ import annotations
+
+from talkhead_cli.contracts import Need, TalkheadError
+from talkhead_cli.media import ffmpeg
+from talkhead_cli.media.audio import duration_of_sound, read_wav, sound, sound_to_file, write_wav
+from talkhead_cli.media.ffmpeg import Probe, probe
+from talkhead_cli.media.video import VideoWriter, frame_count, frames
+
+__all__ = [
+    "Probe",
+    "VideoWriter",
+    "check",
+    "duration_of_sound",
+    "frame_count",
+    "frames",
+    "probe",
+    "read_wav",
+    "sound",
+    "sound_to_file",
+    "write_wav",
+]
+
+
+def check() -> list[Need]:
+    """What this room needs of the machine."""
+    fix = "install ffmpeg with libx264 and aac, or `pip install imageio-ffmpeg`"
+    try:
+        found = f"{ffmpeg.version()} ({ffmpeg.executable()})"
+    except TalkheadError as error:
+        return [Need("ffmpeg", False, str(error), fix)]
+    needs = [Need("ffmpeg", True, found)]
+    for encoder, what_for, required in (
+        ("libx264", "H.264 pictures", True),
+        ("aac", "AAC sound", True),
+        ("libvpx-vp9", "transparent .webm", False),
+    ):
+        ok = ffmpeg.knows("encoders", encoder)
+        name = f"ffmpeg {encoder}"
+        needs.append(Need(name, ok, what_for if ok else "missing", "" if ok else fix, required))
+    return needs

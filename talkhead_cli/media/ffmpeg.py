@@ -1,0 +1,215 @@
+"""Find ffmpeg, run it, and ask it what a file holds (ffprobe does not come with every build)."""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import subprocess
+import tempfile
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import ffmpeg as graphs  # type: ignore[import-untyped]
+
+from talkhead_cli.contracts import TalkheadError
+
+
+@cache
+def executable() -> str:
+    """The system's ffmpeg, else the one that imageio-ffmpeg brings; TalkheadError if neither."""
+    if found := shutil.which("ffmpeg"):
+        return found
+    try:
+        import imageio_ffmpeg  # type: ignore[import-untyped]
+
+        return str(imageio_ffmpeg.get_ffmpeg_exe())
+    except (ImportError, RuntimeError):
+        raise TalkheadError(
+            "ffmpeg was not found; install it, or `pip install imageio-ffmpeg`"
+        ) from None
+
+
+def _ask(*words: str) -> str:
+    """What ffmpeg prints on both streams when called with `words`."""
+    argv = [executable(), "-hide_banner", "-nostdin", *words]
+    done = subprocess.run(
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    return done.stdout.decode("utf-8", "replace")
+
+
+@cache
+def version() -> str:
+    """For example "7.0.2-static"."""
+    found = re.search(r"ffmpeg version (\S+)", _ask("-version"))
+    return found[1] if found else "unknown version"
+
+
+@cache
+def knows(kind: str, name: str) -> bool:
+    """Whether this build has `name` among its `kind` ("encoders", "filters")."""
+    return re.search(rf"^ \S+ +{re.escape(name)} ", _ask(f"-{kind}"), re.M) is not None
+
+
+def url(path: Path | str) -> str:
+    """`path` as ffmpeg should see it: a name like `talk: one.mp4` is no protocol."""
+    return f"file:{path}"
+
+
+class Run:
+    """One ffmpeg process made of an ffmpeg-python output `graph`.
+
+    `out` is its standard output, `feed` its standard input when `fed`. Its messages go to
+    an unnamed file: no pipe of messages can fill up and block it.
+    """
+
+    def __init__(self, graph: Any, *, fed: bool = False) -> None:
+        quiet = [executable(), "-hide_banner", "-nostdin", "-loglevel", "error"]
+        self._log = tempfile.TemporaryFile()  # noqa: SIM115 - close() does it
+        self._process = subprocess.Popen(
+            graph.compile(cmd=quiet, overwrite_output=True),
+            stdin=subprocess.PIPE if fed else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+        )
+        self.out: Any = self._process.stdout
+        self.feed: Any = self._process.stdin
+        self.messages: list[str] = []
+
+    def finish(self) -> bool:
+        """Wait for the end and collect the messages; whether ffmpeg was content."""
+        code = self._process.wait()
+        self._log.seek(0)
+        lines = self._log.read().decode("utf-8", "replace").splitlines()
+        self.messages = [line.strip() for line in lines if line.strip()]
+        if code and not self.messages:
+            self.messages = [f"ffmpeg ended with code {code}"]
+        return code == 0
+
+    @property
+    def complaint(self) -> str:
+        """The last telling message, without addresses in memory; "" when there is none."""
+        said = [line for line in self.messages if line != "Conversion failed!"]
+        return re.sub(r"^(\[[^]]*\] *)+", "", said[-1]).rstrip(".") if said else ""
+
+    def close(self) -> None:
+        """End it whatever it does, and let go of its pipes."""
+        self._process.kill()
+        self._process.wait()
+        for pipe in filter(None, (self.feed, self.out, self._log)):
+            with suppress(BrokenPipeError):  # of what was still buffered for it
+                pipe.close()
+
+
+def beside(path: Path) -> Path:
+    """A new hidden name in the folder of `path` with its suffix, to be renamed when finished."""
+    return path.with_name(f".part-{secrets.token_hex(4)}{path.suffix}")
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What a media file holds.
+
+    width, height  pixels of the picture as it is meant to be seen: upright, square pixels
+    duration_s     of the longest track, as declared (a truncated file may hold less)
+    fps            nominal; 0 without video
+    rotation_deg   clockwise turn that makes the stored picture upright: 0, 90, 180, 270
+    colour         pixel format and colour tags as ffmpeg writes them, e.g.
+                   "yuv420p10le(tv, bt2020nc/bt2020/smpte2084, progressive)"
+    video_start_s, audio_start_s  start of the track on the file's common clock
+    """
+
+    width: int
+    height: int
+    duration_s: float
+    fps: float
+    has_video: bool
+    has_audio: bool
+    rotation_deg: int
+    colour: str
+    video_start_s: float
+    audio_start_s: float
+
+
+def probe(path: Path | str) -> Probe:
+    """Ask ffmpeg about the first track of each kind; a cover picture is no video.
+
+    Raises TalkheadError when the file is missing or holds neither picture nor sound.
+    """
+    if not Path(path).is_file():
+        raise TalkheadError(f"{path} is not there or is not a file; give the path of a media file")
+    text = _ask("-i", url(path))
+    head, *streams = re.split(r"^  Stream #", text, flags=re.M)
+    # ffmpeg shows any text file as a film of a terminal
+    tracks = [] if re.search(r"^Input #0, tty,", head, re.M) else streams
+    video = next((s for s in tracks if _VIDEO.search(s) and "(attached pic)" not in s), "")
+    audio = next((s for s in tracks if ": Audio: " in s), "")
+    if not (video or audio):
+        raise TalkheadError(
+            f"{path} cannot be read as video or sound: it is not a media file or its index is "
+            "missing; copy or export it again"
+        )
+    origin_s = _number(r"Duration: .*?, start: (-?[\d.]+)", head)
+    width, height, rotation_deg, colour = _picture(video)
+    return Probe(
+        width=width,
+        height=height,
+        duration_s=_duration_s(head, path),
+        fps=_number(r"([\d.]+) fps", video) or _number(r"([\d.]+) tbr", video),
+        has_video=bool(video),
+        has_audio=bool(audio),
+        rotation_deg=rotation_deg,
+        colour=colour,
+        video_start_s=_start_s(video, origin_s),
+        audio_start_s=_start_s(audio, origin_s),
+    )
+
+
+def count_packets(path: Path | str, track: str) -> tuple[int, float]:
+    """Frames and end in seconds of a track ("V:0", "a:0"), without decoding it."""
+    graph = graphs.input(url(path))[track].output("-", format="null", c="copy", progress="pipe:1")
+    with closing(Run(graph)) as run:
+        report = run.out.read().decode()
+        run.finish()
+    frames = re.findall(r"^frame=(\d+)", report, re.M)
+    micros = re.findall(r"^out_time_us=(\d+)", report, re.M)
+    return int(frames[-1]) if frames else 0, int(micros[-1]) / 1e6 if micros else 0.0
+
+
+_VIDEO = re.compile(r": Video: .*?, (\w+(?:\([^)]*\))?), (\d+)x(\d+)")
+
+
+def _number(pattern: str, text: str) -> float:
+    found = re.search(pattern, text)
+    return float(found[1]) if found else 0.0
+
+
+def _start_s(stream: str, origin_s: float) -> float:
+    found = re.search(r", start (-?[\d.]+)", stream)
+    return max(0.0, float(found[1]) - origin_s) if found else 0.0
+
+
+def _duration_s(head: str, path: Path | str) -> float:
+    if found := re.search(r"Duration: (\d+):(\d+):([\d.]+)", head):
+        return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
+    # browsers record without saying how long it became
+    return max(count_packets(path, track)[1] for track in ("V:0", "a:0"))
+
+
+def _picture(stream: str) -> tuple[int, int, int, str]:
+    """width, height, rotation_deg, colour of a video stream's description."""
+    found = _VIDEO.search(stream)
+    if not found:
+        return 0, 0, 0, ""
+    colour, width, height = found[1], int(found[2]), int(found[3])
+    # ffmpeg counts anticlockwise
+    rotation_deg = round(-_number(r"rotation of (-?[\d.]+) degrees", stream)) % 360
+    aspects = re.findall(r"SAR (\d+):(\d+)", stream.splitlines()[0])
+    over, under = map(int, aspects[-1]) if aspects else (1, 1)  # the container's comes last
+    if rotation_deg in (90, 270):
+        width, height, over, under = height, width, under, over
+    return round(width * over / under) if over and under else width, height, rotation_deg, colour

@@ -1,0 +1,129 @@
+"""A trained run: plain data that rebuilds its own avatar.
+
+runs/lokitalk+tiny/
+    preset.yaml          the whole preset, resolved
+    avatar.safetensors   weights, identity, occupancy
+    meta.json            versions, what it was trained on, figures; written last: "finished"
+    drive.npz  plate.png what rendering needs of the footage
+    optim.pt             for resuming only
+    evaluate/            figures and films
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+
+from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.store.files import atomic, read_arrays, read_json, write_arrays, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_NAME_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-")
+
+
+class Run:
+    """Reads and writes one run's folder."""
+
+    def __init__(self, root: Path) -> None:
+        if not root.name or not set(root.name) <= _NAME_CHARS or root.name.startswith("."):
+            raise TalkheadError(
+                f"'{root.name}' cannot be a run's name; use letters, digits, '+', '-', '_', '.'"
+            )
+        self.root = root
+        self.name = root.name
+
+    def meta(self) -> dict[str, Any]:
+        try:
+            return dict(read_json(self.root / "meta.json"))
+        except FileNotFoundError:
+            return {}
+
+    @property
+    def is_finished(self) -> bool:
+        return bool(self.meta().get("finished"))
+
+    def clear(self) -> None:
+        if self.root.exists():
+            shutil.rmtree(self.root)
+
+    def write_meta(self, **facts: Any) -> None:
+        write_json(self.root / "meta.json", {**self.meta(), **facts})
+
+    def write_preset(self, text: str) -> None:
+        with atomic(self.root / "preset.yaml") as part:
+            part.write_text(text, encoding="utf-8")
+
+    def preset_text(self) -> str | None:
+        path = self.root / "preset.yaml"
+        return path.read_text(encoding="utf-8") if path.exists() else None
+
+    def save_weights(self, tensors: dict[str, Tensor]) -> None:
+        from safetensors.torch import save_file
+
+        with atomic(self.root / "avatar.safetensors") as part:
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, part)
+
+    def weights(self) -> dict[str, Tensor]:
+        from safetensors.torch import load_file
+
+        path = self.root / "avatar.safetensors"
+        if not path.exists():
+            raise TalkheadError(f"run '{self.name}' has no weights; run finetune again")
+        try:
+            return load_file(path)
+        except Exception as error:  # safetensors raises its own untyped errors
+            raise TalkheadError(f"{path} is damaged ({error}); run finetune --fresh") from error
+
+    def save_resume(self, state: dict[str, Any]) -> None:
+        """Weights, optimiser and place in the schedule, in one file: they must agree."""
+        import torch
+
+        with atomic(self.root / "optim.pt") as part:
+            torch.save(state, part)
+
+    def resume_state(self) -> dict[str, Any] | None:
+        import torch
+
+        path = self.root / "optim.pt"
+        if not path.exists():
+            return None
+        try:
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        except Exception as error:  # a torn file of another program; ours are atomic
+            raise TalkheadError(f"{path} is damaged ({error}); run finetune --fresh") from error
+
+    def save_drive(self, arrays: dict[str, NDArray[Any]]) -> None:
+        write_arrays(self.root / "drive.npz", arrays)
+
+    def drive(self) -> dict[str, NDArray[Any]]:
+        return read_arrays(self.root / "drive.npz")
+
+    @property
+    def plate_file(self) -> Path:
+        return self.root / "plate.png"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.root / "evaluate"
+
+    @property
+    def log_folder(self) -> Path:
+        return self.root / "log"
+
+    def write_figures(self, figures: dict[str, Any]) -> Path:
+        path = self.evaluation / "metrics.json"
+        write_json(path, figures)
+        return path
+
+
+def list_runs(folder: Path) -> list[Run]:
+    """Runs of a workspace, newest finished first, unfinished ones last."""
+    if not folder.is_dir():
+        return []
+    runs = [Run(p) for p in folder.iterdir() if p.is_dir() and (p / "meta.json").exists()]
+    return sorted(runs, key=lambda r: (not r.is_finished, -r.meta().get("finished_at", 0.0)))

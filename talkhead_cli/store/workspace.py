@@ -1,0 +1,233 @@
+"""One identity's folder: the only thing that passes between jobs.
+
+<home>/alice/
+    manifest.json   what was done, from what, by which backends; stage keys
+    video.mp4       the crop, 25 frames/s, all-intra, near-lossless
+    audio.wav       16 kHz mono on the video's clock
+    mesh.npz tracks.npz voice.npz   arrays out of pictures and sound
+    maps/  labels/  matte and skin; soft labels, in pieces of 100 frames
+    plate.png       background
+    cache/          the video as raw pixels at a training size (made again when lost)
+    runs/           trained avatars
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkhead_cli.contracts import MisuseError, TalkheadError
+from talkhead_cli.store.files import (
+    atomic,
+    digest,
+    read_arrays,
+    read_json,
+    write_arrays,
+    write_json,
+)
+
+PIECE = 100  # frames per file of maps and labels
+_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def check_id(name: str) -> str:
+    """The id itself, or MisuseError when it could leave the home folder or hide in it."""
+    if not _ID.fullmatch(name) or ".." in name:
+        raise MisuseError(
+            f"'{name}' cannot be an id; use letters, digits, '-', '_' and '.', "
+            "beginning with a letter or digit"
+        )
+    return name
+
+
+def home_folder(given: Path | None) -> Path:
+    """`--home`, else $TALKHEAD_HOME, else ./avatars."""
+    return given or Path(os.environ.get("TALKHEAD_HOME") or "avatars")
+
+
+def list_ids(home: Path) -> list[str]:
+    """Ids of all workspaces in a home, sorted."""
+    if not home.is_dir():
+        return []
+    return sorted(p.parent.name for p in home.glob("*/manifest.json"))
+
+
+class Workspace:
+    """Reads and writes one identity's folder; nothing else knows its file names."""
+
+    def __init__(self, home: Path, name: str) -> None:
+        self.id = check_id(name)
+        self.root = home / self.id
+        self._piece: dict[str, tuple[int, dict[str, NDArray[Any]]]] = {}
+
+    @classmethod
+    def open(cls, home: Path, name: str) -> Workspace:
+        """An existing, finished workspace."""
+        space = cls(home, name)
+        if not (space.root / "manifest.json").exists():
+            known = ", ".join(list_ids(home)) or "none yet"
+            raise TalkheadError(
+                f"there is no identity '{name}' in {home} (known: {known}); "
+                "make one with: talkhead preprocess VIDEO --id " + name
+            )
+        if not space.manifest().get("finished"):
+            raise TalkheadError(
+                f"'{name}' is not preprocessed to the end; run the same preprocess command again"
+            )
+        return space
+
+    # -- manifest and stages ------------------------------------------------------------
+
+    def manifest(self) -> dict[str, Any]:
+        try:
+            found = read_json(self.root / "manifest.json")
+        except FileNotFoundError:
+            return {"id": self.id, "finished": False, "stages": {}}
+        return dict(found)
+
+    def note(self, **facts: Any) -> None:
+        """Merge facts into the manifest."""
+        write_json(self.root / "manifest.json", {**self.manifest(), **facts})
+
+    def is_done(self, stage: str, key: str) -> bool:
+        """Whether `stage` was finished from exactly these inputs."""
+        return bool(self.manifest()["stages"].get(stage) == key)
+
+    def mark_done(self, stage: str, key: str) -> None:
+        manifest = self.manifest()
+        manifest["stages"][stage] = key
+        write_json(self.root / "manifest.json", manifest)
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of all stage keys: changes when any stage's input changed."""
+        return digest(self.manifest()["stages"])
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one writing job."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                raise TalkheadError(
+                    f"another talkhead is working on '{self.id}'; wait until it has ended"
+                ) from error
+            yield
+
+    def clear(self) -> None:
+        """Forget everything but the trained runs and consent."""
+        for entry in self.root.iterdir() if self.root.is_dir() else ():
+            if entry.name in ("runs", "consent", ".lock"):
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+
+    def remove(self) -> None:
+        """Delete the folder with all its runs."""
+        shutil.rmtree(self.root)
+
+    # -- files --------------------------------------------------------------------------
+
+    @property
+    def video(self) -> Path:
+        return self.root / "video.mp4"
+
+    @property
+    def audio(self) -> Path:
+        return self.root / "audio.wav"
+
+    @property
+    def plate_file(self) -> Path:
+        return self.root / "plate.png"
+
+    @property
+    def runs(self) -> Path:
+        return self.root / "runs"
+
+    def save(self, name: str, arrays: dict[str, NDArray[Any]]) -> None:
+        write_arrays(self.root / f"{name}.npz", arrays)
+
+    def load(self, name: str) -> dict[str, NDArray[Any]]:
+        try:
+            return read_arrays(self.root / f"{name}.npz")
+        except FileNotFoundError as error:
+            raise TalkheadError(
+                f"{self.root / name}.npz is missing; run preprocess for '{self.id}' again"
+            ) from error
+
+    def keep_consent(self, file: Path) -> str:
+        """Copy a consent record into the folder; its name there."""
+        target = self.root / "consent" / file.name
+        with atomic(target) as part:
+            shutil.copyfile(file, part)
+        return target.name
+
+    # -- pieces: per-frame maps -----------------------------------------------------------
+
+    def save_piece(self, kind: str, first: int, arrays: dict[str, NDArray[Any]]) -> None:
+        """Per-frame arrays (<= PIECE, ...) that begin at frame `first`, a multiple of PIECE."""
+        write_arrays(self.root / kind / f"{first:07d}.npz", arrays, compress=True)
+
+    def piece(self, kind: str, frame: int) -> tuple[dict[str, NDArray[Any]], int]:
+        """The arrays that hold `frame`, and its row in them; the last piece read is kept."""
+        first = frame // PIECE * PIECE
+        held = self._piece.get(kind)
+        if held is None or held[0] != first:
+            try:
+                held = (first, read_arrays(self.root / kind / f"{first:07d}.npz"))
+            except FileNotFoundError as error:
+                raise TalkheadError(
+                    f"{kind} of frame {frame} are missing; run preprocess for '{self.id}' again"
+                ) from error
+            self._piece[kind] = held
+        return held[1], frame - first
+
+    def labels(self, frame: int) -> NDArray[np.uint8]:
+        """Soft labels (6, 128, 128) of a frame, in the order of contracts.LABELS."""
+        arrays, row = self.piece("labels", frame)
+        return arrays["labels"][row]
+
+    # -- pixels at a training size ----------------------------------------------------------
+
+    def cache_file(self, kind: str, size_px: int) -> Path:
+        return self.root / "cache" / f"{kind}-{size_px}.npy"
+
+    def pixels(self, kind: str, size_px: int) -> NDArray[np.uint8] | None:
+        """Memory map (T, ...) of cached pixels, or None when they must be made."""
+        path = self.cache_file(kind, size_px)
+        marker = path.with_suffix(".key")
+        if not path.exists() or not marker.exists() or marker.read_text() != self.fingerprint:
+            return None
+        return np.load(path, mmap_mode="r", allow_pickle=False)
+
+    def save_pixels(
+        self, kind: str, size_px: int, shape: tuple[int, ...], rows: Iterator[NDArray[np.uint8]]
+    ) -> NDArray[np.uint8]:
+        """Write rows (each shape[1:]) to the cache as they come; returns the memory map."""
+        path = self.cache_file(kind, size_px)
+        with atomic(path) as part:
+            target = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+            count = 0
+            for count, row in enumerate(rows, 1):
+                target[count - 1] = row
+            target.flush()
+            if count != shape[0]:
+                raise TalkheadError(
+                    f"video.mp4 of '{self.id}' holds {count} of {shape[0]} frames; "
+                    "run preprocess with --fresh"
+                )
+        path.with_suffix(".key").write_text(self.fingerprint)
+        return np.load(path, mmap_mode="r", allow_pickle=False)

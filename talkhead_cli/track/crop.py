@@ -1,0 +1,52 @@
+"""The steady square that is cut out of the picture: one for the whole clip."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.track.face import CHIN, TOP
+
+HEIGHTS_PER_SIDE = 2.3  # face heights along one side: head, hair and shoulders
+ABOVE_CENTRE = 0.08  # the face sits this share of the side above the middle
+MIN_FACE_PX = 48
+
+
+@dataclass(frozen=True)
+class Crop:
+    """A square in source pixels: left, top and side."""
+
+    x: int
+    y: int
+    side: int
+
+    def scale(self, size_px: int) -> float:
+        """Output pixels per source pixel."""
+        return size_px / self.side
+
+
+def choose_crop(
+    points: NDArray[np.float32], found: NDArray[np.bool_], size: tuple[int, int]
+) -> Crop:
+    """The square around the head of mesh points (T, 478, >=2), inside a picture (w, h)."""
+    width, height = size
+    seen = points[found]
+    if len(seen) == 0:
+        raise TalkheadError("no face was found in any frame; film one person facing the camera")
+    face_px = float(np.median(np.linalg.norm(seen[:, TOP, :2] - seen[:, CHIN, :2], axis=-1)))
+    if face_px < MIN_FACE_PX:
+        raise TalkheadError(
+            f"the face is only {face_px:.0f} pixels tall; film closer, so that it is at least "
+            f"{MIN_FACE_PX} (150 or more looks good)"
+        )
+    low = np.percentile(seen[..., :2].min(1), 2, axis=0)
+    high = np.percentile(seen[..., :2].max(1), 98, axis=0)
+    centre = (low + high) / 2
+    side = max(HEIGHTS_PER_SIDE * face_px, 1.25 * float((high - low).max()))
+    side = int(min(side, width, height)) // 2 * 2
+    x = int(np.clip(centre[0] - side / 2, 0, width - side))
+    y = int(np.clip(centre[1] - side * (0.5 - ABOVE_CENTRE), 0, height - side))
+    return Crop(x, y, side)

@@ -1,0 +1,213 @@
+"""Faces in pictures: the 478-point mesh, and what is read off it.
+
+The mesh is MediaPipe's attention mesh (468 points and 10 of the irises).  Names say
+"left" and "right" as seen in the picture.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkhead_cli.contracts import TalkheadError
+
+Array = NDArray[np.floating[Any]]
+
+N_MESH = 478
+# Mesh points that stand for the 68 iBUG landmarks, in iBUG order.
+MESH_TO_68 = np.array(
+    [162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389]  # jaw
+    + [71, 63, 105, 66, 107, 336, 296, 334, 293, 301]  # brows
+    + [168, 197, 5, 4, 75, 97, 2, 326, 305]  # nose
+    + [33, 160, 158, 133, 153, 144, 362, 385, 387, 263, 373, 380]  # eyes
+    + [61, 39, 37, 0, 267, 269, 291, 405, 314, 17, 84, 181]  # outer lips
+    + [78, 82, 13, 312, 308, 317, 14, 87]  # inner lips
+)
+FACE_OVAL = np.array(
+    [10, 338, 297, 332, 284, 251, 389, 356, 454, 323, 361, 288, 397, 365, 379, 378, 400, 377]
+    + [152, 148, 176, 149, 150, 136, 172, 58, 132, 93, 234, 127, 162, 21, 54, 103, 67, 109]
+)
+INNER_LIPS = np.array(
+    [78, 191, 80, 81, 82, 13, 312, 311, 310, 415, 308, 324, 318, 402, 317, 14, 87, 178, 88, 95]
+)
+# Per eye: outer corner, inner corner, three pairs (upper lid, lower lid), iris centre.
+EYES = (
+    (33, 133, ((160, 144), (159, 145), (158, 153)), 468),
+    (263, 362, ((387, 373), (386, 374), (385, 380)), 473),
+)
+BROWS = ((70, 63, 105, 66, 107), (300, 293, 334, 296, 336))
+TOP, CHIN = 10, 152
+UPPER_LIP, LOWER_LIP = 13, 14
+
+
+@dataclass(frozen=True)
+class Faces:
+    """The mesh of one face through T frames.
+
+    points (T, 478, 3) x, y in pixels of the picture the mesh was found in, z in the same
+    unit, towards the camera negative · found (T,) bool; rows not found hold NaN
+    """
+
+    points: NDArray[np.float32]
+    found: NDArray[np.bool_]
+
+
+@contextlib.contextmanager
+def _quiet_stderr() -> Iterator[None]:
+    """MediaPipe's C++ side prints start-up chatter that no flag turns off."""
+    saved = os.dup(2)
+    null = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(null, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(null)
+
+
+class FaceMesh:
+    """Follows one face through consecutive frames. Use as a context manager."""
+
+    def __init__(self) -> None:
+        with _quiet_stderr():
+            import mediapipe as mp
+
+            self._mesh = mp.solutions.face_mesh.FaceMesh(
+                max_num_faces=1, refine_landmarks=True, min_tracking_confidence=0.5
+            )
+
+    def __enter__(self) -> FaceMesh:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mesh.close()
+
+    def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+        """rgb (H, W, 3) -> mesh (478, 3) in pixels, or None where no face is found."""
+        height, width = rgb.shape[:2]
+        with _quiet_stderr() if not hasattr(self, "_warm") else contextlib.nullcontext():
+            result = self._mesh.process(rgb)
+        self._warm = True
+        if not result.multi_face_landmarks:
+            return None
+        points = np.array(
+            [(p.x, p.y, p.z) for p in result.multi_face_landmarks[0].landmark], np.float32
+        )
+        return points * np.array([width, height, width], np.float32)
+
+
+class FaceDetector:
+    """Boxes of all faces in a picture, largest first."""
+
+    def __init__(self) -> None:
+        with _quiet_stderr():
+            import mediapipe as mp
+
+            self._detector = mp.solutions.face_detection.FaceDetection(
+                model_selection=1, min_detection_confidence=0.5
+            )
+
+    def __enter__(self) -> FaceDetector:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._detector.close()
+
+    def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """rgb (H, W, 3) -> boxes (n, 4) x0 y0 x1 y1 in pixels, largest first."""
+        height, width = rgb.shape[:2]
+        found = self._detector.process(rgb).detections or []
+        boxes = []
+        for detection in found:
+            b = detection.location_data.relative_bounding_box
+            boxes.append((b.xmin, b.ymin, b.xmin + b.width, b.ymin + b.height))
+        array = np.array(boxes, np.float32).reshape(-1, 4) * np.array(
+            [width, height, width, height], np.float32
+        )
+        area = (array[:, 2] - array[:, 0]) * (array[:, 3] - array[:, 1])
+        return array[np.argsort(-area)]
+
+
+def to_68(mesh: Array) -> Array:
+    """mesh (..., 478, k) -> iBUG landmarks (..., 68, k)."""
+    return mesh[..., MESH_TO_68, :]
+
+
+def lip_aperture(mesh: Array) -> Array:
+    """mesh (..., 478, >=2) -> inner lip gap over face height (...,)."""
+    gap = np.linalg.norm(mesh[..., UPPER_LIP, :2] - mesh[..., LOWER_LIP, :2], axis=-1)
+    return gap / np.linalg.norm(mesh[..., TOP, :2] - mesh[..., CHIN, :2], axis=-1)
+
+
+def lid_gap(mesh: Array) -> Array:
+    """mesh (..., 478, >=2) -> mean lid gap over eye width, per eye (..., 2)."""
+    gaps = []
+    for outer, inner, lids, _ in EYES:
+        width = np.linalg.norm(mesh[..., outer, :2] - mesh[..., inner, :2], axis=-1)
+        height = np.mean(
+            [np.linalg.norm(mesh[..., u, :2] - mesh[..., d, :2], axis=-1) for u, d in lids], axis=0
+        )
+        gaps.append(height / np.maximum(width, 1e-6))
+    return np.stack(gaps, -1)
+
+
+@dataclass(frozen=True)
+class EyeScale:
+    """What lid gap counts as shut (0) and open (1) for one person, per eye (2,)."""
+
+    shut: Array
+    open: Array
+
+    def openness(self, gap: Array) -> Array:
+        """Lid gap (T, 2) -> openness (T, 2) in [0, 1.2]; wide eyes exceed 1."""
+        return np.clip((gap - self.shut) / (self.open - self.shut), 0.0, 1.2)
+
+
+def fit_eye_scale(gap: Array) -> EyeScale:
+    """Calibrate lid gaps (T, 2) to the person.
+
+    Open is the upper quartile.  Shut is the deepest blink of the clip, but never above
+    0.45 of open: a person who does not blink in the clip is given the ratio that closed
+    lids of the mesh have on average.
+    """
+    wide = np.percentile(gap, 75, axis=0)
+    deepest = np.percentile(gap, 0.5, axis=0) if len(gap) >= 200 else gap.min(axis=0)
+    return EyeScale(shut=np.minimum(deepest, 0.45 * wide), open=wide)
+
+
+def gaze(mesh: Array) -> Array:
+    """mesh (T, 478, >=2) -> mean iris offset from the lid corners' middle, eye widths (T, 2)."""
+    offsets = []
+    for outer, inner, _, iris in EYES:
+        corners = mesh[..., [outer, inner], :2]
+        width = np.linalg.norm(corners[..., 0, :] - corners[..., 1, :], axis=-1, keepdims=True)
+        offsets.append((mesh[..., iris, :2] - corners.mean(-2)) / np.maximum(width, 1e-6))
+    return np.mean(offsets, axis=0)
+
+
+def brow(head_mesh: Array) -> Array:
+    """Mesh in head space (T, 478, 3) -> height of each brow over its clip mean (T, 2)."""
+    heights = []
+    for points, (outer, inner, _, _) in zip(BROWS, EYES, strict=True):
+        eye_y = head_mesh[:, [outer, inner], 1].mean(-1)
+        heights.append(eye_y - head_mesh[:, points, 1].mean(-1))
+    raised = np.stack(heights, -1)
+    return raised - raised.mean(0)
+
+
+def fill_gaps(values: Array, found: NDArray[np.bool_]) -> Array:
+    """Interpolate rows of values (T, ...) where `found` is False, linearly in time."""
+    if not found.any():
+        raise TalkheadError("no face was found in any frame; film one person facing the camera")
+    flat = values.reshape(len(values), -1).copy()
+    rows = np.arange(len(values))
+    for column in range(flat.shape[1]):
+        flat[~found, column] = np.interp(rows[~found], rows[found], flat[found, column])
+    return flat.reshape(values.shape)

@@ -1,0 +1,323 @@
+"""Who is where in the picture: matte, skin, shoulders' motion, soft labels, plate.
+
+Offline defaults only: MediaPipe's selfie segmentation for the matte, a colour model of
+the person's own face for skin, image registration for the shoulders, and, for hair
+against torso, the question which of the two motions explains the pixel.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import solveh_banded
+
+from talkhead_cli.contracts import FPS, LABELS
+from talkhead_cli.track.face import CHIN, FACE_OVAL, INNER_LIPS, TOP, _quiet_stderr
+
+Array = NDArray[np.floating[Any]]
+Picture = NDArray[np.uint8]
+
+MAP_PX = 128  # side of label and skin maps
+MATTE_PX = 256
+BODY_PX = 160  # side at which the shoulders are registered
+
+
+class Segmenter:
+    """Person against background. Use as a context manager."""
+
+    def __init__(self) -> None:
+        with _quiet_stderr():
+            import mediapipe as mp
+
+            self._net = mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=0)
+
+    def __enter__(self) -> Segmenter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._net.close()
+
+    def __call__(self, rgb: Picture) -> Picture:
+        """rgb (H, W, 3) -> matte (MATTE_PX, MATTE_PX), 255 = person."""
+        small = cv2.resize(rgb, (MATTE_PX, MATTE_PX), interpolation=cv2.INTER_AREA)
+        mask = self._net.process(small).segmentation_mask
+        return np.clip(mask * 255 + 0.5, 0, 255).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class SkinModel:
+    """Gaussian of the person's skin in (log luma, Cr, Cb)."""
+
+    mean: Array
+    precision: Array
+
+    @staticmethod
+    def _space(rgb: Array) -> Array:
+        ycc = cv2.cvtColor(rgb.reshape(1, -1, 3).astype(np.uint8), cv2.COLOR_RGB2YCrCb)[0]
+        ycc = ycc.astype(np.float32)
+        ycc[:, 0] = 24 * np.log2(ycc[:, 0] + 8)  # shade weighs less than hue
+        return ycc
+
+    @classmethod
+    def fit(cls, colours: Array) -> SkinModel:
+        """colours (n, 3) RGB 0..255 of cheeks, nose and forehead."""
+        samples = cls._space(colours)
+        middle = np.median(samples, 0)
+        keep = np.abs(samples - middle) < 3 * np.median(np.abs(samples - middle), 0) * 1.48 + 2
+        samples = samples[keep.all(1)] if keep.all(1).sum() > 20 else samples
+        # widened: neck and shoulders are lit otherwise than the face
+        spread = np.cov(samples.T) + np.diag([25.0**2, 3.0**2, 3.0**2])
+        return cls(samples.mean(0), np.linalg.inv(spread))
+
+    def __call__(self, rgb: Picture) -> Picture:
+        """rgb (H, W, 3) -> likeness to skin (MAP_PX, MAP_PX), 255 = the face's own colour."""
+        small = cv2.resize(rgb, (MAP_PX, MAP_PX), interpolation=cv2.INTER_AREA)
+        off = self._space(small) - self.mean
+        distance = np.einsum("ni,ij,nj->n", off, self.precision, off)
+        likeness = 1 / (1 + np.exp((distance - 12) / 2))
+        return (255 * likeness).astype(np.uint8).reshape(MAP_PX, MAP_PX)
+
+
+def skin_samples(rgb: Picture, mesh: Array) -> Array:
+    """Colours (n, 3) at the mesh's cheeks, nose and forehead; mesh in pixels of rgb."""
+    places = np.array([50, 280, 205, 425, 4, 5, 195, 151, 9, 108, 337, 101, 330, 36, 266, 117, 346])
+    at = np.clip(mesh[places, :2].astype(int), 0, np.array(rgb.shape[1::-1]) - 1)
+    return rgb[at[:, 1], at[:, 0]].astype(np.float32)
+
+
+class BodyTracker:
+    """Registers the shoulders of each frame to a reference frame.
+
+    Maximises the enhanced correlation coefficient (Evangelidis and Psarakis 2008) of a rigid
+    motion over the torso of the reference.
+    """
+
+    def __init__(self, reference: Picture, torso: Picture) -> None:
+        """reference (H, W, 3); torso (MAP_PX, MAP_PX), 255 where the reference shows it."""
+        self._reference = self._grey(reference)
+        self._mask = cv2.resize(torso, (BODY_PX, BODY_PX)) // 128 * 255
+        self._warp = np.eye(2, 3, dtype=np.float32)
+
+    @staticmethod
+    def _grey(rgb: Picture) -> Picture:
+        small = cv2.resize(rgb, (BODY_PX, BODY_PX), interpolation=cv2.INTER_AREA)
+        return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
+
+    def __call__(self, rgb: Picture) -> NDArray[np.float32] | None:
+        """Affine (2, 3) from this frame to the reference, in shares of the side; None: lost."""
+        criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 1e-4)
+        try:
+            _, warp = cv2.findTransformECC(
+                self._grey(rgb), self._reference, self._warp.copy(), cv2.MOTION_EUCLIDEAN,
+                criteria, self._mask, 5,
+            )  # fmt: skip
+        except cv2.error:  # no convergence; the next frame starts afresh
+            self._warp = np.eye(2, 3, dtype=np.float32)
+            return None
+        self._warp = warp
+        unit = warp.copy()
+        unit[:, 2] /= BODY_PX
+        return unit
+
+
+def body_motion(warps: Array, found: NDArray[np.bool_], pivot: Array) -> Array:
+    """Frame-to-reference affines (T, 2, 3) -> smooth motion of the shoulders (T, 3).
+
+    Right, down (shares of the side) of the pivot (2,), and roll (rad), all against the clip's
+    mean, so that the mean posture is the canonical one.
+    """
+    rows = np.arange(len(warps))
+    angle = np.arctan2(warps[:, 1, 0], warps[:, 0, 0])
+    cos, sin = np.cos(angle), np.sin(angle)
+    rotation = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
+    # reference = R p + b, so the reference's pivot is seen in the frame at R^T (pivot - b)
+    seen = np.einsum("tji,tj->ti", rotation, pivot - warps[:, :, 2])
+    motion = np.concatenate([seen - pivot, -angle[:, None]], -1)
+    jump = np.abs(motion - np.median(motion[found], 0)).max(-1)
+    trusted = found & (jump < 0.25)
+    if not trusted.any():
+        return np.zeros_like(motion)
+    for column in range(3):
+        motion[~trusted, column] = np.interp(rows[~trusted], rows[trusted], motion[trusted, column])
+    motion = smooth(motion, cutoff_hz=4.0)
+    return motion - motion.mean(0)
+
+
+def smooth(values: Array, cutoff_hz: float) -> Array:
+    """Whittaker smoothing of (T, k) with second differences; half amplitude at cutoff_hz."""
+    n = len(values)
+    if n < 3:
+        return values
+    lam = 1 / (2 * np.sin(np.pi * cutoff_hz / FPS)) ** 4
+    band = np.zeros((3, n))
+    stencil = (1.0, -2.0, 1.0)
+    for a in range(3):
+        for b in range(a, 3):
+            band[b - a, a : a + n - 2] += lam * stencil[a] * stencil[b]
+    band[0] += 1
+    return solveh_banded(band, values, lower=True)
+
+
+def similarity(source: Array, target: Array) -> NDArray[np.float32]:
+    """Least-squares 2D similarity (2, 3) that maps points source (n, 2) onto target (n, 2)."""
+    a, b = source - source.mean(0), target - target.mean(0)
+    norm = (a**2).sum()
+    cos = (a * b).sum() / norm
+    sin = (a[:, 0] * b[:, 1] - a[:, 1] * b[:, 0]).sum() / norm
+    turn = np.array([[cos, -sin], [sin, cos]])
+    return np.concatenate([turn, (target.mean(0) - turn @ source.mean(0))[:, None]], 1).astype(
+        np.float32
+    )
+
+
+def _polygon(points: Array) -> Array:
+    """Filled polygon (n, 2) in shares of the side -> antialiased (MAP_PX, MAP_PX) in [0, 1]."""
+    canvas = np.zeros((MAP_PX, MAP_PX), np.uint8)
+    fixed = np.round((points * MAP_PX - 0.5) * 16).astype(np.int32)
+    cv2.fillPoly(canvas, [fixed], 255, cv2.LINE_AA, 4)
+    return canvas.astype(np.float32) / 255
+
+
+def torso_prior(mesh: Array) -> Array:
+    """How likely a pixel of the person is torso rather than hair, by place alone.
+
+    mesh (478, 2) in shares of the side -> (MAP_PX, MAP_PX) in [0, 1]
+    """
+    y, x = (np.mgrid[:MAP_PX, :MAP_PX].astype(np.float32) + 0.5) / MAP_PX
+    height = np.linalg.norm(mesh[CHIN] - mesh[TOP])
+    middle = mesh[[CHIN, TOP], 0].mean()
+    # shoulders slope: further out, the torso begins lower
+    line = mesh[CHIN, 1] + height * (0.12 + 0.10 * ((x - middle) / height) ** 2)
+    return 1 / (1 + np.exp(-(y - line) / (0.06 * height)))
+
+
+@dataclass(frozen=True)
+class RegionMaps:
+    """Torso-or-hair of the reference frame (MAP_PX, MAP_PX) in [0, 1], and its mesh (478, 2)."""
+
+    torso: Array
+    mesh: Array
+
+    def moved(self, mesh: Array, body: Array, pivot: Array) -> tuple[Array, Array]:
+        """(hair, torso) maps as the head's mesh and the body's motion (3,) carry them."""
+        to_map = np.array([[MAP_PX, 0], [0, MAP_PX]], np.float32)
+        head = similarity(self.mesh[FACE_OVAL] @ to_map, mesh[FACE_OVAL] @ to_map)
+        cos, sin = np.cos(body[2]), np.sin(body[2])
+        turn = np.array([[cos, -sin], [sin, cos]])
+        shift = (pivot + body[:2] - turn @ pivot) * MAP_PX
+        shoulders = np.concatenate([turn, shift[:, None]], 1).astype(np.float32)
+        size = (MAP_PX, MAP_PX)
+        edge = {"borderMode": cv2.BORDER_REPLICATE}
+        hair = cv2.warpAffine(1 - self.torso, head, size, **edge)
+        torso = cv2.warpAffine(self.torso, shoulders, size, **edge)
+        return hair, torso
+
+
+def motion_evidence(
+    reference: Picture,
+    frames: list[Picture],
+    meshes: list[Array],
+    reference_mesh: Array,
+    to_reference: list[Array],
+) -> Array:
+    """Log-odds (MAP_PX, MAP_PX) that the shoulders' motion explains a pixel, not the head's.
+
+    frames are (MAP_PX, MAP_PX, 3); `to_reference` their body affines in shares of the side.
+    Each frame is carried onto the reference by either motion; the smaller residual wins.
+    """
+    evidence = np.zeros((MAP_PX, MAP_PX), np.float32)
+    calm = cv2.GaussianBlur(reference.astype(np.float32), (0, 0), 0.8)
+    size = (MAP_PX, MAP_PX)
+    for frame, mesh, affine in zip(frames, meshes, to_reference, strict=True):
+        head = similarity(mesh[FACE_OVAL] * MAP_PX, reference_mesh[FACE_OVAL] * MAP_PX)
+        body = affine.copy()
+        body[:, 2] *= MAP_PX
+        moved = cv2.GaussianBlur(frame.astype(np.float32), (0, 0), 0.8)
+        errors = [
+            np.abs(cv2.warpAffine(moved, m, size, borderMode=cv2.BORDER_REPLICATE) - calm).mean(-1)
+            for m in (head, body)
+        ]
+        evidence += cv2.GaussianBlur(np.clip(errors[0] - errors[1], -20, 20), (0, 0), 2.0)
+    return evidence / (4.0 * max(len(frames), 1) ** 0.5)
+
+
+def label_maps(
+    mesh: Array, matte: Picture, skin: Picture, hair: Array, torso: Array
+) -> NDArray[np.uint8]:
+    """Soft labels (len(LABELS), MAP_PX, MAP_PX), 255 = certain; they sum to 255.
+
+    mesh (478, 2) in shares of the side · matte (MATTE_PX, MATTE_PX) · skin (MAP_PX, MAP_PX)
+    · hair, torso from RegionMaps.moved
+    """
+    person = cv2.resize(matte, (MAP_PX, MAP_PX), interpolation=cv2.INTER_AREA) / np.float32(255)
+    oval = _polygon(mesh[FACE_OVAL])
+    mouth = _polygon(mesh[INNER_LIPS]) * oval
+    person = np.maximum(person, oval)
+    y, x = (np.mgrid[:MAP_PX, :MAP_PX].astype(np.float32) + 0.5) / MAP_PX
+    height = np.linalg.norm(mesh[CHIN] - mesh[TOP])
+    jaw = mesh[[172, 397]]
+    half = 0.5 * np.linalg.norm(jaw[0] - jaw[1])
+    beside = np.abs(x - jaw[:, 0].mean()) - half
+    below = y - mesh[CHIN, 1]
+    under_jaw = y > mesh[[172, 397], 1].min()
+    throat = under_jaw / (1 + np.exp((below - 0.30 * height) / (0.05 * height)))
+    throat = throat / (1 + np.exp(beside / (0.03 * height)))
+    neck = person * (1 - oval) * throat * (skin / np.float32(255))
+    rest = np.clip(person - oval - neck, 0, 1)
+    share = torso / np.maximum(hair + torso, 1e-3)
+    maps = {
+        "face": oval - mouth,
+        "mouth": mouth,
+        "hair": rest * (1 - share),
+        "neck": neck,
+        "torso": rest * share,
+    }
+    maps["background"] = np.clip(1 - sum(maps.values()), 0, 1)
+    stack = np.stack([maps[name] for name in LABELS])
+    stack /= np.maximum(stack.sum(0), 1e-6)
+    return np.round(stack * 255).astype(np.uint8)
+
+
+def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, Array]:
+    """Background (H, W, 3) behind the person, and the share of the frames that saw it (H, W).
+
+    Each pixel is the median over the frames whose matte, grown by a margin, is clear of it;
+    what was never seen is inpainted (Telea 2004) at a quarter of the size.
+    """
+    side = frames[0].shape[0]
+    grow = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
+    stack = np.stack(frames).astype(np.float32)
+    for layer, matte in zip(stack, mattes, strict=True):
+        person = cv2.dilate((matte > 25).astype(np.uint8), grow)
+        layer[cv2.resize(person, (side, side), interpolation=cv2.INTER_NEAREST) > 0] = np.nan
+    seen = np.isfinite(stack[..., 0]).mean(0)
+    with np.errstate(all="ignore"):
+        ordered = np.sort(stack, axis=0)  # NaN sorts last
+        count = np.isfinite(stack[..., 0]).sum(0)
+        middle = np.maximum(count - 1, 0) // 2
+        plate = np.take_along_axis(ordered, middle[None, ..., None], 0)[0]
+    hole = count == 0
+    plate[hole] = 0
+    picture = plate.astype(np.uint8)
+    if hole.any():
+        small = max(32, side // 4)
+        thumb = cv2.resize(picture, (small, small), interpolation=cv2.INTER_AREA)
+        gap = cv2.resize(hole.astype(np.uint8), (small, small), interpolation=cv2.INTER_AREA)
+        gap = cv2.dilate((gap > 0).astype(np.uint8), np.ones((3, 3), np.uint8))
+        filled = cv2.inpaint(thumb, gap, 3, cv2.INPAINT_TELEA)
+        filled = cv2.GaussianBlur(filled, (0, 0), 1.0)
+        large = cv2.resize(filled, (side, side), interpolation=cv2.INTER_CUBIC)
+        soft = cv2.GaussianBlur(cv2.dilate(hole.astype(np.float32), np.ones((5, 5))), (0, 0), 2.0)
+        soft = np.maximum(soft, hole.astype(np.float32))[..., None]
+        picture = (picture * (1 - soft) + large * soft).astype(np.uint8)
+    return picture, seen
+
+
+def body_pivot(mesh: Array) -> Array:
+    """Where the shoulders turn: half a face height under the chin, (2,) shares of the side."""
+    height = np.linalg.norm(mesh[CHIN] - mesh[TOP])
+    return mesh[CHIN] + np.array([0.0, 0.5 * height])

@@ -1,0 +1,150 @@
+"""Speech features on the video's clock, from samples alone: log-mel bands and formants.
+
+Frames of the feature stream come every 10 ms; feature row i is centred on i * 160 samples.
+Everything is numpy, so that a machine that only renders needs no audio package, and works
+on any stretch of a longer sound: rows near an inner cut equal those of the whole.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkhead_cli.contracts import SAMPLE_RATE_HZ
+
+Array = NDArray[np.floating[Any]]
+
+HOP = 160  # 10 ms
+WINDOW = 400  # 25 ms
+N_FFT = 512
+N_MEL = 40
+N_FORMANTS = 3
+LPC_ORDER = 10
+_HANN = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
+RATE_HZ = SAMPLE_RATE_HZ // HOP
+FEATURE_NAMES = (
+    *(f"mel{i}" for i in range(N_MEL)),
+    "f1", "f2", "f3", "energy", "voicing", "flatness",
+)  # fmt: skip
+N_FEATURES = len(FEATURE_NAMES)
+
+
+def _hz_to_mel(hz: Array) -> Array:
+    """Slaney's scale: linear to 1 kHz, logarithmic above."""
+    low = hz * 3 / 200
+    return np.where(hz < 1000, low, 15 + np.log(np.maximum(hz, 1e-9) / 1000) * 27 / np.log(6.4))
+
+
+def _mel_to_hz(mel: Array) -> Array:
+    return np.where(mel < 15, mel * 200 / 3, 1000 * np.exp((mel - 15) * np.log(6.4) / 27))
+
+
+@lru_cache
+def mel_filters(n_mel: int = N_MEL, low_hz: float = 60.0, high_hz: float = 7600.0) -> Array:
+    """Triangular filters of unit area, (n_mel, N_FFT // 2 + 1)."""
+    edges = _mel_to_hz(
+        np.linspace(_hz_to_mel(np.array(low_hz)), _hz_to_mel(np.array(high_hz)), n_mel + 2)
+    )
+    bins = np.fft.rfftfreq(N_FFT, 1 / SAMPLE_RATE_HZ)
+    rising = (bins - edges[:-2, None]) / np.diff(edges)[:-1, None]
+    falling = (edges[2:, None] - bins) / np.diff(edges)[1:, None]
+    return np.maximum(0, np.minimum(rising, falling)) * (2 / (edges[2:] - edges[:-2]))[:, None]
+
+
+def features(
+    samples: Array, n_rows: int | None = None, *, first: int = 0, scale: float = 1.0
+) -> NDArray[np.float32]:
+    """Mono 16 kHz samples (N,), [-1, 1] after `scale` -> rows first ... of (n_rows, N_FEATURES).
+
+    One row per 10 ms; rows of a part equal those of the whole.  Mel bands are log power;
+    formants are kHz; energy is log RMS; voicing is the height of the first autocorrelation
+    peak of pitch, 0 ... 1; flatness is log geometric over arithmetic mean of the spectrum.
+    """
+    n_rows = len(samples) // HOP - first if n_rows is None else n_rows
+    out = [_block(samples, first + a, min(4096, n_rows - a), scale) for a in range(0, n_rows, 4096)]
+    return np.concatenate(out) if out else np.zeros((0, N_FEATURES), np.float32)
+
+
+def _block(samples: Array, first: int, n_rows: int, scale: float) -> NDArray[np.float32]:
+    begin = first * HOP - WINDOW // 2
+    end = begin + (n_rows - 1) * HOP + WINDOW
+    piece = np.asarray(samples[max(0, begin) : max(0, end)], np.float32) * scale
+    piece = np.pad(piece, (max(0, -begin), 0))
+    piece = np.pad(piece, (0, end - begin - len(piece)))
+    pieces = np.lib.stride_tricks.sliding_window_view(piece, WINDOW)[::HOP] * _HANN
+    power = np.abs(np.fft.rfft(pieces, N_FFT)) ** 2
+    mel = np.log(power @ mel_filters().T + 1e-6)
+    energy = np.log(np.sqrt((pieces**2).mean(-1)) + 1e-5)
+    flat = np.log(power[:, 4:240] + 1e-9)
+    flatness = flat.mean(-1) - np.log(power[:, 4:240].mean(-1) + 1e-9)
+    correlation = np.fft.irfft(np.abs(np.fft.rfft(pieces, 1024)) ** 2)[:, : WINDOW // 2 + 60]
+    pitch = correlation[:, 45:230].max(-1) / np.maximum(correlation[:, 0], 1e-9)
+    return np.concatenate(
+        [
+            mel,
+            formants(pieces),
+            energy[:, None],
+            np.where(energy > -9, pitch, 0.0)[:, None],
+            flatness[:, None],
+        ],
+        -1,
+    ).astype(np.float32)
+
+
+def formants(pieces: Array) -> Array:
+    """Windowed pieces (n, WINDOW) -> the lowest N_FORMANTS resonances (n, 3) in kHz.
+
+    Linear prediction by the autocorrelation method (Makhoul 1975) at 8 kHz; resonances are
+    poles with a bandwidth under 500 Hz.  Where fewer are found the neutral tube's
+    0.5, 1.5, 2.5 kHz stand in.
+    """
+    emphasised = pieces[:, 1:] - 0.95 * pieces[:, :-1]
+    # half rate by dropping the upper half of the spectrum
+    spectrum = np.fft.rfft(emphasised, N_FFT)[:, : N_FFT // 4 + 1]
+    auto = np.fft.irfft(np.abs(spectrum) ** 2)[:, : LPC_ORDER + 1]
+    auto[:, 0] = auto[:, 0] * (1 + 1e-4) + 1e-9
+    index = np.abs(np.arange(LPC_ORDER)[:, None] - np.arange(LPC_ORDER)[None])
+    predictor = np.linalg.solve(auto[:, index], auto[:, 1:, None])[..., 0]
+    companion = np.zeros((len(pieces), LPC_ORDER, LPC_ORDER))
+    companion[:, 0] = predictor
+    companion[:, np.arange(1, LPC_ORDER), np.arange(LPC_ORDER - 1)] = 1.0
+    poles = np.linalg.eigvals(companion)
+    rate = SAMPLE_RATE_HZ / 2
+    hz = np.angle(poles) * rate / (2 * np.pi)
+    bandwidth = -np.log(np.maximum(np.abs(poles), 1e-9)) * rate / np.pi
+    usable = (hz > 150) & (hz < 3800) & (bandwidth < 500)
+    ordered = np.sort(np.where(usable, hz, np.inf), -1)[:, :N_FORMANTS] / 1000
+    return np.where(np.isfinite(ordered), ordered, np.array([0.5, 1.5, 2.5]))
+
+
+def windows(stream: Array, frames: NDArray[np.integer[Any]], n_steps: int) -> Array:
+    """Feature stream (rows, A) -> windows (len(frames), n_steps, A) centred on video frames.
+
+    Frame i is shown from i / 25 s, so its middle is feature row 4 i + 2.  Ends are repeated.
+    """
+    centre = np.asarray(frames) * (RATE_HZ // 25) + 2
+    rows = centre[:, None] + np.arange(n_steps)[None] - n_steps // 2
+    return stream[np.clip(rows, 0, len(stream) - 1)]
+
+
+def heard(samples: Array, n_frames: int, *, floor_db: float = -65.0, hold_s: float = 1.5) -> Any:
+    """Which video frames have living sound, (n_frames,) bool.
+
+    A pause between words is sound; a stretch below `floor_db` (of full scale) longer than
+    `hold_s` on either side is a dead microphone.
+    """
+    per_frame = len(samples) // max(n_frames, 1)
+    blocks = samples[: n_frames * per_frame].reshape(n_frames, per_frame)
+    loud = 20 * np.log10(np.sqrt((blocks**2).mean(-1)) + 1e-9) > floor_db
+    if not loud.any():
+        return np.zeros(n_frames, bool)
+    at = np.flatnonzero(loud)
+    rows = np.arange(n_frames)
+    place = np.searchsorted(at, rows)
+    before = rows - at[np.maximum(place - 1, 0)]
+    after = at[np.minimum(place, len(at) - 1)] - rows
+    near = np.minimum(np.abs(before), np.abs(after))
+    return near <= hold_s * 25

@@ -1,0 +1,375 @@
+"""The media room: every file becomes 25 upright frames per second on one clock with its sound."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from talkhead_cli import media
+from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, TalkheadError
+from talkhead_cli.media.ffmpeg import executable, knows
+
+HARD = Path(__file__).parents[2] / "shared" / "hard"
+SUFFIXES = (".mp4", ".mov", ".webm")
+CLIPS = sorted(p for p in HARD.glob("*") if p.suffix in SUFFIXES) if HARD.is_dir() else []
+
+
+def run_ffmpeg(*words: object) -> bytes:
+    argv = [executable(), "-hide_banner", "-loglevel", "error", "-y", *map(str, words)]
+    return subprocess.run(argv, stdin=subprocess.DEVNULL, check=True, capture_output=True).stdout
+
+
+def lavfi(path: Path, source: str, *words: object) -> Path:
+    run_ffmpeg("-f", "lavfi", "-i", source, *words, path)
+    return path
+
+
+def flat(colour: tuple[int, ...], size: tuple[int, int] = (64, 64)) -> np.ndarray:
+    return np.full((size[1], size[0], len(colour)), colour, np.uint8)
+
+
+def write(path: Path, pictures: list[np.ndarray], **options: object) -> Path:
+    height, width = pictures[0].shape[:2]
+    with media.VideoWriter(path, (width, height), **options) as video:  # type: ignore[arg-type]
+        for picture in pictures:
+            video.write(picture)
+    return path
+
+
+def flash_and_beep(path: Path, *, frame: int = 25, n_frames: int = 50) -> Path:
+    """One white frame and one frame of sound, both at `frame`."""
+    pictures = [flat((0, 0, 0)) for _ in range(n_frames)]
+    pictures[frame][:] = 255
+    samples = np.zeros(n_frames * SAMPLES_PER_FRAME, np.float32)
+    beep = slice(frame * SAMPLES_PER_FRAME, (frame + 1) * SAMPLES_PER_FRAME)
+    samples[beep] = 0.8 * np.sin(np.arange(SAMPLES_PER_FRAME) * 2 * np.pi * 1000 / SAMPLE_RATE_HZ)
+    media.write_wav(path.with_suffix(".wav"), samples)
+    return write(path, pictures, audio=path.with_suffix(".wav"))
+
+
+def flash_s(path: Path) -> float:
+    return int(np.argmax([f.mean() for f in media.frames(path)])) / FPS
+
+
+def beep_s(path: Path) -> float:
+    return int(np.argmax(np.abs(media.sound(path)) > 0.2)) / SAMPLE_RATE_HZ
+
+
+def test_the_machine_has_what_the_room_needs() -> None:
+    assert all(need.ok for need in media.check() if need.required)
+
+
+@pytest.mark.parametrize("rate", ["60", "30", "30000/1001", "24000/1001", "25", "10"])
+def test_any_rate_becomes_25(tmp_path: Path, rate: str) -> None:
+    clip = lavfi(tmp_path / "a.mp4", f"testsrc=s=64x64:r={rate}:d=3")
+    about = media.probe(clip)
+    top, _, bottom = rate.partition("/")
+    assert about.fps == pytest.approx(int(top) / int(bottom or 1), abs=0.01)
+    assert abs(sum(1 for _ in media.frames(clip)) - round(FPS * about.duration_s)) <= 1
+
+
+def test_variable_rate_keeps_time(tmp_path: Path) -> None:
+    # brightness tells the time: 0..255 over 4 s; every third and most later frames are missing
+    source = "color=black:s=64x64:r=50:d=4,format=gray,geq=lum='T/4*255'"
+    holes = "select='mod(n,3)*(lt(t,2)+not(mod(n,4)))'"
+    clip = lavfi(tmp_path / "a.mkv", f"{source},{holes}", "-fps_mode", "vfr", "-c:v", "ffv1")
+    seen = np.array([f.mean() for f in media.frames(clip)]) / 255 * 4
+    assert abs(len(seen) - 100) <= 3
+    late_s = np.arange(len(seen)) / FPS - seen
+    assert late_s.min() > -0.03 and late_s[:-3].max() < 0.17  # of the holes: 8 frames of 50
+
+
+def test_seek_and_stride_land_on_the_same_frames(tmp_path: Path) -> None:
+    clip = lavfi(tmp_path / "a.mp4", "testsrc=s=64x64:r=30000/1001:d=4")
+    whole = list(media.frames(clip))
+    part = list(media.frames(clip, start_s=2.52, n_frames=10, stride=3))
+    assert len(part) == 10
+    assert all(np.array_equal(a, b) for a, b in zip(part, whole[63::3], strict=False))
+    with pytest.raises(TalkheadError, match="no frames at 9 s"):
+        list(media.frames(clip, start_s=9))
+
+
+def test_crop_and_scale(tmp_path: Path) -> None:
+    picture = np.zeros((90, 160, 3), np.uint8)
+    picture[20:60, 101:131] = (200, 100, 50)
+    clip = write(tmp_path / "a.mp4", [picture] * 3, crf=1)
+    (frame, *_) = media.frames(clip, crop=(103, 22, 26, 36), size=(13, 18))
+    assert frame.shape == (18, 13, 3)
+    assert np.abs(frame.astype(int) - (200, 100, 50)).max() <= 8
+    assert next(media.frames(clip, max_side=80)).shape == (45, 80, 3)
+    assert next(media.frames(clip, max_side=800)).shape == (90, 160, 3)
+    with pytest.raises(ValueError, match="leaves the picture"):
+        next(media.frames(clip, crop=(100, 0, 61, 10)))
+
+
+def test_sound_and_picture_agree(tmp_path: Path) -> None:
+    clip = flash_and_beep(tmp_path / "a.mp4")
+    assert flash_s(clip) == 1.0
+    assert beep_s(clip) == pytest.approx(1.0, abs=0.005)
+    assert media.duration_of_sound(clip) == pytest.approx(2.0, abs=0.04)
+
+
+@pytest.mark.parametrize("late", ["sound", "picture"])
+def test_a_late_track_is_late(tmp_path: Path, late: str) -> None:
+    clip = flash_and_beep(tmp_path / "a.mp4")
+    shifted = tmp_path / "b.mp4"
+    tracks = ("1:v", "0:a") if late == "sound" else ("0:v", "1:a")
+    maps = [word for track in tracks for word in ("-map", track)]
+    run_ffmpeg("-itsoffset", 0.4, "-i", clip, "-i", clip, *maps, "-c", "copy", shifted)
+    about = media.probe(shifted)
+    assert (about.audio_start_s, about.video_start_s)[late == "picture"] > 0.3
+    assert flash_s(shifted) == pytest.approx(1.4 if late == "picture" else 1.0, abs=0.04)
+    assert beep_s(shifted) == pytest.approx(1.4 if late == "sound" else 1.0, abs=0.02)
+
+
+@pytest.mark.parametrize("turn", [90, 180, 270])
+def test_rotation_is_undone(tmp_path: Path, turn: int) -> None:
+    upright = np.zeros((64, 96, 3), np.uint8)
+    upright[:16, :16] = (255, 255, 255)  # a mark in the upper left
+    stored = np.ascontiguousarray(np.rot90(upright, turn // 90))  # anticlockwise
+    clip = write(tmp_path / "a.mp4", [stored] * 3)
+    tagged = tmp_path / "b.mp4"
+    run_ffmpeg("-display_rotation", -turn, "-i", clip, "-c", "copy", tagged)
+    about = media.probe(tagged)
+    assert (about.width, about.height, about.rotation_deg) == (96, 64, turn)
+    frame = next(media.frames(tagged))
+    assert frame.shape == (64, 96, 3)
+    assert frame[2:14, 2:14].min() > 240 and frame[32:].max() < 15
+
+
+def test_pixels_become_square(tmp_path: Path) -> None:
+    clip = lavfi(tmp_path / "a.mp4", "testsrc=s=64x64:d=0.2,setsar=3/2")
+    assert media.probe(clip).width == 96
+    assert next(media.frames(clip)).shape == (64, 96, 3)
+    whole = next(media.frames(clip)).astype(int)
+    part = next(media.frames(clip, crop=(30, 0, 48, 64))).astype(int)
+    assert np.abs(part[:, 6:-6] - whole[:, 36:72]).mean() < 8
+
+
+def test_odd_size_and_ten_bits(tmp_path: Path) -> None:
+    words = ("-c:v", "ffv1", "-pix_fmt", "yuv444p10le")
+    clip = lavfi(tmp_path / "a.mkv", "color=0x4080c0:s=63x35:d=0.4", *words)
+    pictures = list(media.frames(clip))
+    assert len(pictures) == 10 and pictures[0].shape == (35, 63, 3)
+    assert np.abs(pictures[0].astype(int) - (0x40, 0x80, 0xC0)).max() <= 3
+
+
+def test_untagged_hd_is_bt709(tmp_path: Path) -> None:
+    convert = "format=gbrp,scale=out_color_matrix=bt709:out_range=tv,format=yuv420p"
+    source = f"color=0xc04020:s=320x720:d=0.1,{convert},setparams=colorspace=unknown"
+    clip = lavfi(tmp_path / "a.mp4", source, "-crf", 1)
+    assert "bt709" not in media.probe(clip).colour
+    assert np.abs(next(media.frames(clip)).astype(int) - (0xC0, 0x40, 0x20)).max() <= 4
+
+
+@pytest.mark.skipif(not knows("filters", "zscale"), reason="this ffmpeg has no zscale filter")
+@pytest.mark.parametrize("transfer", ["smpte2084", "arib-std-b67"])
+def test_hdr_is_tone_mapped(tmp_path: Path, transfer: str) -> None:
+    # white paper (58 % signal is 200 nits in PQ) must neither burn nor go dark
+    tags = f"color_primaries=bt2020:color_trc={transfer}:colorspace=bt2020nc:range=tv"
+    source = f"color=0x949494:s=64x64:d=0.2,format=yuv420p10le,lutyuv=u=512:v=512,setparams={tags}"
+    clip = lavfi(tmp_path / "a.mkv", source, "-c:v", "ffv1")
+    assert transfer in media.probe(clip).colour
+    frame = next(media.frames(clip))
+    assert 100 < frame.mean() < 245 and frame.max() - frame.min() <= 4
+
+
+@pytest.mark.parametrize("colour", [(200, 30, 60), (20, 180, 90), (40, 60, 230), (128, 128, 128)])
+@pytest.mark.parametrize("intra", [False, True])
+def test_colours_survive(tmp_path: Path, colour: tuple[int, int, int], intra: bool) -> None:
+    clip = write(tmp_path / "a.mp4", [flat(colour)] * 5, intra=intra)
+    assert "bt709" in media.probe(clip).colour
+    for frame in media.frames(clip):
+        assert np.abs(frame.astype(int) - colour).max() <= 3
+
+
+def test_names_with_blanks_signs_and_letters(tmp_path: Path) -> None:
+    folder = tmp_path / "été 100%d 'x' [1]"
+    folder.mkdir()
+    clip = flash_and_beep(folder / "talk: häuser, 話.mp4", n_frames=30)
+    assert media.frame_count(clip) == 30 == sum(1 for _ in media.frames(clip))
+    assert media.sound(clip, n_samples=99).shape == (99,)
+
+
+@pytest.mark.parametrize("seconds", [0.5, 5.0])
+def test_sound_gets_the_length_of_the_pictures(tmp_path: Path, seconds: float) -> None:
+    n_samples = int(seconds * SAMPLE_RATE_HZ)
+    media.write_wav(tmp_path / "a.wav", np.full(n_samples, 0.1, np.float32))
+    clip = write(tmp_path / "a.mp4", [flat((9, 9, 9))] * 50, audio=tmp_path / "a.wav")
+    assert media.frame_count(clip) == 50
+    assert abs(media.duration_of_sound(clip) - 2.0) <= 1 / FPS
+
+
+def test_nothing_half_written(tmp_path: Path) -> None:
+    with (
+        pytest.raises(RuntimeError, match="halt"),
+        media.VideoWriter(tmp_path / "a.mp4", (64, 64)) as video,
+    ):
+        video.write(flat((1, 2, 3)))
+        raise RuntimeError("halt")
+    with pytest.raises(TalkheadError, match="no frames"), media.VideoWriter(video.path, (64, 64)):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failures_to_write_are_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(TalkheadError, match="No such file"):
+        write(tmp_path / "nowhere" / "a.mp4", [flat((1, 2, 3))] * 400)
+    with pytest.raises(TalkheadError, match="even"):
+        media.VideoWriter(tmp_path / "a.mp4", (63, 64))
+    with pytest.raises(TalkheadError, match=r"\.webm or \.mov"):
+        media.VideoWriter(tmp_path / "a.mp4", (64, 64), alpha=True)
+    with (
+        media.VideoWriter(tmp_path / "a.mp4", (64, 64)) as video,
+        pytest.raises(ValueError, match="not"),
+    ):
+        video.write(flat((1, 2, 3)))
+        video.write(flat((1, 2, 3), (32, 32)))
+
+
+def test_a_full_disk_is_told(tmp_path: Path) -> None:
+    code = """
+import resource, signal, sys, numpy as np
+from talkhead_cli import media
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))
+noise = np.random.default_rng(0).integers(0, 255, (256, 256, 3), np.uint8)
+try:
+    with media.VideoWriter(sys.argv[1], (256, 256), intra=True) as video:
+        for _ in range(300):
+            video.write(noise)
+except media.TalkheadError as error:
+    print(error)
+"""
+    argv = [sys.executable, "-c", code, str(tmp_path / "a.mp4")]
+    root = Path(__file__).parents[1]
+    said = subprocess.run(argv, capture_output=True, text=True, cwd=root, timeout=60).stdout
+    assert "could not be written" in said and said.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_metadata_comes_back(tmp_path: Path) -> None:
+    said = {"comment": "made by talkhead = synthetic", "talkhead_run": "alice/lokitalk"}
+    clip = write(tmp_path / "a.mp4", [flat((1, 2, 3))] * 3, metadata=said)
+    text = run_ffmpeg("-i", clip, "-f", "ffmetadata", "-").decode().replace("\\=", "=")
+    assert all(f"{key}={value}\n" in text for key, value in said.items())
+
+
+@pytest.mark.parametrize("suffix", [".webm", ".mov"])
+def test_transparency_comes_back(tmp_path: Path, suffix: str) -> None:
+    picture = flat((200, 60, 30, 255))
+    picture[:, 32:, 3] = 0
+    media.write_wav(tmp_path / "a.wav", np.zeros(8000, np.float32))
+    clip = write(tmp_path / f"a{suffix}", [picture] * 5, alpha=True, audio=tmp_path / "a.wav")
+    assert media.probe(clip).has_audio
+    decoder = ("-c:v", "libvpx-vp9") if suffix == ".webm" else ()
+    raw = run_ffmpeg(*decoder, "-i", clip, "-f", "rawvideo", "-pix_fmt", "rgba", "-")
+    back = np.frombuffer(raw, np.uint8).reshape(5, 64, 64, 4).astype(int)
+    assert np.abs(back[:, :, :28] - (200, 60, 30, 255)).max() <= 6
+    assert back[:, :, 36:, 3].max() <= 6
+
+
+def test_depth_is_lossless(tmp_path: Path) -> None:
+    depth = np.random.default_rng(0).integers(0, 65536, (33, 45)).astype(np.uint16)
+    clip = write(tmp_path / "a.mkv", [depth, depth // 2], gray16=True)
+    raw = run_ffmpeg("-i", clip, "-f", "rawvideo", "-pix_fmt", "gray16le", "-")
+    assert np.array_equal(np.frombuffer(raw, "<u2").reshape(2, 33, 45), [depth, depth // 2])
+
+
+def test_files_that_are_no_video(tmp_path: Path) -> None:
+    text = tmp_path / "notes.mp4"
+    text.write_text("this is a text\n" * 100)
+    script = tmp_path / "notes.txt"
+    script.write_text("this is a text\n" * 100)
+    for path in (text, script, tmp_path / "absent.mp4", tmp_path):
+        for reader in (
+            media.probe,
+            media.sound,
+            media.frame_count,
+            lambda p: next(media.frames(p)),
+        ):
+            with pytest.raises(TalkheadError):
+                reader(path)
+    silent = write(tmp_path / "silent.mp4", [flat((1, 2, 3))] * 3)
+    with pytest.raises(TalkheadError, match="no sound"):
+        media.sound(silent)
+    with pytest.raises(TalkheadError, match="no sound"):
+        media.sound_to_file(silent, tmp_path / "a.raw")
+    assert not (tmp_path / "a.raw").exists()
+
+
+def test_a_cover_is_no_video(tmp_path: Path) -> None:
+    cover = lavfi(tmp_path / "c.png", "color=red:s=64x64", "-frames:v", 1)
+    song = tmp_path / "a.m4a"
+    tone = ("-f", "lavfi", "-i", "sine=d=1", "-i", cover, "-map", "0", "-map", "1")
+    run_ffmpeg(*tone, "-c:v", "png", "-disposition:v:0", "attached_pic", song)
+    about = media.probe(song)
+    assert about.has_audio and not about.has_video
+    with pytest.raises(TalkheadError, match="no picture"):
+        next(media.frames(song))
+
+
+def test_wav_and_raw_sound_agree(tmp_path: Path) -> None:
+    samples = np.sin(np.arange(20_000, dtype=np.float32) / 9).astype(np.float32)
+    media.write_wav(tmp_path / "a.wav", samples)
+    assert np.abs(media.read_wav(tmp_path / "a.wav") - samples).max() < 1e-4
+    assert np.abs(media.sound(tmp_path / "a.wav") - samples).max() < 1e-4
+    assert media.sound_to_file(tmp_path / "a.wav", tmp_path / "a.raw") == 20_000
+    raw = np.fromfile(tmp_path / "a.raw", "<i2") / 32767
+    assert np.abs(raw - samples).max() < 1e-4
+    padded = media.sound(tmp_path / "a.wav", n_samples=30_000)
+    assert padded.shape == (30_000,) and not padded[20_000:].any()
+    run_ffmpeg("-i", tmp_path / "a.wav", "-ar", 8000, tmp_path / "b.wav")
+    with pytest.raises(TalkheadError, match="16 kHz"):
+        media.read_wav(tmp_path / "b.wav")
+
+
+def test_memory_stays_small_and_ffmpeg_dies(tmp_path: Path) -> None:
+    clip = lavfi(tmp_path / "a.mkv", "testsrc=s=640x480:r=25:d=24", "-c:v", "mjpeg")
+    stream: Iterator[np.ndarray] = media.frames(clip)
+    next(stream)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert sum(1 for _ in islice(stream, 500)) == 500  # 460 MB of pixels
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 40_000
+    start = time.monotonic()
+    stream.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - start < 2
+
+
+@pytest.mark.skipif(not CLIPS, reason=f"no private test clips in {HARD}")
+@pytest.mark.parametrize("clip", CLIPS, ids=lambda p: p.stem)
+def test_hard_clips(clip: Path) -> None:
+    if clip.stem == "truncated_no_index":
+        with pytest.raises(TalkheadError, match="index is missing"):
+            next(media.frames(clip))
+        return
+    about, warnings = media.probe(clip), list[str]()
+    pictures = [f.shape for f in media.frames(clip, max_side=128, on_warning=warnings.append)]
+    if clip.stem == "truncated_faststart":
+        assert len(warnings) == 1 and "of 10.1 seconds could be read" in warnings[0]
+        assert 100 < len(pictures) < 200
+        return
+    assert not warnings
+    # two were cut without encoding: their last frame is stamped beyond the declared end
+    assert abs(len(pictures) - round(FPS * about.duration_s)) <= 3
+    assert len(set(pictures)) == 1
+    height, width, _ = pictures[0]
+    assert (width > height) == (about.width > about.height)
+    if clip.stem == "rotated_meta":
+        assert (about.width, about.height) == (1280, 720)
+    if clip.stem == "vertical_1080x1920":
+        assert height > width
+    if about.has_audio:
+        assert media.duration_of_sound(clip) <= about.duration_s + 0.05
+    if clip.stem == "audio_late_200ms":
+        samples = media.sound(clip)
+        assert about.audio_start_s > 0.15
+        assert not samples[: int(0.17 * SAMPLE_RATE_HZ)].any() and samples.any()
