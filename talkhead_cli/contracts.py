@@ -178,6 +178,17 @@ class RayBundle:
     def __len__(self) -> int:
         return int(self.origins.shape[0])
 
+    def to(self, device: Any) -> RayBundle:
+        return RayBundle(
+            self.origins.to(device),
+            self.directions.to(device),
+            self.near.to(device),
+            self.far.to(device),
+            self.pixel.to(device),
+            self.row.to(device),
+            self.layout,
+        )
+
     def __getitem__(self, rows: Any) -> RayBundle:
         return RayBundle(
             self.origins[rows],

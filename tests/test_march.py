@@ -377,7 +377,9 @@ def test_updates_repeat_by_step_and_survive_saving() -> None:
         assert torch.equal(value, two.state_dict()[key]), key
     new = packed()
     new.load_state_dict(one.state_dict(), strict=True)
-    assert set(one.state_dict()) == {f"occupancy.{k}" for k in ("aabb", "density", "occupied")}
+    assert set(one.state_dict()) == {
+        f"occupancy.{k}" for k in ("aabb", "density", "seen", "watched", "occupied")
+    }
     assert torch.equal(new.occupancy.tight_box(), one.occupancy.tight_box())
     other = packed()
     other.occupancy.update(field, 16)

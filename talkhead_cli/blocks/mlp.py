@@ -23,5 +23,5 @@ class Mlp(nn.Sequential):
         final.weight.data.mul_(last_scale)
         nn.init.zeros_(final.bias)
 
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)

@@ -35,7 +35,8 @@ class Reporter:
     def __init__(self) -> None:
         self._bars: Progress | None = None
         self._task: TaskID | None = None
-        self._name, self._total, self._unit = "", None, "frames"
+        self._name, self._unit = "", "frames"
+        self._total: int | None = None
         self._done, self._began, self._said = 0, 0.0, 0.0
         if err.is_terminal:
             self._bars = Progress(
@@ -76,7 +77,7 @@ class Reporter:
             self._line(rate, shown)
 
     def note(self, text: str) -> None:
-        err.print(f"[yellow]note:[/] {_escaped(text)}")
+        err.print(f"[yellow]note:[/] {_escaped(text)}", soft_wrap=True)
 
     def _line(self, rate: float, shown: str) -> None:
         of = f"/{self._total}" if self._total else ""
@@ -124,7 +125,7 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
         code, words = 1, f"cannot write: {error.strerror} ({error.filename or 'disk'})"
         _trace(verbose)
     if code:
-        err.print(f"[bold red]error:[/] {_escaped(words)}")
+        err.print(f"[bold red]error:[/] {_escaped(words)}", soft_wrap=True)
         raise SystemExit(code)
 
 

@@ -171,8 +171,8 @@ def _picture_figures(
     from torchmetrics.functional.image import structural_similarity_index_measure
 
     def ssim(a: Array, b: Array) -> float:
-        pair = [torch.from_numpy(x.transpose(2, 0, 1))[None] for x in (a, b)]
-        return float(structural_similarity_index_measure(pair[0], pair[1], data_range=1.0))
+        one, two = (torch.from_numpy(x.transpose(2, 0, 1))[None] for x in (a, b))
+        return float(torch.as_tensor(structural_similarity_index_measure(one, two, data_range=1.0)))
 
     rows: dict[str, list[float]] = {k: [] for k in ("pf", "sf", "p", "s")}
     for a8, b8, (x0, y0, x1, y1) in zip(truth, rendered, boxes, strict=True):

@@ -330,13 +330,7 @@ def _inner_split(people: list[Footage], stage: Stage) -> tuple[list[Footage], li
 def _to(shot: Shot, device: torch.device) -> Shot:
     if device.type == "cpu":
         return shot
-    rays = shot.rays
-    if rays is not None:
-        rays = type(rays)(
-            *(getattr(rays, n).to(device)
-              for n in ("origins", "directions", "near", "far", "pixel", "row")),
-            layout=rays.layout,
-        )  # fmt: skip
+    rays = None if shot.rays is None else shot.rays.to(device)
     moved = [t if t is None else t.to(device) for t in (shot.target, shot.labels, shot.plate)]
     return Shot(shot.signals.to(device), rays, *moved)
 

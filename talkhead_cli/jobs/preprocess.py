@@ -26,6 +26,7 @@ from talkhead_cli.store.files import atomic, digest, sha256_of
 from talkhead_cli.store.workspace import PIECE
 from talkhead_cli.track import face, matte, pose, voice
 from talkhead_cli.track.crop import Crop, choose_crop
+from talkhead_cli.track.pose import HeadTrack
 from talkhead_cli.track.scout import Scene, scout
 
 MIN_SECONDS = 3.0
@@ -34,7 +35,7 @@ MESH_MAX_SIDE = 1280
 N_PLATE = 25  # frames behind the background's median
 N_EVIDENCE = 40  # frames that tell hair from torso by motion
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 1, "mesh": 1, "pose": 1, "film": 1, "tracks": 1, "labels": 1}
+VERSIONS = {"sound": 1, "mesh": 1, "film": 1, "tracks": 1, "labels": 1}
 
 
 def id_from(video: Path) -> str:
@@ -84,18 +85,26 @@ def preprocess(
         if fresh:
             space.clear()
         work = _Work(space, video, source, probe, progress)
-        faces, scene = work.mesh(which_face)
+        work.do("mesh", lambda: work.mesh(which_face), source, which_face)
+        faces, n_faces = work.faces()
         head = work.pose(faces)
         n_frames = len(faces.found)
-        work.sound(n_frames, with_audio=with_audio)
+        work.do(
+            "sound",
+            lambda: work.sound(n_frames, with_audio=with_audio),
+            with_audio,
+            voice.FEATURE_NAMES,
+            needs=("mesh",),
+        )
         crop = choose_crop(faces.points, faces.found, (probe.width, probe.height))
         if crop.side < size_px:
             progress.note(
                 f"the head's square is {crop.side} px in the film; it is enlarged to {size_px} px"
             )
-        work.film(faces, crop, size_px)
-        work.tracks(faces, head, crop, size_px)
-        work.labels(n_frames)
+        place = [crop.x, crop.y, crop.side, size_px]
+        work.do("film", lambda: work.film(faces, crop, size_px), place, needs=("mesh",))
+        work.do("tracks", lambda: work.tracks(faces, head, crop, size_px), needs=("film",))
+        work.do("labels", lambda: work.labels(n_frames), needs=("tracks",))
         missing = _ranges(~faces.found)
         if missing:
             progress.note("no face in frames " + ", ".join(missing) + "; training leaves them out")
@@ -120,7 +129,7 @@ def preprocess(
                 "voice": "mel+formants" if with_audio else "none",
             },
             has_audio=with_audio,
-            faces_seen=scene.n_faces,
+            faces_seen=n_faces,
             consent=kept,
         )
         if work.did_anything:
@@ -147,39 +156,34 @@ class _Work:
         self.did_anything = False
         self._keys: dict[str, str] = {}
 
-    def _stage(self, stage: str, *inputs: Any, needs: tuple[str, ...] = ()) -> Callable[[], None]:
-        """Key a stage; returns what to call when it is done, or None-like if nothing to do."""
-        self._keys[stage] = digest(VERSIONS[stage], inputs, [self._keys[n] for n in needs])
-        return lambda: self.space.mark_done(stage, self._keys[stage])
+    def do(
+        self, stage: str, work: Callable[[], None], *inputs: Any, needs: tuple[str, ...] = ()
+    ) -> None:
+        """Do a stage unless it was done from exactly these inputs and stages."""
+        key = digest(VERSIONS[stage], inputs, [self._keys[n] for n in needs])
+        self._keys[stage] = key
+        if not self.space.is_done(stage, key):
+            self.did_anything = True
+            work()
+            self.space.mark_done(stage, key)
 
-    def _todo(self, stage: str) -> bool:
-        todo = not self.space.is_done(stage, self._keys[stage])
-        self.did_anything |= todo
-        return todo
-
-    def mesh(self, which_face: str) -> tuple[face.Faces, Scene]:
+    def mesh(self, which_face: str) -> None:
         """Find the person, then the mesh in every frame."""
-        done = self._stage("mesh", self.source, which_face)
-        if self._todo("mesh"):
-            self.progress.stage("looking for faces")
-            scene = scout(
-                media.frames(self.video, max_side=640, stride=FPS // 2), self.size, which_face
+        self.progress.stage("looking for faces")
+        scene = scout(
+            media.frames(self.video, max_side=640, stride=FPS // 2), self.size, which_face
+        )
+        if scene.n_faces > 1:
+            self.progress.note(
+                f"{scene.n_faces} faces are in the film; following the {which_face} one "
+                "(--face left|right|largest chooses)"
             )
-            if scene.n_faces > 1:
-                self.progress.note(
-                    f"{scene.n_faces} faces are in the film; following the {which_face} one "
-                    "(--face left|right|largest chooses)"
-                )
-            points, found, skin = self._follow(scene)
-            arrays = {
-                "points": points,
-                "found": found,
-                "skin": skin,
-                "n_faces": np.array(scene.n_faces),
-                "roi": np.array(scene.roi),
-            }
-            self.space.save("mesh", arrays)
-            done()
+        points, found, skin = self._follow(scene)
+        arrays = {"points": points, "found": found, "skin": skin}
+        self.space.save("mesh", arrays | {"n_faces": np.array(scene.n_faces)})
+
+    def faces(self) -> tuple[face.Faces, int]:
+        """The mesh as stored, and how many faces the film shows."""
         stored = self.space.load("mesh")
         faces = face.Faces(stored["points"], stored["found"])
         if not faces.found.any():
@@ -191,7 +195,7 @@ class _Work:
                 f"only {len(faces.found) / FPS:.1f} s of {self.video.name} could be read; at least "
                 f"{MIN_SECONDS:.0f} s of talking are needed"
             )
-        return faces, Scene(int(stored["n_faces"]), tuple(stored["roi"].tolist()))
+        return faces, int(stored["n_faces"])
 
     def _follow(self, scene: Scene) -> tuple[Any, Any, Any]:
         x, y, width, height = scene.roi
@@ -216,16 +220,12 @@ class _Work:
         colours = np.concatenate(skin) if skin else np.zeros((0, 3), np.float32)
         return np.stack(points), found, colours
 
-    def pose(self, faces: face.Faces) -> pose.HeadTrack:
-        self._stage("pose", needs=("mesh",))
+    def pose(self, faces: face.Faces) -> HeadTrack:
         self.progress.stage("head pose", None)
-        return pose.fit_head(faces.points, faces.found, self.size)
+        return pose.fit_head(faces.points.astype(np.float64), faces.found, self.size)
 
     def sound(self, n_frames: int, *, with_audio: bool) -> None:
         """16 kHz sound and its features on the video's clock."""
-        done = self._stage("sound", self.source, with_audio, voice.FEATURE_NAMES, needs=("mesh",))
-        if not self._todo("sound"):
-            return
         self.progress.stage("sound", None)
         n_samples = n_frames * SAMPLES_PER_FRAME
         if with_audio:
@@ -247,17 +247,14 @@ class _Work:
             )
         media.write_wav(self.space.audio, samples)
         self.space.save("voice", {"stream": voice.features(samples), "heard": heard})
-        done()
 
     def film(self, faces: face.Faces, crop: Crop, size_px: int) -> None:
         """The cropped video, mattes, skin, shoulders' registration, plate."""
-        done = self._stage("film", [crop.x, crop.y, crop.side], size_px, needs=("mesh",))
-        if not self._todo("film"):
-            return
         n_frames = len(faces.found)
         mesh = self._mesh_in_crop(faces, crop)
         reference = _reference_frame(mesh, faces.found)
-        square = {"crop": (crop.x, crop.y, crop.side, crop.side), "size": (size_px, size_px)}
+        cut = (crop.x, crop.y, crop.side, crop.side)
+        size = (size_px, size_px)
         skin_model = matte.SkinModel.fit(self.space.load("mesh")["skin"])
         wanted = set(np.linspace(0, n_frames - 1, min(N_PLATE, n_frames)).astype(int).tolist())
         thumbs_at = np.linspace(0, n_frames - 1, min(N_EVIDENCE, n_frames)).astype(int)
@@ -267,7 +264,7 @@ class _Work:
         tracked = np.zeros(n_frames, bool)
         piece: dict[str, list[Any]] = {"matte": [], "skin": []}
         first_picture = next(
-            iter(media.frames(self.video, start_s=reference / FPS, n_frames=1, **square))
+            iter(media.frames(self.video, start_s=reference / FPS, n_frames=1, crop=cut, size=size))
         )
         self.progress.stage("crop, matte, shoulders", n_frames)
         with (
@@ -279,7 +276,7 @@ class _Work:
             person = cv2.resize(segment(first_picture), (matte.MAP_PX, matte.MAP_PX))
             prior = matte.torso_prior(mesh[reference])
             shoulders = matte.BodyTracker(first_picture, (person * prior).astype(np.uint8))
-            stream = media.frames(self.video, n_frames=n_frames, **square)
+            stream = media.frames(self.video, n_frames=n_frames, crop=cut, size=size)
             for index, rgb in enumerate(followed(self.progress, stream)):
                 out.write(rgb)
                 mask = segment(rgb)
@@ -308,18 +305,14 @@ class _Work:
             "thumbs_at": thumbs_at, "reference": np.array(reference),
             "plate_seen": (seen > 0).mean(),
         })  # fmt: skip
-        done()
 
     def _mesh_in_crop(self, faces: face.Faces, crop: Crop) -> NDArray[np.float32]:
         """Mesh (T, 478, 2) in shares of the crop's side, gaps bridged."""
         filled = face.fill_gaps(faces.points[..., :2], faces.found)
         return ((filled - np.array([crop.x, crop.y])) / crop.side).astype(np.float32)
 
-    def tracks(self, faces: face.Faces, head: pose.HeadTrack, crop: Crop, size_px: int) -> None:
+    def tracks(self, faces: face.Faces, head: HeadTrack, crop: Crop, size_px: int) -> None:
         """All per-frame signals."""
-        done = self._stage("tracks", size_px, needs=("film", "pose"))
-        if not self._todo("tracks"):
-            return
         mesh = self._mesh_in_crop(faces, crop)
         film = self.space.load("film")
         scale = crop.scale(size_px)
@@ -360,13 +353,9 @@ class _Work:
             "found": faces.found,
             "usable": ~near_gap,
         })  # fmt: skip
-        done()
 
     def labels(self, n_frames: int) -> None:
         """Soft labels of every frame."""
-        done = self._stage("labels", needs=("tracks",))
-        if not self._todo("labels"):
-            return
         film, tracks = self.space.load("film"), self.space.load("tracks")
         reference = int(film["reference"])
         mesh, body, pivot = tracks["mesh_px"], tracks["body_px"], tracks["body_pivot"]
@@ -396,7 +385,6 @@ class _Work:
                     )
                 )
             self.space.save_piece("labels", first, {"labels": np.stack(stack)})
-        done()
 
 
 def _reference_frame(mesh: NDArray[np.float32], found: NDArray[np.bool_]) -> int:

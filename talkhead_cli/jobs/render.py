@@ -143,7 +143,8 @@ def speech_stats(pcm: NDArray[np.int16], footage: SpeechStats) -> tuple[SpeechSt
     by its own mean and spread, read in one pass of constant memory.
     """
     block = 60 * voice.RATE_HZ * voice.HOP
-    total, square, count = 0.0, 0.0, 0
+    total = np.zeros(voice.N_FEATURES)
+    square, count = total.copy(), 0
     for first in range(0, len(pcm), block):
         rows = voice.features(pcm[first : first + block], scale=PCM_SCALE)
         loud = rows[rows[:, voice.FEATURE_NAMES.index("energy")] > np.log(10 ** (-65 / 20))]

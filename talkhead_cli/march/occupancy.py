@@ -29,12 +29,14 @@ class OccupancyGrid(nn.Module):
 
     density   (D, D, D) moving maximum of the density in each cell
     seen      (D, D, D) moving maximum of the weight of samples in each cell, in [0, 1]
+    watched   () bool, whether any marcher reports; if none does, nothing is closed as hidden
     occupied  (D, D, D) bool, indexed x, y, z
     aabb      (6,)
     """
 
     density: Tensor
     seen: Tensor
+    watched: Tensor
     occupied: Tensor
     aabb: Tensor
 
@@ -49,7 +51,7 @@ class OccupancyGrid(nn.Module):
         self.register_buffer("aabb", aabb.detach().float().clone())
         self.register_buffer("density", torch.zeros(cells, device=aabb.device))
         self.register_buffer("seen", torch.ones(cells, device=aabb.device))
-        self._observed = False
+        self.register_buffer("watched", torch.zeros((), dtype=torch.bool, device=aabb.device))
         self.register_buffer("occupied", torch.ones(cells, dtype=torch.bool, device=aabb.device))
 
     def contains(self, x: Tensor) -> Tensor:
@@ -81,7 +83,7 @@ class OccupancyGrid(nn.Module):
         place = ((x - self.aabb[:3]) * scale).long().clamp_(0, self.resolution - 1)
         cell = (place[:, 0] * self.resolution + place[:, 1]) * self.resolution + place[:, 2]
         self.seen.view(-1).scatter_reduce_(0, cell, weight.detach().float(), "amax")
-        self._observed = True
+        self.watched.fill_(True)
 
     def tight_box(self) -> Tensor:
         """(6,) the smallest box around the occupied cells; inside out when there are none."""
@@ -122,9 +124,8 @@ class OccupancyGrid(nn.Module):
         new = self._look(field, cells, drawn[pick], generator)
         flat = self.density.view(-1)
         flat[cells] = torch.maximum(flat[cells] * decay, new)
-        if self._observed:
+        if self.watched:
             self.seen.mul_(SEEN_DECAY)
-            self._observed = False
         if distributed.is_available() and distributed.is_initialized():
             for grid in (self.density, self.seen):
                 distributed.all_reduce(grid, op=distributed.ReduceOp.MAX)

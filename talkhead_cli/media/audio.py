@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import ffmpeg as graphs  # type: ignore[import-untyped]
+import ffmpeg as graphs
 import numpy as np
 from numpy.typing import NDArray
 

@@ -13,7 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import ffmpeg as graphs  # type: ignore[import-untyped]
+import ffmpeg as graphs
 
 from talkhead_cli.contracts import TalkheadError
 
@@ -24,7 +24,7 @@ def executable() -> str:
     if found := shutil.which("ffmpeg"):
         return found
     try:
-        import imageio_ffmpeg  # type: ignore[import-untyped]
+        import imageio_ffmpeg
 
         return str(imageio_ffmpeg.get_ffmpeg_exe())
     except (ImportError, RuntimeError):

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import ffmpeg as graphs  # type: ignore[import-untyped]
+import ffmpeg as graphs
 import numpy as np
 from numpy.typing import NDArray
 

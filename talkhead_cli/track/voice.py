@@ -55,7 +55,7 @@ def mel_filters(n_mel: int = N_MEL, low_hz: float = 60.0, high_hz: float = 7600.
 
 
 def features(
-    samples: Array, n_rows: int | None = None, *, first: int = 0, scale: float = 1.0
+    samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0, scale: float = 1.0
 ) -> NDArray[np.float32]:
     """Mono 16 kHz samples (N,), [-1, 1] after `scale` -> rows first ... of (n_rows, N_FEATURES).
 
@@ -68,7 +68,7 @@ def features(
     return np.concatenate(out) if out else np.zeros((0, N_FEATURES), np.float32)
 
 
-def _block(samples: Array, first: int, n_rows: int, scale: float) -> NDArray[np.float32]:
+def _block(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> NDArray[np.float32]:
     begin = first * HOP - WINDOW // 2
     end = begin + (n_rows - 1) * HOP + WINDOW
     piece = np.asarray(samples[max(0, begin) : max(0, end)], np.float32) * scale

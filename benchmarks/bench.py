@@ -1,0 +1,217 @@
+"""What `make bench` runs: the commands of the README, timed, on the clips beside the checkout.
+
+    python benchmarks/bench.py                      all of it (about half an hour on two cores)
+    python benchmarks/bench.py quality --ids alice  parts and clips by name
+
+Each part starts the real command line in a process of its own, takes its wall time and peak
+memory from the operating system, and writes benchmarks/results/DATE-PART.json with the
+machine, versions, commit and command.  Without the private clips the synthetic speaker is
+used, and the results say so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = Path(__file__).parent / "results"
+CLIPS = ROOT.parent / "shared"
+PARTS = ("help", "preprocess", "quality", "render", "memory")
+PACKAGES = ("torch", "mediapipe", "lightning-fabric", "nerfacc", "numpy")
+
+
+def run(*words: str) -> dict[str, Any]:
+    """One command: seconds, peak memory of its processes in MB, stdout."""
+    began = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as out:
+        process = subprocess.Popen(words, stdout=out, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None
+        errors = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        text = out.read()
+    if process.returncode:
+        raise SystemExit(f"{shlex.join(words)}\n{errors}")
+    return {
+        "command": shlex.join(["talkhead", *words[3:]]),
+        "seconds": round(time.perf_counter() - began, 2),
+        "peak_mb": round(usage.ru_maxrss / 1024),
+        "stdout": text,
+    }
+
+
+def talkhead(*words: str) -> dict[str, Any]:
+    return run(sys.executable, "-m", "talkhead_cli.cli.app", *words)
+
+
+def clip(name: str, work: Path) -> Path:
+    """A private clip, or the synthetic speaker in its place."""
+    found = CLIPS / "clips" / f"{name}.mp4"
+    if found.exists():
+        return found
+    made = work / "speaker.mp4"
+    if not made.exists():
+        script = ROOT / "examples" / "synthetic_speaker.py"
+        subprocess.run([sys.executable, str(script), str(made), "--seconds", "24"], check=True)
+    return made
+
+
+def speech(work: Path, seconds: int) -> Path:
+    """Speech of a given length: a recording, repeated."""
+    from talkhead_cli import media
+
+    source = CLIPS / "speech" / "eng60.wav"
+    samples = media.sound(source if source.exists() else clip("alice", work))
+    need = seconds * 16_000
+    reps = -(-need // len(samples))
+    path = work / f"speech{seconds}.wav"
+    media.write_wav(path, __import__("numpy").tile(samples, reps)[:need])
+    return path
+
+
+def part_help(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    seconds = [talkhead("--help")["seconds"] for _ in range(5)]
+    return {"command": "talkhead --help", "seconds": seconds, "best_s": min(seconds)}
+
+
+def part_preprocess(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    rows = {}
+    for name in options.ids:
+        made = talkhead(
+            "preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"),
+            "--fresh", "--json",
+        )  # fmt: skip
+        manifest = json.loads(made.pop("stdout"))["manifest"]
+        rows[name] = made | {
+            "frames": manifest["n_frames"],
+            "frames_per_second": manifest["frames_per_second"],
+            "size_px": manifest["size_px"],
+        }
+    return rows
+
+
+def part_quality(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    home = ["--home", str(work / "home")]
+    rows = {}
+    for name in options.ids:
+        _preprocessed(name, work)
+        trained = talkhead(
+            "finetune", "--id", name, "-p", "lokitalk", "-p", "tiny", "--fresh", *home,
+            "--device", options.device, "--seed", str(options.seed),
+        )  # fmt: skip
+        scored = talkhead("evaluate", "--id", name, "--json", *home, "--device", options.device)
+        figures = json.loads(scored.pop("stdout"))["figures"]
+        trained.pop("stdout")
+        rows[name] = {"finetune": trained, "evaluate": scored, "figures": figures}
+    return rows
+
+
+def part_render(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    name = options.ids[0]
+    _trained(name, work, options)
+    out = work / "film.mp4"
+    made = talkhead(
+        "render", "--id", name, "--audio", str(speech(work, 20)), "-o", str(out),
+        "--home", str(work / "home"), "--device", options.device,
+    )  # fmt: skip
+    made.pop("stdout")
+    sidecar = json.loads(out.with_name(out.name + ".json").read_text())
+    keys = ("frames", "seconds_taken", "frames_per_second", "size_px")
+    return made | {k: sidecar[k] for k in keys}
+
+
+def part_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory of a film of 30 s and of ten minutes."""
+    name = options.ids[0]
+    _trained(name, work, options)
+    rows = {}
+    for seconds in (30, 600):
+        made = talkhead(
+            "render", "--id", name, "--audio", str(speech(work, seconds)),
+            "-o", str(work / f"film{seconds}.mp4"), "--home", str(work / "home"),
+            "--device", options.device,
+        )  # fmt: skip
+        made.pop("stdout")
+        rows[f"{seconds}_s"] = made
+    rows["ratio"] = round(rows["600_s"]["peak_mb"] / rows["30_s"]["peak_mb"], 4)
+    return rows
+
+
+def _preprocessed(name: str, work: Path) -> None:
+    if not (work / "home" / name / "manifest.json").exists():
+        talkhead("preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"))
+
+
+def _trained(name: str, work: Path, options: argparse.Namespace) -> None:
+    _preprocessed(name, work)
+    talkhead(
+        "finetune", "--id", name, "-p", "lokitalk", "-p", "tiny", "--home", str(work / "home"),
+        "--device", options.device, "--seed", str(options.seed),
+    )  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    """Where this was measured."""
+    model = ""
+    cpu = Path("/proc/cpuinfo")
+    if cpu.exists():
+        names = [r for r in cpu.read_text().splitlines() if r.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else ""
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    import torch
+
+    return {
+        "cpu": model or platform.processor(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
+        "commit": commit,
+        "private_clips": CLIPS.is_dir(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="parts to run; default all")
+    parser.add_argument("--ids", default="alice,carl", type=lambda s: s.split(","))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", type=Path, help="folder to work in, kept  [default: temporary]")
+    options = parser.parse_args()
+    work = options.work or Path(tempfile.mkdtemp(prefix="talkhead-bench-"))
+    work.mkdir(parents=True, exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
+    try:
+        for part in options.parts or PARTS:
+            found = globals()[f"part_{part}"](work, options)
+            today = datetime.date.today().isoformat()
+            suffix = "" if options.device == "cpu" else f"-{options.device}"
+            path = RESULTS / f"{today}-{part}{suffix}.json"
+            command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
+            record = {"date": today, "command": command, "machine": machine(), part: found}
+            path.write_text(json.dumps(record, indent=2) + "\n")
+            sys.stdout.write(f"{path}\n")
+    finally:
+        if options.work is None:
+            shutil.rmtree(work, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What the tests share: the synthetic speaker, tracked once, and the private clips.
+
+`speaker_home` is made once per session and read by many: a test that changes it copies it first.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from talkhead_cli.contracts import SilentProgress
+
+ROOT = Path(__file__).parents[1]
+SECONDS, SIZE_PX, SEED = 8.0, 512, 0
+
+if str(ROOT / "examples") not in sys.path:
+    sys.path.insert(0, str(ROOT / "examples"))
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of the private test clips; the test is skipped where it is absent."""
+    folder = ROOT.parent / "shared"
+    if not (folder / "hard").is_dir():
+        pytest.skip("needs the private test clips (../shared), which are not part of the project")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def speaker_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """speaker.mp4: the synthetic speaker with her voice; speaker.truth.npz lies beside it."""
+    pytest.importorskip("skimage")
+    import synthetic_speaker
+
+    from talkhead_cli.media import VideoWriter, write_wav
+
+    path = tmp_path_factory.mktemp("speaker") / "speaker.mp4"
+    frames, sound, truth = synthetic_speaker.make(SECONDS, SIZE_PX, SEED)
+    truth.save(path.with_suffix(".truth.npz"))
+    wav = path.with_suffix(".wav")
+    write_wav(wav, sound)
+    size = (SIZE_PX, SIZE_PX)
+    with VideoWriter(path, size, audio=wav, crf=16, preset="veryfast") as out:
+        for frame in frames:
+            out.write(frame)
+    return path
+
+
+@pytest.fixture(scope="session")
+def speaker_truth(speaker_clip: Path) -> Any:
+    """synthetic_speaker.Truth of the clip."""
+    import synthetic_speaker
+
+    return synthetic_speaker.Truth.load(speaker_clip.with_suffix(".truth.npz"))
+
+
+@pytest.fixture(scope="session")
+def speaker_home(speaker_clip: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home folder with the preprocessed identity "speaker". Do not write to it: copy it."""
+    pytest.importorskip("mediapipe")
+    from talkhead_cli.jobs.preprocess import preprocess
+
+    home = tmp_path_factory.mktemp("home")
+    preprocess(speaker_clip, home, SilentProgress(), name="speaker")
+    return home

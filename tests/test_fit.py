@@ -1,0 +1,136 @@
+"""The training loop: schedules, averaging, NaN guard, exact resume; on the synthetic speaker."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from talkhead_cli.contracts import SilentProgress, TalkheadError
+from talkhead_cli.jobs import fit, footage, shots
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.player import pick_run
+from talkhead_cli.store import Workspace
+
+SHORT = [
+    "train.stages.speech.steps=30",
+    "train.stages.shape.steps=24",
+    "train.stages.detail.steps=24",
+    "train.stages.lips.steps=4",
+    "train.stages.eyes.steps=4",
+    "data.size_px=64",
+    "march.resolution=32",
+    "march.n_steps=32",
+]
+for _name in ("shape", "detail", "lips", "eyes"):
+    SHORT.append(f"train.stages.{_name}.n_points=4000")
+PRESETS = ["lokitalk", "tiny"]
+
+
+@pytest.fixture
+def home(speaker_home: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(speaker_home, tmp_path / "home"))
+
+
+def train(home: Path, **options: object) -> dict[str, torch.Tensor]:
+    run = finetune(
+        home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT, device="cpu", **options
+    )
+    return run.weights() if run.is_finished else {}
+
+
+def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(home: Path) -> None:
+    whole = train(home, run_name="whole")
+    for kill_at in (20, 47, 70):  # in speech, shape and detail
+        assert not train(home, run_name="cut", stop_after=lambda p, k=kill_at: p.total >= k)
+    resumed = train(home, run_name="cut")
+    assert whole.keys() == resumed.keys()
+    for name, value in whole.items():
+        assert torch.allclose(value.float(), resumed[name].float(), atol=1e-5), name
+
+
+def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path) -> None:
+    train(home)
+    run, by_default = pick_run(Workspace.open(home, "speaker"), None)
+    stamp = (run.root / "avatar.safetensors").stat().st_mtime_ns
+    train(home)
+    assert by_default and (run.root / "avatar.safetensors").stat().st_mtime_ns == stamp
+    with pytest.raises(TalkheadError, match="--fresh"):
+        finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=["train.scale=0.5"])
+
+
+def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, calls = fit.Step.forward, {"n": 0}
+
+    def sick(self: fit.Step, drawn: list, listen: bool) -> tuple[dict, int]:
+        terms, n_points = honest(self, drawn, listen)
+        calls["n"] += 1
+        if calls["n"] in poisoned:
+            terms = {k: v * float("nan") for k, v in terms.items()}
+        return terms, n_points
+
+    monkeypatch.setattr(fit.Step, "forward", sick)
+    progress = SilentProgress()
+    poisoned = {45}
+    run = finetune(home, "speaker", progress, names=PRESETS, settings=SHORT, run_name="once")
+    assert run.is_finished and any("not a number" in note for note in progress.notes)
+    assert all(bool(torch.isfinite(w).all()) for w in run.weights().values())
+
+    calls["n"], poisoned = 0, set(range(45, 10_000))
+    with pytest.raises(TalkheadError, match="rates"):
+        finetune(home, "speaker", progress, names=PRESETS, settings=SHORT, run_name="always")
+
+
+def test_training_lowers_the_colour_loss(home: Path) -> None:
+    seen: list[float] = []
+
+    def watch(place: fit.Place) -> bool:
+        if "colour" in place.figures:
+            seen.append(place.figures["colour"])
+        return False
+
+    train(home, stop_after=watch)
+    assert sum(seen[-5:]) < 0.5 * sum(seen[:5])
+
+
+def test_shots_know_their_truth(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    aabb = footage.box_of(clip.signals.camera[clip.train])
+    rng = torch.Generator().manual_seed(1)
+    shot = shots.draw(clip, preset.train.stages["shape"], 512, aabb, rng)
+    assert shot.rays is not None and shot.target is not None and shot.labels is not None
+    frame = shot.signals.footage_index[shot.rays.row]
+    x, y = shot.rays.pixel.long().unbind(1)
+    truth = torch.from_numpy(clip.pictures[frame.numpy(), y.numpy(), x.numpy()]).float() / 255
+    assert torch.equal(truth, shot.target)
+    assert torch.allclose(shot.labels.sum(1), torch.ones(len(truth)), atol=0.02)
+    assert set(frame.tolist()) <= set(clip.train.tolist())
+    patch = shots.draw(clip, preset.train.stages["lips"], 2048, aabb, rng)
+    assert patch.rays is not None and patch.rays.layout is not None
+    assert len(patch.rays) == torch.tensor(patch.rays.layout).prod()
+
+
+def test_held_out_frames_are_the_end_and_never_trained(speaker_home: Path) -> None:
+    assert footage.split(1000, 1 / 11) == 100  # at least four seconds
+    assert footage.split(11_000, 1 / 11) == 1000
+    assert footage.split(200, 1 / 11) == 50  # at most a quarter
+    assert footage.split(200, 0) == 0
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    assert clip.train.max() < clip.held.min()
+
+
+def test_the_box_holds_every_ray_that_meets_the_head(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    rows = clip.train[::20]
+    box = footage.box_of(clip.signals.camera[clip.train])
+    for row in rows.tolist():
+        rays = shots.whole_picture(clip.signals[row], box)
+        assert bool((rays.far > rays.near).float().mean() > 0.99)

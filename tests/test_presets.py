@@ -1,0 +1,185 @@
+"""Presets: what ships is valid, what is mistyped is refused by its dotted path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from talkhead_cli.contracts import MisuseError
+from talkhead_cli.jobs import preset
+
+SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "presets").glob("*.yaml"))
+
+
+def test_the_folder_beside_the_package_is_the_one_that_is_read() -> None:
+    assert SHIPPED and preset.preset_names() == SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_preset_loads_alone_or_over_lokitalk(name: str) -> None:
+    alone = "method" in preset.read_layer(name)
+    loaded = preset.load([name] if alone else ["lokitalk", name])
+    assert loaded.train.stages and all(stage.learn for stage in loaded.train.stages.values())
+
+
+def test_an_overlay_alone_lacks_a_method() -> None:
+    with pytest.raises(MisuseError, match="'method'"):
+        preset.load(["tiny"])
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "colour",
+        "data.size",
+        "march.steps",
+        "train.stages.lips.step",
+        "train.stages.lips.weights_",
+        "avatar.width",
+    ],
+)
+def test_an_unknown_key_is_named_by_its_path(key: str) -> None:
+    with pytest.raises(MisuseError) as error:
+        preset.load(["lokitalk"], [f"{key}=1"])
+    assert f"'{key}'" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "known"),
+    [("data.size", "size_px"), ("train.stages.lips.step", "steps"), ("colour", "method")],
+)
+def test_an_unknown_key_is_answered_with_the_known_ones(key: str, known: str) -> None:
+    with pytest.raises(MisuseError, match=f"known there: .*{known}"):
+        preset.load(["lokitalk"], [f"{key}=1"])
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "data.size_px=100",  # no multiple of 8
+        "data.holdout=0.9",
+        "march.n_steps=many",
+        "train.scale=0",
+        "train.stages.lips.rays=all",
+        "avatar.size=huge",
+        "data=512",
+    ],
+)
+def test_a_value_out_of_range_is_named_by_its_path(setting: str) -> None:
+    with pytest.raises(MisuseError) as error:
+        preset.load(["lokitalk"], [setting])
+    assert f"'{setting.partition('=')[0]}'" in str(error.value)
+
+
+def test_a_new_stage_must_be_whole() -> None:
+    with pytest.raises(MisuseError, match=r"'train\.stages\.polish\.learn'"):
+        preset.load(["lokitalk"], ["train.stages.polish.steps=5"])
+
+
+@pytest.mark.parametrize("over", ["rates={speech: 1e-3, volume: 1e-3}", "learn=[speech, volume]"])
+def test_rates_and_learning_parts_must_agree(over: str) -> None:
+    with pytest.raises(MisuseError, match="train.stages.speech.*volume"):
+        preset.load(["lokitalk"], [f"train.stages.speech.{over}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("2", 2.0), ("1.5", 1.5), ("1e-3", 1e-3), ("2.5E+1", 25.0), ("-1", None), ("nan", None)],
+)
+def test_settings_read_numbers(text: str, value: float | None) -> None:
+    if value is None:
+        with pytest.raises(MisuseError, match=r"train\.scale"):
+            preset.load(["lokitalk"], [f"train.scale={text}"])
+    else:
+        assert preset.load(["lokitalk"], [f"train.scale={text}"]).train.scale == value
+
+
+def test_settings_read_lists_words_and_truth() -> None:
+    loaded = preset.load(
+        ["lokitalk"],
+        [
+            "train.stages.lips.learn=[volume]",
+            "train.stages.lips.freeze_grid=false",
+            "avatar.size=tiny",
+        ][1:],
+    )
+    assert loaded.train.stages["lips"].freeze_grid is False
+    assert loaded.avatar.size == "tiny"
+    stage = "{steps: 1, learn: [deform, volume], rates: {deform: 1e-3, volume: 2e-3}}"
+    polish = preset.load(["lokitalk"], [f"train.stages.polish={stage}"]).train.stages["polish"]
+    assert polish.learn == ("deform", "volume")
+    assert polish.rates == {"deform": 1e-3, "volume": 2e-3}
+
+
+@pytest.mark.parametrize("setting", ["data.size_px", "=3", ""])
+def test_a_setting_is_key_and_value(setting: str) -> None:
+    with pytest.raises(MisuseError, match="key=value"):
+        preset.load(["lokitalk"], [setting])
+
+
+def layer(folder: Path, name: str, text: str) -> str:
+    (folder / name).write_text(text, encoding="utf-8")
+    return str(folder / name)
+
+
+def test_the_later_layer_wins_and_settings_win_last(tmp_path: Path) -> None:
+    a = layer(tmp_path, "a.yaml", "data: {size_px: 64, window: 9}")
+    b = layer(tmp_path, "b.yaml", "data: {size_px: 96}")
+    assert preset.load(["lokitalk", a, b]).data.size_px == 96
+    assert preset.load(["lokitalk", b, a]).data.size_px == 64
+    assert preset.load(["lokitalk", a, b]).data.window == 9  # what b does not name stays
+    assert preset.load(["lokitalk", a, b], ["data.size_px=32"]).data.size_px == 32
+    twice = ["data.size_px=32", "data.size_px=40"]
+    assert preset.load(["lokitalk"], twice).data.size_px == 40
+
+
+def test_merging_leaves_its_inputs_alone() -> None:
+    before = preset.load(["lokitalk"])
+    preset.load(["lokitalk", "tiny"], ["train.stages.lips.steps=1"])
+    assert preset.load(["lokitalk"]) == before
+
+
+def test_stages_keep_their_order() -> None:
+    under = list(preset.load(["lokitalk"]).train.stages)
+    assert list(preset.load(["lokitalk", "tiny"], ["train.stages.shape.steps=1"]).train.stages) == (
+        under
+    )
+
+
+@pytest.mark.parametrize("settings", [[], ["train.scale=1e-5", "data.holdout=0"]])
+def test_yaml_round_trip(settings: list[str]) -> None:
+    for names in (["lokitalk"], ["lokitalk", "tiny"]):
+        whole = preset.load(names, settings)
+        assert preset.from_yaml(whole.to_yaml()) == whole
+        assert list(preset.from_yaml(whole.to_yaml()).train.stages) == list(whole.train.stages)
+
+
+def test_a_preset_is_frozen() -> None:
+    with pytest.raises(ValidationError):
+        preset.load(["lokitalk"]).data.size_px = 64  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "nosuch", "../lokitalk", "nosuch.yaml", ""])
+def test_an_unknown_name_is_answered_with_the_known_ones(name: str) -> None:
+    with pytest.raises(MisuseError, match="known: .*lokitalk"):
+        preset.load([name])
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "just words", "", "a: [1"])
+def test_a_file_that_holds_no_keys_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(MisuseError, match=r"odd\.yaml"):
+        preset.load(["lokitalk", layer(tmp_path, "odd.yaml", text)])
+
+
+def test_yaml_builds_no_objects(tmp_path: Path) -> None:
+    marker = tmp_path / "made"
+    text = f"method: !!python/object/apply:os.mkdir ['{marker}']"
+    with pytest.raises(MisuseError):
+        preset.load([layer(tmp_path, "evil.yaml", text)])
+    assert not marker.exists()
+
+
+def test_a_run_is_named_by_its_presets() -> None:
+    assert preset.run_name(["lokitalk", "folder/mine.yaml"], ["train.scale=2"]) == "lokitalk+mine"
