@@ -97,14 +97,8 @@ def test_settings_read_numbers(text: str, value: float | None) -> None:
 
 
 def test_settings_read_lists_words_and_truth() -> None:
-    loaded = preset.load(
-        ["lokitalk"],
-        [
-            "train.stages.lips.learn=[volume]",
-            "train.stages.lips.freeze_grid=false",
-            "avatar.size=tiny",
-        ][1:],
-    )
+    words = ["train.stages.lips.freeze_grid=false", "avatar.size=tiny"]
+    loaded = preset.load(["lokitalk"], words)
     assert loaded.train.stages["lips"].freeze_grid is False
     assert loaded.avatar.size == "tiny"
     stage = "{steps: 1, learn: [deform, volume], rates: {deform: 1e-3, volume: 2e-3}}"

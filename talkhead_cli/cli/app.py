@@ -67,6 +67,9 @@ def preprocess(
     no_audio: Annotated[
         bool, typer.Option("--no-audio", help="Track a film without sound.")
     ] = False,
+    voice: Annotated[
+        str, typer.Option(help="Speech features: auto, mel, hubert or wav2vec2.")
+    ] = "auto",
     consent: Annotated[
         Path | None, typer.Option(help="The person's consent; kept with the identity.")
     ] = None,
@@ -82,7 +85,7 @@ def preprocess(
 
         space = job(
             video, home_folder(home), report, name=name, which_face=face,
-            with_audio=not no_audio, consent=consent, fresh=fresh,
+            with_audio=not no_audio, speech_features=voice, consent=consent, fresh=fresh,
         )  # fmt: skip
         _say([space.root], {"manifest": space.manifest()}, json)
 
@@ -272,6 +275,47 @@ def presets(
         else:
             read_layer(name)
             answer((preset_folder() / f"{name}.yaml").read_text(encoding="utf-8").rstrip())
+
+
+models = typer.Typer(help="Weights of other people's networks.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+
+@models.command("list")
+def models_list(verbose: Verbose = False) -> None:
+    """List the known weights, whether they are here, and their licences."""
+    with speaking(verbose):
+        from talkhead_cli.store import weights
+
+        for known in weights.KNOWN.values():
+            place = weights.find(known.name) or "not here"
+            answer(f"{known.name}\t{known.file}\t{known.licence}\t{known.what_for}\t{place}")
+
+
+@models.command("verify")
+def models_verify(verbose: Verbose = False) -> None:
+    """Check the weights that are here against their sha256."""
+    with speaking(verbose):
+        from talkhead_cli.store import weights
+
+        states = {name: weights.verify(name) for name in weights.KNOWN}
+        for name, state in states.items():
+            answer(f"{name}\t{state}")
+        if "WRONG" in states.values():
+            raise SystemExit(1)
+
+
+@models.command("import")
+def models_import(
+    name: Annotated[str, typer.Argument(help="Which weights.")],
+    file: Annotated[Path, typer.Argument(help="The file, as published.")],
+    verbose: Verbose = False,
+) -> None:
+    """Bring weights that you fetched yourself; their sha256 is checked."""
+    with speaking(verbose):
+        from talkhead_cli.store import weights
+
+        answer(weights.import_file(name, file))
 
 
 @app.command()

@@ -22,7 +22,7 @@ from talkhead_cli import __version__, media
 from talkhead_cli.blocks.speech import ridge_by_blocks, ridge_map
 from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
 from talkhead_cli.jobs import footage, player
-from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.store import Workspace
 from talkhead_cli.track import face, voice
@@ -84,6 +84,7 @@ def evaluate(
         mute, _, _ = _film(show, show.listen(signals.with_(audio=audio)), progress)
         controls.append(_measure(mute, progress))
 
+    sound = media.read_wav(space.audio)
     boxes = face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
     figures = {
         "identity": name, "run": run.name, "talkhead": __version__,
@@ -96,7 +97,7 @@ def evaluate(
             "interval": f"90 %, block bootstrap, blocks of {BLOCK} frames",
         },
         "picture": _picture_figures(truth, rendered, boxes),
-        "lips": _lip_figures(seen_truth, seen, controls, clip, held),
+        "lips": _lip_figures(seen_truth, seen, controls, _linear_baseline(clip, sound)),
         "eyes": _eye_figures(seen_truth, seen),
         "lmd_px_at_512": _lmd(seen_truth, seen),
         "jitter_px_at_512": _jitter_figures(seen_truth, seen),
@@ -109,7 +110,7 @@ def evaluate(
         "training_seconds": run.meta().get("seconds"),
     }  # fmt: skip
     made = [run.write_figures(figures)]
-    made += _write_films(run.evaluation, truth, rendered, space, held)
+    made += _write_films(run.evaluation, truth, rendered, sound, held)
     return figures, made
 
 
@@ -217,11 +218,9 @@ def correlation(a: Array, b: Array) -> dict[str, Any]:
 
 
 def _lip_figures(
-    truth: Measured, seen: Measured, controls: list[Measured], clip: Footage,
-    held: NDArray[np.int64],
-) -> dict[str, Any]:  # fmt: skip
+    truth: Measured, seen: Measured, controls: list[Measured], baseline: Array
+) -> dict[str, Any]:
     true = face.lip_aperture(truth.mesh)
-    baseline = _linear_baseline(clip, true)
     wrong = [correlation(true, face.lip_aperture(c.mesh)) for c in controls]
     return {
         "correlation": correlation(true, face.lip_aperture(seen.mesh)),
@@ -234,23 +233,22 @@ def _lip_figures(
     }
 
 
-def _linear_baseline(clip: Footage, true: Array) -> Array:
+def _linear_baseline(clip: Footage, sound: Array) -> Array:
     """What ridge regression says of the held-out aperture (T,), from log-mel alone.
 
     Trained on the person's own training frames, its strength chosen by block
     cross-validation there.
     """
     rows = clip.train[clip.heard[clip.train]]
-    mesh = clip.lip_truth
-    window = torch.from_numpy(
-        clip.stats.windows(clip.stream, np.arange(len(mesh)), BASELINE_STEPS)[..., : voice.N_MEL]
-    ).flatten(1)
-    target = torch.from_numpy(mesh.astype(np.float32))[:, None]
+    stream = voice.features(sound)[:, : voice.N_MEL]
+    stats = SpeechStats.of(stream[: (int(rows[-1]) + 1) * voice.RATE_HZ // FPS])
+    frames = np.arange(len(clip.lip_truth))
+    window = torch.from_numpy(stats.windows(stream, frames, BASELINE_STEPS)).flatten(1)
+    target = torch.from_numpy(clip.lip_truth.astype(np.float32))[:, None]
     scale = target[rows].std()
     ridge, _ = ridge_by_blocks(window[rows], target[rows] / scale, BASELINE_RIDGES)
     weight, bias = ridge_map(window[rows], target[rows] / scale, ridge)
     said: Array = ((window[clip.held] @ weight + bias)[:, 0] * scale).numpy()
-    assert len(said) == len(true)
     return said
 
 
@@ -279,14 +277,13 @@ def _jitter_figures(truth: Measured, seen: Measured) -> dict[str, float]:
 
 
 def _write_films(
-    folder: Path, truth: NDArray[np.uint8], rendered: NDArray[np.uint8], space: Workspace,
+    folder: Path, truth: NDArray[np.uint8], rendered: NDArray[np.uint8], sound: Array,
     held: NDArray[np.int64],
 ) -> list[Path]:  # fmt: skip
     """truth.mp4, render.mp4 near-lossless; side_by_side.mp4 with the sound."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     size = truth.shape[1]
-    sound = media.read_wav(space.audio)
     index = (held[:, None] * SAMPLES_PER_FRAME + np.arange(SAMPLES_PER_FRAME)).ravel()
     wav = folder / "sound.wav"
     media.write_wav(wav, sound[index])

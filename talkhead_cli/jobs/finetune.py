@@ -18,7 +18,6 @@ from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace
-from talkhead_cli.track import voice
 
 
 def finetune(
@@ -65,7 +64,7 @@ def finetune(
         avatar, marcher, why = player.build(preset, n_features, aabb.to(where), where)
         progress.note(f"marching: {why}")
         hearing = clip.train[clip.heard[clip.train]]
-        avatar.calibrate(clip.signals[hearing].to(where), aabb.to(where))
+        avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb.to(where))
         place = fit.fit(
             preset, avatar, marcher, [clip], run, fabric, progress, seed=seed,
             stop_after=stop_after,
@@ -88,7 +87,7 @@ def finetune(
             device=_device_name(where),
             torch=torch.__version__,
             speech={"backend": space.manifest()["backends"]["voice"], "n_features": n_features,
-                    "window": preset.data.window, "names": list(voice.FEATURE_NAMES)},
+                    "window": preset.data.window, "stored": "10 ms rows"},
             source=space.manifest()["source"],
             consent=space.manifest().get("consent", []),
         )  # fmt: skip

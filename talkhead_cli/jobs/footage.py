@@ -19,6 +19,8 @@ from talkhead_cli.store import Workspace
 from talkhead_cli.track import voice
 from talkhead_cli.track.face import MESH_TO_68, lip_aperture
 
+N_SKIN = 468  # mesh points that lie on the face; the rest are irises
+
 MIN_HOLDOUT = 4 * FPS
 STORED_PX = 512  # intrinsics in tracks are for this size
 
@@ -48,7 +50,7 @@ class Footage:
     signals   all T rows · train, held (n,) long: rows to learn from, rows kept apart
     heard     (T,) whether there is living sound
     pictures  (T, s, s, 3) uint8 · labels (T, 6, 128, 128) uint8 · plate (s, s, 3) in [0, 1]
-    stream    (4 T, A) raw speech features · lip_truth (T,) lip aperture as tracked
+    mesh      (478, 3) rigid face in head space · lip_truth (T,) lip aperture as tracked
     """
 
     signals: Signals
@@ -59,7 +61,7 @@ class Footage:
     labels: NDArray[np.uint8]
     plate: Tensor
     stats: SpeechStats
-    stream: NDArray[np.float32]
+    mesh: Tensor
     lip_truth: NDArray[np.float32]
 
     @property
@@ -99,7 +101,7 @@ def load(space: Workspace, data: Data, progress: Progress) -> Footage:
         labels=_labels(space, n_frames, progress),
         plate=read_plate(space.plate_file, data.size_px),
         stats=stats,
-        stream=sound["stream"],
+        mesh=torch.from_numpy(tracks["shape"][:N_SKIN]),
         lip_truth=lip_aperture(tracks["mesh_px"]),
     )
 

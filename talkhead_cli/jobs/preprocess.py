@@ -21,6 +21,7 @@ from talkhead_cli.contracts import (
     TalkheadError,
     followed,
 )
+from talkhead_cli.jobs import hearing
 from talkhead_cli.store import Workspace, check_id
 from talkhead_cli.store.files import atomic, digest, sha256_of
 from talkhead_cli.store.workspace import PIECE
@@ -52,6 +53,7 @@ def preprocess(
     name: str | None = None,
     which_face: str = "largest",
     with_audio: bool = True,
+    speech_features: str = "auto",
     consent: Path | None = None,
     size_px: int = SIZE_PX,
     fresh: bool = False,
@@ -59,12 +61,14 @@ def preprocess(
     """Track one person through a video and write the workspace `home`/`name`.
 
     Stages are keyed by the content of their inputs: a second call does only what is missing
-    or changed.  `which_face` is largest, left or right, as seen in the picture.
+    or changed.  `which_face` is largest, left or right, as seen in the picture;
+    `speech_features` is auto, mel, hubert or wav2vec2.
     """
     if which_face not in ("largest", "left", "right"):
         raise MisuseError(f"--face must be largest, left or right, not '{which_face}'")
     if consent is not None and not consent.is_file():
         raise TalkheadError(f"the consent file {consent} does not exist")
+    backend = hearing.choose(speech_features)
     space = Workspace(home, check_id(name) if name else id_from(video))
     began = time.monotonic()
     probe = media.probe(video)
@@ -91,9 +95,9 @@ def preprocess(
         n_frames = len(faces.found)
         work.do(
             "sound",
-            lambda: work.sound(n_frames, with_audio=with_audio),
+            lambda: work.sound(n_frames, backend, with_audio=with_audio),
             with_audio,
-            voice.FEATURE_NAMES,
+            backend,
             needs=("mesh",),
         )
         crop = choose_crop(faces.points, faces.found, (probe.width, probe.height))
@@ -126,7 +130,7 @@ def preprocess(
                 "mesh": "mediapipe",
                 "matte": "mediapipe-selfie",
                 "labels": "colour+motion",
-                "voice": "mel+formants" if with_audio else "none",
+                "voice": backend if with_audio else "none",
             },
             has_audio=with_audio,
             faces_seen=n_faces,
@@ -224,7 +228,7 @@ class _Work:
         self.progress.stage("head pose", None)
         return pose.fit_head(faces.points.astype(np.float64), faces.found, self.size)
 
-    def sound(self, n_frames: int, *, with_audio: bool) -> None:
+    def sound(self, n_frames: int, backend: str, *, with_audio: bool) -> None:
         """16 kHz sound and its features on the video's clock."""
         self.progress.stage("sound", None)
         n_samples = n_frames * SAMPLES_PER_FRAME
@@ -246,7 +250,8 @@ class _Work:
                 + "; speech is not learnt from them"
             )
         media.write_wav(self.space.audio, samples)
-        self.space.save("voice", {"stream": voice.features(samples), "heard": heard})
+        listener = hearing.voice_of(backend)
+        self.space.save("voice", {"stream": listener.features(samples), "heard": heard})
 
     def film(self, faces: face.Faces, crop: Crop, size_px: int) -> None:
         """The cropped video, mattes, skin, shoulders' registration, plate."""

@@ -26,14 +26,16 @@ from talkhead_cli.contracts import (
     TalkheadError,
 )
 from talkhead_cli.jobs import drive as drives
-from talkhead_cli.jobs import player
+from talkhead_cli.jobs import hearing, player
 from talkhead_cli.jobs.footage import SpeechStats, read_plate
+from talkhead_cli.jobs.hearing import Voice
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.files import sha256_of, write_json
 from talkhead_cli.track import voice
 
 PCM_SCALE = 1 / 32768
+STATS_ROWS = 60 * voice.RATE_HZ
 CHUNK = 50  # frames that hear together
 OWN_STATS_S = 5.0  # speech shorter than this is standardised by the footage's statistics
 DEPTH_UNIT = 1 / 8192  # face heights per step of the 16-bit depth film
@@ -96,7 +98,8 @@ def render(
         if n_frames < 1:
             raise TalkheadError(f"{speech.name} holds no sound to speak of; it is under 40 ms long")
         pcm: NDArray[np.int16] = np.memmap(raw, dtype=np.int16, mode="r", shape=(n_samples,))
-        stats, silent = speech_stats(pcm, show.stats)
+        ear = hearing.voice_of(show.run.meta()["speech"]["backend"])
+        stats, silent = speech_stats(pcm, ear, show.stats)
         if silent:
             progress.note("the speech file is silent: the mouth will stay at rest")
         moves = drives.make(
@@ -105,7 +108,7 @@ def render(
         )  # fmt: skip
         if wishes.pose != "footage" or wishes.yaw_deg or wishes.pitch_deg:
             at = np.unique(np.linspace(0, n_frames - 1, N_VIEWS).astype(int))
-            show.open_views(_signals(show, pcm, stats, moves, at))
+            show.open_views(_signals(show, pcm, ear, stats, moves, at))
         progress.stage("render", n_frames)
         with (
             media.VideoWriter(
@@ -114,7 +117,7 @@ def render(
             ) as film,
             _maybe_depth(depth_out, size, tags) as depth_film,
         ):  # fmt: skip
-            for frame in _frames(show, pcm, stats, moves, n_frames, plate, wishes.alpha):
+            for frame in _frames(show, pcm, ear, stats, moves, n_frames, plate, wishes.alpha):
                 film.write(_pixels(frame, wishes.alpha))
                 if depth_film is not None:
                     depth_film.write(_depth(frame))
@@ -136,20 +139,23 @@ def render(
     return [*made, sidecar]
 
 
-def speech_stats(pcm: NDArray[np.int16], footage: SpeechStats) -> tuple[SpeechStats, bool]:
+def speech_stats(
+    pcm: NDArray[np.int16], ear: Voice, footage: SpeechStats
+) -> tuple[SpeechStats, bool]:
     """Statistics to standardise new speech by, and whether it is silent.
 
     A voice from another microphone has another spectrum: long enough speech is standardised
     by its own mean and spread, read in one pass of constant memory.
     """
-    block = 60 * voice.RATE_HZ * voice.HOP
-    total = np.zeros(voice.N_FEATURES)
+    total = np.zeros(ear.n_features)
     square, count = total.copy(), 0
-    for first in range(0, len(pcm), block):
-        rows = voice.features(pcm[first : first + block], scale=PCM_SCALE)
-        loud = rows[rows[:, voice.FEATURE_NAMES.index("energy")] > np.log(10 ** (-65 / 20))]
-        total = total + loud.sum(0, dtype=np.float64)
-        square = square + (loud.astype(np.float64) ** 2).sum(0)
+    for first in range(0, len(pcm) // voice.HOP, STATS_ROWS):
+        n_rows = min(STATS_ROWS, len(pcm) // voice.HOP - first)
+        rows = ear.features(pcm, n_rows, first=first, scale=PCM_SCALE).astype(np.float64)
+        block = pcm[first * voice.HOP : (first + n_rows) * voice.HOP] * np.float32(PCM_SCALE)
+        loud = rows[voice.heard(block, n_rows, hold_s=0)]
+        total += loud.sum(0)
+        square += (loud**2).sum(0)
         count += len(loud)
     if count < OWN_STATS_S * voice.RATE_HZ:
         return footage, count == 0
@@ -161,6 +167,7 @@ def speech_stats(pcm: NDArray[np.int16], footage: SpeechStats) -> tuple[SpeechSt
 def _signals(
     show: Player,
     pcm: NDArray[np.int16],
+    ear: Voice,
     stats: SpeechStats,
     moves: drives.Drive,
     frames: NDArray[Any],
@@ -170,7 +177,7 @@ def _signals(
     per_frame = voice.RATE_HZ // FPS
     low = max(0, int(frames.min()) - n_steps // (2 * per_frame) - 1)
     high = min(len(pcm) // voice.HOP, (int(frames.max()) + 2) * per_frame + n_steps)
-    stream = voice.features(pcm, high - low * per_frame, first=low * per_frame, scale=PCM_SCALE)
+    stream = ear.features(pcm, high - low * per_frame, first=low * per_frame, scale=PCM_SCALE)
     pose, body = moves.pose(frames)
     eye, gaze, brow = moves.eyes(frames)
     window = stats.windows(stream, frames - low, n_steps)
@@ -185,6 +192,7 @@ def _signals(
 def _frames(
     show: Player,
     pcm: NDArray[np.int16],
+    ear: Voice,
     stats: SpeechStats,
     moves: drives.Drive,
     n_frames: int,
@@ -194,7 +202,7 @@ def _frames(
     behind = torch.zeros_like(plate) if alpha else plate
     for first in range(0, n_frames, CHUNK):
         frames = np.arange(first, min(first + CHUNK, n_frames))
-        for frame, _ in show.pictures(_signals(show, pcm, stats, moves, frames), behind):
+        for frame, _ in show.pictures(_signals(show, pcm, ear, stats, moves, frames), behind):
             yield frame
 
 

@@ -13,7 +13,8 @@ ALPHA_THRESHOLD = 0.01  # a cell that stops less of the light in one march step 
 WARM_UP_STEPS = 256  # until then every update looks into every cell
 CHUNK = 65_536  # points per call of the field
 SEEN_THRESHOLD = 0.005  # a cell no sample of which adds more to any pixel is hidden
-SEEN_DECAY = 0.9  # per update; a hidden cell closes within some 50 updates
+SEEN_DECAY = 0.9  # per update
+SEEN_AT_FIRST = 0.05  # so that cells nobody ever sees close after some twenty updates
 
 
 class OccupancyGrid(nn.Module):
@@ -50,7 +51,7 @@ class OccupancyGrid(nn.Module):
         cells = (resolution,) * 3
         self.register_buffer("aabb", aabb.detach().float().clone())
         self.register_buffer("density", torch.zeros(cells, device=aabb.device))
-        self.register_buffer("seen", torch.ones(cells, device=aabb.device))
+        self.register_buffer("seen", torch.full(cells, SEEN_AT_FIRST, device=aabb.device))
         self.register_buffer("watched", torch.zeros((), dtype=torch.bool, device=aabb.device))
         self.register_buffer("occupied", torch.ones(cells, dtype=torch.bool, device=aabb.device))
 

@@ -120,6 +120,19 @@ def formants(pieces: Array) -> Array:
     return np.where(np.isfinite(ordered), ordered, np.array([0.5, 1.5, 2.5]))
 
 
+class MelVoice:
+    """The offline default, as the interface that jobs choose from."""
+
+    name = "mel"
+    n_features = N_FEATURES
+
+    @property
+    def names(self) -> list[str]:
+        return list(FEATURE_NAMES)
+
+    features = staticmethod(features)
+
+
 def windows(stream: Array, frames: NDArray[np.integer[Any]], n_steps: int) -> Array:
     """Feature stream (rows, A) -> windows (len(frames), n_steps, A) centred on video frames.
 

@@ -1,0 +1,265 @@
+"""What moves the head: continuous, bounded, and a function of the frame's number alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from talkhead_cli.contracts import FPS, MisuseError, TalkheadError
+from talkhead_cli.jobs import drive
+
+Array = NDArray[np.floating[Any]]
+
+
+@pytest.fixture
+def footage() -> dict[str, NDArray[Any]]:
+    """60 frames, 12 of them without a face, in which every value is told apart."""
+    n, rng = 60, np.random.default_rng(0)
+    walk = np.cumsum(rng.normal(0, 0.01, (n, 6)), axis=0)
+    usable = np.ones(n, bool)
+    usable[:12] = False
+    return {
+        "pose": (walk + [0, 0, 0, 0, 0, 4]).astype(np.float32),
+        "body": np.cumsum(rng.normal(0, 0.01, (n, 4)), axis=0).astype(np.float32),
+        "eye": rng.uniform(0.5, 1, (n, 2)).astype(np.float32),
+        "gaze": rng.uniform(-0.1, 0.1, (n, 2)).astype(np.float32),
+        "brow": rng.uniform(-0.1, 0.1, (n, 2)).astype(np.float32),
+        "usable": usable,
+        "k": np.array([[600, 0, 256], [0, 600, 256], [0, 0, 1]], np.float32),
+    }
+
+
+# ---------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 20, 21, 22, 100])
+def test_replay_is_bounded_periodic_and_never_jumps(n: int) -> None:
+    place = drive.there_and_back(n)
+    frames = np.arange(6 * n)
+    at = place(frames)
+    assert at.min() >= 0 and at.max() <= n - 1
+    assert np.abs(np.diff(at)).max() <= 1 + 1e-9
+    np.testing.assert_allclose(place(frames + 2 * (n - 1)), at)
+    np.testing.assert_allclose(place(-frames), at)  # what comes back went there
+
+
+@pytest.mark.parametrize("n", [5, 20, 22, 100])
+def test_replay_turns_without_a_jerk(n: int) -> None:
+    at = drive.there_and_back(n)(np.linspace(0, 4 * n, 40 * n + 1))
+    speed = np.diff(at) * 10  # in frames per frame
+    turn = min(drive.TURN, (n - 1) / 2)
+    assert np.abs(np.diff(speed)).max() <= 0.1 / turn + 1e-6  # a triangle wave's would be 2
+    assert np.abs(speed[0]) < 0.1 / turn
+
+
+def test_replay_plays_the_middle_at_its_own_speed() -> None:
+    at = drive.there_and_back(100)(np.arange(200))
+    np.testing.assert_allclose(at[10:90], np.arange(10, 90))
+    np.testing.assert_allclose(at[110:188], 198 - np.arange(110, 188))
+
+
+def test_replay_does_not_depend_on_what_was_asked_before() -> None:
+    place = drive.there_and_back(30)
+    whole = place(np.arange(200))
+    np.testing.assert_array_equal(place(np.array([150, 3, 77])), whole[[150, 3, 77]])
+
+
+def test_replay_of_one_frame_stands_still() -> None:
+    np.testing.assert_array_equal(drive.there_and_back(1)(np.arange(5)), np.zeros(5))
+
+
+def test_between_is_linear_and_holds_the_end() -> None:
+    values = np.array([[0.0, 5.0], [2.0, 5.0], [6.0, 7.0]])
+    found = drive.between(values, np.array([0, 0.5, 1.25, 2]))
+    np.testing.assert_allclose(found, [[0, 5], [1, 5], [3, 5.5], [6, 7]])
+
+
+def test_longest_run() -> None:
+    assert drive.longest_run(np.array([1, 1, 0, 1, 1, 1, 0], bool)) == (3, 5)
+    assert drive.longest_run(np.ones(4, bool)) == (0, 3)
+    with pytest.raises(TalkheadError, match="usable"):
+        drive.longest_run(np.zeros(4, bool))
+
+
+# ---------------------------------------------------------------- blinks
+
+
+def test_blinks_come_at_a_natural_rate() -> None:
+    minutes = 10
+    for seed in range(3):
+        track = drive.blink_track(minutes * 60 * FPS, seed)
+        shut = track < 0.1
+        blinks = int((np.diff(shut.astype(int)) == 1).sum())
+        assert 10 <= blinks / minutes <= 25
+        assert track.min() == 0 and track.max() == 1
+        begins = np.flatnonzero(np.diff(shut.astype(int)) == 1)
+        assert np.diff(begins).min() >= drive.BLINK_MIN_S * FPS - 1
+        assert 0.5 < (track == 1).mean() < 0.98
+
+
+def test_blinks_follow_the_seed() -> None:
+    one, two = drive.blink_track(3000, 1), drive.blink_track(3000, 2)
+    np.testing.assert_array_equal(drive.blink_track(3000, 1), one)
+    assert (one != two).any()
+
+
+@pytest.mark.parametrize("n", [0, 1, 15, 40])
+def test_a_short_film_gets_a_track_of_its_length(n: int) -> None:
+    assert drive.blink_track(n, 0).shape == (n,)
+
+
+# ---------------------------------------------------------------- the drive as a whole
+
+
+def test_footage_pose_stays_within_the_usable_stretch(footage: dict[str, NDArray[Any]]) -> None:
+    poses, bodies = drive.make(footage, 300).pose(np.arange(300))
+    assert poses.shape == (300, 6) and bodies.shape == (300, 4)
+    used = footage["pose"][12:]
+    assert (poses >= used.min(0) - 1e-6).all() and (poses <= used.max(0) + 1e-6).all()
+    steps = np.abs(np.diff(poses, axis=0)).max(0)
+    assert (steps <= np.abs(np.diff(used, axis=0)).max(0) + 1e-6).all()
+
+
+@pytest.mark.parametrize("pose", ["footage", "still"])
+@pytest.mark.parametrize("blink", ["footage", "auto", "none"])
+def test_a_frame_does_not_depend_on_its_batch(
+    footage: dict[str, NDArray[Any]], pose: str, blink: str
+) -> None:
+    made = drive.make(footage, 120, pose=pose, blink=blink, seed=3)
+    frames = np.arange(120)
+    whole = [*made.pose(frames), *made.eyes(frames)]
+    for part in (np.array([7]), np.array([119, 0]), np.arange(40, 55)):
+        for all_of, some in zip(whole, [*made.pose(part), *made.eyes(part)], strict=True):
+            np.testing.assert_allclose(some, all_of[part], atol=1e-12)
+
+
+def test_still_pose_is_the_constant_median(footage: dict[str, NDArray[Any]]) -> None:
+    poses, bodies = drive.make(footage, 50, pose="still").pose(np.arange(50))
+    assert (poses == poses[0]).all() and (bodies == bodies[0]).all()
+    np.testing.assert_allclose(poses[0], np.median(footage["pose"][12:], axis=0))
+
+
+def test_eyes_are_footage_awake_or_blinking(footage: dict[str, NDArray[Any]]) -> None:
+    frames = np.arange(250)
+    awake = np.median(footage["eye"][12:], axis=0)
+    none = drive.make(footage, 250, blink="none").eyes(frames)[0]
+    np.testing.assert_allclose(none, np.tile(awake, (250, 1)))
+    auto = drive.make(footage, 250, blink="auto", seed=5).eyes(frames)[0]
+    np.testing.assert_allclose(auto, drive.blink_track(250, 5)[:, None] * awake)
+    assert auto.min() == 0
+    replayed = drive.make(footage, 250).eyes(frames)[0]
+    assert (replayed != none).any() and replayed.shape == (250, 2)
+
+
+def test_blinks_of_a_file_are_held_at_its_end(
+    footage: dict[str, NDArray[Any]], tmp_path: Path
+) -> None:
+    path = tmp_path / "eyes.txt"
+    path.write_text("1\n0.5\n0\n")
+    eye = drive.make(footage, 5, blink=str(path)).eyes(np.arange(5))[0]
+    np.testing.assert_allclose(eye, np.repeat([1, 0.5, 0, 0, 0], 2).reshape(5, 2))
+
+
+def test_pose_of_a_file_is_played_as_it_is(
+    footage: dict[str, NDArray[Any]], tmp_path: Path
+) -> None:
+    given = np.random.default_rng(0).normal(0, 0.1, (40, 6))
+    np.save(tmp_path / "pose.npy", given)
+    poses, bodies = drive.make(footage, 40, pose=str(tmp_path / "pose.npy")).pose(np.arange(40))
+    np.testing.assert_allclose(poses, given)
+    np.testing.assert_allclose(bodies, np.tile(np.median(footage["body"][12:], 0), (40, 1)))
+
+
+@pytest.mark.parametrize("angle", [{"yaw_deg": 45.1}, {"pitch_deg": -46.0}, {"yaw_deg": 180.0}])
+def test_angles_beyond_the_limit_are_misuse(
+    footage: dict[str, NDArray[Any]], angle: dict[str, float]
+) -> None:
+    with pytest.raises(MisuseError, match="45 degrees"):
+        drive.make(footage, 5, **angle)  # type: ignore[arg-type]
+
+
+def test_the_camera_circles_the_head(footage: dict[str, NDArray[Any]]) -> None:
+    here = drive.make(footage, 5)
+    pose = here.pose(np.arange(5))[0]
+    straight = here.camera(pose, 128).c2w.numpy()
+    turned = drive.make(footage, 5, yaw_deg=30, pitch_deg=-10).camera(pose, 128).c2w.numpy()
+    far = np.linalg.norm(straight[:, :3, 3], axis=1)
+    np.testing.assert_allclose(np.linalg.norm(turned[:, :3, 3], axis=1), far, rtol=1e-5)
+    gram = np.einsum("tji,tjk->tik", turned[:, :3, :3], turned[:, :3, :3])
+    np.testing.assert_allclose(gram, np.tile(np.eye(3), (5, 1, 1)), atol=1e-5)
+    angle = np.einsum("tji,tjk->tik", straight[:, :3, :3], turned[:, :3, :3])
+    cosine = np.cos(np.radians(30)) * np.cos(np.radians(10))
+    trace = (1 + np.cos(np.radians(30))) * (1 + np.cos(np.radians(10))) - 1
+    np.testing.assert_allclose(np.trace(angle, axis1=1, axis2=2), trace, atol=1e-4)
+    ahead = np.einsum("ti,ti->t", straight[:, :3, 3], turned[:, :3, 3]) / far**2
+    assert (ahead > cosine - 0.2).all()
+
+
+def test_the_camera_sees_the_head_where_the_pose_says(footage: dict[str, NDArray[Any]]) -> None:
+    made = drive.make(footage, 5)
+    pose = made.pose(np.arange(5))[0]
+    camera = made.camera(pose, 256)
+    world = np.linalg.inv(camera.c2w.numpy().astype(float))
+    np.testing.assert_allclose(world[:, :3, 3], pose[:, 3:], atol=1e-4)  # the head's origin
+    np.testing.assert_allclose(camera.k[0].numpy(), [[300, 0, 128], [0, 300, 128], [0, 0, 1]])
+
+
+# ---------------------------------------------------------------- tables
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".txt", ".npy"])
+def test_tables_of_every_kind_are_read(tmp_path: Path, suffix: str) -> None:
+    table = np.random.default_rng(0).normal(size=(7, 6)).round(4)
+    path = tmp_path / f"pose{suffix}"
+    if suffix == ".npy":
+        np.save(path, table)
+    else:
+        np.savetxt(path, table, delimiter="," if suffix == ".csv" else " ")
+    np.testing.assert_allclose(drive.read_table(path, (6,), "--pose"), table)
+    np.testing.assert_allclose(drive.read_table(path, (2, 6), "--pose"), table)
+
+
+def test_one_column_is_a_column(tmp_path: Path) -> None:
+    (tmp_path / "eyes.txt").write_text("1\n0.5\n0\n")
+    found = drive.read_table(tmp_path / "eyes.txt", (1, 2), "--blink")
+    np.testing.assert_allclose(found, [[1], [0.5], [0]])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "why"),
+    [
+        ("words.csv", "yaw,pitch\n1,2\n", "not a table"),
+        ("ragged.csv", "1,2,3,4,5,6\n1,2\n", "not a table"),
+        ("narrow.csv", "1,2,3\n", "6 columns"),
+        ("spaced.csv", "1 2 3 4 5 6\n", "not a table"),
+        ("holes.csv", "1,2,3,4,5,nan\n", "not numbers"),
+        ("endless.csv", "1,2,3,4,5,inf\n", "not numbers"),
+        ("odd.npy", "no array", "not a table"),
+    ],
+)
+def test_a_bad_table_is_answered_with_the_option_and_the_file(
+    tmp_path: Path, name: str, text: str, why: str
+) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(TalkheadError, match=why) as error:
+        drive.read_table(tmp_path / name, (6,), "--pose")
+    assert "--pose" in str(error.value) and name in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore:loadtxt")
+def test_an_empty_table_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").write_text("")
+    with pytest.raises(TalkheadError, match="1 or 2 columns"):
+        drive.read_table(tmp_path / "empty.csv", (1, 2), "--blink")
+
+
+@pytest.mark.parametrize("word", ["foootage", "nosuch.csv", "."])
+def test_an_unknown_word_is_taken_for_a_file_that_is_not_there(
+    footage: dict[str, NDArray[Any]], word: str
+) -> None:
+    with pytest.raises(TalkheadError, match="no known word"):
+        drive.make(footage, 5, pose=word)

@@ -1,0 +1,219 @@
+"""The main job through the real command line, end to end, on the synthetic speaker."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from talkhead_cli import media
+from talkhead_cli.avatars import METHODS
+from talkhead_cli.cli.app import app
+from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.jobs import render as render_job
+
+# Every method, none left out: a preset of its name over tiny.yaml, in seconds.
+QUICK = ["-s", "data.size_px=64", "-s", "march.resolution=32", "-s", "march.n_steps=32"]
+STEPS = {"speech": 150, "shape": 150, "detail": 150, "lips": 5, "eyes": 5}
+for _stage, _steps in STEPS.items():
+    QUICK += ["-s", f"train.stages.{_stage}.steps={_steps}"]
+    if _stage != "speech":
+        QUICK += ["-s", f"train.stages.{_stage}.n_points=8000"]
+
+
+def talkhead(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, [str(w) for w in words])
+
+
+def ok(*words: str | Path) -> list[Path]:
+    result = talkhead(*words)
+    assert result.exit_code == 0, result.stderr
+    return [Path(line) for line in result.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def home(speaker_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home with the speaker trained by every method."""
+    folder = tmp_path_factory.mktemp("e2e") / "home"
+    shutil.copytree(speaker_home, folder)
+    for method in METHODS:
+        ok("finetune", "--id", "speaker", "-p", method, "-p", "tiny", *QUICK, "--home", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    import formant_voice
+
+    path = tmp_path_factory.mktemp("speech") / "new speech ü.wav"
+    media.write_wav(path, formant_voice.speak(2.0, seed=7).sound)
+    return path
+
+
+def frames_of(film: Path) -> np.ndarray:
+    return np.stack(list(media.frames(film)))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_run_holds_what_a_run_holds(home: Path, method: str) -> None:
+    run = home / "speaker" / "runs" / f"{method}+tiny"
+    assert {p.name for p in run.iterdir()} >= {
+        "preset.yaml", "avatar.safetensors", "meta.json", "drive.npz", "plate.png",
+    }  # fmt: skip
+    assert not list(run.glob(".part-*"))
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_a_film_has_the_speech_s_length_its_sound_and_its_marks(
+    home: Path, speech: Path, tmp_path: Path, method: str
+) -> None:
+    out = tmp_path / "film.mp4"
+    made = ok(
+        "render", "--id", "speaker", "--run", f"{method}+tiny", "--audio", speech, "-o", out,
+        "--home", home,
+    )  # fmt: skip
+    assert made[0] == out and media.frame_count(out) == 50
+    probe = media.probe(out)
+    assert (probe.width, probe.height, probe.has_audio) == (64, 64, True)
+    heard, said = media.sound(out), media.sound(speech)
+    n = min(len(heard), len(said))
+    assert abs(len(heard) - len(said)) <= 640
+    assert np.corrcoef(heard[:n], said[:n])[0, 1] > 0.9
+    record = json.loads(out.with_name("film.mp4.json").read_text())
+    assert record["synthetic"] is True
+    assert record["talkhead_avatar"] == f"speaker/{method}+tiny"
+    assert len(record["speech_sha256"]) == 64
+    assert b"synthetic" in out.read_bytes()
+
+
+def test_a_frame_does_not_depend_on_what_was_rendered_before(
+    home: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    films = []
+    for chunk in (50, 7):
+        monkeypatch.setattr(render_job, "CHUNK", chunk)
+        films.append(tmp_path / f"by{chunk}.mp4")
+        ok("render", "--id", "speaker", "--audio", speech, "-o", films[-1], "--home", home)
+    assert np.array_equal(frames_of(films[0]), frames_of(films[1]))
+
+
+def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path) -> None:
+    base = ["render", "--id", "speaker", "--audio", speech, "--home", home]
+
+    def film(name: str, *words: str) -> np.ndarray:
+        ok(*base, "-o", tmp_path / name, *words)
+        return frames_of(tmp_path / name).astype(int)
+
+    plain = film("plain.mp4")
+    green = film("green.mp4", "--background", "#00ff00")
+    corner = green[:, :6, :6].reshape(-1, 3).mean(0)
+    assert corner[1] > 180 > 80 > corner[0]
+    middle = (slice(None), slice(24, 36), slice(26, 38))
+    assert np.abs(green[middle] - plain[middle]).mean() < 12
+    turned = film("turned.mp4", "--yaw", "15")
+    assert np.abs(turned - plain).mean() > 1.5
+    still = film("still.mp4", "--pose", "still", "--blink", "none")
+    upper = still[:, :24]
+    assert np.abs(np.diff(upper, axis=0)).mean() < np.abs(np.diff(plain[:, :24], axis=0)).mean()
+    blinks = film("auto.mp4", "--pose", "still", "--blink", "auto", "--seed", "3")
+    assert np.abs(blinks - still).max() > 10
+    again = film("auto2.mp4", "--pose", "still", "--blink", "auto", "--seed", "3")
+    assert np.array_equal(blinks, again)
+
+
+def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path) -> None:
+    out = tmp_path / "clear.webm"
+    made = ok(
+        "render", "--id", "speaker", "--audio", speech, "-o", out, "--alpha", "--depth",
+        "--home", home,
+    )  # fmt: skip
+    assert out in made and tmp_path / "clear.depth.mkv" in made
+    assert media.frame_count(tmp_path / "clear.depth.mkv") == 50
+    refused = talkhead(
+        "render", "--id", "speaker", "--audio", speech, "-o", tmp_path / "x.mp4", "--alpha",
+        "--home", home,
+    )  # fmt: skip
+    assert refused.exit_code in (1, 2) and not (tmp_path / "x.mp4").exists()
+
+
+def test_evaluate_writes_figures_and_films(home: Path) -> None:
+    result = talkhead("evaluate", "--id", "speaker", "--home", home, "--json")
+    assert result.exit_code == 0, result.stderr
+    figures = json.loads(result.stdout)["figures"]
+    folder = home / "speaker" / "runs" / f"{figures['run']}" / "evaluate"
+    assert {p.name for p in folder.iterdir()} >= {
+        "metrics.json", "truth.mp4", "render.mp4", "side_by_side.mp4",
+    }  # fmt: skip
+    truth, made = frames_of(folder / "truth.mp4"), frames_of(folder / "render.mp4")
+    assert truth.shape == made.shape and len(truth) == figures["protocol"]["n_frames"]
+    # the figure must be that of the films it stands beside
+    error = ((truth.astype(float) - made) / 255) ** 2
+    psnr = float(np.mean(-10 * np.log10(error.mean((1, 2, 3)))))
+    assert psnr == pytest.approx(figures["picture"]["full"]["psnr_db"], abs=0.5)
+    assert figures["picture"]["full"]["psnr_db"] > 20
+    low, high = figures["lips"]["correlation"]["interval_90"]
+    assert -1 <= low <= figures["lips"]["correlation"]["r"] <= high <= 1
+    assert figures["lips"]["linear_baseline"]["r"] > 0.5  # the speaker's mouth follows its sound
+
+
+def test_a_run_folder_renders_without_the_footage(
+    home: Path, speech: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "home"
+    shutil.copytree(home, moved)
+    for heavy in ("video.mp4", "tracks.npz", "mesh.npz", "film.npz", "voice.npz"):
+        (moved / "speaker" / heavy).unlink()
+    for folder in ("labels", "maps", "cache"):
+        shutil.rmtree(moved / "speaker" / folder)
+    ok("render", "--id", "speaker", "--audio", speech, "-o", tmp_path / "f.mp4", "--home", moved)
+
+
+def test_errors_are_one_sentence_and_leave_nothing(
+    home: Path, speech: Path, tmp_path: Path
+) -> None:
+    picture = tmp_path / "no-sound.txt"
+    picture.write_text("not sound")
+    out = tmp_path / "never.mp4"
+    for words, code in (
+        (["--id", "speaker", "--audio", picture], 1),
+        (["--id", "speaker", "--audio", tmp_path / "absent.wav"], 1),
+        (["--id", "nobody", "--audio", speech], 1),
+        (["--id", "../speaker", "--audio", speech], 2),
+        (["--id", "speaker", "--audio", speech, "--run", "other"], 1),
+        (["--id", "speaker", "--audio", speech, "--background", "blue"], 1),
+        (["--id", "speaker", "--audio", speech, "--yaw", "120"], 2),
+        (["--id", "speaker", "--audio", speech, "--pose", "nowhere.csv"], 1),
+    ):
+        result = talkhead("render", *words, "-o", out, "--home", home)
+        assert result.exit_code == code, (words, result.stderr)
+        lines = [row for row in result.stderr.splitlines() if row.startswith("error:")]
+        assert len(lines) == 1 and "Traceback" not in result.stderr
+        assert list(tmp_path.glob("never*")) == []
+
+
+def test_whole_clip_training_refuses_to_be_scored(speaker_home: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "home"
+    shutil.copytree(speaker_home, folder)
+    few = [w.replace("=150", "=2") for w in QUICK]
+    ok(
+        "finetune", "--id", "speaker", "-p", "lokitalk", "-p", "tiny", *few,
+        "-s", "data.holdout=0", "--home", folder,
+    )  # fmt: skip
+    result = talkhead("evaluate", "--id", "speaker", "--home", folder)
+    assert result.exit_code == 1 and "data.holdout" in result.stderr
+
+
+def test_a_full_disk_is_said_and_nothing_is_half_written(
+    home: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise TalkheadError("the disk is full")
+
+    monkeypatch.setattr(render_job.media.VideoWriter, "write", full)
+    out = tmp_path / "film.mp4"
+    result = talkhead("render", "--id", "speaker", "--audio", speech, "-o", out, "--home", home)
+    assert result.exit_code == 1 and list(tmp_path.iterdir()) == []
