@@ -160,9 +160,7 @@ def test_evaluate_writes_figures_and_films(home: Path) -> None:
     assert figures["lips"]["linear_baseline"]["r"] > 0.5  # the speaker's mouth follows its sound
 
 
-def test_a_run_folder_renders_without_the_footage(
-    home: Path, speech: Path, tmp_path: Path
-) -> None:
+def test_a_run_folder_renders_without_the_footage(home: Path, speech: Path, tmp_path: Path) -> None:
     moved = tmp_path / "home"
     shutil.copytree(home, moved)
     for heavy in ("video.mp4", "tracks.npz", "mesh.npz", "film.npz", "voice.npz"):

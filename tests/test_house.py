@@ -25,6 +25,8 @@ FLOORS = {
     "cli": ("contracts",),  # and jobs and store inside a function's body
 }
 CLI_INSIDE = ("contracts", "jobs", "store")
+# Checkpoints are read and written in the store; the speech encoder reads its own weights.
+TORCH_FILES = ("talkhead_cli/store/", "talkhead_cli/track/ssl.py")
 
 Rule = Callable[[ast.Module, Path], Iterator[str]]
 
@@ -128,7 +130,9 @@ def torch_load_is_safe(tree: ast.Module, file: Path) -> Iterator[str]:
     for name, node in calls(tree):
         if name not in ("torch.load", "torch.save"):
             continue
-        if room_of(file) != "store":
+        if not str(file).startswith(TORCH_FILES) or (
+            name == "torch.save" and room_of(file) != "store"
+        ):
             yield f"{file}:{node.lineno} {name}() outside store/"
         words = {k.arg: ast.unparse(k.value) for k in node.keywords}
         if name == "torch.load" and words.get("weights_only") != "True":

@@ -96,6 +96,11 @@ def test_settings_read_numbers(text: str, value: float | None) -> None:
         assert preset.load(["lokitalk"], [f"train.scale={text}"]).train.scale == value
 
 
+def test_settings_read_whole_numbers_with_an_exponent() -> None:
+    loaded = preset.load(["lokitalk"], ["train.stages.lips.steps=1e3"])  # a word to YAML 1.1
+    assert loaded.train.stages["lips"].steps == 1000
+
+
 def test_settings_read_lists_words_and_truth() -> None:
     words = ["train.stages.lips.freeze_grid=false", "avatar.size=tiny"]
     loaded = preset.load(["lokitalk"], words)
@@ -152,7 +157,7 @@ def test_yaml_round_trip(settings: list[str]) -> None:
 
 def test_a_preset_is_frozen() -> None:
     with pytest.raises(ValidationError):
-        preset.load(["lokitalk"]).data.size_px = 64  # type: ignore[misc]
+        preset.load(["lokitalk"]).data.size_px = 64
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "nosuch", "../lokitalk", "nosuch.yaml", ""])

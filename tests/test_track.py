@@ -280,7 +280,7 @@ def test_fit_shakes_less_than_a_pose_per_frame(rigid_shape: Array) -> None:
     track = pose.fit_head(film.points, film.found, film.size)
     by_frame = shake_deg(film.by_frame(), film.rotation)
     assert by_frame > 0.05  # the noise does shake a fit that knows no time
-    assert shake_deg(track.rotation, film.rotation) < 0.6 * by_frame
+    assert shake_deg(track.rotation, film.rotation) < 0.3 * by_frame
 
 
 def test_ten_missing_frames_are_bridged(rigid_shape: Array) -> None:
@@ -529,9 +529,9 @@ def test_smoothing_keeps_straight_lines_and_passes_slow_waves() -> None:
 
 def test_similarity_recovers_a_known_transform() -> None:
     rng = np.random.default_rng(0)
-    source = rng.normal(size=(30, 2))
+    source: Array = rng.normal(size=(30, 2))
     turn = 1.7 * np.array([[np.cos(0.6), -np.sin(0.6)], [np.sin(0.6), np.cos(0.6)]])
-    target = source @ turn.T + [4, -5]
+    target: Array = source @ turn.T + np.array([4.0, -5.0])
     found = matte.similarity(source, target)
     np.testing.assert_allclose(found, np.column_stack([turn, [4, -5]]), atol=1e-5)
     back = matte.similarity(target, source)
@@ -574,7 +574,7 @@ def test_body_that_was_never_registered_stands_still() -> None:
 def test_body_tracker_registers_a_shift() -> None:
     noise = np.random.default_rng(0).integers(0, 255, (320, 320, 3)).astype(np.uint8)
     picture = cv2.GaussianBlur(noise, (0, 0), 6)
-    picture = cv2.normalize(picture, None, 0, 255, cv2.NORM_MINMAX)  # type: ignore[call-overload]
+    picture = cv2.normalize(picture, None, 0, 255, cv2.NORM_MINMAX)
     register = matte.BodyTracker(picture, np.full((matte.MAP_PX,) * 2, 255, np.uint8))
     shift = np.array([[1, 0, 6], [0, 1, -4]], np.float32)
     moved = cv2.warpAffine(picture, shift, (320, 320), borderMode=cv2.BORDER_REFLECT)

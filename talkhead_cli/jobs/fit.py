@@ -10,7 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from talkhead_cli.avatars.base import Avatar, StepResult
-from talkhead_cli.contracts import Progress, Shot, TalkheadError
+from talkhead_cli.contracts import Progress, Shot, Signals, TalkheadError
 from talkhead_cli.jobs import shots
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset, Stage
@@ -63,7 +63,6 @@ class Place:
     step: int = 0
     total: int = 0
     n_rays: float = START_RAYS
-    best: float = math.inf
     rollbacks: int = 0
     figures: dict[str, float] = field(default_factory=dict)
 
@@ -101,11 +100,11 @@ def fit(
         trainer = _StageLoop(
             name, stage, preset, step_module, average, people, run, fabric, progress, writer, rng
         )
-        resume = held["stage"] if held is not None else None
+        resume = held["optimizer"] if held is not None else None
         held = None
         if not trainer.go(place, resume, stop_after):
             return place
-        place.stage, place.step, place.best = place.stage + 1, 0, math.inf
+        place.stage, place.step = place.stage + 1, 0
     if writer is not None:
         writer.close()
     average.give(avatar)
@@ -134,9 +133,10 @@ class _StageLoop:
         self.fabric, self.progress, self.writer, self.rng = fabric, progress, writer, rng
         self.avatar = module.avatar
         self.n_steps = max(1, round(stage.steps * preset.train.scale)) if stage.steps else 0
-        self.people, self.inner = people, None
+        self.people = people
+        self.kept: list[Signals] = []
         if stage.inner_split:
-            self.people, self.inner = _inner_split(people, stage)
+            self.people, self.kept = _inner_split(people, stage)
         wanted = {id(p) for part in stage.learn for p in self.avatar.part(part)}
         for parameter in self.avatar.parameters():
             parameter.requires_grad_(id(parameter) in wanted)
@@ -153,17 +153,15 @@ class _StageLoop:
         self, place: Place, resume: dict[str, Any] | None, stop: Callable[[Place], bool] | None
     ) -> bool:
         """Run the stage to its end; False when stopped early."""
-        best = None
         if resume is not None:
-            self.optimizer.load_state_dict(resume["optimizer"])
-            best = resume["best"]
+            self.optimizer.load_state_dict(resume)
         good, saved_at = None, time.monotonic()
         self.module.train()
         self.progress.stage(f"train: {self.name}", self.n_steps, "steps")
         if place.step:
             self.progress.advance(place.step)
         while place.step < self.n_steps:
-            if place.step % GOOD_EVERY == 0 and self.inner is None:
+            if place.step % GOOD_EVERY == 0:
                 good = (
                     copy.deepcopy(self.module.state_dict()),
                     copy.deepcopy(self.optimizer.state_dict()),
@@ -177,21 +175,19 @@ class _StageLoop:
             place.total += 1
             place.figures = losses
             self.average.update(self.avatar)
-            if self.inner is not None and (place.step % 25 == 0 or place.step == self.n_steps):
-                best = self._keep_best(place, best)
             if self.writer is not None and place.total % 20 == 0:
                 for key, value in losses.items():
                     self.writer.add_scalar(f"{self.name}/{key}", value, place.total)
             self.progress.advance(1, **_shown(losses))
             if time.monotonic() - saved_at > SAVE_EVERY_S:
-                self._save(place, best)
+                self._save(place)
                 saved_at = time.monotonic()
             if stop is not None and stop(place):
-                self._save(place, best)
+                self._save(place)
                 return False
-        if best is not None:
-            self.module.load_state_dict(best)
-            self.average.restart(self.avatar)
+        for kept in self.kept:
+            self.avatar.eval()
+            self.avatar.settle(kept.to(self.fabric.device))
         return True
 
     def _one(self, place: Place) -> tuple[dict[str, float], float]:
@@ -254,27 +250,14 @@ class _StageLoop:
         place.total -= place.step - step
         place.step = step
 
-    @torch.no_grad()
-    def _keep_best(self, place: Place, best: Any) -> Any:
-        """Score the inner split; the state with the lowest loss so far."""
-        assert self.inner is not None
-        self.module.eval()
-        terms, _ = self.module(self.inner, self.stage.listen)
-        self.module.train()
-        value = float(sum(self.stage.weights.get(k, 0.0) * v for k, v in terms.items()))
-        if value < place.best:
-            place.best = value
-            return copy.deepcopy(self.module.state_dict())
-        return best
-
-    def _save(self, place: Place, best: Any) -> None:
+    def _save(self, place: Place) -> None:
         if not self.fabric.is_global_zero:
             return
         self.run.save_resume({
             "place": {**vars(place)},
             "module": self.module.state_dict(),
             "average": self.average.state(),
-            "stage": {"optimizer": self.optimizer.state_dict(), "best": best},
+            "optimizer": self.optimizer.state_dict(),
         })  # fmt: skip
 
 
@@ -314,17 +297,15 @@ class _Average:
             self.weights[name].copy_(value)
 
 
-def _inner_split(people: list[Footage], stage: Stage) -> tuple[list[Footage], list[Shot]]:
-    """Training rows without their last share, and that share as whole shots."""
-    from dataclasses import replace
-
-    shorter, inner = [], []
+def _inner_split(people: list[Footage], stage: Stage) -> tuple[list[Footage], list[Signals]]:
+    """Training rows without their last share, and the signals of that share, per person."""
+    shorter, kept = [], []
     for person in people:
         rows = person.train[person.heard[person.train]]
         n = max(1, round(stage.inner_split * len(rows)))
-        inner.append(Shot(person.signals[rows[-n:]]))
+        kept.append(person.signals[rows[-n:]])
         shorter.append(replace(person, train=rows[:-n]))
-    return shorter, inner
+    return shorter, kept
 
 
 def _to(shot: Shot, device: torch.device) -> Shot:

@@ -52,7 +52,7 @@ class Stage(_Strict):
     fall         share of the rates that is left at the end
     weights      of the losses
     listen       drive the field by what the speech encoder hears, not by what was tracked
-    inner_split  share of the training rows that chooses the best step (0: the last)
+    inner_split  share of the training rows that is kept aside, for the avatar to settle on
     freeze_grid  leave the occupancy grid as it is
     """
 

@@ -1,0 +1,354 @@
+"""Preprocess: hard films end in one sentence, a killed job is finished by the same command."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from talkhead_cli import media
+from talkhead_cli.cli.app import app
+from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
+from talkhead_cli.jobs import preprocess as job
+from talkhead_cli.store import Workspace
+from talkhead_cli.track import face, matte
+from talkhead_cli.track.scout import Scene
+
+STAGES = ["mesh", "sound", "film", "tracks", "labels"]
+
+
+def talkhead(*words: object) -> Result:
+    return CliRunner().invoke(app, [str(word) for word in words])
+
+
+def error_of(result: Result) -> str:
+    """The one sentence of a failed command."""
+    assert "Traceback" not in result.output
+    assert result.exit_code in (1, 2), result.exception
+    return " ".join(result.stderr.partition("error:")[2].split())
+
+
+@pytest.fixture
+def home(speaker_home: Path, tmp_path: Path) -> Path:
+    """A copy that may be written to."""
+    return Path(shutil.copytree(speaker_home, tmp_path / "home"))
+
+
+# ---------------------------------------------------------------- what cannot be tracked
+
+
+def test_a_film_without_a_face_is_refused(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    film = shared / "hard" / "no_face.mp4"
+    with pytest.raises(TalkheadError, match=r"no face was found in no_face\.mp4; film one person"):
+        job.preprocess(film, tmp_path, SilentProgress())
+    with pytest.raises(TalkheadError, match="not preprocessed to the end"):
+        Workspace.open(tmp_path, "no_face")
+    monkeypatch.setattr(face, "FaceMesh", None)  # known by now: not looked for again
+    with pytest.raises(TalkheadError, match="no face was found"):
+        job.preprocess(film, tmp_path, SilentProgress())
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("no_audio.mp4", "has no sound track; .*--no-audio"),
+        ("short_0p6s.mp4", "only 0.6 s long; at least 3 s"),
+        ("truncated_no_index.mp4", "cannot be read as video or sound"),
+    ],
+)
+def test_a_useless_film_is_refused_before_any_work(
+    tmp_path: Path, shared: Path, name: str, sentence: str
+) -> None:
+    with pytest.raises(TalkheadError, match=sentence):
+        job.preprocess(shared / "hard" / name, tmp_path, SilentProgress())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unreadable_film_is_an_error_of_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "talk.mp4").write_text("This is no film.\n" * 50)
+    result = talkhead("preprocess", tmp_path / "talk.mp4", "--home", tmp_path / "home")
+    assert result.exit_code == 1 and "talk.mp4" in error_of(result)
+    result = talkhead("preprocess", tmp_path / "nosuch.mp4", "--home", tmp_path / "home")
+    assert result.exit_code == 1 and "nosuch.mp4" in error_of(result)
+    assert not (tmp_path / "home").exists()
+
+
+def test_sound_alone_is_no_film(tmp_path: Path) -> None:
+    media.write_wav(tmp_path / "talk.wav", 0.1 * np.ones(64_000, np.float32))
+    with pytest.raises(TalkheadError, match="has no picture"):
+        job.preprocess(tmp_path / "talk.wav", tmp_path / "home", SilentProgress())
+
+
+@pytest.mark.parametrize("name", ["../../x", "a/b", ".hidden"])
+def test_an_id_that_could_escape_is_misuse(tmp_path: Path, speaker_clip: Path, name: str) -> None:
+    home = tmp_path / "deep" / "home"
+    result = talkhead("preprocess", speaker_clip, "--id", name, "--home", home)
+    assert result.exit_code == 2
+    assert "cannot be an id" in error_of(result) and result.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unknown_words_are_misuse(tmp_path: Path, speaker_clip: Path) -> None:
+    with pytest.raises(MisuseError, match="largest, left or right"):
+        job.preprocess(speaker_clip, tmp_path, SilentProgress(), which_face="middle")
+    with pytest.raises(TalkheadError, match="consent file"):
+        job.preprocess(speaker_clip, tmp_path, SilentProgress(), consent=tmp_path / "no.pdf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["info", "remove"])
+def test_an_unknown_id_is_answered_with_the_known_ones(speaker_home: Path, command: str) -> None:
+    result = talkhead(command, "nobody", "--home", speaker_home)
+    assert result.exit_code == 1
+    assert "'nobody'" in error_of(result) and "known: speaker" in error_of(result)
+    assert (speaker_home / "speaker" / "manifest.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"),
+    [
+        ("alice", "alice"),
+        ("My film (2)", "My-film-2"),
+        ("..hidden", "hidden"),
+        ("a..b", "a.b"),
+        ("Zoë!", "Zo"),
+        ("---", "person"),
+        ("x" * 90, "x" * 64),
+    ],
+)
+def test_an_id_is_made_of_the_files_name(stem: str, name: str) -> None:
+    assert job.id_from(Path("somewhere") / f"{stem}.mp4") == name
+
+
+def test_ranges_of_frames() -> None:
+    flags = np.array([1, 1, 0, 0, 1, 0, 1, 1, 1], bool)
+    assert job._ranges(flags) == ["0-1", "4-4", "6-8"]
+    assert job._ranges(np.zeros(3, bool)) == []
+
+
+# ---------------------------------------------------------------- hard films
+
+
+@pytest.fixture
+def only_faces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the stages out that come after the choice of the crop."""
+    for stage in ("film", "tracks", "labels"):
+        monkeypatch.setattr(job._Work, stage, lambda *_, **__: None)
+
+
+def beginning(film: Path, n_frames: int, out: Path, sound: Path | None = None) -> Path:
+    """The first frames of a film, with another sound."""
+    about = media.probe(film)
+    size = (about.width, about.height)
+    with media.VideoWriter(out, size, audio=sound, preset="ultrafast") as writer:
+        for frame in media.frames(film, n_frames=n_frames):
+            writer.write(frame)
+    return out
+
+
+def test_left_and_right_choose_different_faces(
+    tmp_path: Path, shared: Path, only_faces: None
+) -> None:
+    film = beginning(shared / "hard" / "two_faces.mp4", 80, tmp_path / "two.mp4")
+    middle = {}
+    for side in ("left", "right"):
+        progress = SilentProgress()
+        space = job.preprocess(
+            film, tmp_path, progress, name=side, which_face=side, with_audio=False
+        )
+        manifest = space.manifest()
+        assert manifest["faces_seen"] == 2
+        assert any(f"2 faces are in the film; following the {side}" in n for n in progress.notes)
+        middle[side] = manifest["crop"]["x"] + manifest["crop"]["side"] / 2
+    width = media.probe(film).width
+    assert middle["left"] < width / 2 < middle["right"]
+
+
+def test_frames_without_the_face_are_reported(
+    tmp_path: Path, shared: Path, only_faces: None
+) -> None:
+    progress = SilentProgress()
+    film = shared / "hard" / "face_leaves.mp4"
+    space = job.preprocess(film, tmp_path, progress, with_audio=False)
+    lost = ~space.load("mesh")["found"]
+    assert 0 < lost.sum() < len(lost) / 2
+    assert space.manifest()["n_found"] == len(lost) - lost.sum()
+    said = next(n for n in progress.notes if n.startswith("no face in frames"))
+    assert all(f"{span}" in said for span in job._ranges(lost))
+
+
+def test_silent_sound_is_refused_unless_told_otherwise(
+    tmp_path: Path, shared: Path, only_faces: None
+) -> None:
+    film = shared / "hard" / "silent_audio.mp4"
+    with pytest.raises(TalkheadError, match=r"silent_audio\.mp4 is silent; .*--no-audio"):
+        job.preprocess(film, tmp_path, SilentProgress())
+    space = job.preprocess(film, tmp_path, SilentProgress(), with_audio=False)
+    assert space.manifest()["has_audio"] is False
+    assert space.manifest()["backends"]["voice"] == "none"
+
+
+# ---------------------------------------------------------------- stages
+
+
+class KnownMesh:
+    """Stands in for the face mesh with what it once found in the speaker's film."""
+
+    points: Any
+
+    def __init__(self) -> None:
+        self.index = -1
+
+    def __enter__(self) -> KnownMesh:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def __call__(self, _rgb: object) -> Any:
+        self.index += 1
+        return self.points[self.index]
+
+
+@pytest.fixture
+def short(
+    tmp_path: Path, speaker_clip: Path, speaker_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> Path:
+    """The speaker's first 3.2 s, in which her face need not be looked for."""
+    KnownMesh.points = Workspace(speaker_home, "speaker").load("mesh")["points"]
+    monkeypatch.setattr(face, "FaceMesh", KnownMesh)
+    monkeypatch.setattr(job, "scout", lambda _frames, size, _which: Scene(1, (0, 0, *size)))
+    return beginning(speaker_clip, 80, tmp_path / "short.mp4", speaker_clip)
+
+
+def track(film: Path, home: Path, **options: Any) -> Workspace:
+    return job.preprocess(film, home, SilentProgress(), size_px=64, **options)
+
+
+def files(space: Workspace) -> dict[str, int]:
+    """When each file was written; the manifest is looked at by its content."""
+    return {
+        str(p.relative_to(space.root)): p.stat().st_mtime_ns
+        for p in space.root.rglob("*")
+        if p.is_file() and p.name not in ("manifest.json", ".lock")
+    }
+
+
+def arrays(space: Workspace) -> dict[str, Any]:
+    names = ("mesh", "voice", "film", "tracks")
+    out = {f"{n}.{key}": value for n in names for key, value in space.load(n).items()}
+    n_frames = space.manifest()["n_frames"]
+    return out | {"labels": np.stack([space.labels(i) for i in range(n_frames)])}
+
+
+def crash(*_: object, **__: object) -> None:
+    raise RuntimeError("power cut")
+
+
+def test_what_a_crash_left_is_finished_by_the_same_command(
+    tmp_path: Path, short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path / "home"
+    done: dict[str, int] = {}
+    for stage in STAGES:  # each time, one stage further
+        with monkeypatch.context() as patched:
+            patched.setattr(job._Work, stage, crash)
+            with pytest.raises(RuntimeError):
+                track(short, home)
+        with pytest.raises(TalkheadError, match="not preprocessed to the end|no identity"):
+            Workspace.open(home, "short")
+        space = Workspace(home, "short")
+        assert list(space.manifest()["stages"]) == STAGES[: STAGES.index(stage)]
+        assert done.items() <= files(space).items()  # nothing was made twice
+        done = files(space)
+    resumed = track(short, home)
+    assert Workspace.open(home, "short").manifest()["n_frames"] == 80
+    whole = arrays(track(short, tmp_path / "other"))
+    for name, value in arrays(resumed).items():
+        np.testing.assert_array_equal(value, whole[name], err_msg=name)
+
+
+def test_a_film_that_is_half_written_is_not_there(
+    tmp_path: Path, short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Dying(matte.Segmenter):
+        n_frames = 0
+
+        def __call__(self, rgb: Any) -> Any:
+            self.n_frames += 1
+            if self.n_frames == 40:
+                raise KeyboardInterrupt
+            return super().__call__(rgb)
+
+    home = tmp_path / "home"
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(matte, "Segmenter", Dying)
+        track(short, home)
+    space = Workspace(home, "short")
+    assert not space.video.exists()
+    assert [p for p in space.root.rglob(".part-*")] == []
+    assert media.frame_count(track(short, home).video) == 80
+
+
+def test_another_size_redoes_the_film_and_keeps_the_faces(tmp_path: Path, short: Path) -> None:
+    space = track(short, tmp_path / "home")
+    before, mesh = files(space), space.load("mesh")["points"]
+    job.preprocess(short, tmp_path / "home", SilentProgress(), size_px=96)
+    after = files(space)
+    same = {name for name in before if before[name] == after[name]}
+    assert {"mesh.npz", "voice.npz", "audio.wav"} <= same
+    assert not same & {"video.mp4", "tracks.npz", "plate.png"}
+    assert space.manifest()["size_px"] == media.probe(space.video).width == 96
+    np.testing.assert_array_equal(space.load("mesh")["points"], mesh)
+
+
+# ---------------------------------------------------------------- once more
+
+
+@pytest.fixture
+def idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No picture or sound can be looked at."""
+    for stage in STAGES:
+        monkeypatch.setattr(job._Work, stage, crash)
+
+
+def test_the_same_command_again_does_nothing(home: Path, speaker_clip: Path, idle: None) -> None:
+    space = Workspace(home, "speaker")
+    before, manifest = files(space), space.manifest()
+    again = talkhead("preprocess", speaker_clip, "--id", "speaker", "--home", home)
+    assert again.exit_code == 0, again.output
+    assert again.stdout.split() == [str(space.root)]
+    assert files(space) == before
+    assert space.manifest() == manifest  # also the seconds that it took
+
+
+def test_json_says_what_is_known(home: Path, speaker_clip: Path, idle: None) -> None:
+    words = ["preprocess", speaker_clip, "--id", "speaker", "--home", home, "--json"]
+    said = json.loads(talkhead(*words).stdout)
+    assert said["paths"] == [str(home / "speaker")]
+    assert said["manifest"] == Workspace(home, "speaker").manifest()
+    assert json.loads(talkhead("info", "speaker", "--home", home).stdout)["n_frames"] == 200
+
+
+def test_consent_is_kept(home: Path, speaker_clip: Path, tmp_path: Path, idle: None) -> None:
+    words = ["preprocess", speaker_clip, "--id", "speaker", "--home", home]
+    for name in ("yes.txt", "also.txt"):
+        (tmp_path / name).write_text(f"I agree ({name})")
+        assert talkhead(*words, "--consent", tmp_path / name).exit_code == 0
+    assert talkhead(*words).exit_code == 0
+    space = Workspace(home, "speaker")
+    assert space.manifest()["consent"] == ["also.txt", "yes.txt"]
+    assert (space.root / "consent" / "yes.txt").read_text() == "I agree (yes.txt)"
+
+
+def test_two_jobs_do_not_write_at_once(home: Path, speaker_clip: Path, idle: None) -> None:
+    with Workspace(home, "speaker").locked():
+        result = talkhead("preprocess", speaker_clip, "--id", "speaker", "--home", home)
+    assert result.exit_code == 1 and "another talkhead" in error_of(result)

@@ -1,0 +1,396 @@
+"""The store: names that cannot escape, writes that are whole or absent, damage that is named."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from talkhead_cli.contracts import MisuseError, TalkheadError
+from talkhead_cli.store import Run, Workspace, check_id, home_folder, list_ids, list_runs
+from talkhead_cli.store.files import (
+    atomic,
+    digest,
+    read_arrays,
+    read_json,
+    sha256_of,
+    write_arrays,
+    write_json,
+)
+from talkhead_cli.store.workspace import PIECE
+
+Pixels = NDArray[np.uint8]
+
+
+@pytest.fixture
+def space(tmp_path: Path) -> Workspace:
+    made = Workspace(tmp_path, "alice")
+    made.mark_done("mesh", "k1")
+    return made
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run(tmp_path / "runs" / "lokitalk+tiny")
+
+
+# ---------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["../../x", "", ".", "..", "a/b", ".hidden", "a..b", "a" * 70, "/etc", "a b", "a\n", "-x", "ä"],
+)
+def test_an_id_that_could_escape_or_hide_is_misuse(name: str, tmp_path: Path) -> None:
+    with pytest.raises(MisuseError):
+        check_id(name)
+    with pytest.raises(MisuseError):
+        Workspace(tmp_path, name)
+
+
+@pytest.mark.parametrize("name", ["alice", "A", "7", "take-2_final.v3", "a" * 64])
+def test_a_plain_id_is_itself(name: str, tmp_path: Path) -> None:
+    assert check_id(name) == name
+    assert Workspace(tmp_path, name).root == tmp_path / name
+
+
+@pytest.mark.parametrize("name", ["..", ".part", "a b", "a:b", "ä"])
+def test_a_run_has_a_plain_name(name: str, tmp_path: Path) -> None:
+    with pytest.raises(TalkheadError, match="cannot be a run's name"):
+        Run(tmp_path / name)
+
+
+def test_home_is_given_or_of_the_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TALKHEAD_HOME", str(tmp_path))
+    assert home_folder(None) == tmp_path
+    assert home_folder(Path("x")) == Path("x")
+    for unset in ("", None):
+        monkeypatch.delenv("TALKHEAD_HOME") if unset is None else monkeypatch.setenv(
+            "TALKHEAD_HOME", unset
+        )
+        assert home_folder(None) == Path("avatars")
+
+
+# ---------------------------------------------------------------- files
+
+
+def test_a_write_that_succeeds_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "new" / "a.txt"
+    with atomic(target) as part:
+        part.write_text("whole")
+        assert not target.exists() and part.suffix == target.suffix
+    assert target.read_text() == "whole"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt(), OSError(errno.EIO, "no")])
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path, error: BaseException) -> None:
+    target = tmp_path / "a.txt"
+    target.write_text("old")
+    with pytest.raises(type(error)), atomic(target) as part:
+        part.write_text("half")
+        raise error
+    assert target.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_is_said_in_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(TalkheadError, match="disk is full"), atomic(tmp_path / "a.npz"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_json_and_arrays_round_trip(tmp_path: Path) -> None:
+    facts = {"name": "Zoë", "n": 3, "list": [1.5, None, True]}
+    write_json(tmp_path / "a.json", facts)
+    assert read_json(tmp_path / "a.json") == facts
+    arrays = {"x": np.arange(6).reshape(2, 3), "flag": np.array(True), "empty": np.zeros((0, 2))}
+    for compress in (False, True):
+        write_arrays(tmp_path / "a.npz", arrays, compress=compress)
+        read = read_arrays(tmp_path / "a.npz")
+        assert set(read) == set(arrays)
+        for name, value in arrays.items():
+            assert read[name].dtype == value.dtype
+            np.testing.assert_array_equal(read[name], value)
+
+
+def test_missing_files_stay_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_json(tmp_path / "a.json")
+    with pytest.raises(FileNotFoundError):
+        read_arrays(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b'{"a": 1', b"\xff\xfe", b"no json"])
+def test_damaged_json_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(TalkheadError, match=r"a\.json is damaged"):
+        read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize("content", [b"", b"no arrays", b"\x93NUMPY"])
+def test_damaged_arrays_are_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(TalkheadError, match=r"a\.npz is damaged"):
+        read_arrays(tmp_path / "a.npz")
+
+
+def test_pickled_arrays_are_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", evil=np.array([{"a": 1}], dtype=object))
+    with pytest.raises(TalkheadError, match=r"a\.npz"):
+        read_arrays(tmp_path / "a.npz")
+
+
+def test_hashes_tell_contents_apart(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "a").startswith("ba7816bf8f01cfea")  # FIPS 180-2, B.1
+    assert digest("x", {"a": 1, "b": [2]}) == digest("x", {"b": [2], "a": 1})
+    assert len({digest("a", "b"), digest("ab"), digest(["a", "b"]), digest("b", "a")}) == 4
+
+
+# ---------------------------------------------------------------- the workspace
+
+
+def test_a_workspace_opens_once_it_is_finished(tmp_path: Path) -> None:
+    with pytest.raises(TalkheadError, match="no identity 'alice'.*known: none yet"):
+        Workspace.open(tmp_path, "alice")
+    space = Workspace(tmp_path, "alice")
+    space.mark_done("mesh", "k")
+    with pytest.raises(TalkheadError, match="not preprocessed to the end"):
+        Workspace.open(tmp_path, "alice")
+    space.note(finished=True)
+    assert Workspace.open(tmp_path, "alice").root == space.root
+    with pytest.raises(TalkheadError, match="known: alice"):
+        Workspace.open(tmp_path, "bob")
+
+
+def test_ids_are_folders_with_a_manifest(tmp_path: Path) -> None:
+    for name in ("ben", "alice"):
+        Workspace(tmp_path, name).note(finished=False)
+    (tmp_path / "other").mkdir()
+    assert list_ids(tmp_path) == ["alice", "ben"]
+    assert list_ids(tmp_path / "nowhere") == []
+
+
+def test_a_stage_is_done_from_exactly_its_inputs(space: Workspace) -> None:
+    assert space.is_done("mesh", "k1")
+    assert not space.is_done("mesh", "k2") and not space.is_done("film", "k1")
+    before = space.fingerprint
+    space.mark_done("film", "f1")
+    assert space.fingerprint != before
+    space.note(size_px=512)
+    assert space.is_done("mesh", "k1") and space.is_done("film", "f1")
+    assert space.manifest()["size_px"] == 512
+    assert Workspace(space.root.parent, "alice").is_done("film", "f1")
+
+
+def test_fingerprint_follows_stages_only(space: Workspace) -> None:
+    before = space.fingerprint
+    space.note(seconds=3.0, version="9")
+    assert space.fingerprint == before
+    space.mark_done("mesh", "k2")
+    assert space.fingerprint != before
+
+
+def test_only_one_job_writes_at_a_time(space: Workspace) -> None:
+    with space.locked(), pytest.raises(TalkheadError, match="another talkhead"):  # noqa: SIM117
+        with Workspace(space.root.parent, "alice").locked():
+            pass
+    with (space.root / ".lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(TalkheadError, match="'alice'"), space.locked():
+            pass
+    with space.locked():  # free again, also after a failure
+        pass
+    with pytest.raises(ValueError), space.locked():
+        raise ValueError
+    with space.locked():
+        pass
+
+
+def test_clearing_keeps_runs_and_consent(space: Workspace, tmp_path: Path) -> None:
+    record = tmp_path / "yes.pdf"
+    record.write_bytes(b"signed")
+    assert space.keep_consent(record) == "yes.pdf"
+    Run(space.runs / "lokitalk").write_meta(finished=True)
+    space.save("tracks", {"a": np.zeros(2)})
+    space.save_piece("labels", 0, {"labels": np.zeros((1, 2), np.uint8)})
+    with space.locked():
+        space.clear()
+    assert sorted(p.name for p in space.root.iterdir()) == [".lock", "consent", "runs"]
+    assert (space.root / "consent" / "yes.pdf").read_bytes() == b"signed"
+    assert [r.name for r in list_runs(space.runs)] == ["lokitalk"]
+    assert not space.is_done("mesh", "k1")
+
+
+def test_removing_leaves_the_neighbours(space: Workspace, tmp_path: Path) -> None:
+    Workspace(tmp_path, "ben").note(finished=True)
+    space.remove()
+    assert list_ids(tmp_path) == ["ben"]
+
+
+def test_missing_and_damaged_arrays_of_a_workspace_are_named(space: Workspace) -> None:
+    with pytest.raises(TalkheadError, match=r"tracks\.npz is missing; run preprocess for 'alice'"):
+        space.load("tracks")
+    (space.root / "tracks.npz").write_bytes(b"not arrays")
+    with pytest.raises(TalkheadError, match=r"tracks\.npz is damaged"):
+        space.load("tracks")
+    (space.root / "manifest.json").write_text("{")
+    with pytest.raises(TalkheadError, match=r"manifest\.json is damaged"):
+        space.manifest()
+
+
+def test_pieces_give_each_frame_its_own_row(space: Workspace) -> None:
+    n = PIECE + 7
+    value = np.arange(n, dtype=np.uint16)
+    for first in range(0, n, PIECE):
+        space.save_piece("maps", first, {"matte": value[first : first + PIECE]})
+    for frame in (0, PIECE - 1, PIECE, n - 1, 3):  # back and forth over the seam
+        arrays, row = space.piece("maps", frame)
+        assert arrays["matte"][row] == frame
+    with pytest.raises(TalkheadError, match=f"maps of frame {2 * PIECE} are missing"):
+        space.piece("maps", 2 * PIECE)
+    with pytest.raises(TalkheadError, match="labels of frame 0"):
+        space.labels(0)
+
+
+# ---------------------------------------------------------------- the pixel cache
+
+
+def pictures(n: int) -> Iterator[Pixels]:
+    for i in range(n):
+        yield np.full((4, 4, 3), i, np.uint8)
+
+
+def test_pixels_are_kept_until_a_stage_changes(space: Workspace) -> None:
+    assert space.pixels("rgb", 4) is None
+    made = space.save_pixels("rgb", 4, (5, 4, 4, 3), pictures(5))
+    cached = space.pixels("rgb", 4)
+    assert cached is not None and isinstance(cached, np.memmap)
+    np.testing.assert_array_equal(cached, made)
+    np.testing.assert_array_equal(cached[:, 0, 0, 0], np.arange(5))
+    assert space.pixels("rgb", 8) is None and space.pixels("labels", 4) is None
+    space.note(finished=True)
+    assert space.pixels("rgb", 4) is not None
+    space.mark_done("film", "other")
+    assert space.pixels("rgb", 4) is None
+
+
+def test_too_few_pictures_are_refused_and_nothing_is_kept(space: Workspace) -> None:
+    with pytest.raises(TalkheadError, match="holds 3 of 5 frames"):
+        space.save_pixels("rgb", 4, (5, 4, 4, 3), pictures(3))
+    assert space.pixels("rgb", 4) is None
+    assert list((space.root / "cache").iterdir()) == []
+
+
+def test_an_interrupted_cache_leaves_nothing(space: Workspace) -> None:
+    def broken() -> Iterator[Pixels]:
+        yield from pictures(2)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        space.save_pixels("rgb", 4, (5, 4, 4, 3), broken())
+    assert list((space.root / "cache").iterdir()) == []
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_weights_come_back_as_they_were(run: Run) -> None:
+    grid = torch.arange(24.0).reshape(2, 3, 4)
+    tensors = {
+        "a.weight": torch.nn.Parameter(torch.randn(3, 2)),
+        "strided": grid.transpose(0, 2),
+        "half": torch.ones(2, dtype=torch.float16),
+        "mask": torch.tensor([True, False]),
+        "n": torch.tensor(7),
+    }
+    run.save_weights(tensors)
+    read = run.weights()
+    assert set(read) == set(tensors)
+    for name, value in tensors.items():
+        assert read[name].dtype == value.dtype
+        assert torch.equal(read[name], value)
+        assert not read[name].requires_grad
+
+
+def test_missing_and_damaged_weights_are_named(run: Run) -> None:
+    with pytest.raises(TalkheadError, match="has no weights"):
+        run.weights()
+    run.save_weights({"a": torch.zeros(1000)})
+    whole = (run.root / "avatar.safetensors").read_bytes()
+    for content in (b"", b"garbage", whole[: len(whole) // 2], b"\xff" * 64):
+        (run.root / "avatar.safetensors").write_bytes(content)
+        with pytest.raises(TalkheadError, match="damaged.*--fresh"):
+            run.weights()
+
+
+def test_resume_state_comes_back(run: Run) -> None:
+    assert run.resume_state() is None
+    state: dict[str, Any] = {"step": 3, "weights": {"a": torch.ones(2)}, "rates": [0.1, 0.2]}
+    run.save_resume(state)
+    read = run.resume_state()
+    assert read is not None and read["step"] == 3 and read["rates"] == [0.1, 0.2]
+    assert torch.equal(read["weights"]["a"], torch.ones(2))
+
+
+class Evil:
+    """Unpickling it would write a file."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.marker,)
+
+
+def test_resume_state_runs_no_code(run: Run, tmp_path: Path) -> None:
+    marker = tmp_path / "ran"
+    run.root.mkdir(parents=True)
+    torch.save({"step": Evil(marker)}, run.root / "optim.pt")
+    with pytest.raises(TalkheadError, match="damaged"):
+        run.resume_state()
+    assert not marker.exists()
+    (run.root / "optim.pt").write_bytes(b"torn")
+    with pytest.raises(TalkheadError, match="damaged"):
+        run.resume_state()
+
+
+def test_meta_and_preset_and_drive_of_a_run(run: Run) -> None:
+    assert run.meta() == {} and not run.is_finished and run.preset_text() is None
+    run.write_meta(steps=5)
+    run.write_meta(finished=True)
+    assert run.meta() == {"steps": 5, "finished": True} and run.is_finished
+    run.write_preset("method: lokitalk\n")
+    assert run.preset_text() == "method: lokitalk\n"
+    run.save_drive({"pose": np.eye(6)})
+    np.testing.assert_array_equal(run.drive()["pose"], np.eye(6))
+    assert json.loads(run.write_figures({"psnr": 30.0}).read_text()) == {"psnr": 30.0}
+    run.clear()
+    assert not run.root.exists()
+    run.clear()  # twice does no harm
+
+
+def test_runs_are_listed_newest_finished_first(tmp_path: Path) -> None:
+    facts: dict[str, dict[str, Any]] = {
+        "old": {"finished": True, "finished_at": 1.0},
+        "new": {"finished": True, "finished_at": 3.0},
+        "middle": {"finished": True, "finished_at": 2.0},
+        "stopped": {"steps": 9},
+    }
+    for name, meta in facts.items():
+        Run(tmp_path / name).write_meta(**meta)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    assert [r.name for r in list_runs(tmp_path)] == ["new", "middle", "old", "stopped"]
+    assert list_runs(tmp_path / "nowhere") == []
