@@ -26,7 +26,7 @@ FLOORS = {
 }
 CLI_INSIDE = ("contracts", "jobs", "store")
 # Checkpoints are read and written in the store; the speech encoder reads its own weights.
-TORCH_FILES = ("talkhead_cli/store/", "talkhead_cli/track/ssl.py")
+TORCH_FILES = ("talkhead_cli/store/",)
 
 Rule = Callable[[ast.Module, Path], Iterator[str]]
 

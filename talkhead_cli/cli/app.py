@@ -267,14 +267,13 @@ def presets(
 ) -> None:
     """List the presets, or print one."""
     with speaking(verbose):
-        from talkhead_cli.jobs.preset import preset_folder, preset_names, read_layer
+        from talkhead_cli.jobs.preset import preset_names, preset_text
 
         if name is None:
             for known in preset_names():
                 answer(known)
         else:
-            read_layer(name)
-            answer((preset_folder() / f"{name}.yaml").read_text(encoding="utf-8").rstrip())
+            answer(preset_text(name).rstrip())
 
 
 models = typer.Typer(help="Weights of other people's networks.", no_args_is_help=True)

@@ -67,7 +67,7 @@ def make(
     footage: a run's drive.npz · pose: footage, still or a file · blink: footage, auto, none or
     a file
     """
-    if max(abs(yaw_deg), abs(pitch_deg)) > MAX_ANGLE_DEG:
+    if not max(abs(yaw_deg), abs(pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
         raise MisuseError(f"--yaw and --pitch must lie within {MAX_ANGLE_DEG:.0f} degrees")
     first, last = longest_run(footage["usable"])
     clip = {k: footage[k][first : last + 1] for k in ("pose", "body", "eye", "gaze", "brow")}
@@ -88,7 +88,7 @@ def make(
     elif pose == "still":
         moves = still
     else:
-        moves = _pose_file(Path(pose), middle["body"])
+        moves = _pose_file(Path(pose), middle["body"], n_frames)
 
     looks = replay if pose == "footage" else None
     eyes = _eyes(blink, clip, middle, replay, looks, n_frames, seed)
@@ -190,13 +190,18 @@ def _eyes(
     return eyes
 
 
-def _pose_file(path: Path, body: Array) -> Callable[[NDArray[Any]], tuple[Array, Array]]:
-    """Poses of a file: 6 columns, rotation vector (rad) and translation (face heights)."""
+def _pose_file(
+    path: Path, body: Array, n_frames: int
+) -> Callable[[NDArray[Any]], tuple[Array, Array]]:
+    """Poses of a file: 6 columns, rotation vector (rad) and translation (face heights).
+
+    A file shorter than the film is replayed there and back.
+    """
     given = read_table(path, (6,), "--pose")
     replay = there_and_back(len(given))
 
     def moves(frames: NDArray[Any]) -> tuple[Array, Array]:
-        at = np.asarray(frames, float) if frames.max() < len(given) else replay(frames)
+        at = np.asarray(frames, float) if n_frames <= len(given) else replay(frames)
         return between(given, at), np.tile(body, (len(frames), 1))
 
     return moves
@@ -211,9 +216,9 @@ def read_table(path: Path, columns: tuple[int, ...], option: str) -> Array:
             table = np.load(path, allow_pickle=False)
         else:
             table = np.loadtxt(path, delimiter="," if path.suffix == ".csv" else None, ndmin=2)
-    except ValueError as error:
+        table = np.asarray(table, float)
+    except (ValueError, TypeError, EOFError, OSError) as error:
         raise TalkheadError(f"{option} {path}: not a table of numbers ({error})") from error
-    table = np.asarray(table, float)
     table = table[:, None] if table.ndim == 1 else table
     if table.ndim != 2 or table.shape[1] not in columns or not len(table):
         wanted = " or ".join(str(c) for c in columns)

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
-from talkhead_cli import __version__, media
+from talkhead_cli import __version__, march, media
 from talkhead_cli.blocks.speech import ridge_by_blocks, ridge_map
 from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
 from talkhead_cli.jobs import footage, player
@@ -58,7 +58,7 @@ def evaluate(
     run, by_default = player.pick_run(space, run_name)
     if by_default:
         progress.note(f"run: {run.name}")
-    show = player.load(run, player.device_of(device))
+    show = player.load(run, march.device_of(device))
     if show.preset.data.holdout == 0:
         raise TalkheadError(
             f"run '{run.name}' was trained on the whole clip (data.holdout: 0), so nothing is "

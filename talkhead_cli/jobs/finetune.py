@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from lightning_fabric import Fabric
 
-from talkhead_cli import __version__
+from talkhead_cli import __version__, march
 from talkhead_cli.contracts import Progress, TalkheadError
 from talkhead_cli.jobs import fit, footage, player
 from talkhead_cli.jobs import preset as presets
@@ -44,7 +44,7 @@ def finetune(
             f"'{name}' was preprocessed without sound, so its speech cannot be learnt; "
             "preprocess a clip that has sound"
         )
-    where = player.device_of(device)
+    where = march.device_of(device)
     run = Run(space.runs / (run_name or presets.run_name(names, settings)))
     with space.locked():
         if fresh:
@@ -84,7 +84,7 @@ def finetune(
             figures=place.figures,
             n_train=len(clip.train),
             n_held=len(clip.held),
-            device=_device_name(where),
+            device=march.device_name(where),
             torch=torch.__version__,
             speech={"backend": space.manifest()["backends"]["voice"], "n_features": n_features,
                     "window": preset.data.window, "stored": "10 ms rows"},
@@ -119,7 +119,3 @@ def _drive(space: Workspace, clip: Footage) -> dict[str, np.ndarray]:
     tracks = space.load("tracks")
     kept = {name: tracks[name] for name in (*player.DRIVEN, "k", "usable")}
     return kept | {"speech_mean": clip.stats.mean, "speech_std": clip.stats.std}
-
-
-def _device_name(where: torch.device) -> str:
-    return torch.cuda.get_device_name(where) if where.type == "cuda" else "cpu"

@@ -46,4 +46,4 @@ def voice_of(backend: str) -> Voice:
         return MelVoice()
     from talkhead_cli.track.ssl import SslVoice
 
-    return SslVoice(backend, weights.need(backend))
+    return SslVoice(backend, weights.load(backend))

@@ -136,12 +136,3 @@ def still_signals(audio: Tensor, camera: Camera, **given: Tensor) -> Signals:
         footage_index=torch.full((n,), -1),
         **{name: given[name] for name in DRIVEN},
     )
-
-
-def device_of(name: str) -> torch.device:
-    """auto, cpu or cuda."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise TalkheadError("no CUDA device is found; use --device cpu")
-    return torch.device(name)

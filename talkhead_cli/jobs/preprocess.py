@@ -69,7 +69,7 @@ def preprocess(
     if consent is not None and not consent.is_file():
         raise TalkheadError(f"the consent file {consent} does not exist")
     backend = hearing.choose(speech_features)
-    space = Workspace(home, check_id(name) if name else id_from(video))
+    space = Workspace(home, id_from(video) if name is None else check_id(name))
     began = time.monotonic()
     probe = media.probe(video)
     if not probe.has_video:
@@ -112,9 +112,8 @@ def preprocess(
         missing = _ranges(~faces.found)
         if missing:
             progress.note("no face in frames " + ", ".join(missing) + "; training leaves them out")
-        kept = space.manifest().get("consent", [])
         if consent is not None:
-            kept = sorted({*kept, space.keep_consent(consent)})
+            space.keep_consent(consent)
         seconds = time.monotonic() - began
         space.note(
             finished=True,
@@ -134,7 +133,7 @@ def preprocess(
             },
             has_audio=with_audio,
             faces_seen=n_faces,
-            consent=kept,
+            consent=space.consents(),
         )
         if work.did_anything:
             rate = n_frames / max(seconds, 1e-6)
@@ -168,6 +167,7 @@ class _Work:
         self._keys[stage] = key
         if not self.space.is_done(stage, key):
             self.did_anything = True
+            self.space.note(finished=False)
             work()
             self.space.mark_done(stage, key)
 

@@ -10,13 +10,15 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from talkhead_cli.contracts import MisuseError
+from talkhead_cli.contracts import MisuseError, TalkheadError
 
 Region = Literal["all", "lips", "eyes"]
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
+    )
 
 
 class Data(_Strict):
@@ -123,19 +125,28 @@ def preset_names() -> list[str]:
     return sorted(p.stem for p in preset_folder().glob("*.yaml"))
 
 
-def read_layer(name: str) -> dict[str, Any]:
-    """One preset by name or by path, as plain values."""
-    path = Path(name) if name.endswith((".yaml", ".yml")) else preset_folder() / f"{name}.yaml"
-    if not path.is_file() or (path.parent == preset_folder() and "/" in name):
+def preset_text(name: str) -> str:
+    """The YAML of a preset by name, or of a file whose name ends in .yaml."""
+    is_file = name.endswith((".yaml", ".yml"))
+    path = Path(name) if is_file else preset_folder() / f"{name}.yaml"
+    if not is_file and name not in preset_names():
         raise MisuseError(
             f"there is no preset '{name}'; known: {', '.join(preset_names())}, or a .yaml file"
         )
     try:
-        layer = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisuseError(f"the preset file {name} cannot be read: {error}") from error
+
+
+def read_layer(name: str) -> dict[str, Any]:
+    """One preset by name or by path, as plain values."""
+    try:
+        layer = yaml.safe_load(preset_text(name))
     except yaml.YAMLError as error:
-        raise MisuseError(f"{path.name} is not valid YAML: {error}") from error
+        raise MisuseError(f"{name} is not valid YAML: {error}") from error
     if not isinstance(layer, dict):
-        raise MisuseError(f"{path.name} must hold keys and values")
+        raise MisuseError(f"{name} must hold keys and values")
     return layer
 
 
@@ -150,7 +161,14 @@ def load(names: Sequence[str], settings: Sequence[str] = ()) -> Preset:
 
 
 def from_yaml(text: str) -> Preset:
-    return validate(yaml.safe_load(text))
+    """The preset that a run was saved with."""
+    try:
+        return validate(yaml.safe_load(text))
+    except (yaml.YAMLError, MisuseError) as error:
+        raise TalkheadError(
+            f"the run's preset.yaml is damaged or of another version ({error}); train the run "
+            "again with --fresh"
+        ) from error
 
 
 def run_name(names: Sequence[str], settings: Sequence[str]) -> str:

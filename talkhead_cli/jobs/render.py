@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from talkhead_cli import __version__, media
+from talkhead_cli import __version__, march, media
 from talkhead_cli.contracts import (
     FPS,
     SAMPLES_PER_FRAME,
@@ -83,7 +83,7 @@ def render(
         raise MisuseError("the output would overwrite the speech file; give another -o")
     if not media.probe(speech).has_audio:
         raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
-    show = player.load(run, player.device_of(device))
+    show = player.load(run, march.device_of(device))
     progress.note(f"marching: {show.note}")
     size = show.preset.data.size_px
     plate = _background(wishes.background, show.plate, size)

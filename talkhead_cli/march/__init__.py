@@ -28,6 +28,8 @@ __all__ = [
     "PackedMarcher",
     "build",
     "check",
+    "device_name",
+    "device_of",
     "intersect_box",
     "picture_rays",
     "pixel_rays",
@@ -56,6 +58,22 @@ class MarchOptions:
     kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto"
 
 
+def device_of(name: str) -> torch.device:
+    """auto, cpu or cuda -> the device to work on."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise MisuseError(f"--device must be auto, cpu or cuda, not '{name}'")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TalkheadError("no CUDA device is found; use --device cpu")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What to call a device in records."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def build(
     options: MarchOptions, aabb: Tensor, device: torch.device | str
 ) -> tuple[DenseMarcher | PackedMarcher, str]:
@@ -63,8 +81,6 @@ def build(
     device = torch.device(device)
     if options.kind not in KINDS:
         raise MisuseError(f"march.kind is {options.kind!r}; use one of {', '.join(KINDS)}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise TalkheadError("no CUDA device is found; use --device cpu")
     aabb = aabb.to(device)
     if options.kind == "dense":
         return DenseMarcher(aabb, options.n_steps), "dense: asked for"

@@ -125,5 +125,9 @@ def list_runs(folder: Path) -> list[Run]:
     """Runs of a workspace, newest finished first, unfinished ones last."""
     if not folder.is_dir():
         return []
-    runs = [Run(p) for p in folder.iterdir() if p.is_dir() and (p / "meta.json").exists()]
+    runs = [
+        Run(p)
+        for p in folder.iterdir()
+        if (p / "meta.json").exists() and set(p.name) <= _NAME_CHARS
+    ]
     return sorted(runs, key=lambda r: (not r.is_finished, -r.meta().get("finished_at", 0.0)))

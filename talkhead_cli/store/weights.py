@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from talkhead_cli.contracts import MisuseError, TalkheadError
 from talkhead_cli.store.files import atomic, sha256_of, write_json
@@ -63,6 +64,17 @@ def need(name: str) -> Path:
             f"and run: talkhead models import {name} FILE"
         )
     return found
+
+
+def load(name: str) -> dict[str, Any]:
+    """The state dict of known weights; only tensors are read, never code."""
+    import torch
+
+    path = need(name)
+    try:
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises whatever the torn file provokes
+        raise TalkheadError(f"{path} cannot be read ({error}); fetch the file again") from error
 
 
 def verify(name: str) -> str:

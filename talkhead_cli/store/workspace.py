@@ -31,10 +31,19 @@ from talkhead_cli.store.files import (
     digest,
     read_arrays,
     read_json,
+    sha256_of,
     write_arrays,
     write_json,
 )
 
+# What each stage of preprocessing leaves behind.
+STAGE_FILES = {
+    "mesh": ("mesh.npz",),
+    "sound": ("audio.wav", "voice.npz"),
+    "film": ("video.mp4", "plate.png", "film.npz", "maps"),
+    "tracks": ("tracks.npz",),
+    "labels": ("labels",),
+}
 PIECE = 100  # frames per file of maps and labels
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
@@ -58,7 +67,8 @@ def list_ids(home: Path) -> list[str]:
     """Ids of all workspaces in a home, sorted."""
     if not home.is_dir():
         return []
-    return sorted(p.parent.name for p in home.glob("*/manifest.json"))
+    names = (p.parent.name for p in home.glob("*/manifest.json"))
+    return sorted(n for n in names if _ID.fullmatch(n))
 
 
 class Workspace:
@@ -92,15 +102,20 @@ class Workspace:
             found = read_json(self.root / "manifest.json")
         except FileNotFoundError:
             return {"id": self.id, "finished": False, "stages": {}}
-        return dict(found)
+        if not isinstance(found, dict) or not isinstance(found.get("stages", {}), dict):
+            raise TalkheadError(
+                f"{self.root / 'manifest.json'} is damaged; delete it and run preprocess again"
+            )
+        return {"id": self.id, "finished": False, "stages": {}, **found}
 
     def note(self, **facts: Any) -> None:
         """Merge facts into the manifest."""
         write_json(self.root / "manifest.json", {**self.manifest(), **facts})
 
     def is_done(self, stage: str, key: str) -> bool:
-        """Whether `stage` was finished from exactly these inputs."""
-        return bool(self.manifest()["stages"].get(stage) == key)
+        """Whether `stage` was finished from exactly these inputs, and its files are there."""
+        there = all((self.root / file).exists() for file in STAGE_FILES.get(stage, ()))
+        return there and bool(self.manifest()["stages"].get(stage) == key)
 
     def mark_done(self, stage: str, key: str) -> None:
         manifest = self.manifest()
@@ -168,9 +183,15 @@ class Workspace:
                 f"{self.root / name}.npz is missing; run preprocess for '{self.id}' again"
             ) from error
 
+    def consents(self) -> list[str]:
+        """Names of the consent records that are kept."""
+        folder = self.root / "consent"
+        return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
+
     def keep_consent(self, file: Path) -> str:
-        """Copy a consent record into the folder; its name there."""
-        target = self.root / "consent" / file.name
+        """Copy a consent record into the folder, under its name and hash; the name there."""
+        name = f"{file.stem}-{sha256_of(file)[:8]}{file.suffix}"
+        target = self.root / "consent" / name
         with atomic(target) as part:
             shutil.copyfile(file, part)
         return target.name
@@ -222,7 +243,8 @@ class Workspace:
             target = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
             count = 0
             for count, row in enumerate(rows, 1):
-                target[count - 1] = row
+                if count <= shape[0]:
+                    target[count - 1] = row
             target.flush()
             if count != shape[0]:
                 raise TalkheadError(

@@ -137,6 +137,8 @@ def body_motion(warps: Array, found: NDArray[np.bool_], pivot: Array) -> Array:
     # reference = R p + b, so the reference's pivot is seen in the frame at R^T (pivot - b)
     seen = np.einsum("tji,tj->ti", rotation, pivot - warps[:, :, 2])
     motion = np.concatenate([seen - pivot, -angle[:, None]], -1)
+    if not found.any():
+        return np.zeros_like(motion)
     jump = np.abs(motion - np.median(motion[found], 0)).max(-1)
     trusted = found & (jump < 0.25)
     if not trusted.any():

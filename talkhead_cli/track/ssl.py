@@ -7,7 +7,6 @@ the whole and memory does not grow with length.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,21 +27,20 @@ class SslVoice:
 
     n_features = 768
 
-    def __init__(self, name: str, weights: Path) -> None:
-        """name: hubert or wav2vec2 · weights: torchaudio's state dict of that base model."""
+    def __init__(self, name: str, state: dict[str, torch.Tensor]) -> None:
+        """name: hubert or wav2vec2 · state: torchaudio's state dict of that base model."""
         from torchaudio import models
 
         self.name = name
         build = {"hubert": models.hubert_base, "wav2vec2": models.wav2vec2_base}[name]
         self._model = build()
         try:
-            state = torch.load(weights, map_location="cpu", weights_only=True)
             # the fine-tuned file also holds the letters' read-out, which is not used
             state = {k: v for k, v in state.items() if not k.startswith("aux.")}
             self._model.load_state_dict(state)
-        except Exception as error:
+        except RuntimeError as error:
             raise TalkheadError(
-                f"{weights.name} does not hold {name}'s weights as torchaudio lays them out; "
+                f"the file of {name} does not hold its weights as torchaudio lays them out; "
                 "fetch the file again"
             ) from error
         self._model.eval()
