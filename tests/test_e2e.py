@@ -18,10 +18,10 @@ from talkhead_cli.jobs import render as render_job
 
 # Every method, none left out: a preset of its name over tiny.yaml, in seconds.
 QUICK = ["-s", "data.size_px=64", "-s", "march.resolution=32", "-s", "march.n_steps=32"]
-STEPS = {"speech": 150, "shape": 150, "detail": 150, "lips": 5, "eyes": 5}
+STEPS = {"speech": 150, "speech_all": 20, "shape": 150, "detail": 150, "lips": 5, "eyes": 5}
 for _stage, _steps in STEPS.items():
     QUICK += ["-s", f"train.stages.{_stage}.steps={_steps}"]
-    if _stage != "speech":
+    if not _stage.startswith("speech"):
         QUICK += ["-s", f"train.stages.{_stage}.n_points=8000"]
 
 

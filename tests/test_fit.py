@@ -16,7 +16,8 @@ from talkhead_cli.jobs.player import pick_run
 from talkhead_cli.store import Workspace
 
 SHORT = [
-    "train.stages.speech.steps=30",
+    "train.stages.speech.steps=24",
+    "train.stages.speech_all.steps=6",
     "train.stages.shape.steps=24",
     "train.stages.detail.steps=24",
     "train.stages.lips.steps=4",
@@ -44,7 +45,7 @@ def train(home: Path, **options: object) -> dict[str, torch.Tensor]:
 
 def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(home: Path) -> None:
     whole = train(home, run_name="whole")
-    for kill_at in (20, 47, 70):  # in speech, shape and detail
+    for kill_at in (20, 27, 47, 70):  # in both speech stages, shape, detail
         assert not train(home, run_name="cut", stop_after=lambda p, k=kill_at: p.total >= k)
     resumed = train(home, run_name="cut")
     assert whole.keys() == resumed.keys()
