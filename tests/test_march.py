@@ -398,6 +398,30 @@ def test_extend_opens_what_a_new_row_fills_and_closes_nothing() -> None:
     assert (cells.occupied | ~before).all()
 
 
+def test_cells_that_add_nothing_to_any_pixel_are_closed_while_training() -> None:
+    """Under the first opaque layers of a thick slab nothing is seen, and nothing is kept."""
+    field = Solid(slab(200.0, -0.4, 0.8))
+    grid = OccupancyGrid(BOX, STEP, 32)
+    marcher = PackedMarcher(grid, STEP).train()
+    rays = picture_rays(camera(16), torch.tensor([0]), BOX)
+    for step in range(30):
+        marcher.march(field, rays)
+        grid.update(field, step)
+    middle = grid.occupied[16, 16]
+    depth = torch.linspace(-0.8, 0.8, 33)[:-1]
+    assert bool(middle[(depth > -0.4) & (depth < -0.3)].all())
+    assert not bool(middle[depth > 0.0].any())
+    marcher.eval()
+    shown = marcher.march(field, rays)
+    full = PackedMarcher(OccupancyGrid(BOX, STEP, 32), STEP).eval().march(field, rays)
+    assert torch.allclose(shown.opacity, full.opacity, atol=1e-3)
+    # a grid that no marcher reports to closes nothing but the empty
+    silent = OccupancyGrid(BOX, STEP, 32)
+    for step in range(30):
+        silent.update(field, step)
+    assert bool(silent.occupied[16, 16][depth > 0.0].all())
+
+
 def test_misses_are_transparent_and_cost_nothing() -> None:
     field, marcher = Solid(smooth), packed()
     for context in (torch.enable_grad(), torch.no_grad()):

@@ -25,7 +25,7 @@ from talkhead_cli.jobs import hearing
 from talkhead_cli.store import Workspace, check_id
 from talkhead_cli.store.files import atomic, digest, sha256_of
 from talkhead_cli.store.workspace import PIECE
-from talkhead_cli.track import face, matte, pose, voice
+from talkhead_cli.track import align, face, matte, pose, voice
 from talkhead_cli.track.crop import Crop, choose_crop
 from talkhead_cli.track.pose import HeadTrack
 from talkhead_cli.track.scout import Scene, scout
@@ -34,9 +34,10 @@ MIN_SECONDS = 3.0
 SIZE_PX = 512
 MESH_MAX_SIDE = 1280
 N_PLATE = 25  # frames behind the background's median
+N_MEAN_FACE = 80  # frames that the mean face is taken over
 N_EVIDENCE = 40  # frames that tell hair from torso by motion
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 1, "mesh": 1, "film": 1, "tracks": 1, "labels": 1}
+VERSIONS = {"sound": 1, "mesh": 1, "film": 1, "tracks": 2, "labels": 1}
 
 
 def id_from(video: Path) -> str:
@@ -135,7 +136,7 @@ def preprocess(
             faces_seen=n_faces,
             consent=space.consents(),
         )
-        if work.did_anything:
+        if work.n_done == len(VERSIONS):  # a partial run says nothing about speed
             rate = n_frames / max(seconds, 1e-6)
             space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
     return space
@@ -156,7 +157,7 @@ class _Work:
         self.space, self.video, self.source = space, video, source
         self.probe, self.progress = probe, progress
         self.size = (probe.width, probe.height)
-        self.did_anything = False
+        self.n_done = 0
         self._keys: dict[str, str] = {}
 
     def do(
@@ -166,7 +167,7 @@ class _Work:
         key = digest(VERSIONS[stage], inputs, [self._keys[n] for n in needs])
         self._keys[stage] = key
         if not self.space.is_done(stage, key):
-            self.did_anything = True
+            self.n_done += 1
             self.space.note(finished=False)
             work()
             self.space.mark_done(stage, key)
@@ -326,6 +327,7 @@ class _Work:
             [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
             [0, 0, 1],
         ])  # fmt: skip
+        head = self._aligned(head, faces.found, k, size_px)
         chosen = np.unique(
             np.concatenate([face.MESH_TO_68, *face.BROWS, *(e[:2] for e in face.EYES)])
         )
@@ -358,6 +360,25 @@ class _Work:
             "found": faces.found,
             "usable": ~near_gap,
         })  # fmt: skip
+
+    def _aligned(
+        self, head: HeadTrack, found: NDArray[np.bool_], k: NDArray[Any], size_px: int
+    ) -> HeadTrack:
+        """The head track after each frame was aligned to the clip's mean face."""
+        n_frames, size = len(found), (align.ALIGN_PX, align.ALIGN_PX)
+        small = np.diag([size[0] / size_px, size[0] / size_px, 1.0]) @ k
+        aligner = align.Aligner(head.shape, small)
+        self.progress.stage("align", n_frames)
+        stride = max(1, n_frames // N_MEAN_FACE)
+        for row, rgb in enumerate(media.frames(self.space.video, size=size, stride=stride)):
+            if row * stride < n_frames and found[row * stride]:
+                aligner.learn(align.prepared(rgb), head.pose[row * stride])
+        poses = head.pose
+        stream = media.frames(self.space.video, size=size, n_frames=n_frames)
+        for row, rgb in enumerate(followed(self.progress, stream)):
+            if found[row]:
+                poses[row] = aligner.refine(align.prepared(rgb), poses[row])
+        return head.moved(matte.smooth(poses, align.CUTOFF_HZ))
 
     def labels(self, n_frames: int) -> None:
         """Soft labels of every frame."""

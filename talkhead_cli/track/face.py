@@ -20,6 +20,7 @@ from talkhead_cli.contracts import TalkheadError
 Array = NDArray[np.floating[Any]]
 
 N_MESH = 478
+CHATTY = 3  # first frames during which MediaPipe's threads still talk
 # Mesh points that stand for the 68 iBUG landmarks, in iBUG order.
 MESH_TO_68 = np.array(
     [162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389]  # jaw
@@ -79,6 +80,7 @@ class FaceMesh:
         with _quiet_stderr():
             import mediapipe as mp
 
+            self._n_seen = 0
             self._mesh = mp.solutions.face_mesh.FaceMesh(
                 max_num_faces=1, refine_landmarks=True, min_tracking_confidence=0.5
             )
@@ -92,9 +94,9 @@ class FaceMesh:
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None:
         """rgb (H, W, 3) -> mesh (478, 3) in pixels, or None where no face is found."""
         height, width = rgb.shape[:2]
-        with _quiet_stderr() if not hasattr(self, "_warm") else contextlib.nullcontext():
+        self._n_seen += 1
+        with _quiet_stderr() if self._n_seen <= CHATTY else contextlib.nullcontext():
             result = self._mesh.process(rgb)
-        self._warm = True
         if not result.multi_face_landmarks:
             return None
         points = np.array(
