@@ -203,10 +203,11 @@ class _StageLoop:
             )
             for p in self.people
         ]
-        if self.stage.rays != "none" and not self.stage.freeze_grid:
+        learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
+        if learns_space and place.total % self.preset.march.every == 0:
             with torch.no_grad():
-                field_now = self.avatar.condition(drawn[0].signals)
-                self.module.marcher.refresh(field_now, place.total)  # type: ignore[operator]
+                made = self.avatar.condition(drawn[0].signals)
+                self.module.marcher.refresh(made, place.total)  # type: ignore[operator]
         terms, n_points = self.wrapped(drawn, self.stage.listen)
         loss = sum(self.stage.weights.get(k, 0.0) * v for k, v in terms.items())
         assert isinstance(loss, Tensor), f"stage {self.name} weighs none of its losses"
