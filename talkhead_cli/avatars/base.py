@@ -1,0 +1,90 @@
+"""What every method is: signals in, a field out; marched channels in, a picture out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from talkhead_cli.contracts import Field, Frame, RayBundle, Rendered, Shot, Signals
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What one shot of a training step came to; the rays' part is None for speech-only stages."""
+
+    shot: Shot
+    field: Field | None = None
+    rendered: Rendered | None = None
+    frame: Frame | None = None
+
+
+class Avatar(nn.Module):
+    """Base of the methods. An avatar knows neither how it is marched, nor saved, nor filmed.
+
+    `aabb` (6,) is the box of head space that holds the person.
+    """
+
+    aabb: Tensor
+    hears_speech = True  # whether the method can be driven by sound alone
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("aabb", torch.tensor([-1.0, -1, -1, 1, 1, 1]))
+
+    @classmethod
+    def build(
+        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int
+    ) -> Self:
+        """A fresh avatar of one size for speech windows (n_steps, n_features), pictures of px."""
+        raise NotImplementedError
+
+    def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
+        """Read what is measured rather than learnt off the person's training rows.
+
+        mesh (n, 3) the rigid face in head space · aabb (6,) the box that holds the person
+        """
+        raise NotImplementedError
+
+    def settle(self, kept: Signals) -> None:
+        """After a stage that kept rows from training (`inner_split`): measure on those rows."""
+
+    def listen(self, signals: Signals) -> Signals:
+        """What speech says about the face, written into the signals; by default nothing.
+
+        Called once per job or chunk, before `condition`; what it writes a person may edit.
+        """
+        return signals
+
+    def condition(self, signals: Signals) -> Field:
+        """Close over the driving signals of T rows."""
+        raise NotImplementedError
+
+    def compose(self, rendered: Rendered, rays: RayBundle, plate: Tensor) -> Frame:
+        """Marched channels and the background behind each ray (R, 3) -> picture."""
+        raise NotImplementedError
+
+    def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
+        """Scalars by name; the stage's weights say which count, and how much."""
+        raise NotImplementedError
+
+    def part(self, name: str) -> list[nn.Parameter]:
+        """Parameters of a named part, for the stage's `learn` and `rates`."""
+        raise NotImplementedError
+
+    def parts(self) -> list[str]:
+        """Names that `part` knows."""
+        raise NotImplementedError
+
+
+def shaped(tensor: Tensor, rays: RayBundle) -> Tensor:
+    """(R, C) -> (B, h, w, C) where the rays have a layout."""
+    return tensor if rays.layout is None else tensor.view(*rays.layout, tensor.shape[-1])
+
+
+def gathered(per_row: Tensor, row: Tensor) -> Any:
+    """Rows of (T, ...) for each point (N,)."""
+    return per_row.index_select(0, row)
