@@ -47,7 +47,7 @@ MAX_SHIFT = 0.15  # face heights; guards the displacement fields
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
 # Noise on the driving signals in training.  Twenty-odd numbers can name each of a few hundred
 # frames; without noise the networks learn the frames by heart.
-LIP_NOISE = 0.6  # share of the doubt that speech leaves about a mouth code
+LIP_NOISE = 0.25  # in standard deviations
 EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
 POSE_NOISE = 0.1  # in standard deviations
 RELIEF = 128  # side of the face's depth map
@@ -158,11 +158,11 @@ class LokiTalk(Avatar):
         lowers the error.
         """
         code, said = self.lips_of(kept), self.speech(kept.audio)
-        # block cross-validation of the linear map saw every row, the nets these few
-        trust = (0.5 * (self.lip_trust + _agreement(code, said))).clamp(0, 1)
-        share = torch.where(trust > 0.3, SPREAD, trust)
+        # block cross-validation of the linear map saw every row, the nets these few: a code that
+        # either of them tells is told
+        trust = torch.maximum(self.lip_trust, _agreement(code, said)).clamp(0, 1)
+        share = torch.where(trust > 0.35, SPREAD, trust)
         self.lip_gain.copy_((share * code.std(0) / said.std(0).clamp_min(1e-6)).clamp(0, 2))
-        self.lip_trust.copy_(trust)
 
     def lips_of(self, signals: Signals) -> Tensor:
         """Standardised mouth code (T, K) of the landmarks."""
@@ -192,10 +192,7 @@ class LokiTalk(Avatar):
         pose_code = self.pose_code(pose.clamp(-2.5, 2.5))
         lips = self.lips_of(signals)
         if self.training:
-            # as uncertain as speech will leave it, in part: what it cannot tell, the field
-            # should not depend on
-            doubt = LIP_NOISE * (1 - self.lip_trust**2).sqrt()
-            lips = lips + doubt * torch.randn_like(lips)
+            lips = lips + LIP_NOISE * torch.randn_like(lips)
         lip_code = self.lip_code(lips.clamp(-4, 4))
         shoulders = shoulders_in_head(signals.pose, signals.body, self.rest_pose)
         return LokiField(self, lip_code, eye_code, pose_code, shoulders)

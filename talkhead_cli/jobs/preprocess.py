@@ -37,7 +37,7 @@ N_PLATE = 25  # frames behind the background's median
 N_MEAN_FACE = 80  # frames that the mean face is taken over
 N_EVIDENCE = 40  # frames that tell hair from torso by motion
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 1, "mesh": 1, "film": 1, "tracks": 2, "labels": 1}
+VERSIONS = {"sound": 1, "mesh": 1, "film": 1, "tracks": 3, "labels": 1}
 
 
 def id_from(video: Path) -> str:
@@ -327,12 +327,13 @@ class _Work:
             [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
             [0, 0, 1],
         ])  # fmt: skip
-        head = self._aligned(head, faces.found, k, size_px)
+        aligned = self._aligned(head, faces.found, k, size_px)
         chosen = np.unique(
             np.concatenate([face.MESH_TO_68, *face.BROWS, *(e[:2] for e in face.EYES)])
         )
         filled = face.fill_gaps(faces.points[..., :2], faces.found)
         lifted = np.full((len(filled), face.N_MESH, 3), np.nan, np.float32)
+        # lifted from the landmarks' own pose: their shape against each other, not against the skin
         lifted[:, chosen] = head.lift(filled[:, chosen], chosen)
         gap = face.lid_gap(filled)
         eyes = face.fit_eye_scale(gap[faces.found])
@@ -342,7 +343,7 @@ class _Work:
         to_heights = size_px / k[0, 0] * float(np.median(head.translation[:, 2]))
         near_gap = np.convolve(~faces.found, np.ones(5), "same") > 0
         self.space.save("tracks", {
-            "pose": head.pose.astype(np.float32),
+            "pose": aligned.pose.astype(np.float32),
             "k": k.astype(np.float32),
             "eye": eyes.openness(gap).astype(np.float32),
             "eye_scale": np.stack([eyes.shut, eyes.open]),
