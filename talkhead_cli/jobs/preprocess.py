@@ -227,7 +227,7 @@ class _Work:
 
     def pose(self, faces: face.Faces) -> HeadTrack:
         self.progress.stage("head pose", None)
-        return pose.fit_head(faces.points.astype(np.float64), faces.found, self.size)
+        return pose.fit_head(faces.points, faces.found, self.size)
 
     def sound(self, n_frames: int, backend: str, *, with_audio: bool) -> None:
         """16 kHz sound and its features on the video's clock."""

@@ -30,6 +30,8 @@ RIGID = np.array(
     + [4, 1, 33, 133, 263, 362, 127, 356, 162, 389, 234, 454, 93, 323, 50, 280, 117, 346, 118, 347]
     + [123, 352, 116, 345, 143, 372, 34, 264, 139, 368, 71, 301, 245, 465, 188, 412, 122, 351]
 )
+SHAPE_FRAMES = 300  # frames that shape and focal length are fitted to
+BLOCK = 2048  # frames whose derivatives are held at once
 # Half-amplitude frequency of the smoothness prior per pose parameter.  Heads turn below
 # 4 Hz; depth is the worst determined and the slowest.
 CUTOFF_HZ = np.array([4.0, 4.0, 4.0, 5.0, 5.0, 2.0])
@@ -87,7 +89,9 @@ class HeadTrack:
         return replace(self, rotation=turn, translation=pose[:, 3:])
 
 
-def fit_head(points: Array, found: NDArray[np.bool_], size: tuple[int, int]) -> HeadTrack:
+def fit_head(
+    points: NDArray[np.floating[Any]], found: NDArray[np.bool_], size: tuple[int, int]
+) -> HeadTrack:
     """Fit the head track to a mesh seen in a picture of `size` (width, height).
 
     points (T, 478, 3) in pixels with MediaPipe's relative depth; rows not `found` are bridged
@@ -95,17 +99,16 @@ def fit_head(points: Array, found: NDArray[np.bool_], size: tuple[int, int]) -> 
     """
     width, height = size
     centre = np.array([width / 2, height / 2])
-    seen = points.astype(np.float64)
-    shape, rotation = _procrustes_shape(seen[found])
+    shape, rotation = _procrustes_shape(points[found])
     scale_px = np.linalg.norm(
-        seen[found][:, TOP, :2] - seen[found][:, CHIN, :2], axis=-1
+        points[found, TOP, :2] - points[found, CHIN, :2], axis=-1
     ) / np.linalg.norm((rotation @ (shape[TOP] - shape[CHIN]))[..., :2], axis=-1)
     # A phone or webcam sees 50-65 degrees over the long side; distance follows from scale.
     focal = 1.15 * max(width, height)
-    n_frames = len(seen)
+    n_frames = len(points)
     pose = np.full((n_frames, 6), np.nan)
     depth = focal / scale_px
-    origin_px = seen[found][:, [LEFT_EAR, RIGHT_EAR], :2].mean(1)
+    origin_px = (points[found, LEFT_EAR, :2] + points[found, RIGHT_EAR, :2]) / 2
     pose[found] = np.concatenate(
         [
             Rotation.from_matrix(rotation).as_rotvec(),
@@ -121,15 +124,17 @@ def fit_head(points: Array, found: NDArray[np.bool_], size: tuple[int, int]) -> 
     prior_shape = shape.copy()
     weight = np.zeros((n_frames, len(RIGID)))
     weight[found] = 1.0
-    targets = np.nan_to_num(seen[..., :2])
+    targets = np.nan_to_num(points[:, RIGID, :2]).astype(np.float64)
+    few = np.flatnonzero(found)[:: max(1, int(found.sum()) // SHAPE_FRAMES)]
+    whole = points[few, :, :2].astype(np.float64)
     for iteration in range(12):
         pose = _solve_poses(pose, shape, focal, centre, targets, weight)
         shape, focal = _solve_shape(
-            pose, shape, prior_shape, focal, centre, targets, found, tune_focal=iteration >= 4
+            pose, few, shape, prior_shape, focal, centre, whole, tune_focal=iteration >= 4
         )
         shape, pose = _normalise(shape, pose)
         prior_shape, _ = _normalise(prior_shape, pose)
-        error = _reproject(pose, shape[RIGID], focal, centre) - targets[:, RIGID]
+        error = _reproject(pose, shape[RIGID], focal, centre) - targets
         size_px = np.linalg.norm(error, axis=-1)
         limit = 2.0 * np.median(size_px[found])
         weight[found] = np.minimum(1.0, limit / np.maximum(size_px[found], 1e-9))
@@ -148,7 +153,7 @@ def _reproject(pose: Array, shape: Array, focal: float, centre: Array) -> Array:
     return np.moveaxis(focal * camera[:, :2] / camera[:, 2:], 1, 2) + centre
 
 
-def _procrustes_shape(meshes: Array) -> tuple[Array, Array]:
+def _procrustes_shape(meshes: NDArray[np.floating[Any]]) -> tuple[Array, Array]:
     """Mean shape (478, 3) in head axes, one face height tall, and rotations (T, 3, 3)."""
     few = meshes[:: max(1, len(meshes) // 200)]
     mean = _upright(few[len(few) // 2])
@@ -162,7 +167,7 @@ def _procrustes_shape(meshes: Array) -> tuple[Array, Array]:
     return mean, rotation
 
 
-def _align(meshes: Array, shape: Array) -> tuple[Array, Array, Array]:
+def _align(meshes: NDArray[np.floating[Any]], shape: Array) -> tuple[Array, Array, Array]:
     """Similarity that maps shape to each mesh over the rigid points (Umeyama 1991, eq. 40-43)."""
     rigid = shape[RIGID]
     local = rigid - rigid.mean(0)
@@ -211,20 +216,12 @@ def _solve_poses(
     """One Gauss-Newton step on all poses at once, under the smoothness prior."""
     n_frames = len(pose)
     rotation = Rotation.from_rotvec(pose[:, :3])
-    turned = np.moveaxis(rotation.as_matrix() @ shape[RIGID].T, 1, 2)
-    camera = turned + pose[:, None, 3:]
-    x, y, z = np.moveaxis(camera, -1, 0)
-    error = targets[:, RIGID] - (focal * camera[..., :2] / z[..., None] + centre)
-    zero = np.zeros_like(x)
-    # d pixel / d camera point, then d camera point / d (left rotation increment, translation)
-    du = np.stack([focal / z, zero, -focal * x / z**2], -1)
-    dv = np.stack([zero, focal / z, -focal * y / z**2], -1)
-    jacobian = np.stack(
-        [np.concatenate([np.cross(turned, d), d], -1) for d in (du, dv)], -2
-    )  # (T, n, 2, 6)
-    weighted = jacobian * weight[..., None, None]
-    normal = np.einsum("tnki,tnkj->tij", weighted, jacobian)
-    right = np.einsum("tnki,tnk->ti", weighted, error)
+    blocks = [
+        _normal_equations(pose[a : a + BLOCK], shape, focal, centre, targets[a : a + BLOCK],
+                          weight[a : a + BLOCK])
+        for a in range(0, n_frames, BLOCK)
+    ]  # fmt: skip
+    normal, right = (np.concatenate(part) for part in zip(*blocks, strict=True))
 
     # Increments are composed on the left, so second differences of the rotation vector are
     # taken on the current estimate, unwrapped in the frame of its neighbours.
@@ -254,6 +251,28 @@ def _solve_poses(
     return np.concatenate([turned_by.as_rotvec(), pose[:, 3:] + step[:, 3:]], -1)
 
 
+def _normal_equations(
+    pose: Array, shape: Array, focal: float, centre: Array, targets: Array, weight: Array
+) -> tuple[Array, Array]:
+    """Information (T, 6, 6) and gradient (T, 6) of the reprojection error of some frames."""
+    turned = np.moveaxis(Rotation.from_rotvec(pose[:, :3]).as_matrix() @ shape[RIGID].T, 1, 2)
+    camera = turned + pose[:, None, 3:]
+    x, y, z = np.moveaxis(camera, -1, 0)
+    error = targets - (focal * camera[..., :2] / z[..., None] + centre)
+    zero = np.zeros_like(x)
+    # d pixel / d camera point, then d camera point / d (left rotation increment, translation)
+    du = np.stack([focal / z, zero, -focal * x / z**2], -1)
+    dv = np.stack([zero, focal / z, -focal * y / z**2], -1)
+    jacobian = np.stack(
+        [np.concatenate([np.cross(turned, d), d], -1) for d in (du, dv)], -2
+    )  # (T, n, 2, 6)
+    weighted = jacobian * weight[..., None, None]
+    return (
+        np.einsum("tnki,tnkj->tij", weighted, jacobian),
+        np.einsum("tnki,tnk->ti", weighted, error),
+    )
+
+
 def _unwrapped(pose: Array) -> Array:
     """Pose whose rotation part is the running sum of left increments between frames."""
     rotation = Rotation.from_rotvec(pose[:, :3])
@@ -264,21 +283,23 @@ def _unwrapped(pose: Array) -> Array:
 
 def _solve_shape(
     pose: Array,
+    rows: NDArray[np.integer[Any]],
     shape: Array,
     prior_shape: Array,
     focal: float,
     centre: Array,
     targets: Array,
-    found: NDArray[np.bool_],
     *,
     tune_focal: bool,
 ) -> tuple[Array, float]:
-    """Refine every mesh point (3x3 Gauss-Newton each) and the focal length."""
-    rows = np.flatnonzero(found)[:: max(1, int(found.sum()) // 300)]
+    """Refine every mesh point (3x3 Gauss-Newton each) and the focal length, on some rows.
+
+    targets (len(rows), 478, 2)
+    """
     rotation = Rotation.from_rotvec(pose[rows, :3]).as_matrix()
     camera = np.moveaxis(rotation @ shape.T, 1, 2) + pose[rows, None, 3:]
     x, y, z = np.moveaxis(camera, -1, 0)
-    error = targets[rows] - (focal * camera[..., :2] / z[..., None] + centre)
+    error = targets - (focal * camera[..., :2] / z[..., None] + centre)
     zero = np.zeros_like(x)
     du = np.stack([focal / z, zero, -focal * x / z**2], -1) @ rotation
     dv = np.stack([zero, focal / z, -focal * y / z**2], -1) @ rotation
