@@ -25,7 +25,7 @@ from talkhead_cli.jobs import hearing
 from talkhead_cli.store import Workspace, check_id
 from talkhead_cli.store.files import atomic, digest, sha256_of
 from talkhead_cli.store.workspace import PIECE
-from talkhead_cli.track import align, face, matte, pose, voice
+from talkhead_cli.track import face, matte, pose, voice
 from talkhead_cli.track.crop import Crop, choose_crop
 from talkhead_cli.track.pose import HeadTrack
 from talkhead_cli.track.scout import Scene, scout
@@ -34,10 +34,9 @@ MIN_SECONDS = 3.0
 SIZE_PX = 512
 MESH_MAX_SIDE = 1280
 N_PLATE = 25  # frames behind the background's median
-N_MEAN_FACE = 80  # frames that the mean face is taken over
 N_EVIDENCE = 40  # frames that tell hair from torso by motion
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 1, "mesh": 1, "film": 1, "tracks": 3, "labels": 1}
+VERSIONS = {"sound": 1, "mesh": 1, "film": 1, "tracks": 1, "labels": 1}
 
 
 def id_from(video: Path) -> str:
@@ -327,13 +326,11 @@ class _Work:
             [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
             [0, 0, 1],
         ])  # fmt: skip
-        aligned = self._aligned(head, faces.found, k, size_px)
         chosen = np.unique(
             np.concatenate([face.MESH_TO_68, *face.BROWS, *(e[:2] for e in face.EYES)])
         )
         filled = face.fill_gaps(faces.points[..., :2], faces.found)
         lifted = np.full((len(filled), face.N_MESH, 3), np.nan, np.float32)
-        # lifted from the landmarks' own pose: their shape against each other, not against the skin
         lifted[:, chosen] = head.lift(filled[:, chosen], chosen)
         gap = face.lid_gap(filled)
         eyes = face.fit_eye_scale(gap[faces.found])
@@ -343,7 +340,7 @@ class _Work:
         to_heights = size_px / k[0, 0] * float(np.median(head.translation[:, 2]))
         near_gap = np.convolve(~faces.found, np.ones(5), "same") > 0
         self.space.save("tracks", {
-            "pose": aligned.pose.astype(np.float32),
+            "pose": head.pose.astype(np.float32),
             "k": k.astype(np.float32),
             "eye": eyes.openness(gap).astype(np.float32),
             "eye_scale": np.stack([eyes.shut, eyes.open]),
@@ -361,25 +358,6 @@ class _Work:
             "found": faces.found,
             "usable": ~near_gap,
         })  # fmt: skip
-
-    def _aligned(
-        self, head: HeadTrack, found: NDArray[np.bool_], k: NDArray[Any], size_px: int
-    ) -> HeadTrack:
-        """The head track after each frame was aligned to the clip's mean face."""
-        n_frames, size = len(found), (align.ALIGN_PX, align.ALIGN_PX)
-        small = np.diag([size[0] / size_px, size[0] / size_px, 1.0]) @ k
-        aligner = align.Aligner(head.shape, small)
-        self.progress.stage("align", n_frames)
-        stride = max(1, n_frames // N_MEAN_FACE)
-        for row, rgb in enumerate(media.frames(self.space.video, size=size, stride=stride)):
-            if row * stride < n_frames and found[row * stride]:
-                aligner.learn(align.prepared(rgb), head.pose[row * stride])
-        poses = head.pose
-        stream = media.frames(self.space.video, size=size, n_frames=n_frames)
-        for row, rgb in enumerate(followed(self.progress, stream)):
-            if found[row]:
-                poses[row] = aligner.refine(align.prepared(rgb), poses[row])
-        return head.moved(matte.smooth(poses, align.CUTOFF_HZ))
 
     def labels(self, n_frames: int) -> None:
         """Soft labels of every frame."""

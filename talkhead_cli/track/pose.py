@@ -9,7 +9,7 @@ prior and shakes: that shake is what viewers see first in this field's results.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -82,11 +82,6 @@ class HeadTrack:
         return np.concatenate(
             [Rotation.from_matrix(self.rotation).as_rotvec(), self.translation], -1
         )
-
-    def moved(self, pose: Array) -> HeadTrack:
-        """The same head in other poses (T, 6)."""
-        turn = Rotation.from_rotvec(pose[:, :3]).as_matrix()
-        return replace(self, rotation=turn, translation=pose[:, 3:])
 
 
 def fit_head(
