@@ -239,7 +239,9 @@ class LokiTalk(Avatar):
         moved = rendered.feature[:, SHIFTS]
         losses = {
             "colour": F.mse_loss(rgb, shot.target),
-            "matte": (opacity - person).square().mean(),
+            # the matte's rim is a guess; inside the face there is no doubt, and no highlight may
+            # be painted by letting a bright wall shine through
+            "matte": ((0.2 + 0.8 * shot.labels[:, :1]) * (opacity - person).square()).mean(),
             "entropy": -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean(),
             "spread": rendered.spread.mean(),
             # one-sided inside the soft masks would let attention vanish: two-sided, as in 1.4
