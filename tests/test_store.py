@@ -25,7 +25,7 @@ from talkhead_cli.store.files import (
     write_arrays,
     write_json,
 )
-from talkhead_cli.store.workspace import PIECE
+from talkhead_cli.store.workspace import PIECE, STAGE_FILES
 
 Pixels = NDArray[np.uint8]
 
@@ -183,11 +183,15 @@ def test_ids_are_folders_with_a_manifest(tmp_path: Path) -> None:
 
 
 def test_a_stage_is_done_from_exactly_its_inputs(space: Workspace) -> None:
+    space.save("mesh", {"a": np.zeros(1)})
     assert space.is_done("mesh", "k1")
     assert not space.is_done("mesh", "k2") and not space.is_done("film", "k1")
     before = space.fingerprint
     space.mark_done("film", "f1")
     assert space.fingerprint != before
+    assert not space.is_done("film", "f1")  # its files are not there
+    for file in STAGE_FILES["film"]:
+        (space.root / file).touch()
     space.note(size_px=512)
     assert space.is_done("mesh", "k1") and space.is_done("film", "f1")
     assert space.manifest()["size_px"] == 512
@@ -221,14 +225,17 @@ def test_only_one_job_writes_at_a_time(space: Workspace) -> None:
 def test_clearing_keeps_runs_and_consent(space: Workspace, tmp_path: Path) -> None:
     record = tmp_path / "yes.pdf"
     record.write_bytes(b"signed")
-    assert space.keep_consent(record) == "yes.pdf"
+    kept = space.keep_consent(record)
+    assert kept.startswith("yes-") and kept.endswith(".pdf")
+    record.write_bytes(b"signed again")
+    assert space.keep_consent(record) != kept and len(space.consents()) == 2
     Run(space.runs / "lokitalk").write_meta(finished=True)
     space.save("tracks", {"a": np.zeros(2)})
     space.save_piece("labels", 0, {"labels": np.zeros((1, 2), np.uint8)})
     with space.locked():
         space.clear()
     assert sorted(p.name for p in space.root.iterdir()) == [".lock", "consent", "runs"]
-    assert (space.root / "consent" / "yes.pdf").read_bytes() == b"signed"
+    assert (space.root / "consent" / kept).read_bytes() == b"signed"
     assert [r.name for r in list_runs(space.runs)] == ["lokitalk"]
     assert not space.is_done("mesh", "k1")
 

@@ -129,7 +129,7 @@ def preset_text(name: str) -> str:
     """The YAML of a preset by name, or of a file whose name ends in .yaml."""
     is_file = name.endswith((".yaml", ".yml"))
     path = Path(name) if is_file else preset_folder() / f"{name}.yaml"
-    if not is_file and name not in preset_names():
+    if not (path.is_file() if is_file else name in preset_names()):
         raise MisuseError(
             f"there is no preset '{name}'; known: {', '.join(preset_names())}, or a .yaml file"
         )
