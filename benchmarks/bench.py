@@ -23,8 +23,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
@@ -47,11 +50,16 @@ def run(*words: str) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"{shlex.join(words)}\n{errors}")
     return {
-        "command": shlex.join(["talkhead", *words[3:]]),
+        "command": shown(["talkhead", *words[3:]]),
         "seconds": round(time.perf_counter() - began, 2),
         "peak_mb": round(usage.ru_maxrss / 1024),
         "stdout": text,
     }
+
+
+def shown(words: Sequence[str]) -> str:
+    """A command line without the folders of the machine it ran on."""
+    return shlex.join([Path(w).name if Path(w).is_absolute() else w for w in words])
 
 
 def talkhead(*words: str) -> dict[str, Any]:
@@ -79,7 +87,7 @@ def speech(work: Path, seconds: int) -> Path:
     need = seconds * 16_000
     reps = -(-need // len(samples))
     path = work / f"speech{seconds}.wav"
-    media.write_wav(path, __import__("numpy").tile(samples, reps)[:need])
+    media.write_wav(path, np.tile(samples, reps)[:need])
     return path
 
 
@@ -212,7 +220,7 @@ def main() -> None:
             today = datetime.date.today().isoformat()
             suffix = "" if options.device == "cpu" else f"-{options.device}"
             path = RESULTS / f"{today}-{part}{suffix}.json"
-            command = shlex.join(["python", "benchmarks/bench.py", *sys.argv[1:]])
+            command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])
             record = {"date": today, "command": command, "machine": machine(), part: found}
             path.write_text(json.dumps(record, indent=2) + "\n")
             sys.stdout.write(f"{path}\n")
