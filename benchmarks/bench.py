@@ -153,9 +153,9 @@ def part_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     home = ["--home", str(work / "home"), "--device", options.device]
     talkhead(
         "finetune", "--id", name, "-p", "lokitalk", "-p", "tiny", "--run", "memory", *home,
-        "-s", "data.size_px=48", "-s", "train.scale=0.1",
+        "-s", "data.size_px=32", "-s", "train.scale=0.1",
     )  # fmt: skip
-    rows: dict[str, Any] = {"size_px": 48}
+    rows: dict[str, Any] = {"size_px": 32}
     for seconds in (30, 600):
         made = talkhead(
             "render", "--id", name, "--run", "memory", "--audio", str(speech(work, seconds)),
