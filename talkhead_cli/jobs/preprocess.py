@@ -334,6 +334,12 @@ class _Work:
         lifted[:, chosen] = head.lift(filled[:, chosen], chosen)
         gap = face.lid_gap(filled)
         eyes = face.fit_eye_scale(gap[faces.found])
+        lost = 1 - float(film["tracked"].mean())
+        if lost > 0.2:
+            self.progress.note(
+                f"the shoulders could not be followed in {lost:.0%} of the frames; "
+                "there their motion is bridged, and they may swim"
+            )
         reference = int(film["reference"])
         pivot = matte.body_pivot(mesh[reference])
         body = matte.body_motion(film["warps"], film["tracked"], pivot)
