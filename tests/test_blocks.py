@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from talkhead_cli.blocks.loss import gradient_difference, ssim
-from talkhead_cli.blocks.mlp import Mlp
+from talkhead_cli.blocks.mlp import Mlp, by_row
 from talkhead_cli.blocks.planes import TriPlanes, frequencies
+from talkhead_cli.blocks.rigid import (
+    PoseCorrection,
+    after,
+    moved,
+    rotations,
+    shoulders_in_head,
+    undone,
+)
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
 
 
@@ -45,6 +54,90 @@ def test_frequencies_keep_the_input_and_have_the_octaves() -> None:
 def test_small_last_layer_starts_near_zero() -> None:
     x = torch.randn(64, 8)
     assert Mlp(8, 32, 3, 3, last_scale=0.01)(x).abs().mean() < 0.02
+
+
+def test_codes_join_a_net_as_if_they_had_been_its_inputs() -> None:
+    """Three rows' codes, weighted at each point, against a net that reads them with x."""
+    torch.manual_seed(0)
+    x, weight, codes = torch.randn(50, 4), torch.rand(50, 2), torch.randn(3, 2, 5)
+    row = torch.randint(3, (50,))
+    net, plain = Mlp(4, 16, 2, 3), Mlp(4 + 5, 16, 2, 3)
+    plain.load_state_dict(net.state_dict() | {"0.weight": torch.randn(16, 9)})
+    first = plain[0].weight
+    with torch.no_grad():
+        net[0].weight.copy_(first[:, :4])
+    own = (weight[:, :, None] * codes[row]).sum(1)
+    for n_rows in (3, 1):
+        if n_rows == 1:
+            row, codes = torch.zeros_like(row), codes[:1]
+            own = (weight[:, :, None] * codes[row]).sum(1)
+        spread = by_row(weight, row, n_rows)
+        made = net(x, (spread, codes.flatten(0, 1) @ first[:, 4:].T))
+        assert torch.allclose(made, plain(torch.cat([x, own], 1)), atol=1e-5)
+
+
+def test_rotations_agree_with_quarter_turns() -> None:
+    turn = rotations(torch.tensor([[0.0, 0.0, torch.pi / 2]]))[0]
+    assert torch.allclose(turn @ torch.tensor([1.0, 0, 0]), torch.tensor([0.0, 1, 0]), atol=1e-6)
+
+
+def test_shoulders_stay_where_they_are_at_rest() -> None:
+    rest = torch.tensor([0.1, -0.2, 0.05, 0.1, 0.2, 4.0])
+    carry = shoulders_in_head(rest[None], torch.zeros(1, 4), rest)
+    point = torch.tensor([0.3, 1.0, 0.1])
+    assert torch.allclose(carry[0, :, :3] @ point + carry[0, :, 3], point, atol=1e-5)
+
+
+def test_shoulders_do_not_turn_with_the_head() -> None:
+    """A point fixed in front of the camera is carried to one place, however the head turns."""
+    rest = torch.tensor([0.0, 0, 0, 0, 0, 4.0])
+    poses = torch.tensor([[0.3, 0.1, 0, 0.05, 0, 4.1], [-0.2, 0.4, 0.1, 0, 0.1, 3.9]])
+    in_camera = torch.tensor([0.2, 1.2, 4.2])
+    turn = rotations(poses[:, :3])
+    in_head = (turn.transpose(1, 2) @ (in_camera - poses[:, 3:])[..., None])[..., 0]
+    carry = shoulders_in_head(poses, torch.zeros(2, 4), rest)
+    landed = (carry[:, :, :3] @ in_head[..., None])[..., 0] + carry[:, :, 3]
+    assert torch.allclose(landed[0], landed[1], atol=1e-5)
+    assert torch.allclose(landed[0], in_camera - rest[3:], atol=1e-5)
+
+
+def test_shoulders_follow_their_own_motion() -> None:
+    rest = torch.tensor([0.0, 0, 0, 0, 0, 4.0])
+    body = torch.tensor([[0.1, -0.05, 0.0, 0.0]])
+    carry = shoulders_in_head(rest[None], body, rest)
+    seen = torch.tensor([0.3 + 0.1, 1.0 - 0.05, 0.0])
+    landed = carry[0, :, :3] @ seen + carry[0, :, 3]
+    assert torch.allclose(landed, torch.tensor([0.3, 1.0, 0.0]), atol=1e-5)
+
+
+def test_motions_compose_and_invert() -> None:
+    torch.manual_seed(0)
+    a, b = (torch.cat([rotations(torch.randn(3, 3)), torch.randn(3, 3, 1)], 2) for _ in range(2))
+    x, row = torch.randn(7, 3), torch.randint(3, (7,))
+    assert torch.allclose(moved(moved(x, a, row), b, row), moved(x, after(b, a), row), atol=1e-5)
+    assert torch.allclose(moved(moved(x, a, row), undone(a), row), x, atol=1e-5)
+    one = torch.zeros_like(row)
+    assert torch.allclose(moved(x, a[:1], one), moved(x, a, one), atol=1e-6)
+
+
+def test_pose_correction_finds_a_habit_of_the_tracker() -> None:
+    """A tracker that understates pitch by a tenth is put right from points it misplaces."""
+    torch.manual_seed(0)
+    pitch = 0.2 * torch.randn(200, 1)
+    truth, tracked = (rotations(torch.cat([s * pitch, torch.zeros(200, 2)], 1)) for s in (1.0, 0.9))
+    points = torch.randn(200, 3)
+    seen = (truth.transpose(1, 2) @ points[:, :, None])[:, :, 0]
+    wrong = (tracked.transpose(1, 2) @ points[:, :, None])[:, :, 0]
+    net = PoseCorrection(1)
+    assert torch.allclose(moved(wrong, net(pitch), torch.arange(200)), wrong)
+    optimizer = torch.optim.Adam(net.parameters(), 0.05)
+    for _ in range(400):
+        loss = (moved(wrong, net(pitch), torch.arange(200)) - seen).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 1e-4 * (wrong - seen).square().mean()
+    assert net.linear.weight[0, 0].item() * 0.02 == pytest.approx(-0.1, abs=0.005)
 
 
 def test_ridge_finds_a_linear_map_and_shrinks() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from talkhead_cli.contracts import SilentProgress, TalkheadError
-from talkhead_cli.jobs import fit, footage, shots
+from talkhead_cli.jobs import fit, footage, player, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import pick_run
@@ -139,3 +139,21 @@ def test_the_box_holds_every_ray_that_meets_the_head(speaker_home: Path) -> None
     for row in rows.tolist():
         rays = shots.whole_picture(clip.signals[row], box)
         assert bool((rays.far > rays.near).float().mean() > 0.99)
+
+
+def test_frames_made_side_by_side_come_in_order_and_are_the_same(home: Path) -> None:
+    train(home)
+    space = Workspace.open(home, "speaker")
+    show = player.load(pick_run(space, None)[0], torch.device("cpu"))
+    clip = footage.load(space, show.preset.data, SilentProgress())
+    signals = clip.signals[clip.held[:7]]
+    n_threads = torch.get_num_threads()
+    try:
+        made = []
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            made.append(torch.cat([frame.rgb for frame, _ in show.pictures(signals)]))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert torch.allclose(*made, atol=1e-4)
+    assert (made[0][0] - made[0][-1]).abs().max() > 0.02, "the frames differ, so order shows"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import platform
 import subprocess
 import sys
 import time
@@ -10,6 +11,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+
+from talkhead_cli.cli.memory import keep_freed_memory
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "talkhead_cli"
@@ -247,3 +250,7 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
         assert done.returncode == 0, done.stderr
         assert "preprocess" in done.stdout
     assert min(seconds) < 1.5
+
+
+def test_freed_memory_is_kept_where_the_c_library_can() -> None:
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")

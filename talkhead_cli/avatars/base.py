@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,10 +25,12 @@ class StepResult:
 class Avatar(nn.Module):
     """Base of the methods. An avatar knows neither how it is marched, nor saved, nor filmed.
 
-    `aabb` (6,) is the box of head space that holds the person.
+    `aabb` (6,) is the box of head space that holds the person.  In training, methods put noise
+    on the driving signals; `noise` is the stage's share of it.
     """
 
     aabb: Tensor
+    noise = 1.0
     hears_speech = True  # whether the method can be driven by sound alone
 
     def __init__(self) -> None:
@@ -59,6 +61,10 @@ class Avatar(nn.Module):
         """
         return signals
 
+    def aim(self, signals: Signals, rays: RayBundle) -> RayBundle:
+        """Rays in head space as the avatar has learnt it; by default as it was tracked."""
+        return rays
+
     def condition(self, signals: Signals) -> Field:
         """Close over the driving signals of T rows."""
         raise NotImplementedError
@@ -83,8 +89,3 @@ class Avatar(nn.Module):
 def shaped(tensor: Tensor, rays: RayBundle) -> Tensor:
     """(R, C) -> (B, h, w, C) where the rays have a layout."""
     return tensor if rays.layout is None else tensor.view(*rays.layout, tensor.shape[-1])
-
-
-def gathered(per_row: Tensor, row: Tensor) -> Any:
-    """Rows of (T, ...) for each point (N,)."""
-    return per_row.index_select(0, row)

@@ -21,7 +21,7 @@ Where the paper is silent or we differ on purpose:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -29,19 +29,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.avatars.base import Avatar, StepResult, gathered, shaped
+from talkhead_cli.avatars.base import Avatar, StepResult, shaped
 from talkhead_cli.blocks.loss import gradient_difference, ssim
-from talkhead_cli.blocks.mlp import Mlp
+from talkhead_cli.blocks.mlp import Mlp, by_row
 from talkhead_cli.blocks.planes import TriPlanes, frequencies
-from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks
+from talkhead_cli.blocks.regions import EYES, LIPS, RELIEF, region_masks, relief_gap, relief_of
+from talkhead_cli.blocks.rigid import PoseCorrection, after, moved, shoulders_in_head, undone
+from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
 from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
 
 MOUTH = torch.tensor([*range(4, 13), *range(48, 68)])  # jaw and lips of the 68
-LIPS = slice(48, 68)
-EYES = (slice(36, 42), slice(42, 48))
+INNER_LIPS = [62, 66]  # middle of the upper and of the lower one
 N_LIP_CODES = 8
 RIDGES = (3e2, 1e3, 3e3, 1e4, 3e4)
-SPREAD = 0.8  # share of the true spread of a mouth code that heard codes are given
+SPREAD = 0.65  # share of the mouth's true spread that heard mouths are given at least
+GAINS = (1.0, 2.0)
+LEAN_RIDGE = 0.05  # per row
+MAX_POSE = 2.5  # standard deviations; further out, codes are held where training ended
 MAX_SHIFT = 0.15  # face heights; guards the displacement fields
 # Channels that the marcher composites: colour, then auxiliary maps with detached weights.
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
@@ -50,8 +54,7 @@ COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
 LIP_NOISE = 0.25  # in standard deviations
 EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
 POSE_NOISE = 0.1  # in standard deviations
-RELIEF = 128  # side of the face's depth map
-RELIEF_HINT = 0.1  # trust in its depth beside the face
+N_CODE, N_GATE = 16, 12
 LOOK_SCALE = 5.0  # a talking head turns by a few degrees: directions hardly differ
 GATHER = 1.6  # how much more room the planes give the face than the picture's rim
 REACH = 0.02  # attention under which a region's field is not asked
@@ -76,8 +79,8 @@ class LokiTalk(Avatar):
     """One person's LokiTalk avatar.
 
     Measured of the person (`calibrate`): neutral (68, 3) mean landmarks · lip_basis (87, K),
-    lip_scale (K,) principal shapes of mouth and jaw · lip_trust (K,) how well speech tells each,
-    lip_gain (K,) that heard codes are widened by ·
+    lip_scale (K,) principal shapes of mouth and jaw · lip_gain () that heard codes are widened by ·
+    lip_lean (6, K) what the pose alone says of the code ·
     pose_mean, pose_scale (10,) of pose and shoulders · rest_pose (6,) in which head and
     shoulders are canonical · relief (RELIEF, RELIEF, 2) depth of the face, and trust in it
     """
@@ -85,8 +88,8 @@ class LokiTalk(Avatar):
     neutral: Tensor
     lip_basis: Tensor
     lip_scale: Tensor
-    lip_trust: Tensor
     lip_gain: Tensor
+    lip_lean: Tensor
     pose_mean: Tensor
     pose_scale: Tensor
     rest_pose: Tensor
@@ -96,24 +99,31 @@ class LokiTalk(Avatar):
         super().__init__()
         widths = SIZES[size]
         self.octaves = widths.octaves
-        n_position, n_code = 3 * (1 + 2 * widths.octaves), 16
+        n_position = 3 * (1 + 2 * widths.octaves)
         self.speech = SpeechEncoder(n_steps, n_features, N_LIP_CODES)
-        self.lip_code = Mlp(N_LIP_CODES, 32, n_code)
-        self.eye_code = Mlp(2 * 3 + 2 + 2, 32, n_code)
-        self.pose_code = Mlp(6 + 4, 32, n_code)
+        self.pose_correction = PoseCorrection(6 + 2 + 2 + 2)
+        self.lip_code = Mlp(N_LIP_CODES, 32, N_CODE)
+        self.eye_code = Mlp(2 * 3 + 2 + 2, 32, N_CODE)
+        self.pose_code = Mlp(6 + 4, 32, N_CODE)
         self.attention = Mlp(n_position, 32, 3, last_scale=0.1)
-        self.face_field = Mlp(n_position + 2 * n_code, widths.trunk, 3, 3, last_scale=0.01)
-        self.torso_field = Mlp(n_position + n_code, widths.trunk, 3, 3, last_scale=0.01)
+        self.face_field = Mlp(n_position, widths.trunk, 3, 3, last_scale=0.01)
+        self.torso_field = Mlp(n_position, widths.trunk, 3, 3, last_scale=0.01)
         self.volume = TriPlanes(widths.planes, widths.plane_channels)
-        self.gate = nn.Linear(2 * n_code, 12)
-        self.density_net = Mlp(self.volume.n_out + 12, widths.head, 1 + 16, 2)
+        self.density_net = Mlp(self.volume.n_out, widths.head, 1 + 16, 2)
         self.colour_net = Mlp(16 + 3, 32, 3, 2)
+        # Codes enter the first layer of the nets they drive, each by its own map; the density's
+        # pass a bottleneck, lest a face be drawn by its expression alone.
+        n_face, n_density = n_position + 2 * N_CODE, self.volume.n_out + N_GATE
+        self.to_face = _two(N_CODE, widths.trunk, of=n_face)
+        self.to_gate = _two(N_CODE, N_GATE, of=2 * N_CODE)
+        self.gate = _block(N_GATE, widths.head, of=n_density)
+        self.to_torso = _block(N_CODE, widths.trunk, of=n_position + N_CODE)
         for name, shape in {
             "neutral": (68, 3),  # mean landmarks of the person
             "lip_basis": (len(MOUTH) * 3, N_LIP_CODES),
             "lip_scale": (N_LIP_CODES,),
-            "lip_trust": (N_LIP_CODES,),
-            "lip_gain": (N_LIP_CODES,),
+            "lip_gain": (),
+            "lip_lean": (6, N_LIP_CODES),
             "pose_mean": (10,),
             "pose_scale": (10,),
             "rest_pose": (6,),
@@ -131,71 +141,120 @@ class LokiTalk(Avatar):
 
     @torch.no_grad()
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Neutral face, mouth basis, linear speech map and its gain, pose statistics."""
+        """Neutral face, mouth basis, statistics of the pose, linear maps to the mouth, relief."""
         self.aabb.copy_(aabb)
         self.neutral.copy_(signals.landmarks.mean(0))
         mouth = (signals.landmarks - self.neutral)[:, MOUTH].flatten(1)
         _, _, basis = torch.linalg.svd(mouth.double(), full_matrices=False)
         self.lip_basis.copy_(basis[:N_LIP_CODES].T)
         self.lip_scale.copy_((mouth @ self.lip_basis).std(0).clamp_min(1e-4))
-        code = self.lips_of(signals)
-        ridge, guess = ridge_by_blocks(signals.audio.flatten(1), code, RIDGES)
-        self.speech.solve(signals.audio, code, ridge)
-        self.lip_trust.copy_(_agreement(code, guess))
-        self.lip_gain.fill_(1.0)
         pose = torch.cat([signals.pose, signals.body], 1)
         self.pose_mean.copy_(pose.mean(0))
         self.pose_scale.copy_(pose.std(0).clamp_min(1e-2))
         self.rest_pose.copy_(signals.pose.mean(0))
+        lean, _ = ridge_map(self._pose(signals), self.lips_of(signals), LEAN_RIDGE * len(pose))
+        self.lip_lean.copy_(lean)
+        said = self._to_say(signals)
+        ridge, _ = ridge_by_blocks(signals.audio.flatten(1), said, RIDGES)
+        self.speech.solve(signals.audio, said, ridge)
+        self.lip_gain.fill_(1.0)
         self.relief.copy_(relief_of(mesh, float(aabb[[0, 1, 3, 4]].abs().max())))
 
     @torch.no_grad()
     def settle(self, kept: Signals) -> None:
-        """Set the gain of codes heard in speech, on rows that the encoder was not trained on.
+        """Set the gain of heard mouths, on rows that the encoder was not trained on.
 
-        A regression says the mean of what may be meant, which mumbles.  Codes that speech does
-        tell are widened to SPREAD of their true spread; of the others, no more is kept than
-        lowers the error.
+        A regression says the mean of what may be meant, which mumbles: it is widened until the
+        mouth opens by SPREAD of its true spread.  One gain for all codes keeps the proportions,
+        and with them the course of the opening, that regression found.
         """
-        code, said = self.lips_of(kept), self.speech(kept.audio)
-        # block cross-validation of the linear map saw every row, the nets these few: a code that
-        # either of them tells is told
-        trust = torch.maximum(self.lip_trust, _agreement(code, said)).clamp(0, 1)
-        share = torch.where(trust > 0.35, SPREAD, trust)
-        self.lip_gain.copy_((share * code.std(0) / said.std(0).clamp_min(1e-6)).clamp(0, 2))
+        true, said = (
+            self._opening(code).std() for code in (self._to_say(kept), self.speech(kept.audio))
+        )
+        self.lip_gain.copy_((SPREAD * true / said.clamp_min(1e-6)).clamp(*GAINS))
 
     def lips_of(self, signals: Signals) -> Tensor:
         """Standardised mouth code (T, K) of the landmarks."""
         mouth = (signals.landmarks - self.neutral)[:, MOUTH].flatten(1)
         return mouth @ self.lip_basis / self.lip_scale
 
-    def listen(self, signals: Signals) -> Signals:
-        """Mouth landmarks as speech says; the rest of the face is neutral."""
-        code = self.speech(signals.audio) * self.lip_gain
-        mouth = (code * self.lip_scale) @ self.lip_basis.T
+    def _leant(self, signals: Signals) -> Tensor:
+        """What the pose says of the mouth code (T, K).
+
+        A fifth of what the tracked mouth does goes with the head: jaws hang when heads tilt, and
+        meshes bend when heads turn.  Speech cannot know, and a field that learnt mouths with it
+        misses it when driven by speech.
+        """
+        return self._pose(signals).clamp(-MAX_POSE, MAX_POSE) @ self.lip_lean
+
+    def _to_say(self, signals: Signals) -> Tensor:
+        """The mouth code (T, K) that is left for speech to say."""
+        return self.lips_of(signals) - self._leant(signals)
+
+    def _pose(self, signals: Signals) -> Tensor:
+        """Standardised pose of the head (T, 6)."""
+        return (signals.pose - self.pose_mean[:6]) / self.pose_scale[:6]
+
+    def _opening(self, code: Tensor) -> Tensor:
+        """Distance (T,) between the lips' inner edges, face heights."""
+        upper, lower = self._mouth(code)[:, INNER_LIPS].unbind(1)
+        return (lower - upper).norm(dim=1)
+
+    def _mouth(self, code: Tensor) -> Tensor:
+        """Landmarks (T, 68, 3) of standardised mouth codes (T, K) on the neutral face."""
         landmarks = self.neutral.expand(len(code), -1, -1).clone()
-        landmarks[:, MOUTH] += mouth.view(len(code), -1, 3)
-        return signals.with_(landmarks=landmarks)
+        landmarks[:, MOUTH] += ((code * self.lip_scale) @ self.lip_basis.T).view(len(code), -1, 3)
+        return landmarks
+
+    def listen(self, signals: Signals) -> Signals:
+        """Mouth landmarks as speech and pose say; the rest of the face is neutral."""
+        code = self.speech(signals.audio) * self.lip_gain + self._leant(signals)
+        return signals.with_(landmarks=self._mouth(code))
 
     # -- hop 8: signals to field ---------------------------------------------------------------
 
+    def aim(self, signals: Signals, rays: RayBundle) -> RayBundle:
+        """Rays where the head is, rather than where the tracker thinks it is."""
+        motion = self._correction(signals)
+        turn = F.pad(motion[:, :, :3], (0, 1))
+        return replace(
+            rays,
+            origins=moved(rays.origins, motion, rays.row),
+            directions=moved(rays.directions, turn, rays.row),
+        )
+
+    def _correction(self, signals: Signals) -> Tensor:
+        """(T, 3, 4)."""
+        face = [4 * (signals.eye - 1), 4 * signals.gaze, 10 * signals.brow]
+        return self.pose_correction(torch.cat([self._pose(signals), *face], 1))
+
     def condition(self, signals: Signals) -> LokiField:
-        if self.training:
-            signals = _disturbed(signals)
-        eye = signals.eye
-        wave = torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos()], 1)
-        eye_code = self.eye_code(torch.cat([wave, 4 * signals.gaze, 10 * signals.brow], 1))
-        pose = torch.cat([signals.pose, signals.body], 1)
-        pose = (pose - self.pose_mean) / self.pose_scale
-        if self.training:
-            pose = pose + POSE_NOISE * torch.randn_like(pose)
-        pose_code = self.pose_code(pose.clamp(-2.5, 2.5))
+        # The shoulders were measured in the picture: they are where they are, whatever is put
+        # right of the head's pose.
+        shoulders = after(
+            shoulders_in_head(signals.pose, signals.body, self.rest_pose),
+            undone(self._correction(signals)),
+        )
+        pose = (torch.cat([signals.pose, signals.body], 1) - self.pose_mean) / self.pose_scale
         lips = self.lips_of(signals)
         if self.training:
-            lips = lips + LIP_NOISE * torch.randn_like(lips)
-        lip_code = self.lip_code(lips.clamp(-4, 4))
-        shoulders = shoulders_in_head(signals.pose, signals.body, self.rest_pose)
-        return LokiField(self, lip_code, eye_code, pose_code, shoulders)
+            signals = _disturbed(signals, self.noise)
+            pose = pose + self.noise * POSE_NOISE * torch.randn_like(pose)
+            lips = lips + self.noise * LIP_NOISE * torch.randn_like(lips)
+        eye = signals.eye
+        wave = torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos()], 1)
+        codes = (
+            self.lip_code(lips.clamp(-4, 4)),
+            self.eye_code(torch.cat([wave, 4 * signals.gaze, 10 * signals.brow], 1)),
+        )
+        pose_code = self.pose_code(pose.clamp(-MAX_POSE, MAX_POSE))
+        return LokiField(
+            self,
+            face=_mapped(self.to_face, codes),
+            density=self.gate(_mapped(self.to_gate, codes)),
+            torso=self.to_torso(pose_code),
+            shoulders=shoulders,
+        )
 
     def compose(self, rendered: Rendered, rays: RayBundle, plate: Tensor) -> Frame:
         rgb = rendered.feature[:, COLOUR] + (1 - rendered.opacity) * plate
@@ -220,7 +279,7 @@ class LokiTalk(Avatar):
 
     def _speech_losses(self, result: StepResult) -> dict[str, Tensor]:
         signals = result.shot.signals
-        code = self.lips_of(signals)
+        code = self._to_say(signals)
         if self.training:
             return {"speech": F.smooth_l1_loss(*_paired(self.speech.votes(signals.audio), code))}
         return {"speech": F.smooth_l1_loss(self.speech(signals.audio), code)}
@@ -263,13 +322,11 @@ class LokiTalk(Avatar):
         """
         distance = rendered.depth / rendered.opacity.clamp_min(1e-3)
         point = rays.origins + distance * rays.directions
-        found = F.grid_sample(
-            self.relief.permute(2, 0, 1)[None],
-            point[None, None, :, :2].detach() / self.aabb[[0, 1, 3, 4]].abs().max(),
-            align_corners=True,
-        )[0, :, 0]
-        sure = found[1] * (1 - labels[:, 5]) * rendered.opacity.detach()[:, 0]
-        return (sure * F.smooth_l1_loss(point[:, 2], found[0], reduction="none", beta=0.03)).mean()
+        side = float(self.aabb[[0, 1, 3, 4]].abs().max())
+        gap, trust = relief_gap(self.relief, side, point)
+        sure = trust * (1 - labels[:, 5]) * rendered.opacity.detach()[:, 0]
+        return (sure * F.smooth_l1_loss(gap, torch.zeros_like(gap), reduction="none", beta=0.03)
+                ).mean()  # fmt: skip
 
     # -- parts ---------------------------------------------------------------------------------
 
@@ -278,8 +335,9 @@ class LokiTalk(Avatar):
             "speech": [self.speech.nets],
             "volume": [self.volume],
             "deform": [self.face_field, self.torso_field, self.attention, self.lip_code,
-                       self.eye_code, self.pose_code],
-            "static": [self.gate, self.density_net, self.colour_net],
+                       self.eye_code, self.pose_code, self.to_face, self.to_torso],
+            "static": [self.density_net, self.colour_net, self.to_gate, self.gate],
+            "pose": [self.pose_correction],
         }  # fmt: skip
 
     def parts(self) -> list[str]:
@@ -290,22 +348,25 @@ class LokiTalk(Avatar):
 
 
 class LokiField:
-    """LokiTalk's field, closed over T rows of codes."""
+    """LokiTalk's field, closed over T rows of codes.
+
+    face (2 T, trunk), density (2 T, head), torso (T, trunk): what a row's lip and eye codes, and
+    its pose code, add to the first layers of the three nets · shoulders (T, 3, 4)
+    """
 
     channels = 8
     n_detached = 5
 
     def __init__(
-        self, avatar: LokiTalk, lips: Tensor, eyes: Tensor, pose: Tensor, shoulders: Tensor
+        self, avatar: LokiTalk, *, face: Tensor, density: Tensor, torso: Tensor, shoulders: Tensor
     ) -> None:
-        self.avatar, self.lips, self.eyes, self.pose = avatar, lips, eyes, pose
-        self.shoulders = shoulders  # (T, 3, 4)
-        self.aabb = avatar.aabb
-        self.n_rows = len(lips)
+        self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(torso)
+        self._face, self._density, self._torso = face, density, torso
+        self._shoulders = shoulders
         low, high = avatar.aabb[:3], avatar.aabb[3:]
         self._middle, self._half = (low + high) / 2, (high - low) / 2 * 1.1
         self._reach = torch.maximum(-low, high) * 1.1  # the planes keep the face in their middle
-        self._landmarks = _region_anchors(avatar.neutral)
+        self._prior_weight, self._prior_bias = _prior(avatar.neutral)
 
     def density(self, x: Tensor, row: Tensor) -> Tensor:
         return self._static(x, row)[0]
@@ -320,15 +381,13 @@ class LokiField:
         avatar = self.avatar
         encoded = frequencies((x - self._middle) / self._half, avatar.octaves)
         attention = (avatar.attention(encoded) + self._prior(x)).sigmoid()
-        lips, eyes, torso = attention.split(1, 1)
-        lip_code, eye_code = gathered(self.lips, row) * lips, gathered(self.eyes, row) * eyes
-        codes = torch.cat([lip_code, eye_code], 1)
+        driven = by_row(attention[:, :2], row, self.n_rows)  # (N, 2 T)
 
-        moved, face_shift = self._moved_by_face(x, encoded, codes, lips + eyes)
-        canonical, torso_shift = self._moved_by_torso(moved, torso, row)
+        x, face_shift = self._moved_by_face(x, encoded, driven, attention[:, :2].sum(1))
+        x, torso_shift = self._moved_by_torso(x, attention[:, 2:], row)
 
-        features = avatar.volume(self._gathered(canonical))
-        hidden = avatar.density_net(torch.cat([features, avatar.gate(codes)], 1))
+        features = avatar.volume(self._gathered(x))
+        hidden = avatar.density_net(features, (driven, self._density))
         density = (hidden[:, 0] - 1.5).clamp(max=7.0).exp()
         return density, hidden[:, 1:], attention, torch.cat([face_shift, torso_shift], 1)
 
@@ -337,16 +396,17 @@ class LokiField:
         return (GATHER * x / self._reach).asinh() / math.asinh(GATHER)
 
     def _moved_by_face(
-        self, x: Tensor, encoded: Tensor, codes: Tensor, reach: Tensor
+        self, x: Tensor, encoded: Tensor, driven: Tensor, reach: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Points after the face field, (N, 3), and how far they went, (N, 1)."""
-        near = (reach.detach().squeeze(1) > REACH).nonzero().squeeze(1)
+        near = (reach.detach() > REACH).nonzero().squeeze(1)
         raw = self.avatar.face_field(
-            torch.cat([encoded.index_select(0, near), codes.index_select(0, near)], 1)
+            encoded.index_select(0, near), (driven.index_select(0, near), self._face)
         )
-        shift = MAX_SHIFT * (raw / MAX_SHIFT).tanh() * reach.index_select(0, near).clamp(max=1)
+        shift = MAX_SHIFT * (raw / MAX_SHIFT).tanh()
         # a single camera hardly sees depth: motion along it would only be noise from the side
         shift = shift * shift.new_tensor([1.0, 1.0, 0.3])
+        shift = shift * reach.index_select(0, near).clamp(max=1)[:, None]
         length = x.new_zeros(len(x), 1).index_add(0, near, shift.abs().sum(1, keepdim=True))
         return x.index_add(0, near, shift), length
 
@@ -355,29 +415,62 @@ class LokiField:
         near = (torso.detach().squeeze(1) > REACH).nonzero().squeeze(1)
         point, weight = x.index_select(0, near), torso.index_select(0, near)
         rows = row.index_select(0, near)
-        motion = gathered(self.shoulders, rows)
-        carried = (motion[:, :, :3] * point[:, None]).sum(-1) + motion[:, :, 3]
         encoded = frequencies((point - self._middle) / self._half, self.avatar.octaves)
-        raw = self.avatar.torso_field(torch.cat([encoded, gathered(self.pose, rows)], 1))
+        own = by_row(torch.ones_like(weight), rows, self.n_rows)
+        raw = self.avatar.torso_field(encoded, (own, self._torso))
+        carried = moved(point, self._shoulders, rows)
         shift = weight * (carried - point + MAX_SHIFT * (raw / MAX_SHIFT).tanh())
         length = x.new_zeros(len(x), 1).index_add(0, near, shift.abs().sum(1, keepdim=True))
         return x.index_add(0, near, shift), length
 
     def _prior(self, x: Tensor) -> Tensor:
         """Logits (N, 3) of lips, eyes and torso by place alone: where attention starts from."""
-        mouth, eyes, chin = self._landmarks
-        lips = 3 - 4 * (((x - mouth) / x.new_tensor([0.28, 0.28, 0.35])) ** 2).sum(1)
-        side = ((x[:, None] - eyes) / x.new_tensor([0.16, 0.12, 0.3])) ** 2
-        lids = 3 - 4 * side.sum(-1).amin(1)
-        torso = (x[:, 1] - chin[1] - 0.12) / 0.05
-        return torch.stack([lips, lids, torso], 1).clamp(-6, 6)
+        lips, left, right, torso = torch.addmm(
+            self._prior_bias, torch.cat([x, x * x], 1), self._prior_weight
+        ).unbind(1)
+        return torch.stack([lips, torch.maximum(left, right), torso], 1).clamp(-6, 6)
 
 
-def _disturbed(signals: Signals) -> Signals:
+def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:
+    """Ellipsoids round lips and both eyes, and the half-space under the chin.
+
+    Weight (6, 4) and bias (4,) that map x, x^2 to logits: an ellipsoid is a quadratic form.
+    """
+    mouth = (neutral[LIPS].mean(0) * 2 + neutral[8]) / 3
+    weight, bias = neutral.new_zeros(6, 4), neutral.new_zeros(4)
+    for column, (centre, radius) in enumerate([
+        (mouth, neutral.new_tensor([0.28, 0.28, 0.35])),
+        *((neutral[eye].mean(0), neutral.new_tensor([0.16, 0.12, 0.3])) for eye in EYES),
+    ]):  # fmt: skip
+        # 3 - 4 |(x - centre) / radius|^2
+        weight[:3, column], weight[3:, column] = 8 * centre / radius**2, -4 / radius**2
+        bias[column] = 3 - 4 * (centre / radius).square().sum()
+    weight[1, 3], bias[3] = 1 / 0.05, -(neutral[8, 1] + 0.12) / 0.05
+    return weight, bias
+
+
+def _block(n_in: int, n_out: int, *, of: int) -> nn.Linear:
+    """A linear map that starts as the columns of `n_in` inputs in a layer that has `of`."""
+    block = nn.Linear(n_in, n_out, bias=False)
+    block.weight.data.mul_((n_in / of) ** 0.5)
+    return block
+
+
+def _two(n_in: int, n_out: int, *, of: int) -> nn.ModuleList:
+    """One map for the lips, one for the eyes."""
+    return nn.ModuleList(_block(n_in, n_out, of=of) for _ in range(2))
+
+
+def _mapped(maps: nn.ModuleList, codes: tuple[Tensor, Tensor]) -> Tensor:
+    """Codes (T, N_CODE) of lips and eyes, each through its map -> (2 T, n_out), row by row."""
+    return torch.stack([m(c) for m, c in zip(maps, codes, strict=True)], 1).flatten(0, 1)
+
+
+def _disturbed(signals: Signals, noise: float) -> Signals:
     """Eyes, gaze and brows with a little noise."""
 
     def noisy(x: Tensor, size: float) -> Tensor:
-        return x + size * torch.randn_like(x)
+        return x + noise * size * torch.randn_like(x)
 
     return signals.with_(
         eye=noisy(signals.eye, EYE_NOISE),
@@ -386,106 +479,5 @@ def _disturbed(signals: Signals) -> Signals:
     )
 
 
-def _agreement(a: Tensor, b: Tensor) -> Tensor:
-    """Correlation of the columns of (T, K) and (T, K) -> (K,)."""
-    a, b = a - a.mean(0), b - b.mean(0)
-    return (a * b).mean(0) / (a.std(0) * b.std(0)).clamp_min(1e-6)
-
-
 def _paired(votes: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
     return votes, code.expand_as(votes)
-
-
-def _region_anchors(neutral: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Middle of lips and chin (3,), of the eyes (2, 3), and the chin (3,)."""
-    mouth = (neutral[LIPS].mean(0) * 2 + neutral[8]) / 3
-    return mouth, torch.stack([neutral[eye].mean(0) for eye in EYES]), neutral[8]
-
-
-def region_masks(signals: Signals, rays: RayBundle, labels: Tensor) -> Tensor:
-    """Soft masks (R, 3) of lips, eyes and torso in the picture.
-
-    Ellipses around the landmarks of the ray's row, fading like a Gaussian; the lips' one
-    reaches from under the nose to the chin, since the jaw speaks too.  Torso: shoulders 1,
-    neck 0.7, the rest 0.
-    """
-    size = signals.camera.size_px
-    marks = signals.landmarks_px * size
-    at = rays.pixel
-    lips, chin, nose = marks[:, LIPS], marks[:, 8], marks[:, 33]
-    centre = (nose + chin) / 2
-    wide = (lips[..., 0].amax(1) - lips[..., 0].amin(1)) * 0.85
-    tall = (chin - nose).norm(dim=1) * 0.62
-    mouth = _ellipse(at, centre[rays.row], torch.stack([wide, tall], 1)[rays.row])
-    eyes = at.new_zeros(len(at))
-    for eye in EYES:
-        corner = marks[:, eye]
-        width = (corner[..., 0].amax(1) - corner[..., 0].amin(1)).clamp_min(2)
-        radius = torch.stack([0.9 * width, 0.75 * width], 1)
-        middle = corner.mean(1) - torch.stack([torch.zeros_like(width), 0.1 * width], 1)
-        eyes = torch.maximum(eyes, _ellipse(at, middle[rays.row], radius[rays.row]))
-    torso = labels[:, 4] + 0.7 * labels[:, 3]
-    return torch.stack([mouth, eyes, torso], 1)
-
-
-def _ellipse(at: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
-    """1 inside the ellipse, falling off like a Gaussian outside, (R,)."""
-    distance = ((at - centre) / radius).square().sum(1).sqrt()
-    return (-4 * (distance - 1).clamp_min(0).square()).exp()
-
-
-def rotations(vector: Tensor) -> Tensor:
-    """Rotation vectors (T, 3) -> matrices (T, 3, 3), by Rodrigues' formula."""
-    angle = vector.norm(dim=1).clamp_min(1e-8)[:, None, None]
-    x, y, z = (vector / angle[:, :, 0]).unbind(1)
-    zero = torch.zeros_like(x)
-    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], 1).view(-1, 3, 3)
-    one = torch.eye(3, device=vector.device)
-    return one + angle.sin() * cross + (1 - angle.cos()) * (cross @ cross)
-
-
-def relief_of(mesh: Tensor, side: float) -> Tensor:
-    """Rigid face mesh (n, 3) in head space -> depth over a grid of x, y in [-side, side].
-
-    (RELIEF, RELIEF, 2) of z and the trust in it.  Inside the face, z is a thin-plate spline
-    through the mesh (Bookstein 1989) and sure; outside it is the plane between the ears, where
-    hair, neck and shoulders lie on average, and little more than a hint.
-    """
-    flat, z = mesh[:, :2].double(), mesh[:, 2].double()
-
-    def bend(a: Tensor, b: Tensor) -> Tensor:
-        square = torch.cdist(a, b).square()
-        return square * (square + 1e-12).log()
-
-    n = len(flat)
-    affine = torch.cat([torch.ones_like(flat[:, :1]), flat], 1)
-    system = flat.new_zeros(n + 3, n + 3)
-    system[:n, :n] = bend(flat, flat) + 1e-3 * torch.eye(n).to(flat)
-    system[:n, n:], system[n:, :n] = affine, affine.T
-    solution = torch.linalg.solve(system, F.pad(z, (0, 3)))
-    line = torch.linspace(-side, side, RELIEF).to(flat)
-    y, x = torch.meshgrid(line, line, indexing="ij")
-    at = torch.stack([x, y], -1).view(-1, 2)
-    depth = bend(at, flat) @ solution[:n] + solution[n] + at @ solution[n + 1 :]
-    inside = (1 - (torch.cdist(at, flat).amin(1) - 0.03).clamp_min(0) / 0.05).clamp_min(0)
-    trust = RELIEF_HINT + (1 - RELIEF_HINT) * inside
-    return torch.stack([inside * depth, trust], -1).view(RELIEF, RELIEF, 2).float()
-
-
-def shoulders_in_head(pose: Tensor, body: Tensor, rest: Tensor) -> Tensor:
-    """Carry points of the shoulders from where a row shows them to where they rest.
-
-    pose (T, 6), body (T, 4), rest (6,) the pose in which head and shoulders are canonical ->
-    (T, 3, 4): head space at the row -> camera -> undo the shoulders' motion -> head space at
-    rest.
-    """
-    turn, move = rotations(pose[:, :3]), pose[:, 3:]
-    home_turn, home = rotations(rest[None, :3])[0], rest[3:]
-    roll = rotations(F.pad(body[:, 2:3], (2, 0)))
-    # The shoulders roll about a pivot half a face height under the chin.
-    pivot = home + home_turn @ home.new_tensor([0.0, 1.1, 0.0])
-    still = roll.transpose(1, 2) @ turn
-    offset = move - pivot - F.pad(body[:, :2], (0, 1))
-    at_rest = (roll.transpose(1, 2) @ offset[..., None])[..., 0] + pivot - home
-    back = home_turn.T
-    return torch.cat([back @ still, (at_rest @ back.T)[..., None]], 2)

@@ -23,5 +23,28 @@ class Mlp(nn.Sequential):
         final.weight.data.mul_(last_scale)
         nn.init.zeros_(final.bias)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x)
+    def forward(self, x: Tensor, driven: tuple[Tensor, Tensor] | None = None) -> Tensor:
+        """x (N, n_in) -> (N, n_out).
+
+        driven: (N, K) and (K, width), a further input and its own map into the first layer.
+        """
+        if driven is None:
+            return super().forward(x)
+        first, *rest = self
+        x = first(x).addmm_(*driven)
+        for layer in rest:
+            x = layer(x)
+        return x
+
+
+def by_row(weight: Tensor, row: Tensor, n_rows: int) -> Tensor:
+    """Weights (N, K) in the columns of their rows (N,): (N, n_rows K), zero elsewhere.
+
+    Times codes (n_rows K, C) this is the weighted sum of each point's own codes, without a
+    copy of the codes for every point.
+    """
+    if n_rows == 1:
+        return weight
+    n, k = weight.shape
+    place = row[:, None, None].expand(n, 1, k)
+    return weight.new_zeros(n, n_rows, k).scatter(1, place, weight[:, None]).view(n, n_rows * k)

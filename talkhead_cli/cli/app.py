@@ -10,6 +10,7 @@ import typer
 
 from talkhead_cli import __version__
 from talkhead_cli.cli.console import answer, err, speaking
+from talkhead_cli.cli.memory import keep_freed_memory
 
 app = typer.Typer(
     name="talkhead",
@@ -45,6 +46,7 @@ def _main(
     ] = False,
 ) -> None:
     del version
+    keep_freed_memory()
 
 
 def _say(paths: list[Path], facts: dict[str, Any], json: bool) -> None:

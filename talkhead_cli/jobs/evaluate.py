@@ -75,6 +75,7 @@ def evaluate(
     truth = np.ascontiguousarray(clip.pictures[held])
     signals = clip.signals[clip.held]
 
+    show.open_views(signals[:: max(1, len(signals) // player.N_VIEWS)])
     progress.stage("render held-out", len(held))
     rendered, seconds, n_points = _film(show, show.listen(signals), progress)
     seen_truth, seen = _measure(truth, progress), _measure(rendered, progress)

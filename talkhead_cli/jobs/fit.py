@@ -47,10 +47,11 @@ class Step(nn.Module):
                 continue
             assert shot.plate is not None
             signals = self.avatar.listen(shot.signals) if listen else shot.signals
+            rays = self.avatar.aim(signals, shot.rays)
             made = self.avatar.condition(signals)
-            rendered = self.marcher.march(made, shot.rays)  # type: ignore[operator]
-            frame = self.avatar.compose(rendered, shot.rays, shot.plate)
-            results.append(StepResult(shot, made, rendered, frame))
+            rendered = self.marcher.march(made, rays)  # type: ignore[operator]
+            frame = self.avatar.compose(rendered, rays, shot.plate)
+            results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
             n_points += rendered.n_points
         return self.avatar.losses(results), n_points
 
@@ -133,6 +134,7 @@ class _StageLoop:
         self.fabric, self.progress, self.writer, self.rng = fabric, progress, writer, rng
         self.avatar = module.avatar
         self.n_steps = max(1, round(stage.steps * preset.train.scale)) if stage.steps else 0
+        self.avatar.noise = stage.noise
         self.people = people
         self.kept: list[Signals] = []
         if stage.inner_split:
@@ -145,7 +147,7 @@ class _StageLoop:
             for part in stage.learn
         ]
         optimizer = torch.optim.Adam(
-            groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8
+            groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8, fused=True
         )
         self.wrapped, self.optimizer = fabric.setup(module, optimizer)
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +20,8 @@ from talkhead_cli.jobs.footage import SpeechStats, read_plate
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, list_runs
 
+T = TypeVar("T")
+N_VIEWS = 24  # rows that open the occupancy grid for new poses
 DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new film
 
 
@@ -32,19 +37,30 @@ class Player:
     device: torch.device
     note: str  # which marcher, and why
 
-    @torch.no_grad()
     def pictures(
         self, signals: Signals, plate: Tensor | None = None
     ) -> Iterator[tuple[Frame, int]]:
         """One frame (B = 1) and its number of field points for each row; signals have listened."""
         background = (self.plate if plate is None else plate).reshape(-1, 3).to(self.device)
-        for row in range(len(signals)):
-            one = signals[row].to(self.device)
-            rays = march.picture_rays(
-                one.camera, torch.zeros(1, dtype=torch.long, device=self.device), self.avatar.aabb
-            )
-            rendered = self.marcher.march(self.avatar.condition(one), rays)  # type: ignore[operator]
-            yield self.avatar.compose(rendered, rays, background), rendered.n_points
+
+        def picture(row: int) -> tuple[Frame, int]:
+            return self._picture(signals[row].to(self.device), background)
+
+        n_threads = torch.get_num_threads() if self.device.type == "cpu" else 1
+        yield from (
+            map(picture, range(len(signals)))
+            if n_threads == 1
+            else _side_by_side(picture, len(signals), n_threads)
+        )
+
+    @torch.no_grad()
+    def _picture(self, one: Signals, background: Tensor) -> tuple[Frame, int]:
+        rays = march.picture_rays(
+            one.camera, torch.zeros(1, dtype=torch.long, device=self.device), self.avatar.aabb
+        )
+        rays = self.avatar.aim(one, rays)
+        rendered = self.marcher.march(self.avatar.condition(one), rays)  # type: ignore[operator]
+        return self.avatar.compose(rendered, rays, background), rendered.n_points
 
     @torch.no_grad()
     def open_views(self, signals: Signals) -> None:
@@ -61,6 +77,22 @@ class Player:
     def stats(self) -> SpeechStats:
         drive = self.run.drive()
         return SpeechStats(drive["speech_mean"], drive["speech_std"])
+
+
+def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[T]:
+    """work(0) ... work(n - 1) in order, `n_threads` of them at a time, few ahead of the reader.
+
+    Frames know nothing of each other: cores that share out frames never wait, whereas torch's
+    own threads meet at the end of each of a frame's thousand small operations.
+    """
+    with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        ahead: deque[Future[T]] = deque()
+        for index in range(n):
+            ahead.append(pool.submit(work, index))
+            if len(ahead) > n_threads:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def pick_run(space: Workspace, name: str | None) -> tuple[Run, bool]:

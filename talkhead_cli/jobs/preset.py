@@ -56,6 +56,7 @@ class Stage(_Strict):
     listen       drive the field by what the speech encoder hears, not by what was tracked
     inner_split  share of the training rows that is kept aside, for the avatar to settle on
     freeze_grid  leave the occupancy grid as it is
+    noise        on the driving signals, as a share of what the method takes for right
     """
 
     steps: Annotated[int, Field(ge=0)]
@@ -72,6 +73,7 @@ class Stage(_Strict):
     listen: bool = False
     inner_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     freeze_grid: bool = False
+    noise: Annotated[float, Field(ge=0)] = 1.0
 
     @model_validator(mode="after")
     def _rates_are_for_what_learns(self) -> Stage:
@@ -89,9 +91,8 @@ class Train(_Strict):
 
 
 class Render(_Strict):
-    """batch: frames marched at once · crf: H.264 quality (lower is better)."""
+    """crf: H.264 quality (lower is better)."""
 
-    batch: Annotated[int, Field(ge=1)] = 1
     crf: Annotated[int, Field(ge=0, le=40)] = 16
 
 

@@ -39,7 +39,6 @@ STATS_ROWS = 60 * voice.RATE_HZ
 CHUNK = 50  # frames that hear together
 OWN_STATS_S = 5.0  # speech shorter than this is standardised by the footage's statistics
 DEPTH_UNIT = 1 / 8192  # face heights per step of the 16-bit depth film
-N_VIEWS = 24  # rows that open the occupancy grid for new poses
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def render(
             yaw_deg=wishes.yaw_deg, pitch_deg=wishes.pitch_deg, seed=wishes.seed,
         )  # fmt: skip
         if wishes.pose != "footage" or wishes.yaw_deg or wishes.pitch_deg:
-            at = np.unique(np.linspace(0, n_frames - 1, N_VIEWS).astype(int))
+            at = np.unique(np.linspace(0, n_frames - 1, player.N_VIEWS).astype(int))
             show.open_views(_signals(show, pcm, ear, stats, moves, at))
         progress.stage("render", n_frames)
         with (

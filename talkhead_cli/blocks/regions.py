@@ -1,0 +1,82 @@
+"""Where lips, eyes and torso are: soft masks in the picture, and the face's relief in space."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from talkhead_cli.contracts import RayBundle, Signals
+
+LIPS = slice(48, 68)
+EYES = (slice(36, 42), slice(42, 48))
+RELIEF = 128  # side of the face's depth map
+RELIEF_HINT = 0.1  # trust in its depth beside the face
+
+
+def region_masks(signals: Signals, rays: RayBundle, labels: Tensor) -> Tensor:
+    """Soft masks (R, 3) of lips, eyes and torso in the picture.
+
+    Ellipses around the landmarks of the ray's row, fading like a Gaussian; the lips' one
+    reaches from under the nose to the chin, since the jaw speaks too.  Torso: shoulders 1,
+    neck 0.7, the rest 0.
+    """
+    size = signals.camera.size_px
+    marks = signals.landmarks_px * size
+    at = rays.pixel
+    lips, chin, nose = marks[:, LIPS], marks[:, 8], marks[:, 33]
+    centre = (nose + chin) / 2
+    wide = (lips[..., 0].amax(1) - lips[..., 0].amin(1)) * 0.85
+    tall = (chin - nose).norm(dim=1) * 0.62
+    mouth = _ellipse(at, centre[rays.row], torch.stack([wide, tall], 1)[rays.row])
+    eyes = at.new_zeros(len(at))
+    for eye in EYES:
+        corner = marks[:, eye]
+        width = (corner[..., 0].amax(1) - corner[..., 0].amin(1)).clamp_min(2)
+        radius = torch.stack([0.9 * width, 0.75 * width], 1)
+        middle = corner.mean(1) - torch.stack([torch.zeros_like(width), 0.1 * width], 1)
+        eyes = torch.maximum(eyes, _ellipse(at, middle[rays.row], radius[rays.row]))
+    torso = labels[:, 4] + 0.7 * labels[:, 3]
+    return torch.stack([mouth, eyes, torso], 1)
+
+
+def _ellipse(at: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
+    """1 inside the ellipse, falling off like a Gaussian outside, (R,)."""
+    distance = ((at - centre) / radius).square().sum(1).sqrt()
+    return (-4 * (distance - 1).clamp_min(0).square()).exp()
+
+
+def relief_of(mesh: Tensor, side: float) -> Tensor:
+    """Rigid face mesh (n, 3) in head space -> depth over a grid of x, y in [-side, side].
+
+    (RELIEF, RELIEF, 2) of z and the trust in it.  Inside the face, z is a thin-plate spline
+    through the mesh (Bookstein 1989) and sure; outside it is the plane between the ears, where
+    hair, neck and shoulders lie on average, and little more than a hint.
+    """
+    flat, z = mesh[:, :2].double(), mesh[:, 2].double()
+
+    def bend(a: Tensor, b: Tensor) -> Tensor:
+        square = torch.cdist(a, b).square()
+        return square * (square + 1e-12).log()
+
+    n = len(flat)
+    affine = torch.cat([torch.ones_like(flat[:, :1]), flat], 1)
+    system = flat.new_zeros(n + 3, n + 3)
+    system[:n, :n] = bend(flat, flat) + 1e-3 * torch.eye(n).to(flat)
+    system[:n, n:], system[n:, :n] = affine, affine.T
+    solution = torch.linalg.solve(system, F.pad(z, (0, 3)))
+    line = torch.linspace(-side, side, RELIEF).to(flat)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    at = torch.stack([x, y], -1).view(-1, 2)
+    depth = bend(at, flat) @ solution[:n] + solution[n] + at @ solution[n + 1 :]
+    inside = (1 - (torch.cdist(at, flat).amin(1) - 0.03).clamp_min(0) / 0.05).clamp_min(0)
+    trust = RELIEF_HINT + (1 - RELIEF_HINT) * inside
+    return torch.stack([inside * depth, trust], -1).view(RELIEF, RELIEF, 2).float()
+
+
+def relief_gap(relief: Tensor, side: float, point: Tensor) -> tuple[Tensor, Tensor]:
+    """How far points (N, 3) lie behind the relief, face heights (N,), and the trust in it (N,)."""
+    found = F.grid_sample(
+        relief.permute(2, 0, 1)[None], point[None, None, :, :2].detach() / side, align_corners=True
+    )[0, :, 0]
+    return point[:, 2] - found[0], found[1]

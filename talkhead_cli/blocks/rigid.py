@@ -1,0 +1,84 @@
+"""Rigid motions of head space: rotation vectors, shoulders, and what a tracker gets wrong."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+TWIST = 0.02  # radians and face heights; the scale on which corrections are learnt
+
+
+def rotations(vector: Tensor) -> Tensor:
+    """Rotation vectors (T, 3) -> matrices (T, 3, 3), by Rodrigues' formula.
+
+    Differentiable at zero as well.
+    """
+    angle = (vector.square().sum(1) + 1e-14).sqrt()[:, None, None]
+    x, y, z = (vector / angle[:, :, 0]).unbind(1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero], 1).view(-1, 3, 3)
+    one = torch.eye(3, device=vector.device)
+    return one + angle.sin() * cross + (1 - angle.cos()) * (cross @ cross)
+
+
+def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
+    """Points (N, 3) under the motions (T, 3, 4), [R | t], of their rows (N,)."""
+    if len(motion) == 1:
+        return torch.addmm(motion[0, :, 3], x, motion[0, :, :3].T)
+    own = motion.index_select(0, row)
+    return (own[:, :, :3] * x[:, None]).sum(-1) + own[:, :, 3]
+
+
+def after(second: Tensor, first: Tensor) -> Tensor:
+    """The motion (T, 3, 4) that does `first`, then `second`."""
+    return torch.cat(
+        [second[:, :, :3] @ first[:, :, :3], second[:, :, :3] @ first[:, :, 3:] + second[:, :, 3:]],
+        2,
+    )
+
+
+def undone(motion: Tensor) -> Tensor:
+    """The inverse of motions (T, 3, 4)."""
+    back = motion[:, :, :3].transpose(1, 2)
+    return torch.cat([back, -back @ motion[:, :, 3:]], 2)
+
+
+class PoseCorrection(nn.Module):
+    """A small rigid motion of head space that follows linearly from what was tracked.
+
+    Face trackers err by habit more than by chance: a mesh that understates pitch, a focal
+    length that is a guess, brows that pull at the fit.  Learnt with the field, the correction
+    puts right what repeats; being linear, and nothing per frame, it holds for poses that
+    training never shows.  It starts as no motion at all.
+    """
+
+    def __init__(self, n_signals: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(n_signals, 6)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
+
+    def forward(self, signals: Tensor) -> Tensor:
+        """Standardised signals (T, n_signals) -> motions (T, 3, 4)."""
+        twist = TWIST * self.linear(signals)
+        return torch.cat([rotations(twist[:, :3]), twist[:, 3:, None]], 2)
+
+
+def shoulders_in_head(pose: Tensor, body: Tensor, rest: Tensor) -> Tensor:
+    """Carry points of the shoulders from where a row shows them to where they rest.
+
+    pose (T, 6), body (T, 4), rest (6,) the pose in which head and shoulders are canonical ->
+    (T, 3, 4): head space at the row -> camera -> undo the shoulders' motion -> head space at
+    rest.
+    """
+    turn, move = rotations(pose[:, :3]), pose[:, 3:]
+    home_turn, home = rotations(rest[None, :3])[0], rest[3:]
+    roll = rotations(F.pad(body[:, 2:3], (2, 0)))
+    # The shoulders roll about a pivot half a face height under the chin.
+    pivot = home + home_turn @ home.new_tensor([0.0, 1.1, 0.0])
+    still = roll.transpose(1, 2) @ turn
+    offset = move - pivot - F.pad(body[:, :2], (0, 1))
+    at_rest = (roll.transpose(1, 2) @ offset[..., None])[..., 0] + pivot - home
+    back = home_turn.T
+    return torch.cat([back @ still, (at_rest @ back.T)[..., None]], 2)
