@@ -12,8 +12,11 @@ and torso: the face field listens to lips and eyes, the torso field to the pose.
 Where the paper is silent or we differ on purpose:
 * T is the measured rigid motion of the shoulders against the head.  In head space a turning
   head swings the whole body; a network should learn the rest, not that.
+* Rays are put right before all this (`aim`): trackers err by habit, and a linear map of pose
+  and expression undoes most of it, for turns that training never shows too.
 * Lips are driven through the mouth's shape in head space, which the speech encoder is
-  supervised on directly (`listen`); learnt from pixels alone the link is lost.
+  supervised on directly (`listen`); learnt from pixels alone the link is lost.  The part of
+  it that goes with the head's pose is left to the pose.
 * The gated codes also reach the colour network: a closed lid or an open mouth shows
   surfaces that no displacement of a canonical volume can bring to light.
 """
@@ -42,7 +45,7 @@ MOUTH = torch.tensor([*range(4, 13), *range(48, 68)])  # jaw and lips of the 68
 INNER_LIPS = [62, 66]  # middle of the upper and of the lower one
 N_LIP_CODES = 8
 RIDGES = (3e2, 1e3, 3e3, 1e4, 3e4)
-SPREAD = 0.65  # share of the mouth's true spread that heard mouths are given at least
+SPREAD = 0.9  # share of the true spread of the opening that heard mouths are given
 GAINS = (1.0, 2.0)
 LEAN_RIDGE = 0.05  # per row
 MAX_POSE = 2.5  # standard deviations; further out, codes are held where training ended
@@ -181,7 +184,7 @@ class LokiTalk(Avatar):
     def _leant(self, signals: Signals) -> Tensor:
         """What the pose says of the mouth code (T, K).
 
-        A fifth of what the tracked mouth does goes with the head: jaws hang when heads tilt, and
+        Part of what the tracked mouth does goes with the head: jaws hang when heads tilt, and
         meshes bend when heads turn.  Speech cannot know, and a field that learnt mouths with it
         misses it when driven by speech.
         """
