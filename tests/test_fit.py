@@ -13,6 +13,7 @@ from talkhead_cli.jobs import fit, footage, player, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import pick_run
+from talkhead_cli.march import picture_rays
 from talkhead_cli.store import Workspace
 
 SHORT = [
@@ -137,7 +138,7 @@ def test_the_box_holds_every_ray_that_meets_the_head(speaker_home: Path) -> None
     rows = clip.train[::20]
     box = footage.box_of(clip.signals.camera[clip.train])
     for row in rows.tolist():
-        rays = shots.whole_picture(clip.signals[row], box)
+        rays = picture_rays(clip.signals[row].camera, torch.zeros(1, dtype=torch.long), box)
         assert bool((rays.far > rays.near).float().mean() > 0.99)
 
 

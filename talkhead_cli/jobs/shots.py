@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from talkhead_cli.contracts import RayBundle, Shot, Signals
+from talkhead_cli.contracts import Shot, Signals
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Stage
 from talkhead_cli.march import pixel_rays
@@ -108,10 +108,3 @@ def _region(marks: Tensor, region: str, rng: torch.Generator) -> tuple[Tensor, T
     half = (high - low) / 2
     floor = half.amax(1, keepdim=True) * 0.35
     return (low + high) / 2, torch.maximum(half, floor) * torch.tensor(grow)
-
-
-def whole_picture(signals: Signals, aabb: Tensor) -> RayBundle:
-    """Rays of all rows' pictures."""
-    from talkhead_cli.march import picture_rays
-
-    return picture_rays(signals.camera, torch.arange(len(signals)), aabb)
