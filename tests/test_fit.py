@@ -147,7 +147,7 @@ def test_frames_made_side_by_side_come_in_order_and_are_the_same(home: Path) -> 
     space = Workspace.open(home, "speaker")
     show = player.load(pick_run(space, None)[0], torch.device("cpu"))
     clip = footage.load(space, show.preset.data, SilentProgress())
-    signals = clip.signals[clip.held[:7]]
+    signals = clip.signals[clip.train[:: len(clip.train) // 6]]
     n_threads = torch.get_num_threads()
     try:
         made = []
@@ -156,5 +156,6 @@ def test_frames_made_side_by_side_come_in_order_and_are_the_same(home: Path) -> 
             made.append(torch.cat([frame.rgb for frame, _ in show.pictures(signals)]))
     finally:
         torch.set_num_threads(n_threads)
-    assert torch.allclose(*made, atol=1e-4)
-    assert (made[0][0] - made[0][-1]).abs().max() > 0.02, "the frames differ, so order shows"
+    assert torch.allclose(*made, atol=1e-5)
+    steps = (made[0][1:] - made[0][:-1]).abs().flatten(1).amax(1)
+    assert steps.min() > 1e-3, "the frames differ, so order shows"

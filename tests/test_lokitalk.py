@@ -65,20 +65,16 @@ def test_the_code_keeps_the_mouth_and_ignores_the_eyes(clip: Footage, avatar: Lo
     assert (mouth - truth).square().sum() < 0.1 * truth.square().sum()
 
 
+@pytest.mark.parametrize(("heard", "gain"), [(0.6, SPREAD / 0.6), (2.0, 1.0), (0.01, 2.0)])
 def test_heard_mouths_are_widened_to_a_share_of_the_true_opening(
-    clip: Footage, avatar: LokiTalk
+    clip: Footage, avatar: LokiTalk, monkeypatch: pytest.MonkeyPatch, heard: float, gain: float
 ) -> None:
+    """Never narrowed, and no more than twofold, however little is heard."""
     kept = clip.signals[clip.train]
-    avatar.settle(kept.with_(audio=kept.audio * 0.02))
-    assert float(avatar.lip_gain) == 2, "no more than twofold, however little is heard"
+    said = heard * avatar._to_say(kept)
+    monkeypatch.setattr(avatar.speech, "forward", lambda audio: said)
     avatar.settle(kept)
-    assert 1 <= avatar.lip_gain < 2
-    with torch.no_grad():
-        true, said = (
-            avatar._opening(code).std()
-            for code in (avatar._to_say(kept), avatar.speech(kept.audio) * avatar.lip_gain)
-        )
-    assert avatar.lip_gain == 1 or float(said / true) == pytest.approx(SPREAD, rel=0.1)
+    assert float(avatar.lip_gain) == pytest.approx(gain, rel=0.1)
 
 
 def test_what_the_pose_says_of_the_mouth_is_not_asked_of_speech(
