@@ -220,6 +220,7 @@ class LokiTalk(Avatar):
         """Rays where the head is, rather than where the tracker thinks it is."""
         motion = self._correction(signals)
         turn = F.pad(motion[:, :, :3], (0, 1))
+        # near and far stay: the motion is small against the room the box leaves round the head
         return replace(
             rays,
             origins=moved(rays.origins, motion, rays.row),
