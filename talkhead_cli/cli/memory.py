@@ -14,7 +14,7 @@ def keep_freed_memory() -> bool:
     """Let glibc reuse freed arrays; whether it is there and agreed.
 
     By default it gives arrays of some megabytes back to the kernel, which clears them page by
-    page when the next operation asks for as many: a fifth of the time of a render on two cores.
+    page when the next operation asks for as many: a seventh of the field's time on two cores.
     At most `KEEP` bytes stay with the process.
     """
     if not sys.platform.startswith("linux"):
