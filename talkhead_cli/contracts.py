@@ -264,7 +264,13 @@ class Field(Protocol):
 
 @runtime_checkable
 class RayMarcher(Protocol):
-    """Turns rays into composited channels; sees points, directions and row numbers only."""
+    """Turns rays into composited channels; sees points, directions and row numbers only.
+
+    `exploring`: training has yet to find where the surfaces are, so no place may be passed over
+    for what was seen so far.
+    """
+
+    exploring: bool
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
         """Integrate `field` along `rays`."""

@@ -12,6 +12,7 @@ from torch import Tensor
 from talkhead_cli.contracts import Camera, Field, MisuseError, RayBundle, RayMarcher, Rendered
 from talkhead_cli.march import (
     DenseMarcher,
+    GuidedMarcher,
     MarchOptions,
     NerfaccMarcher,
     OccupancyGrid,
@@ -93,7 +94,8 @@ def packed(n_steps: int = N_STEPS, early_stop: float = 0.0) -> PackedMarcher:
 
 
 def marchers(n_steps: int = N_STEPS) -> list[RayMarcher]:
-    return [packed(n_steps), DenseMarcher(BOX, n_steps).eval()]
+    guided = GuidedMarcher(packed(n_steps), n_steps, n_steps).eval()
+    return [packed(n_steps), DenseMarcher(BOX, n_steps).eval(), guided]
 
 
 def assert_same(a: Rendered, b: Rendered, tolerance: float = 1e-4) -> None:
@@ -422,16 +424,108 @@ def test_cells_that_add_nothing_to_any_pixel_are_closed_while_training() -> None
     assert bool(silent.occupied[16, 16][depth > 0.0].all())
 
 
+# Few samples, where something was seen
+
+
+def trained(field: Field, n_samples: int, *, steps: int = 40) -> GuidedMarcher:
+    """A guided marcher whose grid has watched `field` from several sides."""
+    marcher = GuidedMarcher(packed(), n_samples, N_STEPS).train()
+    views = [picture(16, yaw) for yaw in (-0.3, 0.0, 0.3)]
+    for step in range(steps):
+        marcher.exploring = step < steps // 2
+        marcher.march(field, views[step % 3])
+        marcher.occupancy.update(field, step)
+    return marcher.eval()
+
+
+def test_a_few_guided_samples_see_what_many_see() -> None:
+    """Two soft-edged balls, one half before the other: five samples against five hundred."""
+
+    def soft(x: Tensor, row: Tensor) -> Tensor:
+        small = length(x - torch.tensor([0.2, 0.1, -0.5]))
+        return 60 * (((0.45 - length(x)) / 0.03).sigmoid() + ((0.15 - small) / 0.03).sigmoid())
+
+    field = Solid(soft)
+    few, rays = trained(field, 5), picture(16, 0.1)
+    true = DenseMarcher(BOX, 512).eval().march(field, rays)
+    seen = few.march(field, rays)
+    assert seen.n_points <= 5 * len(rays)
+    blind = GuidedMarcher(packed(), 5, N_STEPS).eval().march(field, rays)  # nothing was seen yet
+
+    def error(found: Rendered) -> float:
+        """Of the distance to what is hit, face heights."""
+        hit = true.opacity > 0.99
+        assert int(hit.sum()) > 20
+        return float((found.depth - true.depth)[hit].abs().mean())
+
+    assert float((seen.opacity - true.opacity).abs().mean()) < 0.01
+    assert error(seen) < 0.05 and error(seen) < 0.3 * error(blind), (error(seen), error(blind))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_widths_add_up_to_the_way_through_occupied_cells(training: bool) -> None:
+    """So that a homogeneous medium is integrated exactly, however samples fall."""
+    marcher = GuidedMarcher(packed(), 7, 200).train(training)
+    grid, rays = marcher.occupancy, picture(9, 0.2)
+    torch.manual_seed(0)
+    grid.seen.copy_(torch.rand_like(grid.seen) ** 4)
+    grid.occupied[:, :, 5:9] = False
+    t, width, alive = marcher.lay(rays)
+    assert len(alive) == int((rays.far > rays.near).sum())
+    assert bool((width >= 0).all()) and bool((t[:, 1:] > t[:, :-1]).all())
+    inside = (t > rays.near[alive]) & (t < rays.far[alive])
+    assert bool(inside.all())
+    fine = torch.linspace(0, 1, 4001)[None, :-1] + 1 / 8000
+    way = (rays.far - rays.near)[alive]
+    share = grid.along(rays.origins[alive], rays.directions[alive], rays.near[alive] + way * fine)
+    torch.testing.assert_close(
+        width.sum(1), share.float().mean(1) * way[:, 0], atol=0.02, rtol=0.01
+    )
+    found = marcher.march(Solid(lambda x, row: torch.full_like(x[:, 0], 2.0)), rays)
+    torch.testing.assert_close(
+        found.opacity[alive, 0], 1 - torch.exp(-2.0 * width.sum(1)), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_samples_gather_where_weights_were_seen() -> None:
+    marcher = GuidedMarcher(packed(), 4, 256).eval()
+    marcher.occupancy.seen.zero_()
+    marcher.occupancy.seen[:, :, 10] = 1.0  # z from 0.2 to 0.3
+    t, _, _ = marcher.lay(ray((0.01, 0.01, -3), (0, 0, 1)))
+    z = t[0] - 3
+    assert int(((z > 0.2) & (z < 0.3)).sum()) >= 2, z
+
+
+def test_guided_gradients_reach_density_and_spare_it_where_detached() -> None:
+    rays = picture(6)
+    strength = torch.tensor(2.0, requires_grad=True)
+    field = Solid(lambda x, row: strength * smooth(x, row), n_detached=1)
+    out = trained(Solid(smooth), 6).march(field, rays)
+    (slope,) = torch.autograd.grad(out.feature[:, :3].sum(), strength, retain_graph=True)
+    assert slope.abs() > 0
+    (slope,) = torch.autograd.grad(out.feature[:, 3].sum(), strength, allow_unused=True)
+    assert slope is None or slope == 0
+    torch.testing.assert_close(out.feature[:, 3:], out.opacity.detach())
+
+
+def test_exploring_takes_the_whole_lattice() -> None:
+    field, rays, lattice = Solid(smooth), picture(6), packed()
+    marcher = GuidedMarcher(lattice, 3, N_STEPS).eval()
+    marcher.exploring = True
+    assert_same(marcher.march(field, rays), lattice.march(field, rays), 0.0)
+
+
 def test_misses_are_transparent_and_cost_nothing() -> None:
-    field, marcher = Solid(smooth), packed()
-    for context in (torch.enable_grad(), torch.no_grad()):
-        with context:
-            out = marcher.march(field, ray((5, 0, -3), (0, 0, 1)))
-            assert out.n_points == 0 and not out.feature.any() and not out.opacity.any()
-            assert not out.depth.any() and not out.spread.any()
-    marcher.occupancy.occupied.zero_()
-    assert marcher.march(field, picture()).n_points == 0
-    assert marcher.march(field, picture()[:0]).feature.shape == (0, 4)
+    field = Solid(smooth)
+    for marcher in (packed(), GuidedMarcher(packed(), 4, 16).eval()):
+        for context in (torch.enable_grad(), torch.no_grad()):
+            with context:
+                out = marcher.march(field, ray((5, 0, -3), (0, 0, 1)))
+                assert out.n_points == 0 and not out.feature.any() and not out.opacity.any()
+                assert not out.depth.any() and not out.spread.any()
+        marcher.occupancy.occupied.zero_()
+        assert marcher.march(field, picture()).n_points == 0
+        assert marcher.march(field, picture()[:0]).feature.shape == (0, 4)
 
 
 # The door
@@ -441,6 +535,8 @@ def test_build_says_what_it_chose() -> None:
     marcher, why = build(MarchOptions(n_steps=8, resolution=8), BOX, "cpu")
     assert type(marcher) is PackedMarcher and "nerfacc" in why and "\n" not in why
     assert marcher.step == pytest.approx(1.6 / 8)
+    few, _ = build(MarchOptions(n_samples=4, resolution=8), BOX, "cpu")
+    assert isinstance(few, GuidedMarcher) and isinstance(few, RayMarcher) and few.n_samples == 4
     dense, _ = build(MarchOptions(kind="dense"), BOX, "cpu")
     assert isinstance(dense, DenseMarcher) and isinstance(dense, RayMarcher)
     assert isinstance(Solid(smooth), Field)

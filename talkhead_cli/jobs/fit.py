@@ -135,6 +135,7 @@ class _StageLoop:
         self.avatar = module.avatar
         self.n_steps = max(1, round(stage.steps * preset.train.scale)) if stage.steps else 0
         self.avatar.noise = stage.noise
+        module.marcher.exploring = stage.explore  # type: ignore[assignment]
         self.people = people
         self.kept: list[Signals] = []
         if stage.inner_split:

@@ -119,10 +119,7 @@ def build(preset: Preset, n_features: int, aabb: Tensor, device: torch.device,
         preset.avatar.size, n_steps=preset.data.window, n_features=n_features,
         px=preset.data.size_px,
     )  # fmt: skip
-    options = march.MarchOptions(
-        preset.march.n_steps, preset.march.resolution, preset.march.early_stop,
-        preset.march.every, kind=preset.march.kind,
-    )  # fmt: skip
+    options = march.MarchOptions(**preset.march.model_dump())
     marcher, why = march.build(options, aabb, device)
     return avatar.to(device), marcher.to(device), why
 

@@ -32,10 +32,12 @@ class Data(_Strict):
 
 
 class March(_Strict):
-    """n_steps: samples through the depth of the box · resolution: cells per axis
+    """n_steps: samples through the depth of the box · n_samples: samples per ray, laid where
+    training has seen surfaces (0: all samples in occupied cells) · resolution: cells per axis
     · early_stop: transmittance at which a ray ends · every: steps between grid updates."""
 
     n_steps: Annotated[int, Field(ge=8, le=1024)] = 96
+    n_samples: Annotated[int, Field(ge=0, le=128)] = 0
     resolution: Annotated[int, Field(ge=16, le=256)] = 96
     early_stop: Annotated[float, Field(ge=0, lt=1)] = 1e-3
     every: Annotated[int, Field(ge=1)] = 16
@@ -56,6 +58,7 @@ class Stage(_Strict):
     listen       drive the field by what the speech encoder hears, not by what was tracked
     inner_split  share of the training rows that is kept aside, for the avatar to settle on
     freeze_grid  leave the occupancy grid as it is
+    explore      take all samples in occupied cells: where surfaces are is yet to be found
     noise        on the driving signals, as a share of what the method takes for right
     """
 
@@ -73,6 +76,7 @@ class Stage(_Strict):
     listen: bool = False
     inner_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     freeze_grid: bool = False
+    explore: bool = False
     noise: Annotated[float, Field(ge=0)] = 1.0
 
     @model_validator(mode="after")

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from ..contracts import MisuseError, Need, TalkheadError
 from .dense import DenseMarcher
+from .guided import GuidedMarcher
 from .occupancy import OccupancyGrid
 from .packed import NerfaccMarcher, PackedMarcher, nerfacc_obstacle
 from .rays import intersect_box, picture_rays, pixel_rays, step_length
 
 __all__ = [
     "DenseMarcher",
+    "GuidedMarcher",
     "MarchOptions",
     "NerfaccMarcher",
     "OccupancyGrid",
@@ -44,6 +46,7 @@ class MarchOptions:
     """How finely to march.
 
     n_steps     samples of a ray straight through the box: step = depth (z) / n_steps
+    n_samples   samples of a ray where the grid knows what to look at; 0: every occupied one
     resolution  cells of the occupancy grid along each axis
     early_stop  transmittance at which a ray ends when no gradient is wanted; 0: never
     every       training steps between updates of the grid
@@ -51,6 +54,7 @@ class MarchOptions:
     """
 
     n_steps: int = 64
+    n_samples: int = 0
     resolution: int = 64
     early_stop: float = 1e-4
     every: int = 16
@@ -76,7 +80,7 @@ def device_name(device: torch.device) -> str:
 
 def build(
     options: MarchOptions, aabb: Tensor, device: torch.device | str
-) -> tuple[DenseMarcher | PackedMarcher, str]:
+) -> tuple[DenseMarcher | PackedMarcher | GuidedMarcher, str]:
     """The marcher for a box (6,) on a device, and one line that says why this one."""
     device = torch.device(device)
     if options.kind not in KINDS:
@@ -88,8 +92,11 @@ def build(
     step = step_length(aabb, options.n_steps)
     grid = OccupancyGrid(aabb, step, options.resolution, options.seed)
 
-    def made(kind: type[PackedMarcher]) -> PackedMarcher:
-        return kind(grid, step, early_stop=options.early_stop, every=options.every)
+    def made(kind: type[PackedMarcher]) -> PackedMarcher | GuidedMarcher:
+        lattice = kind(grid, step, early_stop=options.early_stop, every=options.every)
+        if not options.n_samples:
+            return lattice
+        return GuidedMarcher(lattice, options.n_samples, options.n_steps)
 
     if options.kind == "packed":
         return made(PackedMarcher), "packed: asked for"

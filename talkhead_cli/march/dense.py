@@ -20,11 +20,11 @@ def first_sample(rays: RayBundle, step: float, jitter: bool) -> Tensor:
     return rays.near + u * step
 
 
-def quadrature(density: Tensor, step: float) -> Tensor:
+def quadrature(density: Tensor, step: float | Tensor) -> Tensor:
     """Weights w_i = T_i (1 - exp(-density_i step)), T_i = exp(-sum_{j<i} density_j step).
 
-    density (R, S) >= 0 -> (R, S) float32. The exact integral for piecewise constant density
-    (Max 1995; Mildenhall et al. 2020, eq. 3).
+    density (R, S) >= 0, one step or steps (R, S) -> (R, S) float32.  The exact integral for
+    piecewise constant density (Max 1995; Mildenhall et al. 2020, eq. 3).
     """
     tau = density.float() * step
     # Sum what lies before, never "all minus my own": one opaque sample would round it away.
@@ -34,6 +34,8 @@ def quadrature(density: Tensor, step: float) -> Tensor:
 
 class DenseMarcher(nn.Module):
     """`n_steps` samples through the depth of the box, as far apart on every ray."""
+
+    exploring = False  # it always does
 
     def __init__(self, aabb: Tensor, n_steps: int) -> None:
         super().__init__()

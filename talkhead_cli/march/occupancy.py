@@ -65,8 +65,16 @@ class OccupancyGrid(nn.Module):
     def along(self, origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
         """Whether origins + t * directions lie in occupied cells: t (R, S) -> (R, S) bool.
 
-        Points outside the box count as the nearest cell. Axis by axis and in place, because
-        this touches every sample of every ray and (R, S, 3) is what it must not allocate.
+        Points outside the box count as the nearest cell.
+        """
+        cells = self.cells(origins, directions, t)
+        return self.occupied.view(-1).index_select(0, cells.view(-1)).view(t.shape)
+
+    def cells(self, origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
+        """Flat numbers of the cells of origins + t * directions: t (R, S) -> (R, S) int.
+
+        Axis by axis and in place, because this touches every sample of every ray and (R, S, 3)
+        is what it must not allocate.
         """
         d = self.resolution
         scale = d / (self.aabb[3:] - self.aabb[:3])
@@ -75,7 +83,7 @@ class OccupancyGrid(nn.Module):
         for axis in range(3):
             place = (t * slope[:, axis, None]).add_(start[:, axis, None])
             cell.mul_(d).add_(place.clamp_(0, d - 1).floor_())
-        return self.occupied.view(-1).index_select(0, cell.view(-1).int()).view(t.shape)
+        return cell.int()
 
     @torch.no_grad()
     def observe(self, x: Tensor, weight: Tensor) -> None:

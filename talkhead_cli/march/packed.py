@@ -22,7 +22,6 @@ from .dense import first_sample, quadrature
 from .occupancy import OccupancyGrid
 from .rays import intersect_box
 
-RAYS_AT_ONCE = 2048  # so that the test against the grid stays in the processor's cache
 FIRST_ROUND = 4  # samples; about what it takes to pass from air into skin
 
 
@@ -47,6 +46,8 @@ class PackedMarcher(nn.Module):
     a face hides is never evaluated, and no channel is off by more than `early_stop` times
     its largest value. In training every ray's lattice is shifted by a random part of a step.
     """
+
+    exploring = False  # nothing that is occupied is passed over anyway
 
     def __init__(
         self,
@@ -84,7 +85,7 @@ class PackedMarcher(nn.Module):
             else:
                 here = (start[:, None] + lane).view(-1).index_select(0, slot)
                 t, ray = packed.t.index_select(0, here), packed.ray.index_select(0, here)
-            x, density, channels = _ask(field, rays, t, ray)
+            x, density, channels = ask(field, rays, t, ray)
             n_points += len(t)
 
             shape = (len(alive), width)
@@ -125,8 +126,7 @@ class PackedMarcher(nn.Module):
         live = (span > 0).nonzero().squeeze(1)
         count = live.new_zeros(len(rays))
         found = [first.new_zeros(0)]
-        at_once = RAYS_AT_ONCE if live.is_cpu else 32 * RAYS_AT_ONCE
-        for part in torch.split(live, at_once) if len(live) else ():
+        for part in torch.split(live, rays_at_once(live.device)) if len(live) else ():
             lane = torch.arange(int(span[part].max()), device=part.device)
             t = first[part] + self.step * (begin[part] + lane)  # (R', S)
             keep = self.occupancy.along(rays.origins[part], rays.directions[part], t)
@@ -185,7 +185,7 @@ class NerfaccMarcher(PackedMarcher):
         packed = self.sample(rays)
         if not len(packed.t):
             return super().march(field, rays)
-        x, density, channels = _ask(field, rays, packed.t, packed.ray)
+        x, density, channels = ask(field, rays, packed.t, packed.ray)
         volrend = _nerfacc("volrend")
         weights, _, _ = volrend.render_weight_from_density(
             torch.zeros_like(packed.t),
@@ -255,7 +255,12 @@ def _first_distance(packed: Packed) -> Tensor:
     return torch.where(some, t.index_select(0, at), 0.0)[:, None]
 
 
-def _ask(field: Field, rays: RayBundle, t: Tensor, ray: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def rays_at_once(device: torch.device) -> int:
+    """How many rays are held against the grid together."""
+    return 2048 if device.type == "cpu" else 65_536  # so few stay in the processor's cache
+
+
+def ask(field: Field, rays: RayBundle, t: Tensor, ray: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The field at distances t (N,) along rays (N,): x (N, 3), density (N,), channels (N, C)."""
     d = rays.directions.index_select(0, ray)
     x = rays.origins.index_select(0, ray) + t[:, None] * d

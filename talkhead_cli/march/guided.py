@@ -1,0 +1,112 @@
+"""A few samples per ray, laid where training has seen surfaces."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..contracts import Field, RayBundle, Rendered
+from .dense import quadrature
+from .occupancy import OccupancyGrid
+from .packed import PackedMarcher, ask, rays_at_once
+from .rays import intersect_box
+
+# What an occupied cell is worth where nothing was seen: new poses find their surfaces by it.
+# On a trained avatar 0.07 came nearest to the plain march, at 4 and at 6 samples per ray.
+FLOOR = 0.07
+
+
+class GuidedMarcher(nn.Module):
+    """`n_samples` samples on each ray that meets an occupied cell.
+
+    A ray is cut into parts that are worth the same by the weights that samples had in training
+    (`OccupancyGrid.seen`); each part is one sample as wide as the occupied cells of the part
+    (importance sampling by an inverse distribution function: NeRF, section 5.2; the grid takes
+    the place of a coarse network).  So fine steps do not cost: a field may put a thin surface
+    anywhere between two samples of a lattice.  In training all cuts of a ray are shifted by one
+    random part.
+
+    While it is `exploring`, every sample of the lattice that lies in an occupied cell is taken,
+    as `PackedMarcher` does: what was seen so far guides nobody yet.
+    """
+
+    def __init__(self, lattice: PackedMarcher, n_samples: int, n_cells: int) -> None:
+        """`n_cells`: cells that the guide is read in along a ray's way through the box."""
+        super().__init__()
+        assert n_samples > 0 and n_cells > 0
+        self.lattice, self.n_samples, self.n_cells = lattice, n_samples, n_cells
+        self.exploring = False
+
+    @property
+    def occupancy(self) -> OccupancyGrid:
+        return self.lattice.occupancy
+
+    def refresh(self, field: Field, step: int) -> None:
+        """Update the grid when it is due."""
+        self.lattice.refresh(field, step)
+
+    def march(self, field: Field, rays: RayBundle) -> Rendered:
+        """Integrate `field` along `rays`."""
+        if self.exploring:
+            return self.lattice.march(field, rays)
+        t, width, alive = self.lay(rays)
+        shape = n, k = t.shape
+        x, density, channels = ask(field, rays, t.view(-1), alive.repeat_interleave(k))
+        w = quadrature(density.view(shape), width)
+        if self.training and torch.is_grad_enabled():
+            self.occupancy.observe(x, w.view(-1))
+        channels = channels.float().view(n, k, field.channels)
+        attached = field.channels - field.n_detached
+        own = torch.cat([
+            torch.bmm(w[:, None], channels[..., :attached])[:, 0],
+            torch.bmm(w.detach()[:, None], channels[..., attached:])[:, 0],
+        ], 1)  # fmt: skip
+        # Moments about each ray's first sample: small numbers, so that the spread of a thin
+        # surface survives float32.
+        origin = t[:, :1]
+        s = t - origin
+        opacity, first, second = (w.sum(1, keepdim=True), (w * s).sum(1, keepdim=True),
+                                  (w * s * s).sum(1, keepdim=True))  # fmt: skip
+        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
+        maps = torch.cat((own, opacity, first + origin * opacity, spread), 1)
+        full = maps.new_zeros(len(rays), maps.shape[1]).index_copy(0, alive, maps)
+        feature, opacity, depth, spread = full.split((field.channels, 1, 1, 1), 1)
+        return Rendered(feature, opacity, depth, spread, n * k)
+
+    @torch.no_grad()
+    def lay(self, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
+        """Distances t (A, K), ascending, their widths (A, K), and the rays (A,) that have any.
+
+        A ray's widths add up to its length inside occupied cells.
+        """
+        grid, k = self.occupancy, self.n_samples
+        enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
+        near, far = torch.maximum(enter, rays.near), torch.minimum(leave, rays.far)
+        live = (far > near).squeeze(1).nonzero().squeeze(1)
+        worth = torch.where(grid.occupied, grid.seen + FLOOR, 0.0).view(-1)
+        lane = torch.arange(self.n_cells, device=live.device) + 0.5
+        # Odd cuts are samples, even ones the edges between them.
+        cuts = torch.arange(2 * k + 1, device=live.device) / (2 * k)
+        found = [(near.new_zeros(0, k), near.new_zeros(0, k), live.new_zeros(0))]
+        for part in torch.split(live, rays_at_once(live.device)):
+            cell = (far[part] - near[part]) / self.n_cells
+            at = grid.cells(rays.origins[part], rays.directions[part], near[part] + cell * lane)
+            value = worth.index_select(0, at.view(-1)).view(at.shape)
+            total = value.cumsum(1)
+            some = (total[:, -1] > 0).nonzero().squeeze(1)
+            if len(some) < len(part):
+                part, cell, value, total = (v[some] for v in (part, cell, value, total))
+            share = cuts.expand(len(part), -1)
+            if self.training:
+                share = share + (torch.rand_like(cell) - 0.5) / k
+                share[:, 0], share[:, -1] = 0.0, 1.0
+            want = share * (total[:, -1:] * (1 - 1e-6))
+            index = torch.searchsorted(total, want, right=True).clamp_(max=self.n_cells - 1)
+            # How far into its cell each cut lies, in [0, 1].
+            into = (want - total.gather(1, index)) / value.gather(1, index).clamp_min(1e-9) + 1
+            into.clamp_(0, 1)
+            t = near[part] + cell * (index + into)[:, 1::2]
+            edge = ((value > 0).cumsum(1).gather(1, index) - 1 + into)[:, ::2]
+            found.append((t, (edge[:, 1:] - edge[:, :-1]) * cell, part))
+        t, width, alive = (torch.cat(columns) for columns in zip(*found, strict=True))
+        return t, width, alive
