@@ -230,6 +230,12 @@ class Frame:
     depth: Tensor
     parts: dict[str, Tensor]
 
+    def __getitem__(self, index: int) -> Frame:
+        """One of the B pictures, as a frame of its own (B = 1)."""
+        own = slice(index, index + 1)
+        parts = {name: part[own] for name, part in self.parts.items()}
+        return Frame(self.rgb[own], self.alpha[own], self.depth[own], parts)
+
 
 @dataclass(frozen=True)
 class Shot:

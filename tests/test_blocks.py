@@ -36,6 +36,16 @@ def test_planes_are_bilinear_and_keep_their_axes() -> None:
 def test_planes_roughness_is_zero_only_when_flat() -> None:
     planes = TriPlanes((4, 8), 2, spread=0.1)
     assert planes.roughness() > 0
+    plain = torch.stack([
+        (p[..., 1:, :] - p[..., :-1, :]).square().mean()
+        + (p[..., 1:] - p[..., :-1]).square().mean()
+        for p in planes.levels
+    ]).mean()  # fmt: skip
+    torch.testing.assert_close(planes.roughness(), plain)
+    levels = list(planes.levels)
+    torch.testing.assert_close(
+        torch.autograd.grad(planes.roughness(), levels), torch.autograd.grad(plain, levels)
+    )
     with torch.no_grad():
         for level in planes.levels:
             level.fill_(0.3)

@@ -116,6 +116,25 @@ def test_a_corrected_pose_moves_the_head_and_leaves_the_shoulders(
     assert torch.allclose(landed, moved(same, field._shoulders, rays.row), atol=1e-5)
 
 
+def test_half_precision_places_heads_exactly(clip: Footage, avatar: LokiTalk) -> None:
+    """Sixteen bits will do for networks, not for where things are."""
+    rows = clip.signals[clip.train[:3]]
+    rays = march.picture_rays(rows.camera, torch.arange(3), avatar.aabb)
+    marcher, _ = march.build(march.MarchOptions(n_steps=16, n_samples=6), avatar.aabb, "cpu")
+    marcher.eval()
+    found = []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            aimed, field = avatar.aim(rows, rays), avatar.condition(rows)
+            found.append((aimed, field, marcher.march(field, aimed)))
+    (aimed, field, full), (aimed_half, field_half, half) = found
+    assert torch.allclose(aimed.origins, aimed_half.origins, atol=1e-5)
+    assert torch.allclose(field._shoulders, field_half._shoulders, atol=1e-5)
+    assert half.feature.dtype == half.depth.dtype == torch.float32
+    assert (half.feature - full.feature)[:, :3].square().mean() < 1e-4
+    assert not torch.equal(half.feature, full.feature), "nothing ran in half precision"
+
+
 def footage_rays(rows: Signals) -> RayBundle:
     n = len(rows)
     pixel = torch.rand(n, 2) * 64

@@ -36,6 +36,7 @@ from talkhead_cli.avatars.base import Avatar, StepResult, shaped
 from talkhead_cli.blocks.loss import gradient_difference, ssim
 from talkhead_cli.blocks.mlp import Mlp, by_row
 from talkhead_cli.blocks.planes import TriPlanes, frequencies
+from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import EYES, LIPS, RELIEF, region_masks, relief_gap, relief_of
 from talkhead_cli.blocks.rigid import PoseCorrection, after, moved, shoulders_in_head, undone
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
@@ -384,7 +385,7 @@ class LokiField:
         """x (N, 3), row (N,) -> density (N,), hidden (N, 16), attention (N, 3), shifts (N, 2)."""
         avatar = self.avatar
         encoded = frequencies((x - self._middle) / self._half, avatar.octaves)
-        attention = (avatar.attention(encoded) + self._prior(x)).sigmoid()
+        attention = (avatar.attention(encoded).float() + self._prior(x)).sigmoid()
         driven = by_row(attention[:, :2], row, self.n_rows)  # (N, 2 T)
 
         x, face_shift = self._moved_by_face(x, encoded, driven, attention[:, :2].sum(1))
@@ -407,7 +408,7 @@ class LokiField:
         raw = self.avatar.face_field(
             encoded.index_select(0, near), (driven.index_select(0, near), self._face)
         )
-        shift = MAX_SHIFT * (raw / MAX_SHIFT).tanh()
+        shift = MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh()
         # a single camera hardly sees depth: motion along it would only be noise from the side
         shift = shift * shift.new_tensor([1.0, 1.0, 0.3])
         shift = shift * reach.index_select(0, near).clamp(max=1)[:, None]
@@ -423,10 +424,11 @@ class LokiField:
         own = by_row(torch.ones_like(weight), rows, self.n_rows)
         raw = self.avatar.torso_field(encoded, (own, self._torso))
         carried = moved(point, self._shoulders, rows)
-        shift = weight * (carried - point + MAX_SHIFT * (raw / MAX_SHIFT).tanh())
+        shift = weight * (carried - point + MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh())
         length = x.new_zeros(len(x), 1).index_add(0, near, shift.abs().sum(1, keepdim=True))
         return x.index_add(0, near, shift), length
 
+    @exact
     def _prior(self, x: Tensor) -> Tensor:
         """Logits (N, 3) of lips, eyes and torso by place alone: where attention starts from."""
         lips, left, right, torso = torch.addmm(

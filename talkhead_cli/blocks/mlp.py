@@ -31,7 +31,8 @@ class Mlp(nn.Sequential):
         if driven is None:
             return super().forward(x)
         first, *rest = self
-        x = first(x).addmm_(*driven)
+        x = first(x)
+        x = x.addmm_(*(factor.to(x.dtype) for factor in driven))  # autocast spares what is in place
         for layer in rest:
             x = layer(x)
         return x

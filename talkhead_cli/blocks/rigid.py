@@ -6,9 +6,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from talkhead_cli.blocks.precision import exact
+
 TWIST = 0.02  # radians and face heights; the scale on which corrections are learnt
 
 
+@exact
 def rotations(vector: Tensor) -> Tensor:
     """Rotation vectors (T, 3) -> matrices (T, 3, 3), by Rodrigues' formula.
 
@@ -22,6 +25,7 @@ def rotations(vector: Tensor) -> Tensor:
     return one + angle.sin() * cross + (1 - angle.cos()) * (cross @ cross)
 
 
+@exact
 def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
     """Points (N, 3) under the motions (T, 3, 4), [R | t], of their rows (N,)."""
     if len(motion) == 1:
@@ -30,6 +34,7 @@ def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
     return (own[:, :, :3] * x[:, None]).sum(-1) + own[:, :, 3]
 
 
+@exact
 def after(second: Tensor, first: Tensor) -> Tensor:
     """The motion (T, 3, 4) that does `first`, then `second`."""
     return torch.cat(
@@ -38,6 +43,7 @@ def after(second: Tensor, first: Tensor) -> Tensor:
     )
 
 
+@exact
 def undone(motion: Tensor) -> Tensor:
     """The inverse of motions (T, 3, 4)."""
     back = motion[:, :, :3].transpose(1, 2)
@@ -61,10 +67,11 @@ class PoseCorrection(nn.Module):
 
     def forward(self, signals: Tensor) -> Tensor:
         """Standardised signals (T, n_signals) -> motions (T, 3, 4)."""
-        twist = TWIST * self.linear(signals)
+        twist = TWIST * self.linear(signals).float()
         return torch.cat([rotations(twist[:, :3]), twist[:, 3:, None]], 2)
 
 
+@exact
 def shoulders_in_head(pose: Tensor, body: Tensor, rest: Tensor) -> Tensor:
     """Carry points of the shoulders from where a row shows them to where they rest.
 

@@ -56,7 +56,10 @@ def finetune(
         run.write_preset(preset.to_yaml())
         run.write_meta(identity=name, version=__version__, footage=space.fingerprint, seed=seed)
 
-        fabric = Fabric(accelerator=where.type, devices=1)
+        fabric = Fabric(
+            accelerator=where.type, devices=1,
+            precision="16-mixed" if where.type == "cuda" else "32-true",
+        )  # fmt: skip
         fabric.seed_everything(seed, verbose=False)
         clip = footage.load(space, preset.data, progress)
         aabb = footage.box_of(clip.signals.camera[clip.train])

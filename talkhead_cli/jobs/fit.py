@@ -276,11 +276,9 @@ class _Average:
     def update(self, avatar: Avatar) -> None:
         self.count += 1
         decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        for name, parameter in avatar.named_parameters():
-            if parameter.requires_grad:
-                self.weights[name].lerp_(
-                    parameter.detach().to(self.weights[name].device), 1 - decay
-                )
+        moving = [(self.weights[n], p) for n, p in avatar.named_parameters() if p.requires_grad]
+        for held, parameter in moving:
+            held.lerp_(parameter.to(held.device), 1 - decay)
 
     def restart(self, avatar: Avatar) -> None:
         self.count = 0

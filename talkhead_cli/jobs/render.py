@@ -207,10 +207,10 @@ def _frames(
 
 def _pixels(frame: Frame, alpha: bool) -> NDArray[np.uint8]:
     """(H, W, 3) or, with straight alpha, (H, W, 4) uint8."""
-    rgb, opacity = frame.rgb[0].float().cpu(), frame.alpha[0].float().cpu()
+    rgb, opacity = frame.rgb[0].float(), frame.alpha[0].float()
     if alpha:
         rgb = torch.cat([rgb / opacity.clamp_min(1e-3), opacity], -1)
-    return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def _depth(frame: Frame) -> NDArray[np.uint16]:

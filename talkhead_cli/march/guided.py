@@ -55,12 +55,11 @@ class GuidedMarcher(nn.Module):
         w = quadrature(density.view(shape), width)
         if self.training and torch.is_grad_enabled():
             self.occupancy.observe(x, w.view(-1))
-        channels = channels.float().view(n, k, field.channels)
+        channels = channels.view(n, k, field.channels)
         attached = field.channels - field.n_detached
-        own = torch.cat([
-            torch.bmm(w[:, None], channels[..., :attached])[:, 0],
-            torch.bmm(w.detach()[:, None], channels[..., attached:])[:, 0],
-        ], 1)  # fmt: skip
+        own = torch.cat(
+            [_sum(w, channels[..., :attached]), _sum(w.detach(), channels[..., attached:])], 1
+        )
         # Moments about each ray's first sample: small numbers, so that the spread of a thin
         # surface survives float32.
         origin = t[:, :1]
@@ -110,3 +109,9 @@ class GuidedMarcher(nn.Module):
             found.append((t, (edge[:, 1:] - edge[:, :-1]) * cell, part))
         t, width, alive = (torch.cat(columns) for columns in zip(*found, strict=True))
         return t, width, alive
+
+
+def _sum(w: Tensor, channels: Tensor) -> Tensor:
+    """Weights (A, K), channels (A, K, C) -> (A, C), in float32 whatever came."""
+    with torch.autocast(w.device.type, enabled=False):
+        return torch.bmm(w[:, None], channels.float())[:, 0]

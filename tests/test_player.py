@@ -1,0 +1,39 @@
+"""Frames of a run, one by one or many in one march."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from talkhead_cli.contracts import SilentProgress
+from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.player import Player
+from talkhead_cli.store import Run, Workspace
+
+
+def test_frames_that_march_together_are_the_same_frames(
+    speaker_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = presets.load(["lokitalk", "tiny"], ["data.size_px=32", "march.resolution=32"])
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    box = footage.box_of(clip.signals.camera[clip.train])
+    cpu = torch.device("cpu")
+    torch.manual_seed(0)
+    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[2], box, cpu)
+    avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
+    avatar.eval()
+    marcher.eval()
+    show = Player(Run(tmp_path), preset, avatar, marcher, clip.plate, cpu, note)
+    rows = clip.signals[clip.train[:5]]
+    alone = [frame for frame, _ in show.pictures(rows)]
+    monkeypatch.setattr(Player, "rows_at_once", lambda self, size_px: 3)
+    together = [frame for frame, _ in show.pictures(rows)]
+    assert len(alone) == len(together) == 5
+    for a, b in zip(alone, together, strict=True):
+        assert a.rgb.shape == b.rgb.shape == (1, 32, 32, 3)
+        for x, y in ((a.rgb, b.rgb), (a.alpha, b.alpha), (a.depth, b.depth)):
+            assert torch.allclose(x, y, atol=1e-4)
+    assert not torch.allclose(alone[0].rgb, alone[4].rgb, atol=1e-3), "rows must differ"
