@@ -1,12 +1,13 @@
-"""What `make bench` runs: the commands of the README, timed, on the clips beside the checkout.
+"""What `make bench` and `make gpu` run: timings, on the clips beside the checkout.
 
-    python benchmarks/bench.py                      all of it (about half an hour on two cores)
+    python benchmarks/bench.py                      all of it (about an hour on two cores)
     python benchmarks/bench.py quality --ids alice  parts and clips by name
+    python benchmarks/bench.py --device cuda        what a GPU is asked for
 
-Each part starts the real command line in a process of its own, takes its wall time and peak
-memory from the operating system, and writes benchmarks/results/DATE-PART.json with the
-machine, versions, commit and command.  Without the private clips the synthetic speaker is
-used, and the results say so.
+Most parts start the real command line in a process of its own and take its wall time and peak
+memory from the operating system; `core` and `curve` look inside (core.py).  Each part writes
+benchmarks/results/DATE-PART.json with the machine, versions, commit and command, and its plots
+beside it.  Without the private clips the synthetic speaker is used, and the results say so.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from charts import line_chart
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
-PARTS = ("help", "preprocess", "quality", "render", "memory")
+PARTS = ("help", "preprocess", "quality", "render", "memory", "sound", "core", "curve")
+ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
+CURVE = {"cpu": (0.1, 0.25, 0.5, 1.0), "cuda": (0.02, 0.1, 0.4)}  # shares of the steps
 PACKAGES = ("torch", "mediapipe", "lightning-fabric", "nerfacc", "numpy")
 
 
@@ -118,7 +122,7 @@ def part_quality(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     for name in options.ids:
         _preprocessed(name, work)
         trained = talkhead(
-            "finetune", "--id", name, "-p", "lokitalk", "-p", "tiny", "--fresh", *home,
+            "finetune", "--id", name, *_words(options), "--fresh", *home,
             "--device", options.device, "--seed", str(options.seed),
         )  # fmt: skip
         scored = talkhead("evaluate", "--id", name, "--json", *home, "--device", options.device)
@@ -167,6 +171,106 @@ def part_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
+def part_sound(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What a second of sound costs, end to end."""
+    name = options.ids[0]
+    _trained(name, work, options)
+    rows = []
+    for seconds in (5, 10, 20, 40):
+        out = work / f"sound{seconds}.mp4"
+        made = talkhead(
+            "render", "--id", name, "--audio", str(speech(work, seconds)), "-o", str(out),
+            "--home", str(work / "home"), "--device", options.device,
+        )  # fmt: skip
+        made.pop("stdout")
+        rows.append({"seconds_of_sound": seconds, **made})
+    lengths, walls = ([r[k] for r in rows] for k in ("seconds_of_sound", "seconds"))
+    slope, start = np.polyfit(lengths, walls, 1)
+    line_chart(
+        options.chart("sound"), "seconds of sound", "wall seconds",
+        {"render, end to end": (lengths, walls)},
+    )  # fmt: skip
+    return {"rows": rows, "start_s": round(start, 2), "per_second_of_sound_s": round(slope, 3)}
+
+
+def part_core(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The marching core: against the reference, by size, points and batch, and its roofline."""
+    import core
+
+    name = options.ids[0]
+    _trained(name, work, options)
+    bench = core.load(work / "home", name, options.device)
+    found = {
+        "identity": name,
+        "device": options.device,
+        "size_px": bench.clip.size_px,
+        "against_reference": core.against_reference(bench),
+        "by_size": core.by_size(bench),
+        "by_points": core.by_points(bench),
+        "by_batch": core.by_batch(bench),
+        "roofline": core.roofline(bench),
+    }
+    sizes = found["by_size"]
+    line_chart(
+        options.chart("core-pixels"), "million pixels", "milliseconds per frame",
+        {"one frame": ([r["size_px"] ** 2 / 1e6 for r in sizes],
+                       [1000 / r["frames_per_second"] for r in sizes])},
+    )  # fmt: skip
+    guided = bench.marcher
+    line_chart(
+        options.chart("core-points"), "thousand points per frame", "milliseconds per frame",
+        {label: ([r["points_per_frame"] / 1e3 for r in rows], [r["milliseconds"] for r in rows])
+         for label, rows in {
+             "samples per ray vary": [
+                 r for r in found["by_points"] if r["n_cells"] == guided.n_cells],
+             "cells of the guide vary": [
+                 r for r in found["by_points"] if r["n_samples"] == guided.n_samples],
+         }.items()},
+    )  # fmt: skip
+    line_chart(
+        options.chart("core-batch"), "frames in a march", "milliseconds per frame",
+        {"frames together": ([r["frames_in_a_march"] for r in found["by_batch"]],
+                             [1000 / r["frames_per_second"] for r in found["by_batch"]])},
+    )  # fmt: skip
+    return found
+
+
+def part_parity(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """One checkpoint on the CPU and on the GPU."""
+    import core
+
+    name = options.ids[0]
+    _trained(name, work, options)
+    home = work / "home"
+    return core.parity(core.load(home, name, "cpu"), core.load(home, name, options.device))
+
+
+def part_curve(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Held-out PSNR against training time: whole trainings of several lengths."""
+    import core
+
+    name = options.ids[0]
+    _preprocessed(name, work)
+    rows = []
+    for scale in CURVE[options.device]:
+        trained, stages = core.train(
+            work / "home", name, options.presets, options.device, scale, options.seed
+        )
+        bench = core.load(work / "home", name, options.device, trained.name, every=4)
+        figures = bench.psnr(bench.pictures()[0])
+        rows.append({
+            "scale": scale, "seconds": trained.meta()["seconds"], "steps": trained.meta()["steps"],
+            "held_out": figures, "stages": stages,
+        })  # fmt: skip
+    seconds = [r["seconds"] for r in rows]
+    line_chart(
+        options.chart("curve"), "seconds of training", "held-out PSNR, dB",
+        {where: (seconds, [r["held_out"][f"{where}_db"] for r in rows])
+         for where in ("face", "full")},
+    )  # fmt: skip
+    return {"identity": name, "presets": options.presets, "rows": rows}
+
+
 def _preprocessed(name: str, work: Path) -> None:
     if not (work / "home" / name / "manifest.json").exists():
         talkhead("preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"))
@@ -175,9 +279,14 @@ def _preprocessed(name: str, work: Path) -> None:
 def _trained(name: str, work: Path, options: argparse.Namespace) -> None:
     _preprocessed(name, work)
     talkhead(
-        "finetune", "--id", name, "-p", "lokitalk", "-p", "tiny", "--home", str(work / "home"),
+        "finetune", "--id", name, *_words(options), "--home", str(work / "home"),
         "--device", options.device, "--seed", str(options.seed),
     )  # fmt: skip
+
+
+def _words(options: argparse.Namespace) -> list[str]:
+    """The presets as the command line wants them."""
+    return [word for preset in options.presets for word in ("-p", preset)]
 
 
 def machine() -> dict[str, Any]:
@@ -203,10 +312,17 @@ def machine() -> dict[str, Any]:
     }
 
 
+def _listed(text: str) -> list[str]:
+    return text.split(",")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="parts to run; default all")
-    parser.add_argument("--ids", default="alice,carl", type=lambda s: s.split(","))
+    parser.add_argument(
+        "parts", nargs="*", choices=[*PARTS, "parity", []], help="parts to run; default all"
+    )
+    parser.add_argument("--ids", default="alice,carl", type=_listed)
+    parser.add_argument("--presets", default="lokitalk,tiny", type=_listed)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--work", type=Path, help="folder to work in, kept  [default: temporary]")
@@ -215,10 +331,11 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(exist_ok=True)
     try:
-        for part in options.parts or PARTS:
+        today = datetime.date.today().isoformat()
+        suffix = "" if options.device == "cpu" else f"-{options.device}"
+        options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
+        for part in options.parts or (PARTS if options.device == "cpu" else ON_CUDA):
             found = globals()[f"part_{part}"](work, options)
-            today = datetime.date.today().isoformat()
-            suffix = "" if options.device == "cpu" else f"-{options.device}"
             path = RESULTS / f"{today}-{part}{suffix}.json"
             command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])
             record = {"date": today, "command": command, "machine": machine(), part: found}

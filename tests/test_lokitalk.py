@@ -116,6 +116,14 @@ def test_a_corrected_pose_moves_the_head_and_leaves_the_shoulders(
     assert torch.allclose(landed, moved(same, field._shoulders, rays.row), atol=1e-5)
 
 
+def test_a_field_that_is_asked_nothing_answers_nothing(clip: Footage, avatar: LokiTalk) -> None:
+    """Rays that all miss send no points."""
+    field = avatar.condition(clip.signals[:1])
+    nowhere = torch.zeros(0, 3)
+    density, channels = field(nowhere, nowhere, torch.zeros(0, dtype=torch.long))
+    assert density.shape == (0,) and channels.shape == (0, field.channels)
+
+
 def test_half_precision_places_heads_exactly(clip: Footage, avatar: LokiTalk) -> None:
     """Sixteen bits will do for networks, not for where things are."""
     rows = clip.signals[clip.train[:3]]

@@ -19,6 +19,7 @@ from talkhead_cli.march import (
     PackedMarcher,
     build,
     check,
+    guided,
     intersect_box,
     picture_rays,
     pixel_rays,
@@ -94,8 +95,8 @@ def packed(n_steps: int = N_STEPS, early_stop: float = 0.0) -> PackedMarcher:
 
 
 def marchers(n_steps: int = N_STEPS) -> list[RayMarcher]:
-    guided = GuidedMarcher(packed(n_steps), n_steps, n_steps).eval()
-    return [packed(n_steps), DenseMarcher(BOX, n_steps).eval(), guided]
+    few = GuidedMarcher(packed(n_steps), n_steps, n_steps).eval()
+    return [packed(n_steps), DenseMarcher(BOX, n_steps).eval(), few]
 
 
 def assert_same(a: Rendered, b: Rendered, tolerance: float = 1e-4) -> None:
@@ -485,6 +486,16 @@ def test_widths_add_up_to_the_way_through_occupied_cells(training: bool) -> None
     torch.testing.assert_close(
         found.opacity[alive, 0], 1 - torch.exp(-2.0 * width.sum(1)), atol=1e-5, rtol=1e-5
     )
+
+
+def test_blocks_of_rays_are_seamless(monkeypatch: pytest.MonkeyPatch) -> None:
+    field, marcher, rays = Solid(smooth), trained(Solid(smooth), 5), picture(20, 0.2)
+    with torch.no_grad():
+        whole = marcher.march(field, rays)
+        monkeypatch.setattr(guided, "POINTS_AT_ONCE", 5 * 37)
+        parts = marcher.march(field, rays)
+    assert_same(whole, parts, 1e-6)
+    assert whole.n_points == parts.n_points
 
 
 def test_samples_gather_where_weights_were_seen() -> None:

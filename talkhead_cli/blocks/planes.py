@@ -33,11 +33,11 @@ class TriPlanes(nn.Module):
         assert x.ndim == 2 and x.shape[1] == 3, x.shape
         grid = torch.stack([x[:, list(pair)] for pair in _PAIRS]).unsqueeze(2)  # (3, N, 1, 2)
         read = [
-            F.grid_sample(level, grid, padding_mode="border", align_corners=False).view(-1, len(x))
+            F.grid_sample(level, grid, padding_mode="border", align_corners=False).flatten(0, 1)
             for level in self.levels
         ]
         # Joined along the rows, which is how they lie in memory; a matrix product does not mind.
-        return torch.cat(read).T
+        return torch.cat(read).flatten(1).T
 
     def roughness(self) -> Tensor:
         """Mean squared difference of neighbouring texels, over planes and levels."""
