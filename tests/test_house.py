@@ -166,8 +166,8 @@ RULES: dict[str, tuple[Rule, str, str]] = {
         floors, "talkhead_cli/cli/app.py", "from talkhead_cli.jobs import fit"),
     "commands know no workshop but the store": (
         floors, "talkhead_cli/cli/app.py", "def f():\n    from talkhead_cli import track"),
-    "nerfacc in march/packed.py": (
-        only_in(("march/packed.py",), "nerfacc"),
+    "nerfacc in march/cuda.py": (
+        only_in(("march/cuda.py",), "nerfacc"),
         "talkhead_cli/march/dense.py", "def f():\n    from nerfacc import volrend"),
     "other programs in media/": (
         only_in(("media/",), "subprocess", "ffmpeg", "imageio_ffmpeg"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from talkhead_cli.march import (
     PackedMarcher,
     build,
     check,
+    cuda,
     guided,
     intersect_box,
     picture_rays,
@@ -554,6 +557,33 @@ def test_build_says_what_it_chose() -> None:
     with pytest.raises(MisuseError, match="march.kind"):
         build(MarchOptions(kind="fast"), BOX, "cpu")  # type: ignore[arg-type]
     assert all(not need.required and (need.ok or need.fix) for need in check())
+
+
+@pytest.mark.parametrize(("free", "cores", "jobs"), [(1, 8, 1), (10, 8, 3), (64, 4, 4)])
+def test_compilers_are_bounded_by_free_memory(free: float, cores: int, jobs: int) -> None:
+    assert cuda.compilers(free, cores) == jobs
+    assert cuda.free_gb() > 0
+
+
+def test_headers_are_taken_from_pip_where_the_toolkit_lacks_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare, whole = tmp_path / "toolkit", tmp_path / "whole"
+    for home in (bare, whole):
+        (home / "include").mkdir(parents=True)
+    for name in ("curand.h", "cublas_v2.h", "cusparse.h"):
+        (whole / "include" / name).touch()
+    monkeypatch.setattr(cuda.shutil, "which", lambda name: None)
+    monkeypatch.setattr(cuda.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("CUDA_HOME", str(bare))
+    assert cuda._headers() is None
+    monkeypatch.setenv("CUDA_HOME", str(whole))
+    monkeypatch.setenv("CPLUS_INCLUDE_PATH", "/mine")
+    monkeypatch.setenv("MAX_JOBS", "7")
+    cuda._make_way()
+    cuda._make_way()
+    assert os.environ["CPLUS_INCLUDE_PATH"] == os.pathsep.join(["/mine", str(whole / "include")])
+    assert os.environ["MAX_JOBS"] == "7", "what the user set stays"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 # The two coordinates that each plane keeps: xy, xz, yz.
 _PAIRS = ((0, 1), (0, 2), (1, 2))
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # part of torch's builds for CUDA
 
 
 class TriPlanes(nn.Module):
@@ -31,13 +33,20 @@ class TriPlanes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 3), the box mapped to [-1, 1] -> (N, n_out); outside, the border's value."""
         assert x.ndim == 2 and x.shape[1] == 3, x.shape
+        if x.is_cuda and _HAS_TRITON:
+            from talkhead_cli.blocks.planes_triton import ReadPlanes
+
+            half = torch.is_autocast_enabled("cuda")
+            dtype = torch.get_autocast_dtype("cuda") if half else x.dtype
+            read: Tensor = ReadPlanes.apply(x, dtype, *self.levels)
+            return read
         grid = torch.stack([x[:, list(pair)] for pair in _PAIRS]).unsqueeze(2)  # (3, N, 1, 2)
-        read = [
+        found = [
             F.grid_sample(level, grid, padding_mode="border", align_corners=False).flatten(0, 1)
             for level in self.levels
         ]
         # Joined along the rows, which is how they lie in memory; a matrix product does not mind.
-        return torch.cat(read).flatten(1).T
+        return torch.cat(found).flatten(1).T
 
     def roughness(self) -> Tensor:
         """Mean squared difference of neighbouring texels, over planes and levels."""

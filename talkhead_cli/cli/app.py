@@ -320,13 +320,21 @@ def models_import(
 
 
 @app.command()
-def doctor(verbose: Verbose = False) -> None:
+def doctor(
+    build: Annotated[
+        bool, typer.Option("--build", help="Compile the CUDA kernels now (minutes, once).")
+    ] = False,
+    verbose: Verbose = False,
+) -> None:
     """Say what this machine has and lacks, one line each with its fix."""
     with speaking(verbose):
-        from talkhead_cli.jobs.doctor import needs
+        from talkhead_cli.jobs import doctor as job
 
+        if build:
+            answer(job.build())
+            return
         bad = False
-        for need in needs():
+        for need in job.needs():
             mark = "ok  " if need.ok else ("FAIL" if need.required else "none")
             bad |= need.required and not need.ok
             fix = f"  -> {need.fix}" if need.fix and not need.ok else ""

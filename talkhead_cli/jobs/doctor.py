@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 from talkhead_cli import march, media
-from talkhead_cli.contracts import Need
+from talkhead_cli.contracts import Need, TalkheadError
 
 MIN_FREE_GB = 2.0
 
@@ -17,6 +17,16 @@ def needs() -> list[Need]:
     """All requirements, the required ones first."""
     found = [_python(), *_packages(), *media.check(), _disk(), *march.check()]
     return sorted(found, key=lambda n: not n.required)
+
+
+def build() -> str:
+    """Compile the CUDA kernels now, rather than in the middle of a job; what came of it."""
+    why_not = march.obstacle()
+    if why_not:
+        raise TalkheadError(
+            f"the CUDA kernels cannot be had ({why_not}); the plain torch march is used instead"
+        )
+    return "the CUDA kernels are built"
 
 
 def _python() -> Need:

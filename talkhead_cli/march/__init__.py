@@ -1,24 +1,23 @@
 """Volume rendering: rays through an occupancy grid to composited channels.
 
-The only file that asks whether CUDA exists. A marcher sees points, directions and row
+The only room that asks whether CUDA exists. A marcher sees points, directions and row
 numbers; what moved the points there is the field's affair.
 """
 
 from __future__ import annotations
 
-import importlib.util
-import shutil
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from ..contracts import MisuseError, Need, TalkheadError
+from ..contracts import MisuseError, TalkheadError
+from .cuda import NerfaccMarcher, check, obstacle
 from .dense import DenseMarcher
 from .guided import GuidedMarcher
 from .occupancy import OccupancyGrid
-from .packed import NerfaccMarcher, PackedMarcher, nerfacc_obstacle
+from .packed import PackedMarcher
 from .rays import intersect_box, picture_rays, pixel_rays, step_length
 
 __all__ = [
@@ -33,6 +32,7 @@ __all__ = [
     "device_name",
     "device_of",
     "intersect_box",
+    "obstacle",
     "picture_rays",
     "pixel_rays",
     "step_length",
@@ -100,35 +100,9 @@ def build(
 
     if options.kind == "packed":
         return made(PackedMarcher), "packed: asked for"
-    obstacle = nerfacc_obstacle() if device.type == "cuda" else "nerfacc needs a CUDA device"
-    if not obstacle:
+    why_not = obstacle() if device.type == "cuda" else "nerfacc needs a CUDA device"
+    if not why_not:
         return made(NerfaccMarcher), "nerfacc: CUDA kernels"
     if options.kind == "nerfacc":
-        raise TalkheadError(f"nerfacc cannot be used ({obstacle}); set march.kind=packed")
-    return made(PackedMarcher), f"packed in plain torch: {obstacle}"
-
-
-def check() -> list[Need]:
-    """What marching can use. Nothing is required: plain torch marches on any machine."""
-    wishes = (
-        (
-            "CUDA device",
-            torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-            "install a CUDA build of torch, or train on the CPU with the tiny preset",
-        ),
-        (
-            "nerfacc",
-            "installed" if importlib.util.find_spec("nerfacc") else None,
-            "pip install nerfacc 'torch<2.14'  (of use only with a CUDA device)",
-        ),
-        (
-            "nvcc",
-            shutil.which("nvcc"),
-            "put the CUDA toolkit's bin folder on PATH; nerfacc compiles with it, once",
-        ),
-        ("ninja", shutil.which("ninja"), "pip install ninja  (nerfacc compiles with it, once)"),
-    )
-    return [
-        Need(name, found is not None, found or "none", fix, required=False)
-        for name, found, fix in wishes
-    ]
+        raise TalkheadError(f"nerfacc cannot be used ({why_not}); set march.kind=packed")
+    return made(PackedMarcher), f"packed in plain torch: {why_not}"

@@ -1,18 +1,9 @@
-"""Only what is worth looking at goes to the field: the marchers that are used.
-
-`PackedMarcher` is plain torch and runs anywhere; `NerfaccMarcher` lets nerfacc's CUDA
-kernels walk the grid. Both share the occupancy grid and, without gradients, the rounds.
-"""
+"""Only samples in occupied cells go to the field, in plain torch that runs anywhere."""
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import shutil
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +56,7 @@ class PackedMarcher(nn.Module):
     def march(self, field: Field, rays: RayBundle) -> Rendered:
         """Integrate `field` along `rays`."""
         packed = self.sample(rays)
-        origin = _first_distance(packed)
+        origin = first_distance(packed)
         feature = rays.origins.new_zeros(len(rays), field.channels, dtype=torch.float32)
         # Moments of w about each ray's first sample: (sum w, sum w s, sum w s^2). Distances
         # from there are small, so that the spread of a thin surface survives float32.
@@ -133,7 +124,7 @@ class PackedMarcher(nn.Module):
             keep &= t < rays.far[part]
             count[part] = keep.sum(1)
             found.append(t.view(-1).index_select(0, keep.view(-1).nonzero().squeeze(1)))
-        return _packed(torch.cat(found), count)
+        return pack(torch.cat(found), count)
 
     def _rounds(self, packed: Packed) -> Iterator[tuple[int, int]]:
         """Ranks a <= i < b of the samples that each round looks at."""
@@ -146,90 +137,7 @@ class PackedMarcher(nn.Module):
             a, n = a + n, max(n, a)  # 4, 4, 8, 16, ...
 
 
-class NerfaccMarcher(PackedMarcher):
-    """The same march with nerfacc 0.5's kernels; CUDA only.
-
-    The grid walk replaces the lattice test, and with gradients the weights stay packed
-    (no (R, S) matrix at all). `rendering()` of nerfacc is not used: it wants 3 channels.
-    """
-
-    @torch.no_grad()
-    def sample(self, rays: RayBundle) -> Packed:
-        """Walk the grid cell by cell (`nerfacc.traverse_grids`)."""
-        if not len(rays):
-            return super().sample(rays)
-        grid = self.occupancy
-        enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
-        near, far = torch.maximum(rays.near, enter), torch.minimum(rays.far, leave)
-        # Its samples are middles of intervals, hence half a step before our first one.
-        start = first_sample(rays, self.step, self.training) - 0.5 * self.step
-        _, samples, _ = _nerfacc("grid").traverse_grids(
-            rays.origins.float(),
-            rays.directions.float(),
-            grid.occupied[None],
-            grid.aabb[None],
-            near_planes=start.squeeze(1),
-            far_planes=rays.far.squeeze(1),
-            step_size=self.step,
-            # Our own hits: theirs divides by a direction of exactly zero.
-            t_sorted=torch.cat((near, far), 1),
-            t_indices=torch.arange(2, device=near.device).expand(len(rays), 2),
-            hits=far > near,
-        )
-        return _packed(samples.vals, samples.packed_info[:, 1])
-
-    def march(self, field: Field, rays: RayBundle) -> Rendered:
-        """Integrate `field` along `rays`."""
-        if not torch.is_grad_enabled():
-            return super().march(field, rays)
-        packed = self.sample(rays)
-        if not len(packed.t):
-            return super().march(field, rays)
-        x, density, channels = ask(field, rays, packed.t, packed.ray)
-        volrend = _nerfacc("volrend")
-        weights, _, _ = volrend.render_weight_from_density(
-            torch.zeros_like(packed.t),
-            torch.full_like(packed.t, self.step),
-            density,
-            packed_info=torch.stack((packed.start, packed.count), 1),
-        )
-        if self.training:
-            self.occupancy.observe(x, weights)
-        origin = _first_distance(packed)
-        s = packed.t[:, None] - origin[packed.ray]
-        attached = field.channels - field.n_detached
-        feature, extra, moments = (
-            volrend.accumulate_along_rays(w, values, ray_indices=packed.ray, n_rays=len(rays))
-            for w, values in (
-                (weights, channels[:, :attached].float()),
-                (weights.detach(), channels[:, attached:].float()),
-                (weights, torch.cat((torch.ones_like(s), s, s**2), 1)),
-            )
-        )
-        opacity, first, second = moments.chunk(3, 1)
-        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
-        depth = first + origin * opacity
-        return Rendered(torch.cat((feature, extra), 1), opacity, depth, spread, len(packed.t))
-
-
-def nerfacc_obstacle() -> str:
-    """Why nerfacc cannot be used here, "" if it can. Builds its extension (minutes, once)."""
-    try:
-        version = importlib.import_module("nerfacc").__version__
-        with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout carries paths
-            kernels = _nerfacc("cuda._backend")._C
-    except Exception as error:  # a failed build raises whatever the compiler wrapper raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
-    if kernels is None:
-        return f"nerfacc {version} found no nvcc" if not shutil.which("nvcc") else "no kernels"
-    return ""
-
-
-def _nerfacc(module: str) -> Any:
-    return importlib.import_module(f"nerfacc.{module}")
-
-
-def _packed(t: Tensor, count: Tensor) -> Packed:
+def pack(t: Tensor, count: Tensor) -> Packed:
     """t (N,), count (R,) -> the samples with their owners."""
     ray = torch.arange(len(count), device=t.device).repeat_interleave(count)
     return Packed(t, ray, count.cumsum(0) - count, count)
@@ -247,7 +155,7 @@ def _composite(field: Field, w: Tensor, channels: Tensor, ray: Tensor, n_rays: i
     return torch.cat(tuple(parts), 1)
 
 
-def _first_distance(packed: Packed) -> Tensor:
+def first_distance(packed: Packed) -> Tensor:
     """(R, 1) distance of each ray's first sample, 0 where it has none."""
     some = packed.count > 0
     at = torch.where(some, packed.start, 0)

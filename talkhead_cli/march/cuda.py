@@ -1,0 +1,195 @@
+"""nerfacc's CUDA kernels: the march on a GPU while it explores, and what they want to be built."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..contracts import Field, Need, RayBundle, Rendered
+from .dense import first_sample
+from .packed import Packed, PackedMarcher, ask, first_distance, pack
+from .rays import intersect_box
+
+GB_PER_JOB = 3.0  # memory that one nvcc process takes
+TOO_NEW = (2, 14)  # torch from here on: nerfacc 0.5.3 does not compile
+
+
+class NerfaccMarcher(PackedMarcher):
+    """The same march with nerfacc 0.5's kernels; CUDA only.
+
+    The grid walk replaces the lattice test, and with gradients the weights stay packed
+    (no (R, S) matrix at all). `rendering()` of nerfacc is not used: it wants 3 channels.
+    """
+
+    @torch.no_grad()
+    def sample(self, rays: RayBundle) -> Packed:
+        """Walk the grid cell by cell (`nerfacc.traverse_grids`)."""
+        if not len(rays):
+            return super().sample(rays)
+        grid = self.occupancy
+        enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
+        near, far = torch.maximum(rays.near, enter), torch.minimum(rays.far, leave)
+        # Its samples are middles of intervals, hence half a step before our first one.
+        start = first_sample(rays, self.step, self.training) - 0.5 * self.step
+        _, samples, _ = _module("grid").traverse_grids(
+            rays.origins.float(),
+            rays.directions.float(),
+            grid.occupied[None],
+            grid.aabb[None],
+            near_planes=start.squeeze(1),
+            far_planes=rays.far.squeeze(1),
+            step_size=self.step,
+            # Our own hits: theirs divides by a direction of exactly zero.
+            t_sorted=torch.cat((near, far), 1),
+            t_indices=torch.arange(2, device=near.device).expand(len(rays), 2),
+            hits=far > near,
+        )
+        return pack(samples.vals, samples.packed_info[:, 1])
+
+    def march(self, field: Field, rays: RayBundle) -> Rendered:
+        """Integrate `field` along `rays`."""
+        if not torch.is_grad_enabled():
+            return super().march(field, rays)
+        packed = self.sample(rays)
+        if not len(packed.t):
+            return super().march(field, rays)
+        x, density, channels = ask(field, rays, packed.t, packed.ray)
+        volrend = _module("volrend")
+        weights, _, _ = volrend.render_weight_from_density(
+            torch.zeros_like(packed.t),
+            torch.full_like(packed.t, self.step),
+            density,
+            packed_info=torch.stack((packed.start, packed.count), 1),
+        )
+        if self.training:
+            self.occupancy.observe(x, weights)
+        origin = first_distance(packed)
+        s = packed.t[:, None] - origin[packed.ray]
+        attached = field.channels - field.n_detached
+        feature, extra, moments = (
+            volrend.accumulate_along_rays(w, values, ray_indices=packed.ray, n_rays=len(rays))
+            for w, values in (
+                (weights, channels[:, :attached].float()),
+                (weights.detach(), channels[:, attached:].float()),
+                (weights, torch.cat((torch.ones_like(s), s, s**2), 1)),
+            )
+        )
+        opacity, first, second = moments.chunk(3, 1)
+        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
+        depth = first + origin * opacity
+        return Rendered(torch.cat((feature, extra), 1), opacity, depth, spread, len(packed.t))
+
+
+def obstacle() -> str:
+    """Why nerfacc cannot be used here, "" if it can.
+
+    Builds its extension if nobody has (`talkhead doctor --build` does so ahead of time): some
+    minutes, once, with as many compilers as free memory holds.
+    """
+    if not torch.cuda.is_available():
+        return "nerfacc needs a CUDA device"
+    _make_way()
+    try:
+        version = importlib.import_module("nerfacc").__version__
+        with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout carries paths
+            kernels = _module("cuda._backend")._C
+    except Exception as error:  # a failed build raises whatever the compiler wrapper raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
+    if kernels is None:
+        return f"nerfacc {version} found no nvcc" if not shutil.which("nvcc") else "no kernels"
+    return ""
+
+
+def check() -> list[Need]:
+    """What the kernels want. Nothing is required: plain torch marches on any machine."""
+    modern = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2])
+    free = free_gb()
+    headers = _headers()
+    wishes = (
+        (
+            "CUDA device",
+            torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+            "install a CUDA build of torch, or train on the CPU with the tiny preset",
+        ),
+        (
+            "nerfacc",
+            "installed" if importlib.util.find_spec("nerfacc") else None,
+            "pip install nerfacc  (of use only with a CUDA device)",
+        ),
+        (
+            "triton",
+            "installed" if importlib.util.find_spec("triton") else None,
+            "it comes with torch's CUDA builds on Linux; without it planes are read more slowly",
+        ),
+        (
+            "torch for nerfacc",
+            torch.__version__ if modern < TOO_NEW else None,
+            "pip install 'torch<2.14'; with a newer one the plain torch march is used",
+        ),
+        (
+            "nvcc",
+            shutil.which("nvcc"),
+            "put the CUDA toolkit's bin folder on PATH; nerfacc compiles with it, once",
+        ),
+        ("ninja", shutil.which("ninja"), "pip install ninja  (nerfacc compiles with it, once)"),
+        (
+            "CUDA headers",
+            str(headers) if headers else None,
+            "pip install nvidia-curand nvidia-cublas nvidia-cusparse, or the whole CUDA toolkit",
+        ),
+        (
+            "memory to compile",
+            f"{free:.0f} GB free" if free >= GB_PER_JOB else None,
+            f"free {GB_PER_JOB:.0f} GB; one nvcc process takes that much",
+        ),
+    )
+    return [
+        Need(name, found is not None, found or "none", fix, required=False)
+        for name, found, fix in wishes
+    ]
+
+
+def compilers(free: float, n_cores: int) -> int:
+    """How many nvcc processes `free` GB and `n_cores` can hold at a time; at least one."""
+    return max(1, min(n_cores, int(free // GB_PER_JOB)))
+
+
+def free_gb() -> float:
+    """Memory that is free for the asking, GB."""
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
+def _make_way() -> None:
+    """Tell the compiler how many of it may run, and where pip put the headers it wants."""
+    os.environ.setdefault("MAX_JOBS", str(compilers(free_gb(), os.cpu_count() or 1)))
+    headers = _headers()
+    known = os.environ.get("CPLUS_INCLUDE_PATH", "")
+    if headers is not None and str(headers) not in known.split(os.pathsep):
+        os.environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join(p for p in (known, str(headers)) if p)
+
+
+def _headers() -> Path | None:
+    """The folder that holds the CUDA libraries' headers: the toolkit's, else pip's."""
+    homes = [Path(nvcc).resolve().parents[1] for nvcc in [shutil.which("nvcc")] if nvcc]
+    if os.environ.get("CUDA_HOME"):
+        homes.insert(0, Path(os.environ["CUDA_HOME"]))
+    spec = importlib.util.find_spec("nvidia")
+    for place in (spec.submodule_search_locations or []) if spec else []:
+        homes += sorted(Path(place).glob("cu*"))
+    for home in homes:
+        folder = home / "include"
+        if all((folder / name).exists() for name in ("curand.h", "cublas_v2.h", "cusparse.h")):
+            return folder
+    return None
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"nerfacc.{name}")
