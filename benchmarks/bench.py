@@ -34,9 +34,11 @@ from charts import line_chart
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
-PARTS = ("help", "preprocess", "quality", "render", "memory", "sound", "core", "curve")
+PARTS = (
+    "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
+)  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
-CURVE = {"cpu": (0.1, 0.25, 0.5, 1.0), "cuda": (0.02, 0.1, 0.4)}  # shares of the steps
+CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.1, 0.4)}  # shares of the steps
 PACKAGES = ("torch", "mediapipe", "lightning-fabric", "nerfacc", "numpy")
 
 
@@ -72,9 +74,10 @@ def talkhead(*words: str) -> dict[str, Any]:
 
 def clip(name: str, work: Path) -> Path:
     """A private clip, or the synthetic speaker in its place."""
-    found = CLIPS / "clips" / f"{name}.mp4"
-    if found.exists():
-        return found
+    for folder in ("clips", "clips/more"):
+        found = CLIPS / folder / f"{name}.mp4"
+        if found.exists():
+            return found
     made = work / "speaker.mp4"
     if not made.exists():
         script = ROOT / "examples" / "synthetic_speaker.py"
@@ -271,6 +274,33 @@ def part_curve(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"identity": name, "presets": options.presets, "rows": rows}
 
 
+def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Each of --ids from a prior of everybody else: people that the prior never met."""
+    everybody = sorted(p.stem for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4"))
+    home = ["--home", str(work / "home"), "--device", options.device]
+    for name in everybody:
+        _preprocessed(name, work)
+    rows = {}
+    for name in options.ids:
+        others = [other for other in everybody if other != name]
+        prior = f"without-{name}"
+        made = talkhead(
+            "pretrain", "--ids", ",".join(others), "-o", prior, "--fresh", *home,
+            "--seed", str(options.seed),
+        )  # fmt: skip
+        presets = [word for preset in options.presets for word in ("-p", preset)]
+        trained = talkhead(
+            "finetune", "--id", name, *presets, "--prior", prior, "--fresh", *home,
+            "--seed", str(options.seed),
+        )  # fmt: skip
+        run = f"{'+'.join(options.presets)}+from-{prior}"
+        scored = talkhead("evaluate", "--id", name, "--run", run, "--json", *home)
+        figures = json.loads(scored.pop("stdout"))["figures"]
+        made.pop("stdout"), trained.pop("stdout")
+        rows[name] = {"pretrain": made, "finetune": trained, "evaluate": scored, "figures": figures}
+    return {"people": everybody, "rows": rows}
+
+
 def _preprocessed(name: str, work: Path) -> None:
     if not (work / "home" / name / "manifest.json").exists():
         talkhead("preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"))
@@ -285,8 +315,8 @@ def _trained(name: str, work: Path, options: argparse.Namespace) -> None:
 
 
 def _words(options: argparse.Namespace) -> list[str]:
-    """The presets as the command line wants them."""
-    return [word for preset in options.presets for word in ("-p", preset)]
+    """The presets as the command line wants them; from nothing, whatever priors lie about."""
+    return [*(word for preset in options.presets for word in ("-p", preset)), "--prior", "none"]
 
 
 def machine() -> dict[str, Any]:

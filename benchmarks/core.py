@@ -75,7 +75,6 @@ def load(home: Path, name: str, device: str, run: str | None = None, every: int 
     clip = footage.load(space, show.preset.data, SilentProgress())
     held = clip.held[::every]
     rows = show.listen(clip.signals[held])
-    show.open_views(rows)
     truth = torch.from_numpy(clip.pictures[held.numpy()].astype(np.float32) / 255)
     boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held.numpy()], clip.size_px)
     return Bench(show, clip, rows, truth, boxes)

@@ -16,7 +16,7 @@ Axes
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
@@ -283,3 +283,6 @@ class RayMarcher(Protocol):
 
     def refresh(self, field: Field, step: int) -> None:
         """Learn which cells of space the field fills."""
+
+    def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+        """Learn of poses and views that training did not show, each a field of one row."""

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from talkhead_cli.contracts import SilentProgress, TalkheadError
+from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import fit, footage, player, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import pick_run
 from talkhead_cli.march import picture_rays
-from talkhead_cli.store import Workspace
+from talkhead_cli.store import Run, Workspace
 
 SHORT = [
     "train.stages.speech.steps=24",
@@ -62,6 +62,17 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path)
     assert by_default and (run.root / "avatar.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(TalkheadError, match="--fresh"):
         finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=["train.scale=0.5"])
+
+
+@pytest.mark.parametrize("name", ["../../../x", "/tmp/x", "a/b", ".hidden", ""])
+def test_a_runs_name_never_leads_out_of_its_folder(home: Path, name: str) -> None:
+    if not name:
+        with pytest.raises(MisuseError, match="cannot be the name"):
+            Run.named(home, name)
+        return
+    with pytest.raises(MisuseError, match="cannot be the name"):
+        finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT, run_name=name)
+    assert not (home.parent / "x").exists()
 
 
 def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(

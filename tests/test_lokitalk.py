@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from talkhead_cli import march
-from talkhead_cli.avatars.lokitalk import SPREAD, LokiTalk
+from talkhead_cli.avatars.lokitalk import LokiTalk
+from talkhead_cli.blocks.mouth import SPREAD, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import EYES, LIPS, region_masks, relief_gap, relief_of
 from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.contracts import RayBundle, Signals, SilentProgress
@@ -33,6 +34,11 @@ def avatar(clip: Footage) -> LokiTalk:
     return made.eval()
 
 
+@pytest.fixture(scope="module")
+def mouth(clip: Footage, avatar: LokiTalk) -> Mouth:
+    return avatar.person(clip.signals).mouth
+
+
 def test_relief_passes_through_the_face(clip: Footage, avatar: LokiTalk) -> None:
     side = float(avatar.aabb[[0, 1, 3, 4]].abs().max())
     relief = relief_of(clip.mesh, side)
@@ -44,54 +50,68 @@ def test_relief_passes_through_the_face(clip: Footage, avatar: LokiTalk) -> None
 
 
 def test_listening_writes_mouths_that_read_back_as_the_same_code(
-    clip: Footage, avatar: LokiTalk
+    clip: Footage, avatar: LokiTalk, mouth: Mouth
 ) -> None:
     heard = avatar.listen(clip.signals[clip.held])
     with torch.no_grad():
-        code = avatar.speech(heard.audio) * avatar.lip_gain + avatar._leant(heard)
-    assert torch.allclose(avatar.lips_of(heard), code, atol=1e-3)
+        code = avatar.speech(heard.audio) * mouth.gain + mouth.leant(heard)
+    assert torch.allclose(mouth.code(heard), code, atol=1e-3)
     others = [i for i in range(68) if i not in (*range(4, 13), *range(48, 68))]
-    assert torch.allclose(heard.landmarks[:, others], avatar.neutral[others].expand(
+    assert torch.allclose(heard.landmarks[:, others], mouth.neutral[others].expand(
         len(heard), -1, -1))  # fmt: skip
 
 
-def test_the_code_keeps_the_mouth_and_ignores_the_eyes(clip: Footage, avatar: LokiTalk) -> None:
+def test_the_code_keeps_the_mouth_and_ignores_the_eyes(clip: Footage, mouth: Mouth) -> None:
     rows = clip.signals[clip.train]
     moved = rows.landmarks.clone()
     moved[:, 36:48, 1] += 0.05
-    assert torch.allclose(avatar.lips_of(rows), avatar.lips_of(rows.with_(landmarks=moved)))
-    mouth = avatar.lips_of(rows) * avatar.lip_scale @ avatar.lip_basis.T
-    truth = (rows.landmarks - avatar.neutral)[:, [*range(4, 13), *range(48, 68)]].flatten(1)
-    assert (mouth - truth).square().sum() < 0.1 * truth.square().sum()
+    assert torch.allclose(mouth.code(rows), mouth.code(rows.with_(landmarks=moved)))
+    shape = mouth.code(rows) * mouth.scale @ mouth.basis.T
+    truth = (rows.landmarks - mouth.neutral)[:, [*range(4, 13), *range(48, 68)]].flatten(1)
+    assert (shape - truth).square().sum() < 0.1 * truth.square().sum()
 
 
 @pytest.mark.parametrize(("heard", "gain"), [(0.6, SPREAD / 0.6), (2.0, 1.0), (0.01, 2.0)])
 def test_heard_mouths_are_widened_to_a_share_of_the_true_opening(
-    clip: Footage, avatar: LokiTalk, monkeypatch: pytest.MonkeyPatch, heard: float, gain: float
+    clip: Footage, mouth: Mouth, heard: float, gain: float
 ) -> None:
     """Never narrowed, and no more than twofold, however little is heard."""
     kept = clip.signals[clip.train]
-    said = heard * avatar._to_say(kept)
-    monkeypatch.setattr(avatar.speech, "forward", lambda audio: said)
-    avatar.settle(kept)
-    assert float(avatar.lip_gain) == pytest.approx(gain, rel=0.1)
+    mouth.settle(kept, heard * mouth.to_say(kept))
+    assert float(mouth.gain) == pytest.approx(gain, rel=0.1)
 
 
 def test_what_the_pose_says_of_the_mouth_is_not_asked_of_speech(
-    clip: Footage, avatar: LokiTalk
+    clip: Footage, mouth: Mouth
 ) -> None:
     """A mouth that hangs with pitch is given back by the pose, and speech need not know."""
     rows = clip.signals[clip.train]
-    marks = avatar.neutral.expand(len(rows), -1, -1).clone()
+    marks = mouth.neutral.expand(len(rows), -1, -1).clone()
     pitch = (rows.pose[:, 0] - rows.pose[:, 0].mean()) / rows.pose[:, 0].std()
     marks[:, 48:68, 1] += 0.05 * pitch[:, None]
     hanging = rows.with_(landmarks=marks)
-    made = LokiTalk.build("tiny", n_steps=33, n_features=rows.audio.shape[2], px=64).eval()
-    made.calibrate(hanging, clip.mesh, avatar.aabb)
-    left, all_of_it = made._to_say(hanging)[:, 0], made.lips_of(hanging)[:, 0]
+    own = Mouth()
+    own.measure(hanging, principal_shapes([hanging]))
+    left, all_of_it = own.to_say(hanging)[:, 0], own.code(hanging)[:, 0]
     assert left.square().mean() < 0.05 * all_of_it.square().mean()
     far = rows.with_(pose=rows.pose * 100)
-    assert made._leant(far).abs().max() < 20, "held where training ended"
+    assert own.leant(far).abs().max() < 20, "held where training ended"
+
+
+def test_shapes_are_common_to_people_whose_mouths_move_by_different_amounts(
+    clip: Footage, mouth: Mouth
+) -> None:
+    """One who speaks with three times the motion neither changes the shapes nor the codes."""
+    rows = clip.signals[clip.train]
+    loud = rows.with_(landmarks=mouth.neutral + 3 * (rows.landmarks - mouth.neutral))
+    basis = principal_shapes([rows, loud])
+    agree = (basis * principal_shapes([rows])).sum(0).abs()
+    assert bool((agree > 0.999).all()), agree
+    one, other = Mouth(), Mouth()
+    one.measure(rows, basis)
+    other.measure(loud, basis)
+    assert torch.allclose(one.code(rows), other.code(loud), atol=1e-3)
+    assert torch.allclose(other.scale, 3 * one.scale, rtol=1e-3)
 
 
 def test_a_corrected_pose_moves_the_head_and_leaves_the_shoulders(
@@ -151,14 +171,14 @@ def footage_rays(rows: Signals) -> RayBundle:
     )
 
 
-def test_attention_starts_on_the_regions(avatar: LokiTalk, clip: Footage) -> None:
+def test_attention_starts_on_the_regions(avatar: LokiTalk, clip: Footage, mouth: Mouth) -> None:
     """An ellipsoid round the lips and each eye, at whose rim the logit is -1; under the chin."""
     field = avatar.condition(clip.signals[:1])
-    mouth = (avatar.neutral[LIPS].mean(0) * 2 + avatar.neutral[8]) / 3
-    eye = avatar.neutral[EYES[1]].mean(0)
-    under = avatar.neutral[8] + torch.tensor([0, 0.12, 0])
+    lips = (mouth.neutral[LIPS].mean(0) * 2 + mouth.neutral[8]) / 3
+    eye = mouth.neutral[EYES[1]].mean(0)
+    under = mouth.neutral[8] + torch.tensor([0, 0.12, 0])
     places = torch.stack([
-        mouth, mouth + torch.tensor([0, 0, 0.35]), eye, eye + torch.tensor([0.16, 0, 0]), under,
+        lips, lips + torch.tensor([0, 0, 0.35]), eye, eye + torch.tensor([0.16, 0, 0]), under,
         under + torch.tensor([0, 0.1, 0]),
     ])  # fmt: skip
     logits = field._prior(places)
@@ -184,15 +204,15 @@ def test_region_masks_lie_on_their_regions(clip: Footage) -> None:
     assert masks[0, 1] < 0.1 and masks[1, 0] < 0.1 and masks[2, 0] < 0.05
 
 
-def test_signals_move_only_their_region(clip: Footage, avatar: LokiTalk) -> None:
+def test_signals_move_only_their_region(clip: Footage, avatar: LokiTalk, mouth: Mouth) -> None:
     """A changed mouth changes the field at the mouth, and nothing at the forehead or shoulder."""
     row = clip.signals[int(clip.train[0])]
     moved = row.landmarks.clone()
     moved[:, 57:60, 1] += 0.1
     moved[:, 65:68, 1] += 0.1
     places = torch.stack(
-        [avatar.neutral[LIPS].mean(0), avatar.neutral[27] - torch.tensor([0, 0.35, 0]),
-         avatar.neutral[8] + torch.tensor([0.6, 0.5, 0.4])]
+        [mouth.neutral[LIPS].mean(0), mouth.neutral[27] - torch.tensor([0, 0.35, 0]),
+         mouth.neutral[8] + torch.tensor([0.6, 0.5, 0.4])]
     )  # fmt: skip
     zero = torch.zeros(3, dtype=torch.long)
     look = torch.tensor([[0.0, 0, 1]]).expand(3, 3)
@@ -208,3 +228,36 @@ def test_every_part_learns_and_only_named_parts_move(clip: Footage, avatar: Loki
     frozen = {id(p) for p in avatar.speech.linear.parameters()}
     assert named | frozen == {id(p) for p in avatar.parameters()}
     assert not named & frozen
+
+
+def test_what_people_share_passes_to_another_avatar(clip: Footage, avatar: LokiTalk) -> None:
+    """The common part is taken whole or not at all, and calibration keeps its shapes."""
+    torch.manual_seed(1)
+    n_features = clip.signals.audio.shape[2]
+    new = LokiTalk.build("tiny", n_steps=33, n_features=n_features, px=64)
+    shared = {k: v.clone() for k, v in avatar.common_state().items()}
+    assert any(k.startswith("speech.nets") for k in shared) and "mouth_basis" in shared
+    assert not any("volume" in k or "people" in k for k in shared)
+    shared["mouth_basis"] = shared["mouth_basis"].flip(1)
+    new.take_common(shared)
+    new.calibrate(clip.signals[clip.train], clip.mesh, avatar.aabb)
+    for name, value in new.common_state().items():
+        assert torch.equal(value, shared[name]), name
+    assert torch.equal(new.person(clip.signals).mouth.basis, shared["mouth_basis"])
+    for wrong in (shared | {"mouth_basis": torch.zeros(3, 3)}, shared | {"volume": torch.zeros(1)},
+                  {k: v for k, v in shared.items() if k != "mouth_basis"}):  # fmt: skip
+        with pytest.raises(ValueError, match="mouth_basis|volume"):
+            new.take_common(wrong)
+
+
+def test_each_person_has_its_own_mouth(clip: Footage) -> None:
+    rows = clip.signals[clip.train]
+    other = rows.with_(landmarks=2 * rows.landmarks, person=torch.ones_like(rows.person))
+    many = LokiTalk.build("tiny", n_steps=33, n_features=rows.audio.shape[2], px=64, n_people=2)
+    many.survey([rows, other])
+    box = torch.tensor([-1.0, -1, -1, 1, 1, 1])
+    for signals in (rows, other):
+        many.calibrate(signals, clip.mesh, box)
+    first, second = many.person(rows).mouth, many.person(other).mouth
+    assert first is not second and torch.allclose(second.neutral, 2 * first.neutral)
+    assert torch.allclose(first.code(rows), second.code(other), atol=1e-3)

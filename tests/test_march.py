@@ -510,6 +510,34 @@ def test_samples_gather_where_weights_were_seen() -> None:
     assert int(((z > 0.2) & (z < 0.3)).sum()) >= 2, z
 
 
+def test_a_new_pose_is_seen_once_it_is_revealed() -> None:
+    """Row 1 holds the ball where training never saw it; what lies inside it stays closed."""
+
+    def shape(x: Tensor, row: Tensor) -> Tensor:
+        centre = torch.tensor([[-0.4, 0.0, 0.3], [0.4, 0.0, -0.3]])[row]
+        return 80 * ((0.35 - length(x - centre)) / 0.02).sigmoid()
+
+    class OneRow(Solid):
+        def __init__(self, row: int) -> None:
+            super().__init__(lambda x, own: shape(x, torch.full_like(own, row)))
+
+    marcher, rays, new = trained(OneRow(0), 5), picture(48, 0.1), OneRow(1)
+    known = marcher.occupancy.occupied.clone()
+    true = DenseMarcher(BOX, 512).eval().march(new, rays)
+
+    def error() -> float:
+        return float((marcher.march(new, rays).opacity - true.opacity).abs().mean())
+
+    before = error()
+    marcher.reveal([(new, picture(32, yaw)) for yaw in (0.0, 0.2)])
+    assert error() < 0.1 * before and error() < 0.02, (before, error())
+    occupied = marcher.occupancy.occupied
+    assert bool((occupied | ~known).all()), "what was known stays open"
+    middle = marcher.occupancy.contains(torch.tensor([[0.4, 0.0, -0.2]]))
+    assert not bool(middle.any()), "flesh"
+    assert not marcher.lattice.watching
+
+
 def test_guided_gradients_reach_density_and_spare_it_where_detached() -> None:
     rays = picture(6)
     strength = torch.tensor(2.0, requires_grad=True)

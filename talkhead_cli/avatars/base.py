@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -26,10 +27,12 @@ class Avatar(nn.Module):
     """Base of the methods. An avatar knows neither how it is marched, nor saved, nor filmed.
 
     `aabb` (6,) is the box of head space that holds the person.  In training, methods put noise
-    on the driving signals; `noise` is the stage's share of it.
+    on the driving signals; `noise` is the stage's share of it.  `common` names what people share
+    and a prior consists of, by the beginnings of its names in the state.
     """
 
     aabb: Tensor
+    common: tuple[str, ...] = ()
     noise = 1.0
     hears_speech = True  # whether the method can be driven by sound alone
 
@@ -39,13 +42,37 @@ class Avatar(nn.Module):
 
     @classmethod
     def build(
-        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int
-    ) -> Self:
+        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        n_people: int = 1,
+    ) -> Self:  # fmt: skip
         """A fresh avatar of one size for speech windows (n_steps, n_features), pictures of px."""
         raise NotImplementedError
 
+    def common_state(self) -> dict[str, Tensor]:
+        """What people share: the tensors that a prior consists of."""
+        return {k: v for k, v in self.state_dict().items() if k.startswith(self.common)}
+
+    def common_parts(self) -> list[str]:
+        """The parts that learn any of it."""
+        shared = {id(p) for n, p in self.named_parameters() if n.startswith(self.common)}
+        return [name for name in self.parts() if any(id(p) in shared for p in self.part(name))]
+
+    @torch.no_grad()
+    def take_common(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin from a prior, strictly; ValueError names what does not fit."""
+        own = self.common_state()
+        for name in own.keys() | tensors.keys():
+            have, want = (t.shape if t is not None else None
+                          for t in (tensors.get(name), own.get(name)))  # fmt: skip
+            if have != want:
+                raise ValueError(f"{name} is {have and tuple(have)}, not {want and tuple(want)}")
+            own[name].copy_(tensors[name])
+
+    def survey(self, people: Sequence[Signals]) -> None:
+        """Read what is common to `people` and measured, before any of them is calibrated."""
+
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Read what is measured rather than learnt off the person's training rows.
+        """Read what is measured rather than learnt off one person's training rows.
 
         mesh (n, 3) the rigid face in head space · aabb (6,) the box that holds the person
         """

@@ -24,6 +24,7 @@ Where the paper is silent or we differ on purpose:
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -35,21 +36,15 @@ from typing_extensions import Self
 from talkhead_cli.avatars.base import Avatar, StepResult, shaped
 from talkhead_cli.blocks.loss import gradient_difference, ssim
 from talkhead_cli.blocks.mlp import Mlp, by_row
+from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.planes import TriPlanes, frequencies
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import EYES, LIPS, RELIEF, region_masks, relief_gap, relief_of
 from talkhead_cli.blocks.rigid import PoseCorrection, after, moved, shoulders_in_head, undone
-from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
+from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks
 from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
 
-MOUTH = torch.tensor([*range(4, 13), *range(48, 68)])  # jaw and lips of the 68
-INNER_LIPS = [62, 66]  # middle of the upper and of the lower one
-N_LIP_CODES = 8
 RIDGES = (3e2, 1e3, 3e3, 1e4, 3e4)
-SPREAD = 0.9  # share of the true spread of the opening that heard mouths are given
-GAINS = (1.0, 2.0)
-LEAN_RIDGE = 0.05  # per row
-MAX_POSE = 2.5  # standard deviations; further out, codes are held where training ended
 MAX_SHIFT = 0.15  # face heights; guards the displacement fields
 # Channels that the marcher composites: colour, then auxiliary maps with detached weights.
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
@@ -79,34 +74,63 @@ SIZES = {
 }
 
 
-class LokiTalk(Avatar):
-    """One person's LokiTalk avatar.
+class Person(nn.Module):
+    """What is measured of one person.
 
-    Measured of the person (`calibrate`): neutral (68, 3) mean landmarks · lip_basis (87, K),
-    lip_scale (K,) principal shapes of mouth and jaw · lip_gain () that heard codes are widened by ·
-    lip_lean (6, K) what the pose alone says of the code ·
-    pose_mean, pose_scale (10,) of pose and shoulders · rest_pose (6,) in which head and
-    shoulders are canonical · relief (RELIEF, RELIEF, 2) depth of the face, and trust in it
+    mouth (whose mean pose is the one in which head and shoulders are canonical) ·
+    body_mean, body_scale (4,) of the shoulders · relief (RELIEF, RELIEF, 2) depth of the face
+    and trust in it, over a square of half-width relief_side ()
     """
 
-    neutral: Tensor
-    lip_basis: Tensor
-    lip_scale: Tensor
-    lip_gain: Tensor
-    lip_lean: Tensor
-    pose_mean: Tensor
-    pose_scale: Tensor
-    rest_pose: Tensor
+    body_mean: Tensor
+    body_scale: Tensor
     relief: Tensor
+    relief_side: Tensor
 
-    def __init__(self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.mouth = Mouth()
+        for name, shape in {
+            "body_mean": (4,), "body_scale": (4,), "relief": (RELIEF, RELIEF, 2), "relief_side": (),
+        }.items():  # fmt: skip
+            self.register_buffer(name, torch.zeros(shape))
+
+    @torch.no_grad()
+    def measure(self, signals: Signals, basis: Tensor, mesh: Tensor, aabb: Tensor) -> None:
+        self.mouth.measure(signals, basis)
+        self.body_mean.copy_(signals.body.mean(0))
+        self.body_scale.copy_(signals.body.std(0).clamp_min(1e-2))
+        self.relief_side.copy_(aabb[[0, 1, 3, 4]].abs().max())
+        self.relief.copy_(relief_of(mesh, float(self.relief_side)))
+
+    def stance(self, signals: Signals) -> Tensor:
+        """Standardised pose of head and shoulders (T, 10)."""
+        body = (signals.body - self.body_mean) / self.body_scale
+        return torch.cat([self.mouth.pose(signals), body], 1)
+
+
+class LokiTalk(Avatar):
+    """LokiTalk's avatar.
+
+    What speech says of a mouth is common to all people: its networks, and the shapes that
+    their code counts in, mouth_basis (87, K).  The field is one person's.
+    """
+
+    common = ("speech.nets.", "mouth_basis")
+    mouth_basis: Tensor
+
+    def __init__(
+        self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1
+    ) -> None:
         super().__init__()
         widths = SIZES[size]
         self.octaves = widths.octaves
         n_position = 3 * (1 + 2 * widths.octaves)
-        self.speech = SpeechEncoder(n_steps, n_features, N_LIP_CODES)
+        self.people = nn.ModuleList(Person() for _ in range(n_people))
+        self.register_buffer("mouth_basis", torch.zeros(3 * len(MOUTH), N_CODES))
+        self.speech = SpeechEncoder(n_steps, n_features, N_CODES)
         self.pose_correction = PoseCorrection(6 + 2 + 2 + 2)
-        self.lip_code = Mlp(N_LIP_CODES, 32, N_CODE)
+        self.lip_code = Mlp(N_CODES, 32, N_CODE)
         self.eye_code = Mlp(2 * 3 + 2 + 2, 32, N_CODE)
         self.pose_code = Mlp(6 + 4, 32, N_CODE)
         self.attention = Mlp(n_position, 32, 3, last_scale=0.1)
@@ -122,98 +146,47 @@ class LokiTalk(Avatar):
         self.to_gate = _two(N_CODE, N_GATE, of=2 * N_CODE)
         self.gate = _block(N_GATE, widths.head, of=n_density)
         self.to_torso = _block(N_CODE, widths.trunk, of=n_position + N_CODE)
-        for name, shape in {
-            "neutral": (68, 3),  # mean landmarks of the person
-            "lip_basis": (len(MOUTH) * 3, N_LIP_CODES),
-            "lip_scale": (N_LIP_CODES,),
-            "lip_gain": (),
-            "lip_lean": (6, N_LIP_CODES),
-            "pose_mean": (10,),
-            "pose_scale": (10,),
-            "rest_pose": (6,),
-            "relief": (RELIEF, RELIEF, 2),
-        }.items():
-            self.register_buffer(name, torch.zeros(shape))
 
     @classmethod
     def build(
-        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int
-    ) -> Self:
-        return cls(size, n_steps=n_steps, n_features=n_features)
+        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        n_people: int = 1,
+    ) -> Self:  # fmt: skip
+        return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
 
     # -- what is measured ------------------------------------------------------------------
 
+    def person(self, signals: Signals) -> Person:
+        """Whose rows these are; people mix between shots, never inside one."""
+        index = int(signals.person[0]) if len(self.people) > 1 else 0
+        found = self.people[index]
+        assert isinstance(found, Person)
+        return found
+
+    @torch.no_grad()
+    def survey(self, people: Sequence[Signals]) -> None:
+        self.mouth_basis.copy_(principal_shapes(people))
+
     @torch.no_grad()
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Neutral face, mouth basis, statistics of the pose, linear maps to the mouth, relief."""
+        """Mouth, statistics of the pose, relief; for one person also the linear map of speech."""
+        if not self.mouth_basis.any():
+            self.survey([signals])
         self.aabb.copy_(aabb)
-        self.neutral.copy_(signals.landmarks.mean(0))
-        mouth = (signals.landmarks - self.neutral)[:, MOUTH].flatten(1)
-        _, _, basis = torch.linalg.svd(mouth.double(), full_matrices=False)
-        self.lip_basis.copy_(basis[:N_LIP_CODES].T)
-        self.lip_scale.copy_((mouth @ self.lip_basis).std(0).clamp_min(1e-4))
-        pose = torch.cat([signals.pose, signals.body], 1)
-        self.pose_mean.copy_(pose.mean(0))
-        self.pose_scale.copy_(pose.std(0).clamp_min(1e-2))
-        self.rest_pose.copy_(signals.pose.mean(0))
-        lean, _ = ridge_map(self._pose(signals), self.lips_of(signals), LEAN_RIDGE * len(pose))
-        self.lip_lean.copy_(lean)
-        said = self._to_say(signals)
-        ridge, _ = ridge_by_blocks(signals.audio.flatten(1), said, RIDGES)
-        self.speech.solve(signals.audio, said, ridge)
-        self.lip_gain.fill_(1.0)
-        self.relief.copy_(relief_of(mesh, float(aabb[[0, 1, 3, 4]].abs().max())))
+        person = self.person(signals)
+        person.measure(signals, self.mouth_basis, mesh, aabb)
+        if len(self.people) == 1:
+            said = person.mouth.to_say(signals)
+            ridge, _ = ridge_by_blocks(signals.audio.flatten(1), said, RIDGES)
+            self.speech.solve(signals.audio, said, ridge)
 
     @torch.no_grad()
     def settle(self, kept: Signals) -> None:
-        """Set the gain of heard mouths, on rows that the encoder was not trained on.
-
-        A regression says the mean of what may be meant, which mumbles: it is widened until the
-        mouth opens by SPREAD of its true spread.  One gain for all codes keeps the proportions,
-        and with them the course of the opening, that regression found.
-        """
-        true, said = (
-            self._opening(code).std() for code in (self._to_say(kept), self.speech(kept.audio))
-        )
-        self.lip_gain.copy_((SPREAD * true / said.clamp_min(1e-6)).clamp(*GAINS))
-
-    def lips_of(self, signals: Signals) -> Tensor:
-        """Standardised mouth code (T, K) of the landmarks."""
-        mouth = (signals.landmarks - self.neutral)[:, MOUTH].flatten(1)
-        return mouth @ self.lip_basis / self.lip_scale
-
-    def _leant(self, signals: Signals) -> Tensor:
-        """What the pose says of the mouth code (T, K).
-
-        Part of what the tracked mouth does goes with the head: jaws hang when heads tilt, and
-        meshes bend when heads turn.  Speech cannot know, and a field that learnt mouths with it
-        misses it when driven by speech.
-        """
-        return self._pose(signals).clamp(-MAX_POSE, MAX_POSE) @ self.lip_lean
-
-    def _to_say(self, signals: Signals) -> Tensor:
-        """The mouth code (T, K) that is left for speech to say."""
-        return self.lips_of(signals) - self._leant(signals)
-
-    def _pose(self, signals: Signals) -> Tensor:
-        """Standardised pose of the head (T, 6)."""
-        return (signals.pose - self.pose_mean[:6]) / self.pose_scale[:6]
-
-    def _opening(self, code: Tensor) -> Tensor:
-        """Distance (T,) between the lips' inner edges, face heights."""
-        upper, lower = self._mouth(code)[:, INNER_LIPS].unbind(1)
-        return (lower - upper).norm(dim=1)
-
-    def _mouth(self, code: Tensor) -> Tensor:
-        """Landmarks (T, 68, 3) of standardised mouth codes (T, K) on the neutral face."""
-        landmarks = self.neutral.expand(len(code), -1, -1).clone()
-        landmarks[:, MOUTH] += ((code * self.lip_scale) @ self.lip_basis.T).view(len(code), -1, 3)
-        return landmarks
+        self.person(kept).mouth.settle(kept, self.speech(kept.audio))
 
     def listen(self, signals: Signals) -> Signals:
         """Mouth landmarks as speech and pose say; the rest of the face is neutral."""
-        code = self.speech(signals.audio) * self.lip_gain + self._leant(signals)
-        return signals.with_(landmarks=self._mouth(code))
+        return self.person(signals).mouth.heard(signals, self.speech(signals.audio))
 
     # -- hop 8: signals to field ---------------------------------------------------------------
 
@@ -231,17 +204,18 @@ class LokiTalk(Avatar):
     def _correction(self, signals: Signals) -> Tensor:
         """(T, 3, 4)."""
         face = [4 * (signals.eye - 1), 4 * signals.gaze, 10 * signals.brow]
-        return self.pose_correction(torch.cat([self._pose(signals), *face], 1))
+        pose = self.person(signals).mouth.pose(signals)
+        return self.pose_correction(torch.cat([pose, *face], 1))
 
     def condition(self, signals: Signals) -> LokiField:
+        person = self.person(signals)
         # The shoulders were measured in the picture: they are where they are, whatever is put
         # right of the head's pose.
         shoulders = after(
-            shoulders_in_head(signals.pose, signals.body, self.rest_pose),
+            shoulders_in_head(signals.pose, signals.body, person.mouth.pose_mean),
             undone(self._correction(signals)),
         )
-        pose = (torch.cat([signals.pose, signals.body], 1) - self.pose_mean) / self.pose_scale
-        lips = self.lips_of(signals)
+        pose, lips = person.stance(signals), person.mouth.code(signals)
         if self.training:
             signals = _disturbed(signals, self.noise)
             pose = pose + self.noise * POSE_NOISE * torch.randn_like(pose)
@@ -255,6 +229,7 @@ class LokiTalk(Avatar):
         pose_code = self.pose_code(pose.clamp(-MAX_POSE, MAX_POSE))
         return LokiField(
             self,
+            person,
             face=_mapped(self.to_face, codes),
             density=self.gate(_mapped(self.to_gate, codes)),
             torso=self.to_torso(pose_code),
@@ -284,7 +259,7 @@ class LokiTalk(Avatar):
 
     def _speech_losses(self, result: StepResult) -> dict[str, Tensor]:
         signals = result.shot.signals
-        code = self._to_say(signals)
+        code = self.person(signals).mouth.to_say(signals)
         if self.training:
             return {"speech": F.smooth_l1_loss(*_paired(self.speech.votes(signals.audio), code))}
         return {"speech": F.smooth_l1_loss(self.speech(signals.audio), code)}
@@ -311,7 +286,7 @@ class LokiTalk(Avatar):
             # one-sided inside the soft masks would let attention vanish: two-sided, as in 1.4
             "attention": ((attention - masks * solid) * solid).abs().mean(),
             "still": (moved * (1 - masks[:, :2].amax(1, keepdim=True))).mean(),
-            "relief": self._relief_loss(rendered, rays, shot.labels),
+            "relief": self._relief_loss(shot.signals, rendered, rays, shot.labels),
             "rough": self.volume.roughness(),
         }
         if rays.layout is not None:
@@ -320,15 +295,17 @@ class LokiTalk(Avatar):
             losses["gradient"] = gradient_difference(frame.rgb, target)
         return losses
 
-    def _relief_loss(self, rendered: Rendered, rays: RayBundle, labels: Tensor) -> Tensor:
+    def _relief_loss(
+        self, signals: Signals, rendered: Rendered, rays: RayBundle, labels: Tensor
+    ) -> Tensor:
         """How far the rendered face lies from the tracked face's depth, face heights.
 
         One camera and a head that turns by a few degrees leave depth open; the mesh knows it.
         """
         distance = rendered.depth / rendered.opacity.clamp_min(1e-3)
         point = rays.origins + distance * rays.directions
-        side = float(self.aabb[[0, 1, 3, 4]].abs().max())
-        gap, trust = relief_gap(self.relief, side, point)
+        person = self.person(signals)
+        gap, trust = relief_gap(person.relief, person.relief_side, point)
         sure = trust * (1 - labels[:, 5]) * rendered.opacity.detach()[:, 0]
         return (sure * F.smooth_l1_loss(gap, torch.zeros_like(gap), reduction="none", beta=0.03)
                 ).mean()  # fmt: skip
@@ -363,15 +340,16 @@ class LokiField:
     n_detached = 5
 
     def __init__(
-        self, avatar: LokiTalk, *, face: Tensor, density: Tensor, torso: Tensor, shoulders: Tensor
-    ) -> None:
+        self, avatar: LokiTalk, person: Person, *, face: Tensor, density: Tensor, torso: Tensor,
+        shoulders: Tensor,
+    ) -> None:  # fmt: skip
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(torso)
         self._face, self._density, self._torso = face, density, torso
         self._shoulders = shoulders
         low, high = avatar.aabb[:3], avatar.aabb[3:]
         self._middle, self._half = (low + high) / 2, (high - low) / 2 * 1.1
         self._reach = torch.maximum(-low, high) * 1.1  # the planes keep the face in their middle
-        self._prior_weight, self._prior_bias = _prior(avatar.neutral)
+        self._prior_weight, self._prior_bias = _prior(person.mouth.neutral)
 
     def density(self, x: Tensor, row: Tensor) -> Tensor:
         return self._static(x, row)[0]

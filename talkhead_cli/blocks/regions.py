@@ -74,7 +74,7 @@ def relief_of(mesh: Tensor, side: float) -> Tensor:
     return torch.stack([inside * depth, trust], -1).view(RELIEF, RELIEF, 2).float()
 
 
-def relief_gap(relief: Tensor, side: float, point: Tensor) -> tuple[Tensor, Tensor]:
+def relief_gap(relief: Tensor, side: float | Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
     """How far points (N, 3) lie behind the relief, face heights (N,), and the trust in it (N,)."""
     found = F.grid_sample(
         relief.permute(2, 0, 1)[None], point[None, None, :, :2].detach() / side, align_corners=True

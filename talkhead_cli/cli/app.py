@@ -105,6 +105,10 @@ def finetune(
     run: Annotated[
         str | None, typer.Option("--run", help="Name of the run.  [default: its presets]")
     ] = None,
+    prior: Annotated[
+        str | None,
+        typer.Option(help="Prior to begin from, or none.  [default: the newest that fits]"),
+    ] = None,
     fresh: Annotated[bool, typer.Option(help="Replace the run of that name.")] = False,
     device: Device = "auto",
     seed: Seed = 0,
@@ -119,9 +123,65 @@ def finetune(
 
         made = job(
             home_folder(home), name, report, names=preset or ["lokitalk"],
-            settings=setting or [], run_name=run, device=device, seed=seed, fresh=fresh,
+            settings=setting or [], run_name=run, prior=prior, device=device, seed=seed,
+            fresh=fresh,
         )  # fmt: skip
         _say([made.root], {"meta": made.meta()}, json)
+
+
+@app.command()
+def pretrain(
+    ids: Annotated[
+        str | None, typer.Option(help="Identities, comma-separated.  [default: all of the home]")
+    ] = None,
+    ids_from: Annotated[
+        Path | None, typer.Option("--ids-from", help="File with one identity per line.")
+    ] = None,
+    out: Annotated[str, typer.Option("-o", "--out", help="Name of the prior.")] = "prior",
+    preset: Annotated[
+        list[str] | None,
+        typer.Option("-p", "--preset", help="Preset by name or file; repeat it, the later wins."),
+    ] = None,
+    setting: Annotated[
+        list[str] | None, typer.Option("-s", "--set", help="One preset key: key=value.")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Replace the prior of that name.")] = False,
+    device: Device = "auto",
+    seed: Seed = 0,
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Learn what many people share; new people begin from it (finetune --prior)."""
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.pretrain import pretrain as job
+        from talkhead_cli.store import home_folder
+
+        made = job(
+            home_folder(home), _named(ids, ids_from, home_folder(home)), out, report,
+            preset_names=preset or ["lokitalk"], settings=setting or [], device=device, seed=seed,
+            fresh=fresh,
+        )  # fmt: skip
+        _say([made.root], {"meta": made.meta()}, json)
+
+
+def _named(ids: str | None, file: Path | None, home: Path) -> list[str]:
+    """Identities by --ids, else by --ids-from, else all of the home."""
+    from talkhead_cli.contracts import MisuseError
+    from talkhead_cli.store import list_ids
+
+    if ids is not None and file is not None:
+        raise MisuseError("give --ids or --ids-from, not both")
+    if ids is not None:
+        return [name.strip() for name in ids.split(",") if name.strip()]
+    if file is None:
+        return list_ids(home)
+    try:
+        return [
+            line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
+    except (OSError, UnicodeDecodeError) as error:
+        raise MisuseError(f"--ids-from {file} cannot be read: {error}") from error
 
 
 @app.command()

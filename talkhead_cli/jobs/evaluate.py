@@ -68,6 +68,8 @@ def evaluate(
         raise TalkheadError(
             f"'{name}' was preprocessed again since run '{run.name}' was trained; train it anew"
         )
+    if (run.meta().get("prior") or {}).get("knew_person"):
+        progress.note(f"the prior of run '{run.name}' knew '{name}': these figures flatter")
     clip = footage.load(space, show.preset.data, progress)
     if len(clip.held) < 2 * BLOCK:
         raise TalkheadError("fewer than a second of held-out frames has a face; nothing to score")
@@ -75,7 +77,6 @@ def evaluate(
     truth = np.ascontiguousarray(clip.pictures[held])
     signals = clip.signals[clip.held]
 
-    show.open_views(signals[:: max(1, len(signals) // player.N_VIEWS)])
     progress.stage("render held-out", len(held))
     rendered, seconds, n_points = _film(show, show.listen(signals), progress)
     seen_truth, seen = _measure(truth, progress), _measure(rendered, progress)
@@ -109,6 +110,7 @@ def evaluate(
             "note": "marching and compositing alone, without encoding",
         },
         "training_seconds": run.meta().get("seconds"),
+        "prior": run.meta().get("prior"),
     }  # fmt: skip
     made = [run.write_figures(figures)]
     made += _write_films(run.evaluation, truth, rendered, sound, held)

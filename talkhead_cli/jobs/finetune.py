@@ -15,8 +15,10 @@ from talkhead_cli import __version__, march
 from talkhead_cli.contracts import Progress, TalkheadError
 from talkhead_cli.jobs import fit, footage, player
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset
+from talkhead_cli.jobs.prior import Start
 from talkhead_cli.store import Run, Workspace
 
 
@@ -28,6 +30,7 @@ def finetune(
     names: Sequence[str] = ("lokitalk",),
     settings: Sequence[str] = (),
     run_name: str | None = None,
+    prior: str | None = None,
     device: str = "auto",
     seed: int = 0,
     fresh: bool = False,
@@ -35,6 +38,8 @@ def finetune(
 ) -> Run:
     """Train the preset made of `names` and `settings` on identity `name`.
 
+    It begins from what many people share: from the named prior, the newest one of the home that
+    fits, or, with "none", from nothing.
     A run that was interrupted continues from its last save; a finished one is left as it is.
     """
     preset = presets.load(names, settings)
@@ -45,16 +50,21 @@ def finetune(
             "preprocess a clip that has sound"
         )
     where = march.device_of(device)
-    run = Run(space.runs / (run_name or presets.run_name(names, settings)))
+    hears = priors.speech_facts(space, preset, space.load("voice")["stream"].shape[1])
+    start = priors.choose(home, prior, preset.method, space, hears)
+    run = Run.named(space.runs, run_name or _run_name(names, settings, start))
     with space.locked():
         if fresh:
             run.clear()
-        if _is_finished(run, preset, space, progress):
+        if _is_finished(run, preset, space, start, progress):
             return run
         began = time.monotonic()
         spent = run.meta().get("seconds", 0.0)
         run.write_preset(preset.to_yaml())
-        run.write_meta(identity=name, version=__version__, footage=space.fingerprint, seed=seed)
+        run.write_meta(
+            identity=name, version=__version__, footage=space.fingerprint, seed=seed,
+            prior=None if start is None else start.facts(),
+        )  # fmt: skip
 
         fabric = Fabric(
             accelerator=where.type, devices=1,
@@ -66,16 +76,25 @@ def finetune(
         n_features = int(clip.signals.audio.shape[2])
         avatar, marcher, why = player.build(preset, n_features, aabb.to(where), where)
         progress.note(f"marching: {why}")
+        stages = preset
+        if start is not None:
+            priors.begin_from(avatar, start)
+            stages = presets.slowed(preset, avatar.common_parts())
+            progress.note(_introduced(start, name))
         hearing = clip.train[clip.heard[clip.train]]
         avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb.to(where))
         place = fit.fit(
-            preset, avatar, marcher, [clip], run, fabric, progress, seed=seed,
+            stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
             stop_after=stop_after,
         )  # fmt: skip
         seconds = spent + time.monotonic() - began
         if place.stage < len(preset.train.stages):
             run.write_meta(seconds=round(seconds, 1))
             return run
+        avatar.eval()
+        marcher.eval()
+        if len(clip.held):  # poses that films replay, though training never shows them
+            player.open_views(avatar, marcher, clip.signals[clip.held], where)
         player.save(run, avatar, marcher)
         run.save_drive(_drive(space, clip))
         shutil.copyfile(space.plate_file, run.plate_file)
@@ -89,16 +108,33 @@ def finetune(
             n_held=len(clip.held),
             device=march.device_name(where),
             torch=torch.__version__,
-            speech={"backend": space.manifest()["backends"]["voice"], "n_features": n_features,
-                    "window": preset.data.window, "stored": "10 ms rows"},
+            speech=hears,
             source=space.manifest()["source"],
             consent=space.manifest().get("consent", []),
         )  # fmt: skip
     return run
 
 
-def _is_finished(run: Run, preset: Preset, space: Workspace, progress: Progress) -> bool:
-    """Whether nothing is left to do; refuses a run that another preset or clip began."""
+def _run_name(names: Sequence[str], settings: Sequence[str], start: Start | None) -> str:
+    """Named by its presets, and by the prior it began from."""
+    own = presets.run_name(names, settings)
+    return own if start is None else f"{own}+from-{start.prior.name}"
+
+
+def _introduced(start: Start, name: str) -> str:
+    told = f"prior: {start.prior.name}, of {start.n_people} people"
+    if start.knows:
+        told += (
+            f"; '{name}' is one of them, so its held-out figures will flatter (--prior none trains "
+            "from nothing)"
+        )
+    return told
+
+
+def _is_finished(
+    run: Run, preset: Preset, space: Workspace, start: Start | None, progress: Progress
+) -> bool:
+    """Whether nothing is left to do; refuses a run that another preset, clip or prior began."""
     text = run.preset_text()
     if text is None:
         return False
@@ -111,6 +147,11 @@ def _is_finished(run: Run, preset: Preset, space: Workspace, progress: Progress)
         raise TalkheadError(
             f"run '{run.name}' was trained on an earlier preprocessing of '{space.id}'; pass "
             "--fresh to train it anew"
+        )
+    if run.meta().get("prior") != (None if start is None else start.facts()):
+        raise TalkheadError(
+            f"run '{run.name}' was begun from another prior; pass --fresh to replace it, or "
+            "--run NAME for a new one"
         )
     if run.is_finished:
         progress.note(f"run '{run.name}' is finished already; --fresh trains it anew")

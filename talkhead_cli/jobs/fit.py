@@ -204,7 +204,7 @@ class _StageLoop:
                 shots.draw(p, self.stage, int(place.n_rays), self.avatar.aabb.cpu(), self.rng),
                 device,
             )
-            for p in self.people
+            for p in self._mixed()
         ]
         learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
         if learns_space and place.total % self.preset.march.every == 0:
@@ -227,6 +227,13 @@ class _StageLoop:
         if n_points:
             figures |= {"rays": float(int(place.n_rays)), "points": float(n_points)}
         return figures, value
+
+    def _mixed(self) -> list[Footage]:
+        """The people of this step."""
+        n = self.stage.n_people
+        if not 0 < n < len(self.people):
+            return self.people
+        return [self.people[i] for i in torch.randperm(len(self.people), generator=self.rng)[:n]]
 
     def _schedule(self, step: int) -> None:
         """Warm-up, then an exponential fall."""

@@ -76,8 +76,14 @@ def split(n_frames: int, holdout: float) -> int:
     return min(max(round(holdout * n_frames), MIN_HOLDOUT), n_frames // 4)
 
 
-def load(space: Workspace, data: Data, progress: Progress) -> Footage:
-    """Read a workspace at the preset's picture size; caches pixels on first use."""
+def load(
+    space: Workspace, data: Data, progress: Progress, *, person: int = 0, pictures: bool = True
+) -> Footage:
+    """Read a workspace at the preset's picture size; caches pixels on first use.
+
+    `person` numbers its rows where there are several; without `pictures` there are none, for
+    stages that only hear.
+    """
     tracks, sound = space.load("tracks"), space.load("voice")
     n_frames = len(tracks["pose"])
     n_held = split(n_frames, data.holdout)
@@ -92,13 +98,15 @@ def load(space: Workspace, data: Data, progress: Progress) -> Footage:
             "2 s are needed"
         )
     stats = SpeechStats.of(sound["stream"][: n_train * voice.RATE_HZ // FPS])
+    signals = make_signals(tracks, sound["stream"], stats, data)
+    n_seen = n_frames if pictures else 0
     return Footage(
-        signals=make_signals(tracks, sound["stream"], stats, data),
+        signals=signals.with_(person=torch.full((n_frames,), person)),
         train=train,
         held=held,
         heard=heard,
-        pictures=_pictures(space, data.size_px, n_frames, progress),
-        labels=_labels(space, n_frames, progress),
+        pictures=_pictures(space, data.size_px, n_seen, progress),
+        labels=_labels(space, n_seen, progress),
         plate=read_plate(space.plate_file, data.size_px),
         stats=stats,
         mesh=torch.from_numpy(tracks["shape"][:N_SKIN]),
@@ -183,6 +191,8 @@ def read_plate(path: Any, size_px: int) -> Tensor:
 def _pictures(
     space: Workspace, size_px: int, n_frames: int, progress: Progress
 ) -> NDArray[np.uint8]:
+    if not n_frames:
+        return np.zeros((0, size_px, size_px, 3), np.uint8)
     cached = space.pixels("rgb", size_px)
     if cached is not None:
         return cached
@@ -194,6 +204,8 @@ def _pictures(
 
 def _labels(space: Workspace, n_frames: int, progress: Progress) -> NDArray[np.uint8]:
     side = 128
+    if not n_frames:
+        return np.zeros((0, len(LABELS), side, side), np.uint8)
     cached = space.pixels("labels", side)
     if cached is not None:
         return cached

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +22,7 @@ from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, list_runs
 
 T = TypeVar("T")
-N_VIEWS = 24  # rows that open the occupancy grid for new poses
+N_VIEWS = 24  # pictures that show a marcher new poses
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # of one march on a GPU; some 3 GB
 DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new film
 
@@ -78,12 +79,9 @@ class Player:
             frames = self.avatar.compose(rendered, rays, background.repeat(len(rows), 1))
         return frames, rendered.n_points
 
-    @torch.no_grad()
     def open_views(self, signals: Signals) -> None:
-        """Let the occupancy grid learn of poses and views that training did not show."""
-        grid = getattr(self.marcher, "occupancy", None)
-        if grid is not None:
-            grid.extend(self.avatar.condition(signals.to(self.device)), range(len(signals)))
+        """Let the marcher learn of poses and views that training did not show."""
+        open_views(self.avatar, self.marcher, signals, self.device)
 
     def listen(self, signals: Signals) -> Signals:
         with torch.no_grad():
@@ -93,6 +91,21 @@ class Player:
     def stats(self) -> SpeechStats:
         drive = self.run.drive()
         return SpeechStats(drive["speech_mean"], drive["speech_std"])
+
+
+@torch.no_grad()
+def open_views(avatar: Avatar, marcher: nn.Module, signals: Signals, device: torch.device) -> None:
+    """Show the marcher at most N_VIEWS of the rows, spread over them."""
+    grid = getattr(marcher, "occupancy", None)
+    if grid is None:
+        return
+    size_px = 2 * grid.resolution  # a picture about as wide as the box: no cell between rays
+    views, alone = [], torch.zeros(1, dtype=torch.long, device=device)
+    for row in dict.fromkeys(np.linspace(0, len(signals) - 1, N_VIEWS).astype(int).tolist()):
+        one = signals[row].to(device)
+        rays = march.picture_rays(one.camera.resized(size_px), alone, avatar.aabb)
+        views.append((avatar.condition(one), avatar.aim(one, rays)))
+    marcher.reveal(views)  # type: ignore[operator]
 
 
 def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[T]:
@@ -128,12 +141,13 @@ def pick_run(space: Workspace, name: str | None) -> tuple[Run, bool]:
     )
 
 
-def build(preset: Preset, n_features: int, aabb: Tensor, device: torch.device,
-          ) -> tuple[Avatar, nn.Module, str]:  # fmt: skip
+def build(
+    preset: Preset, n_features: int, aabb: Tensor, device: torch.device, n_people: int = 1
+) -> tuple[Avatar, nn.Module, str]:
     """A fresh avatar and marcher for a preset."""
     avatar = avatar_class(preset.method).build(
         preset.avatar.size, n_steps=preset.data.window, n_features=n_features,
-        px=preset.data.size_px,
+        px=preset.data.size_px, n_people=n_people,
     )  # fmt: skip
     options = march.MarchOptions(**preset.march.model_dump())
     marcher, why = march.build(options, aabb, device)

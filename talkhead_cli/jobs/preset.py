@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -60,6 +60,7 @@ class Stage(_Strict):
     freeze_grid  leave the occupancy grid as it is
     explore      take all samples in occupied cells: where surfaces are is yet to be found
     noise        on the driving signals, as a share of what the method takes for right
+    n_people     people mixed in a step when there are many (0: all of them)
     """
 
     steps: Annotated[int, Field(ge=0)]
@@ -78,6 +79,7 @@ class Stage(_Strict):
     freeze_grid: bool = False
     explore: bool = False
     noise: Annotated[float, Field(ge=0)] = 1.0
+    n_people: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")
     def _rates_are_for_what_learns(self) -> Stage:
@@ -87,9 +89,11 @@ class Stage(_Strict):
 
 
 class Train(_Strict):
-    """scale multiplies the steps of every stage · ema: decay of the averaged weights."""
+    """scale multiplies the steps of every stage · ema: decay of the averaged weights
+    · common_rate: share of their rates that parts which came from a prior learn at."""
 
     scale: Annotated[float, Field(gt=0)] = 1.0
+    common_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
     stages: dict[str, Stage]
 
@@ -107,17 +111,30 @@ class AvatarOptions(_Strict):
 
 
 class Preset(_Strict):
-    """Everything that names a training run."""
+    """Everything that names a training run.  pretrain: stages that learn from many people."""
 
     method: str
     data: Data = Data()
     march: March = March()
     train: Train
+    pretrain: Train | None = None
     render: Render = Render()
     avatar: AvatarOptions = AvatarOptions()
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def slowed(preset: Preset, parts: Collection[str]) -> Preset:
+    """The preset with the rates of `parts` at `train.common_rate` of what they were."""
+    stages = {
+        name: stage.model_copy(update={"rates": {
+            part: rate * (preset.train.common_rate if part in parts else 1)
+            for part, rate in stage.rates.items()
+        }})
+        for name, stage in preset.train.stages.items()
+    }  # fmt: skip
+    return preset.model_copy(update={"train": preset.train.model_copy(update={"stages": stages})})
 
 
 def preset_folder() -> Path:

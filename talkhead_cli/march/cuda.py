@@ -69,7 +69,7 @@ class NerfaccMarcher(PackedMarcher):
             density,
             packed_info=torch.stack((packed.start, packed.count), 1),
         )
-        if self.training:
+        if self.reports:
             self.occupancy.observe(x, weights)
         origin = first_distance(packed)
         s = packed.t[:, None] - origin[packed.ray]

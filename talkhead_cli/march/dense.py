@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -75,3 +76,6 @@ class DenseMarcher(nn.Module):
 
     def refresh(self, field: Field, step: int) -> None:
         """Nothing to learn: no cell is skipped."""
+
+    def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+        """Nothing to learn either."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -45,6 +47,10 @@ class GuidedMarcher(nn.Module):
     def refresh(self, field: Field, step: int) -> None:
         """Update the grid when it is due."""
         self.lattice.refresh(field, step)
+
+    def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+        """Learn of new poses and views by marching the lattice once."""
+        self.lattice.reveal(views)
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
         """Integrate `field` along `rays`."""

@@ -164,6 +164,11 @@ class OccupancyGrid(nn.Module):
             fresh.view(-1)[cells] = self._alpha(new) > limit
             self.occupied |= _dilate(fresh)
 
+    @torch.no_grad()
+    def close_unseen(self, spared: Tensor) -> None:
+        """Close cells that add nothing to any pixel, but for those of `spared` (D, D, D) bool."""
+        self.occupied &= spared | _dilate(self.seen > SEEN_THRESHOLD)
+
     def _generator(self, number: int) -> torch.Generator:
         generator = torch.Generator(self.density.device)
         return generator.manual_seed(self.seed * 1_000_003 + number)

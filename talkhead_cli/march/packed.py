@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,12 @@ class PackedMarcher(nn.Module):
         assert step_length > 0 and 0 <= early_stop < 1 and every > 0
         self.occupancy, self.step = occupancy, step_length
         self.early_stop, self.every = early_stop, every
+        self.watching = False
+
+    @property
+    def reports(self) -> bool:
+        """Whether the grid is told what samples add to their pixels."""
+        return self.watching or (self.training and torch.is_grad_enabled())
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
         """Integrate `field` along `rays`."""
@@ -84,7 +90,7 @@ class PackedMarcher(nn.Module):
             w = quadrature(matrix.scatter(0, slot, density).view(shape), self.step)
             w = w * through[:, None]
             packed_w = w.view(-1).index_select(0, slot)
-            if self.training and torch.is_grad_enabled():
+            if self.reports:
                 self.occupancy.observe(x, packed_w)
             feature = feature + _composite(field, packed_w, channels, ray, len(rays))
             s = matrix.scatter(0, slot, t).view(shape) - origin[alive]
@@ -103,6 +109,26 @@ class PackedMarcher(nn.Module):
         """Update the grid on every `every`-th step."""
         if step % self.every == 0:
             self.occupancy.update(field, step)
+
+    @torch.no_grad()
+    def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+        """Learn of poses and views that training did not show, each a field of one row.
+
+        Cells that they fill are opened, whatever was seen of them is noted, and those that no
+        ray reached are closed again: flesh under the skin fills as many.
+        """
+        grid, known = self.occupancy, self.occupancy.occupied.clone()
+        for field, _ in views:
+            grid.extend(field, [0])
+        if not grid.watched:
+            return
+        self.watching = True
+        try:
+            for field, rays in views:
+                self.march(field, rays)
+        finally:
+            self.watching = False
+        grid.close_unseen(known)
 
     @torch.no_grad()
     def sample(self, rays: RayBundle) -> Packed:

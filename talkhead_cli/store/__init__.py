@@ -1,6 +1,12 @@
 """What lies on disk: workspaces of people, trained runs, third-party weights."""
 
 from talkhead_cli.store.checkpoint import Run, list_runs
-from talkhead_cli.store.workspace import Workspace, check_id, home_folder, list_ids
+from talkhead_cli.store.workspace import (
+    Workspace,
+    check_id,
+    home_folder,
+    list_ids,
+    priors_folder,
+)
 
-__all__ = ["Run", "Workspace", "check_id", "home_folder", "list_ids", "list_runs"]
+__all__ = ["Run", "Workspace", "check_id", "home_folder", "list_ids", "list_runs", "priors_folder"]

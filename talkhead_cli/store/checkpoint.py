@@ -1,4 +1,4 @@
-"""A trained run: plain data that rebuilds its own avatar.
+"""A trained run: plain data that rebuilds its own avatar.  A prior is one too, of many people.
 
 runs/lokitalk+tiny/
     preset.yaml          the whole preset, resolved
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.contracts import MisuseError, TalkheadError
 from talkhead_cli.store.files import atomic, read_arrays, read_json, write_arrays, write_json
 
 if TYPE_CHECKING:
@@ -30,12 +30,18 @@ class Run:
     """Reads and writes one run's folder."""
 
     def __init__(self, root: Path) -> None:
-        if not root.name or not set(root.name) <= _NAME_CHARS or root.name.startswith("."):
-            raise TalkheadError(
-                f"'{root.name}' cannot be a run's name; use letters, digits, '+', '-', '_', '.'"
-            )
         self.root = root
         self.name = root.name
+
+    @classmethod
+    def named(cls, folder: Path, name: str) -> Run:
+        """The run of that name in a folder; a name never leads out of it."""
+        if not name or not set(name) <= _NAME_CHARS or name.startswith("."):
+            raise MisuseError(
+                f"'{name}' cannot be the name of a run or prior; use letters, digits, '+', '-', "
+                "'_', '.', and no dot in front"
+            )
+        return cls(folder / name)
 
     def meta(self) -> dict[str, Any]:
         try:

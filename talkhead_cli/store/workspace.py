@@ -9,6 +9,7 @@
     plate.png       background
     cache/          the video as raw pixels at a training size (made again when lost)
     runs/           trained avatars
+<home>/.priors/     what was learnt from many people
 """
 
 from __future__ import annotations
@@ -61,6 +62,11 @@ def check_id(name: str) -> str:
 def home_folder(given: Path | None) -> Path:
     """`--home`, else $TALKHEAD_HOME, else ./avatars."""
     return given or Path(os.environ.get("TALKHEAD_HOME") or "avatars")
+
+
+def priors_folder(home: Path) -> Path:
+    """Where priors lie; no id can begin with a dot."""
+    return home / ".priors"
 
 
 def list_ids(home: Path) -> list[str]:

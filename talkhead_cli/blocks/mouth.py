@@ -1,0 +1,120 @@
+"""A mouth as a small code: what landmarks say of it, and what is left for speech to say."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from talkhead_cli.blocks.speech import ridge_map
+from talkhead_cli.contracts import Signals
+
+MOUTH = torch.tensor([*range(4, 13), *range(48, 68)])  # jaw and lips of the 68
+INNER_LIPS = [62, 66]  # middle of the upper and of the lower one
+N_CODES = 8
+SPREAD = 0.9  # share of the true spread of the opening that heard mouths are given
+GAINS = (1.0, 2.0)
+LEAN_RIDGE = 0.05  # per row
+MAX_POSE = 2.5  # standard deviations; further out, codes are held where training ended
+
+
+def principal_shapes(people: Sequence[Signals]) -> Tensor:
+    """The directions (87, K) in which mouths of `people` move most, each person by its own scale.
+
+    Some mouths move more than others; each counts the same.
+    """
+    moves = []
+    for signals in people:
+        shape = signals.landmarks[:, MOUTH]
+        move = (shape - shape.mean(0)).flatten(1)
+        moves.append(move / move.square().mean().sqrt().clamp_min(1e-6) / len(move) ** 0.5)
+    _, _, basis = torch.linalg.svd(torch.cat(moves).double(), full_matrices=False)
+    return basis[:N_CODES].T.to(people[0].landmarks)
+
+
+class Mouth(nn.Module):
+    """One person's mouth; all of it is measured, nothing is learnt.
+
+    neutral (68, 3) mean landmarks · basis (87, K), scale (K,) shapes of mouth and jaw, and how
+    far they go · gain () that heard codes are widened by · lean (6, K) what the pose alone says
+    of the code · pose_mean, pose_scale (6,) of the head
+    """
+
+    neutral: Tensor
+    basis: Tensor
+    scale: Tensor
+    gain: Tensor
+    lean: Tensor
+    pose_mean: Tensor
+    pose_scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, shape in {
+            "neutral": (68, 3), "basis": (3 * len(MOUTH), N_CODES), "scale": (N_CODES,),
+            "gain": (), "lean": (6, N_CODES), "pose_mean": (6,), "pose_scale": (6,),
+        }.items():  # fmt: skip
+            self.register_buffer(name, torch.zeros(shape))
+
+    @torch.no_grad()
+    def measure(self, signals: Signals, basis: Tensor) -> None:
+        """Neutral face, scales and lean of the person's rows, in the shapes of `basis`."""
+        self.basis.copy_(basis)
+        self.neutral.copy_(signals.landmarks.mean(0))
+        move = (signals.landmarks - self.neutral)[:, MOUTH].flatten(1)
+        self.scale.copy_((move @ self.basis).std(0).clamp_min(1e-4))
+        self.gain.fill_(1.0)
+        self.pose_mean.copy_(signals.pose.mean(0))
+        self.pose_scale.copy_(signals.pose.std(0).clamp_min(1e-2))
+        lean, _ = ridge_map(self.pose(signals), self.code(signals), LEAN_RIDGE * len(signals))
+        self.lean.copy_(lean)
+
+    @torch.no_grad()
+    def settle(self, kept: Signals, said: Tensor) -> None:
+        """Set the gain of heard mouths, on rows that the encoder was not trained on.
+
+        said (T, K): what it says of them.  A regression says the mean of what may be meant,
+        which mumbles: it is widened until the mouth opens by SPREAD of its true spread.  One
+        gain for all codes keeps the proportions, and with them the course of the opening, that
+        regression found.
+        """
+        true, heard = (self.opening(code).std() for code in (self.to_say(kept), said))
+        self.gain.copy_((SPREAD * true / heard.clamp_min(1e-6)).clamp(*GAINS))
+
+    def code(self, signals: Signals) -> Tensor:
+        """Standardised mouth code (T, K) of the landmarks."""
+        mouth = (signals.landmarks - self.neutral)[:, MOUTH].flatten(1)
+        return mouth @ self.basis / self.scale
+
+    def leant(self, signals: Signals) -> Tensor:
+        """What the pose says of the mouth code (T, K).
+
+        Part of what the tracked mouth does goes with the head: jaws hang when heads tilt, and
+        meshes bend when heads turn.  Speech cannot know, and a field that learnt mouths with it
+        misses it when driven by speech.
+        """
+        return self.pose(signals).clamp(-MAX_POSE, MAX_POSE) @ self.lean
+
+    def to_say(self, signals: Signals) -> Tensor:
+        """The mouth code (T, K) that is left for speech to say."""
+        return self.code(signals) - self.leant(signals)
+
+    def pose(self, signals: Signals) -> Tensor:
+        """Standardised pose of the head (T, 6)."""
+        return (signals.pose - self.pose_mean) / self.pose_scale
+
+    def opening(self, code: Tensor) -> Tensor:
+        """Distance (T,) between the lips' inner edges, face heights."""
+        upper, lower = self.landmarks(code)[:, INNER_LIPS].unbind(1)
+        return (lower - upper).norm(dim=1)
+
+    def landmarks(self, code: Tensor) -> Tensor:
+        """Landmarks (T, 68, 3) of standardised mouth codes (T, K) on the neutral face."""
+        landmarks = self.neutral.expand(len(code), -1, -1).clone()
+        landmarks[:, MOUTH] += ((code * self.scale) @ self.basis.T).view(len(code), -1, 3)
+        return landmarks
+
+    def heard(self, signals: Signals, said: Tensor) -> Signals:
+        """The signals with the mouth that was said (T, K); the rest of the face is neutral."""
+        return signals.with_(landmarks=self.landmarks(said * self.gain + self.leant(signals)))

@@ -1,0 +1,142 @@
+"""Many people -> a prior: what they share, for new people to begin from."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from lightning_fabric import Fabric
+
+from talkhead_cli import __version__, march
+from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
+from talkhead_cli.jobs import fit, footage, player
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.preset import Preset, Train
+from talkhead_cli.jobs.prior import speech_facts
+from talkhead_cli.store import Run, Workspace, priors_folder
+from talkhead_cli.store.files import digest
+
+MIN_PEOPLE = 2
+
+
+def pretrain(
+    home: Path,
+    names: Sequence[str],
+    out: str,
+    progress: Progress,
+    *,
+    preset_names: Sequence[str] = ("lokitalk",),
+    settings: Sequence[str] = (),
+    device: str = "auto",
+    seed: int = 0,
+    fresh: bool = False,
+    stop_after: Callable[[fit.Place], bool] | None = None,
+) -> Run:
+    """Train what identities `names` share into the prior `out` of the home.
+
+    An identity that is missing, damaged or without sound is left out with a word.  A prior that
+    was interrupted continues from its last save; a finished one is left as it is.
+    """
+    preset = presets.load(preset_names, settings)
+    if preset.pretrain is None:
+        raise MisuseError(
+            f"preset '{'+'.join(preset_names)}' has no stages to pretrain; use one that has, such "
+            "as lokitalk"
+        )
+    stages = preset.pretrain
+    prior = Run.named(priors_folder(home), out)
+    if fresh:
+        prior.clear()
+    if prior.is_finished:
+        progress.note(f"prior '{out}' is finished already; --fresh trains it anew")
+        return prior
+    began = time.monotonic()
+    spaces = _openable(home, names, progress)
+    people = _loaded(spaces, preset, stages, progress)
+    if len(people) < MIN_PEOPLE:
+        raise TalkheadError(
+            f"a prior needs at least {MIN_PEOPLE} people with sound; {len(people)} of the "
+            f"{len(names)} named can be used"
+        )
+    sources = {space.id: space.manifest()["source"]["sha256"] for space, _ in people}
+    text = preset.model_copy(update={"train": stages, "pretrain": None}).to_yaml()
+    key = digest({"people": sources, "preset": text, "seed": seed})
+    if prior.meta().get("key", key) != key:
+        raise TalkheadError(
+            f"prior '{out}' was begun with other people or settings; pass --fresh to replace it"
+        )
+    prior.write_preset(text)
+    prior.write_meta(version=__version__, people=sources, seed=seed, key=key)
+
+    where = march.device_of(device)
+    fabric = Fabric(accelerator=where.type, devices=1)
+    fabric.seed_everything(seed, verbose=False)
+    clips = [clip for _, clip in people]
+    aabb = footage.box_of(clips[0].signals.camera)
+    n_features = int(clips[0].signals.audio.shape[2])
+    avatar, marcher, _ = player.build(preset, n_features, aabb.to(where), where, len(clips))
+    heard = [clip.signals[clip.train[clip.heard[clip.train]]].to(where) for clip in clips]
+    avatar.survey(heard)
+    for clip, signals in zip(clips, heard, strict=True):
+        avatar.calibrate(signals, clip.mesh.to(where), aabb.to(where))
+    place = fit.fit(
+        preset.model_copy(update={"train": stages}), avatar, marcher, clips, prior, fabric,
+        progress, seed=seed, stop_after=stop_after,
+    )  # fmt: skip
+    if place.stage < len(stages.stages):
+        return prior
+    prior.save_weights(avatar.common_state())
+    prior.write_meta(
+        finished=True,
+        finished_at=time.time(),
+        seconds=round(time.monotonic() - began, 1),
+        steps=place.total,
+        figures=place.figures,
+        method=preset.method,
+        speech=speech_facts(people[0][0], preset, n_features),
+        torch=torch.__version__,
+    )
+    return prior
+
+
+def _openable(home: Path, names: Sequence[str], progress: Progress) -> list[Workspace]:
+    """Workspaces that can be used together; the others are left out with a word."""
+    found = []
+    for name in dict.fromkeys(names):
+        try:
+            space = Workspace.open(home, name)
+            if not space.manifest()["has_audio"]:
+                raise TalkheadError("it was preprocessed without sound")
+            found.append(space)
+        except TalkheadError as error:
+            progress.note(f"'{name}' is left out: {error}")
+    voices = Counter(space.manifest()["backends"]["voice"] for space in found)
+    if len(voices) > 1:
+        most, _ = voices.most_common(1)[0]
+        for space in found:
+            if space.manifest()["backends"]["voice"] != most:
+                progress.note(f"'{space.id}' is left out: it hears by another backend than {most}")
+        found = [s for s in found if s.manifest()["backends"]["voice"] == most]
+    return found
+
+
+def _loaded(
+    spaces: list[Workspace], preset: Preset, stages: Train, progress: Progress
+) -> list[tuple[Workspace, Footage]]:
+    """Footage of each, all of it for training: nobody of a prior is scored."""
+    data = preset.data.model_copy(update={"holdout": 0.0})
+    pictures = any(stage.rays != "none" for stage in stages.stages.values())
+    people: list[tuple[Workspace, Footage]] = []
+    for space in spaces:
+        try:
+            clip = footage.load(space, data, progress, person=len(people), pictures=pictures)
+            if not bool(clip.heard[clip.train].any()):
+                raise TalkheadError("nothing is heard while a face is seen")
+            people.append((space, clip))
+        except TalkheadError as error:
+            progress.note(f"'{space.id}' is left out: {error}")
+    return people

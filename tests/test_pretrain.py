@@ -1,0 +1,150 @@
+"""What many people share, and how a new one begins from it; on copies of the synthetic speaker."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from talkhead_cli.cli.app import app
+from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.store import Run, Workspace
+
+PRESETS = ["lokitalk", "tiny"]
+QUICK = ["pretrain.stages.speech.steps=30", "pretrain.stages.speech.n_people=2"]
+ONE_LOOK = ["data.size_px=64", "march.resolution=32", "march.n_steps=16"]
+for _name in ("speech", "speech_all", "shape", "detail", "lips", "eyes"):
+    ONE_LOOK.append(f"train.stages.{_name}.steps=0")
+PEOPLE = ["one", "two", "three"]
+
+
+@pytest.fixture
+def crowd(speaker_home: Path, tmp_path: Path) -> Path:
+    """Three people, by their sources; and a fourth that nobody has met."""
+    home = tmp_path / "home"
+    for name in (*PEOPLE, "new"):
+        shutil.copytree(speaker_home / "speaker", home / name)
+        space = Workspace(home, name)
+        source = space.manifest()["source"]
+        space.note(id=name, source={**source, "sha256": name * 8})
+    return home
+
+
+def make(home: Path, out: str = "crowd", **options: object) -> tuple[Run, SilentProgress]:
+    progress = SilentProgress()
+    options = {"names": PEOPLE, "settings": QUICK, **options}
+    made = pretrain(home, out=out, progress=progress, preset_names=PRESETS, device="cpu", **options)  # type: ignore[arg-type]
+    return made, progress
+
+
+def begin(home: Path, name: str = "new", **options: object) -> tuple[Run, SilentProgress]:
+    progress = SilentProgress()
+    run = finetune(home, name, progress, names=PRESETS, settings=ONE_LOOK, device="cpu", **options)  # type: ignore[arg-type]
+    return run, progress
+
+
+def test_a_prior_holds_what_people_share_and_says_who_they_were(crowd: Path) -> None:
+    prior, _ = make(crowd)
+    assert prior.is_finished and prior.root == crowd / ".priors" / "crowd"
+    names = set(prior.weights())
+    assert "mouth_basis" in names and all(n.startswith(("speech.nets.", "mouth_")) for n in names)
+    meta = prior.meta()
+    assert meta["people"] == {n: n * 8 for n in PEOPLE}
+    assert meta["speech"]["backend"] == "mel" and meta["steps"] == 30
+    assert ".priors" not in [p.name for p in crowd.glob("*/manifest.json")]
+
+
+def test_pretraining_learns_to_hear(crowd: Path) -> None:
+    losses = []
+    for steps in (1, 120):
+        settings = [f"pretrain.stages.speech.steps={steps}"]
+        losses.append(make(crowd, f"after-{steps}", settings=settings)[0].meta()["figures"]["loss"])
+    assert losses[1] < 0.8 * losses[0], losses
+
+
+def test_a_killed_prior_goes_on_and_ends_as_if_it_had_not_been_killed(crowd: Path) -> None:
+    whole = make(crowd, "whole")[0].weights()
+    cut, _ = make(crowd, "cut", stop_after=lambda place: place.total >= 11)
+    assert not cut.is_finished
+    resumed, _ = make(crowd, "cut")
+    for name, value in resumed.weights().items():
+        assert torch.allclose(value, whole[name], atol=1e-5), name
+    with pytest.raises(TalkheadError, match="--fresh"):
+        make(crowd, "half", stop_after=lambda place: True)
+        make(crowd, "half", names=PEOPLE[:2])
+
+
+def test_who_cannot_be_used_is_left_out_with_a_word(crowd: Path) -> None:
+    Workspace(crowd, "two").note(has_audio=False)
+    (crowd / "three" / "tracks.npz").unlink()
+    prior, progress = make(crowd, names=[*PEOPLE, "new", "nobody", "new"])
+    assert list(prior.meta()["people"]) == ["one", "new"]
+    told = " ".join(progress.notes)
+    assert all(f"'{name}' is left out" in told for name in ("two", "three", "nobody"))
+    with pytest.raises(TalkheadError, match="at least 2"):
+        make(crowd, "lonely", names=["one", "two"])
+
+
+def test_a_new_person_begins_from_the_newest_prior_that_fits(crowd: Path) -> None:
+    plain, progress = begin(crowd)
+    assert plain.name == "lokitalk+tiny" and not any("prior" in n for n in progress.notes)
+    make(crowd, "older")
+    prior, _ = make(crowd, "newer", seed=1)
+    run, progress = begin(crowd)
+    assert run.name == "lokitalk+tiny+from-newer" and run.meta()["prior"]["n_people"] == 3
+    assert any("newer" in n and "flatter" not in n for n in progress.notes)
+    shared = prior.weights()
+    held = run.weights()
+    for name, value in shared.items():
+        assert torch.equal(held[f"avatar.{name}"], value), name
+    assert begin(crowd, prior="older")[0].name == "lokitalk+tiny+from-older"
+    assert begin(crowd, prior="none")[0].name == "lokitalk+tiny"
+    _, progress = begin(crowd, "one")
+    assert any("flatter" in n for n in progress.notes), "the prior knew this person"
+    assert run.meta()["prior"]["knew_person"] is False
+    with pytest.raises(TalkheadError, match="another prior"):
+        begin(crowd, prior="older", run_name=run.name)
+
+
+def test_a_prior_that_does_not_fit_is_refused_by_name_and_passed_over_otherwise(
+    crowd: Path,
+) -> None:
+    make(crowd, settings=[*QUICK, "data.window=21"])
+    with pytest.raises(TalkheadError, match="what it hears"):
+        begin(crowd, prior="crowd")
+    assert begin(crowd)[0].name == "lokitalk+tiny"
+    with pytest.raises(TalkheadError, match="no finished prior 'nobody'"):
+        begin(crowd, prior="nobody")
+
+
+def test_only_what_came_from_a_prior_learns_at_the_common_rate() -> None:
+    preset = presets.load(PRESETS, ["train.common_rate=0.25"])
+    slow = presets.slowed(preset, ["speech"])
+    before, after = preset.train.stages, slow.train.stages
+    assert after["speech"].rates["speech"] == 0.25 * before["speech"].rates["speech"]
+    assert after["detail"].rates == before["detail"].rates
+
+
+def test_the_command_line_names_people_in_three_ways(crowd: Path, tmp_path: Path) -> None:
+    def run(*words: str) -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["pretrain", "--home", str(crowd), *words])
+        return done.exit_code, done.output
+
+    quick = [w for setting in QUICK for w in ("-s", setting)]
+    listed = tmp_path / "people.txt"
+    listed.write_text("one\ntwo\n\n")
+    for words, n in ((["--ids", "one, two,three"], 3), (["--ids-from", str(listed)], 2), ([], 4)):
+        out = f"of{n}"
+        code, said = run(*words, "-o", out, *quick)
+        assert code == 0 and out in said
+        assert len(Run(crowd / ".priors" / out).meta()["people"]) == n
+    assert run("--ids", "one", "--ids-from", str(listed))[0] == 2
+    assert run("-o", "../../x", *quick)[0] == 2 and not (tmp_path / "x").exists()
+    with pytest.raises(MisuseError, match="nothing|no stages"):
+        pretrain(crowd, PEOPLE, "x", SilentProgress(), settings=["pretrain=null"])
