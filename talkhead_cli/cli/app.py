@@ -380,6 +380,22 @@ def models_import(
 
 
 @app.command()
+def export(
+    name: Id,
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist yet.")],
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write an identity in the dataset layout of RAD-NeRF, ER-NeRF and SyncTalk."""
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.exchange import export_dataset
+        from talkhead_cli.store import home_folder
+
+        _say([export_dataset(home_folder(home), name, out, report)], {}, json)
+
+
+@app.command()
 def doctor(
     build: Annotated[
         bool, typer.Option("--build", help="Compile the CUDA kernels now (minutes, once).")

@@ -1,0 +1,116 @@
+"""The exported dataset, read back the way its readers read it."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from talkhead_cli.contracts import LABELS, SilentProgress, TalkheadError
+from talkhead_cli.jobs import exchange
+from talkhead_cli.jobs.footage import split
+from talkhead_cli.store import Workspace
+
+
+@pytest.fixture(scope="module")
+def dataset(speaker_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("data") / "speaker"
+    return exchange.export_dataset(speaker_home, "speaker", out, SilentProgress())
+
+
+def ngp(pose: np.ndarray, scale: float = 4.0) -> np.ndarray:
+    """What readers of the layout make of a matrix: axes in another order, two columns negated."""
+    a = np.concatenate([pose[:3, :3] * [1, -1, -1], pose[:3, 3:] * scale], 1)
+    return np.concatenate([a[[1, 2, 0]], [[0, 0, 0, 1]]])
+
+
+def test_every_frame_has_its_files(dataset: Path, speaker_home: Path) -> None:
+    n = len(Workspace.open(speaker_home, "speaker").load("tracks")["pose"])
+    for folder, suffixes in {"ori_imgs": (".jpg", ".lms"), "gt_imgs": (".jpg",),
+                             "parsing": (".png",), "torso_imgs": (".png",)}.items():  # fmt: skip
+        for suffix in suffixes:
+            found = {int(p.stem) for p in (dataset / folder).glob(f"*{suffix}")}
+            assert found == set(range(n)), (folder, suffix)
+    assert (dataset / "aud.wav").exists() and (dataset / "speaker.mp4").exists()
+    for name in ("aud.npy", "aud_ds.npy"):
+        features = np.load(dataset / name)
+        assert features.shape == (n, 16, 29) and np.isfinite(features).all()
+    with (dataset / "au.csv").open() as handle:
+        rows = list(csv.DictReader(handle))
+    assert len(rows) == n and all(0 <= float(r[" AU45_r"]) <= 2 for r in rows)
+
+
+def test_landmarks_of_head_space_land_on_their_pixels(dataset: Path, speaker_home: Path) -> None:
+    """Through the readers' own conversion, their pinhole and their scale."""
+    tracks = Workspace.open(speaker_home, "speaker").load("tracks")
+    views = {
+        label: json.loads((dataset / f"transforms_{label}.json").read_text())
+        for label in ("train", "val")
+    }
+    n = len(tracks["pose"])
+    ids = [f["img_id"] for label in views for f in views[label]["frames"]]
+    assert ids == sorted(ids) == np.flatnonzero(tracks["usable"]).tolist()
+    assert views["val"]["frames"][0]["img_id"] >= n - split(n, 1 / 11)
+    turned = exchange.TURNED[:3, :3]
+    for frame in views["train"]["frames"][::40]:
+        i = frame["img_id"]
+        c2w = ngp(np.array(frame["transform_matrix"]))
+        # Head space in the readers' world: our axes turned, scaled, and in their order.
+        world = (tracks["landmarks"][i] @ turned.T * exchange.UNIT * 4)[:, [1, 2, 0]]
+        seen = (world - c2w[:3, 3]) @ c2w[:3, :3]
+        pixel = views["train"]["focal_len"] * seen[:, :2] / seen[:, 2:] + views["train"]["cx"]
+        marks = np.loadtxt(dataset / "ori_imgs" / f"{i}.lms")
+        assert marks.shape == (68, 2)
+        assert np.linalg.norm(pixel - marks, axis=1).mean() < 0.5, i
+        assert np.abs(c2w[:3, :3] @ c2w[:3, :3].T - np.eye(3)).max() < 1e-5
+        assert np.abs(world).max() < 1, "inside the cube that is marched"
+
+
+def test_pictures_follow_the_labels(dataset: Path, speaker_home: Path) -> None:
+    space = Workspace.open(speaker_home, "speaker")
+    dx, dy = (256 - space.load("tracks")["k"][:2, 2]).round().astype(int)
+    at = np.arange(24, 488, 32)
+    sure = (space.labels(10) > 250)[:, at // 4][:, :, at // 4]
+    rows, columns = (at + dy)[:, None], (at + dx)[None]
+    parsing = cv2.imread(str(dataset / "parsing" / "10.png"))[..., ::-1][rows, columns]
+    for name, colour in {"face": (0, 0, 255), "hair": (0, 0, 255), "torso": (255, 0, 0),
+                         "background": (255, 255, 255)}.items():  # fmt: skip
+        where = sure[LABELS.index(name)]
+        assert where.any() and (parsing[where] == colour).all(1).mean() > 0.9, name
+    torso = cv2.imread(str(dataset / "torso_imgs" / "10.png"), cv2.IMREAD_UNCHANGED)
+    alpha = torso[rows, columns, 3]
+    assert torso.shape[2] == 4 and alpha[sure[LABELS.index("torso")]].mean() > 240
+    assert alpha[sure[LABELS.index("background")]].mean() < 10
+    ground, plate = (cv2.imread(str(dataset / p)) for p in ("gt_imgs/10.jpg", "bc.jpg"))
+    behind = sure[LABELS.index("background")]
+    gap = np.abs(ground.astype(int) - plate)[rows, columns][behind]
+    assert gap.mean() < 6
+
+
+def test_windows_of_speech_are_centred(speaker_home: Path) -> None:
+    stream = np.zeros((400, 46), np.float32)
+    stream[200] = 5.0  # at 2 s, frame 50
+    features = exchange.speech_features(stream, 100)
+    loud = np.abs(features - features[0]).sum((1, 2))
+    heard = np.flatnonzero(loud > 1e-3)
+    assert abs(heard.mean() - 50) <= 0.5 and features[50, 8].mean() > features[50, 4].mean()
+
+
+def test_an_export_never_replaces_a_folder_nor_leaves_half_of_one(
+    speaker_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "there").mkdir()
+    with pytest.raises(TalkheadError, match="there already"):
+        exchange.export_dataset(speaker_home, "speaker", tmp_path / "there", SilentProgress())
+
+    def torn(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(exchange, "_write_frame", torn)
+    with pytest.raises(TalkheadError, match="No space"):
+        exchange.export_dataset(speaker_home, "speaker", tmp_path / "new", SilentProgress())
+    assert [p.name for p in tmp_path.iterdir()] == ["there"]
