@@ -278,9 +278,12 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Each of --ids from a prior of everybody else: people that the prior never met."""
     everybody = sorted(p.stem for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4"))
     home = ["--home", str(work / "home"), "--device", options.device]
-    for name in everybody:
-        _preprocessed(name, work)
-    rows = {}
+    rows: dict[str, Any] = {}
+    for name in list(everybody):
+        try:
+            _preprocessed(name, work)
+        except SystemExit:  # too short, say
+            everybody.remove(name)
     for name in options.ids:
         others = [other for other in everybody if other != name]
         prior = f"without-{name}"
@@ -288,17 +291,21 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
             "pretrain", "--ids", ",".join(others), "-o", prior, "--fresh", *home,
             "--seed", str(options.seed),
         )  # fmt: skip
+        made.pop("stdout")
+        rows[name] = {"pretrain": made}
         presets = [word for preset in options.presets for word in ("-p", preset)]
-        trained = talkhead(
-            "finetune", "--id", name, *presets, "--prior", prior, "--fresh", *home,
-            "--seed", str(options.seed),
-        )  # fmt: skip
-        run = f"{'+'.join(options.presets)}+from-{prior}"
-        scored = talkhead("evaluate", "--id", name, "--run", run, "--json", *home)
-        figures = json.loads(scored.pop("stdout"))["figures"]
-        made.pop("stdout"), trained.pop("stdout")
-        rows[name] = {"pretrain": made, "finetune": trained, "evaluate": scored, "figures": figures}
-    return {"people": everybody, "rows": rows}
+        for start in ("none", prior):
+            run = f"{options.seconds:g}s-from-{start}"
+            trained = talkhead(
+                "finetune", "--id", name, *presets, "--prior", start, "--run", run, *home,
+                "-s", f"data.train_s={options.seconds}", "--seed", str(options.seed),
+            )  # fmt: skip
+            scored = talkhead("evaluate", "--id", name, "--run", run, "--json", *home)
+            figures = json.loads(scored.pop("stdout"))["figures"]
+            trained.pop("stdout")
+            label = "from_nothing" if start == "none" else "from_prior"
+            rows[name][label] = {"finetune": trained, "evaluate": scored, "figures": figures}
+    return {"people": everybody, "train_s": options.seconds, "rows": rows}
 
 
 def _preprocessed(name: str, work: Path) -> None:
@@ -355,6 +362,9 @@ def main() -> None:
     parser.add_argument("--presets", default="lokitalk,tiny", type=_listed)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="of footage to learn from in transfer; 0: all"
+    )
     parser.add_argument("--work", type=Path, help="folder to work in, kept  [default: temporary]")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="talkhead-bench-"))

@@ -64,6 +64,19 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path)
         finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=["train.scale=0.5"])
 
 
+def test_training_can_be_held_to_the_first_seconds(speaker_home: Path) -> None:
+    """The same frames stay held out, and nothing is measured on what is not learnt from."""
+    space = Workspace.open(speaker_home, "speaker")
+    clips = [
+        footage.load(space, presets.load(PRESETS, [f"data.train_s={s}"]).data, SilentProgress())
+        for s in (0, 3, 1000)
+    ]
+    whole, short, long = clips
+    assert short.train.tolist() == whole.train[whole.train < 75].tolist()
+    assert torch.equal(short.held, whole.held) and torch.equal(long.train, whole.train)
+    assert (short.stats.mean != whole.stats.mean).any()
+
+
 @pytest.mark.parametrize("name", ["../../../x", "/tmp/x", "a/b", ".hidden", ""])
 def test_a_runs_name_never_leads_out_of_its_folder(home: Path, name: str) -> None:
     if not name:

@@ -88,16 +88,17 @@ def load(
     n_frames = len(tracks["pose"])
     n_held = split(n_frames, data.holdout)
     n_train = n_frames - n_held
+    n_learn = min(n_train, round(data.train_s * FPS) or n_train)
     usable = torch.from_numpy(tracks["usable"])
     heard = torch.from_numpy(sound["heard"])
     rows = torch.arange(n_frames)
-    train, held = rows[usable & (rows < n_train)], rows[usable & (rows >= n_train)]
+    train, held = rows[usable & (rows < n_learn)], rows[usable & (rows >= n_train)]
     if len(train) < 2 * FPS:
         raise TalkheadError(
             f"'{space.id}' has only {len(train) / FPS:.1f} s with a face to learn from; at least "
             "2 s are needed"
         )
-    stats = SpeechStats.of(sound["stream"][: n_train * voice.RATE_HZ // FPS])
+    stats = SpeechStats.of(sound["stream"][: n_learn * voice.RATE_HZ // FPS])
     signals = make_signals(tracks, sound["stream"], stats, data)
     n_seen = n_frames if pictures else 0
     return Footage(

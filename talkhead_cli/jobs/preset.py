@@ -24,10 +24,12 @@ class _Strict(BaseModel):
 class Data(_Strict):
     """size_px: side of the pictures trained and rendered · holdout: share of the clip kept from
     training (the field's 1/11; at least 4 s, at most a quarter; 0 trains on everything)
+    · train_s: learn from so many seconds at the beginning only (0: from all that is not held out)
     · window: steps of 10 ms of speech around a frame."""
 
     size_px: Annotated[int, Field(ge=32, le=1024, multiple_of=8)] = 512
     holdout: Annotated[float, Field(ge=0, le=0.5)] = 1 / 11
+    train_s: Annotated[float, Field(ge=0)] = 0.0
     window: Annotated[int, Field(ge=5, le=201)] = 33
 
 

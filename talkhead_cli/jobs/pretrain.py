@@ -128,7 +128,7 @@ def _loaded(
     spaces: list[Workspace], preset: Preset, stages: Train, progress: Progress
 ) -> list[tuple[Workspace, Footage]]:
     """Footage of each, all of it for training: nobody of a prior is scored."""
-    data = preset.data.model_copy(update={"holdout": 0.0})
+    data = preset.data.model_copy(update={"holdout": 0.0, "train_s": 0.0})
     pictures = any(stage.rays != "none" for stage in stages.stages.values())
     people: list[tuple[Workspace, Footage]] = []
     for space in spaces:

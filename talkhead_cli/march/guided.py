@@ -98,24 +98,24 @@ class GuidedMarcher(nn.Module):
 
         A ray's widths add up to its length inside occupied cells.
         """
-        grid, k = self.occupancy, self.n_samples
+        grid, k, device = self.occupancy, self.n_samples, rays.near.device
         enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
         near, far = torch.maximum(enter, rays.near), torch.minimum(leave, rays.far)
-        live = (far > near).squeeze(1).nonzero().squeeze(1)
         worth = torch.where(grid.occupied, grid.seen + FLOOR, 0.0).view(-1)
-        lane = torch.arange(self.n_cells, device=live.device) + 0.5
+        lane = torch.arange(self.n_cells, device=device) + 0.5
         # Odd cuts are samples, even ones the edges between them.
-        cuts = torch.arange(2 * k + 1, device=live.device) / (2 * k)
-        found = [(near.new_zeros(0, k), near.new_zeros(0, k), live.new_zeros(0))]
-        for part in torch.split(live, rays_at_once(live.device)):
-            cell = (far[part] - near[part]) / self.n_cells
-            at = grid.cells(rays.origins[part], rays.directions[part], near[part] + cell * lane)
-            value = worth.index_select(0, at.view(-1)).view(at.shape)
+        cuts = torch.arange(2 * k + 1, device=device) / (2 * k)
+        found = [(near.new_zeros(0, k), near.new_zeros(0, k), near.new_zeros(0).long())]
+        at_once = rays_at_once(device)
+        for first in range(0, len(rays), at_once):
+            part = slice(first, first + at_once)
+            start, cell = near[part], (far[part] - near[part]) / self.n_cells
+            at = grid.cells(rays.origins[part], rays.directions[part], start + cell * lane)
+            value = worth.index_select(0, at.view(-1)).view(at.shape) * (cell > 0)
             total = value.cumsum(1)
-            some = (total[:, -1] > 0).nonzero().squeeze(1)
-            if len(some) < len(part):
-                part, cell, value, total = (v[some] for v in (part, cell, value, total))
-            share = cuts.expand(len(part), -1)
+            alive = (total[:, -1] > 0).nonzero().squeeze(1)  # where a GPU waits, once per march
+            start, cell, value, total = (v[alive] for v in (start, cell, value, total))
+            share = cuts.expand(len(alive), -1)
             if self.training:
                 share = share + (torch.rand_like(cell) - 0.5) / k
                 share[:, 0], share[:, -1] = 0.0, 1.0
@@ -124,9 +124,9 @@ class GuidedMarcher(nn.Module):
             # How far into its cell each cut lies, in [0, 1].
             into = (want - total.gather(1, index)) / value.gather(1, index).clamp_min(1e-9) + 1
             into.clamp_(0, 1)
-            t = near[part] + cell * (index + into)[:, 1::2]
+            t = start + cell * (index + into)[:, 1::2]
             edge = ((value > 0).cumsum(1).gather(1, index) - 1 + into)[:, ::2]
-            found.append((t, (edge[:, 1:] - edge[:, :-1]) * cell, part))
+            found.append((t, (edge[:, 1:] - edge[:, :-1]) * cell, alive + first))
         t, width, alive = (torch.cat(columns) for columns in zip(*found, strict=True))
         return t, width, alive
 
