@@ -231,19 +231,27 @@ def test_every_part_learns_and_only_named_parts_move(clip: Footage, avatar: Loki
 
 
 def test_what_people_share_passes_to_another_avatar(clip: Footage, avatar: LokiTalk) -> None:
-    """The common part is taken whole or not at all, and calibration keeps its shapes."""
+    """The common part is taken whole or not at all; a person's own shapes say the same mouths."""
     torch.manual_seed(1)
-    n_features = clip.signals.audio.shape[2]
-    new = LokiTalk.build("tiny", n_steps=33, n_features=n_features, px=64)
+    n_features, rows = clip.signals.audio.shape[2], clip.signals[clip.train]
+    new = LokiTalk.build("tiny", n_steps=33, n_features=n_features, px=64).eval()
     shared = {k: v.clone() for k, v in avatar.common_state().items()}
     assert any(k.startswith("speech.nets") for k in shared) and "mouth_basis" in shared
     assert not any("volume" in k or "people" in k for k in shared)
-    shared["mouth_basis"] = shared["mouth_basis"].flip(1)
+    turned = torch.linalg.qr(torch.randn(8, 8))[0]
+    shared["mouth_basis"] = shared["mouth_basis"] @ turned  # the same shapes, in other words
     new.take_common(shared)
-    new.calibrate(clip.signals[clip.train], clip.mesh, avatar.aabb)
     for name, value in new.common_state().items():
         assert torch.equal(value, shared[name]), name
-    assert torch.equal(new.person(clip.signals).mouth.basis, shared["mouth_basis"])
+    theirs = Mouth()
+    theirs.measure(rows, shared["mouth_basis"])
+    with torch.no_grad():
+        said = new.speech.votes(rows.audio).mean(0)
+        new.calibrate(rows, clip.mesh, avatar.aabb)
+        own = new.person(rows).mouth
+        same = own.landmarks(new.speech.votes(rows.audio).mean(0))
+    assert torch.allclose(own.basis.abs(), avatar.mouth_basis.abs(), atol=1e-3)
+    assert torch.allclose(same, theirs.landmarks(said), atol=1e-4)
     for wrong in (shared | {"mouth_basis": torch.zeros(3, 3)}, shared | {"volume": torch.zeros(1)},
                   {k: v for k, v in shared.items() if k != "mouth_basis"}):  # fmt: skip
         with pytest.raises(ValueError, match="mouth_basis|volume"):

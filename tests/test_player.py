@@ -37,3 +37,7 @@ def test_frames_that_march_together_are_the_same_frames(
         for x, y in ((a.rgb, b.rgb), (a.alpha, b.alpha), (a.depth, b.depth)):
             assert torch.allclose(x, y, atol=1e-4)
     assert not torch.allclose(alone[0].rgb, alone[4].rgb, atol=1e-3), "rows must differ"
+    n_points = [n for _, n in show.pictures(rows)]
+    show.open_views(rows)
+    closer = [n for _, n in show.pictures(rows)]
+    assert all(b == 2 * a for a, b in zip(n_points, closer, strict=True)), "twice the samples"

@@ -91,34 +91,30 @@ def test_who_cannot_be_used_is_left_out_with_a_word(crowd: Path) -> None:
         make(crowd, "lonely", names=["one", "two"])
 
 
-def test_a_new_person_begins_from_the_newest_prior_that_fits(crowd: Path) -> None:
+def test_a_new_person_begins_from_the_prior_that_is_named(crowd: Path) -> None:
+    prior, _ = make(crowd)
+    make(crowd, "other", seed=1)
     plain, progress = begin(crowd)
     assert plain.name == "lokitalk+tiny" and not any("prior" in n for n in progress.notes)
-    make(crowd, "older")
-    prior, _ = make(crowd, "newer", seed=1)
-    run, progress = begin(crowd)
-    assert run.name == "lokitalk+tiny+from-newer" and run.meta()["prior"]["n_people"] == 3
-    assert any("newer" in n and "flatter" not in n for n in progress.notes)
-    shared = prior.weights()
-    held = run.weights()
-    for name, value in shared.items():
-        assert torch.equal(held[f"avatar.{name}"], value), name
-    assert begin(crowd, prior="older")[0].name == "lokitalk+tiny+from-older"
-    assert begin(crowd, prior="none")[0].name == "lokitalk+tiny"
-    _, progress = begin(crowd, "one")
+    assert plain.meta()["prior"] is None
+    run, progress = begin(crowd, prior="crowd")
+    assert run.name == "lokitalk+tiny+from-crowd" and run.meta()["prior"]["n_people"] == 3
+    assert any("crowd" in n and "flatter" not in n for n in progress.notes)
+    shared, held = prior.weights(), run.weights()
+    for name, value in shared.items():  # hidden layers as they came, the last one retargeted
+        if name.startswith("speech.nets.") and not name.split(".")[3].startswith("9"):
+            assert torch.equal(held[f"avatar.{name}"], value), name
+    _, progress = begin(crowd, "one", prior="crowd")
     assert any("flatter" in n for n in progress.notes), "the prior knew this person"
     assert run.meta()["prior"]["knew_person"] is False
     with pytest.raises(TalkheadError, match="another prior"):
-        begin(crowd, prior="older", run_name=run.name)
+        begin(crowd, prior="other", run_name=run.name)
 
 
-def test_a_prior_that_does_not_fit_is_refused_by_name_and_passed_over_otherwise(
-    crowd: Path,
-) -> None:
+def test_a_prior_that_does_not_fit_is_refused_by_name(crowd: Path) -> None:
     make(crowd, settings=[*QUICK, "data.window=21"])
     with pytest.raises(TalkheadError, match="what it hears"):
         begin(crowd, prior="crowd")
-    assert begin(crowd)[0].name == "lokitalk+tiny"
     with pytest.raises(TalkheadError, match="no finished prior 'nobody'"):
         begin(crowd, prior="nobody")
 

@@ -36,7 +36,14 @@ from typing_extensions import Self
 from talkhead_cli.avatars.base import Avatar, StepResult, shaped
 from talkhead_cli.blocks.loss import gradient_difference, ssim
 from talkhead_cli.blocks.mlp import Mlp, by_row
-from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES, Mouth, principal_shapes
+from talkhead_cli.blocks.mouth import (
+    MAX_POSE,
+    MOUTH,
+    N_CODES,
+    Mouth,
+    change_of_shapes,
+    principal_shapes,
+)
 from talkhead_cli.blocks.planes import TriPlanes, frequencies
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import EYES, LIPS, RELIEF, region_masks, relief_gap, relief_of
@@ -113,7 +120,8 @@ class LokiTalk(Avatar):
     """LokiTalk's avatar.
 
     What speech says of a mouth is common to all people: its networks, and the shapes that
-    their code counts in, mouth_basis (87, K).  The field is one person's.
+    their code counts in, mouth_basis (87, K), which a single person's avatar changes for that
+    person's own.  The field is one person's.
     """
 
     common = ("speech.nets.", "mouth_basis")
@@ -170,9 +178,14 @@ class LokiTalk(Avatar):
     @torch.no_grad()
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
         """Mouth, statistics of the pose, relief; for one person also the linear map of speech."""
-        if not self.mouth_basis.any():
-            self.survey([signals])
         self.aabb.copy_(aabb)
+        if len(self.people) == 1:
+            # Speech may come from a prior, which says shapes that suit everybody: this mouth's
+            # own ones draw it better.
+            known = self.mouth_basis.clone()
+            self.survey([signals])
+            if known.any():
+                self.speech.retarget(change_of_shapes(signals, known, self.mouth_basis))
         person = self.person(signals)
         person.measure(signals, self.mouth_basis, mesh, aabb)
         if len(self.people) == 1:

@@ -33,6 +33,14 @@ def principal_shapes(people: Sequence[Signals]) -> Tensor:
     return basis[:N_CODES].T.to(people[0].landmarks)
 
 
+def change_of_shapes(signals: Signals, old: Tensor, new: Tensor) -> Tensor:
+    """(K, K) that takes a person's standardised codes in `old` shapes (87, K) to those in `new`."""
+    shape = signals.landmarks[:, MOUTH]
+    move = (shape - shape.mean(0)).flatten(1)
+    scale_old, scale_new = ((move @ basis).std(0).clamp_min(1e-4) for basis in (old, new))
+    return scale_old[:, None] * (old.T @ new) / scale_new
+
+
 class Mouth(nn.Module):
     """One person's mouth; all of it is measured, nothing is learnt.
 

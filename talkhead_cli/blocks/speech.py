@@ -38,6 +38,15 @@ class SpeechEncoder(nn.Module):
         )
 
     @torch.no_grad()
+    def retarget(self, change: Tensor) -> None:
+        """Say codes of other shapes from now on: new code (T, K) = old code @ change (K, K)."""
+        for net in self.nets:
+            last = net[-1]  # type: ignore[index]
+            assert isinstance(last, nn.Linear)
+            last.weight.copy_(change.T @ last.weight)
+            last.bias.copy_(last.bias @ change)
+
+    @torch.no_grad()
     def solve(self, audio: Tensor, code: Tensor, ridge: float) -> None:
         """Set the linear map to the ridge solution of audio (T, W, A) -> code (T, K)."""
         weight, bias = ridge_map(audio.flatten(1), code, ridge)

@@ -107,7 +107,7 @@ def finetune(
     ] = None,
     prior: Annotated[
         str | None,
-        typer.Option(help="Prior to begin from, or none.  [default: the newest that fits]"),
+        typer.Option(help="Prior to begin from (pretrain).  [default: none]"),
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Replace the run of that name.")] = False,
     device: Device = "auto",

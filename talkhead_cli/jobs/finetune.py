@@ -38,8 +38,7 @@ def finetune(
 ) -> Run:
     """Train the preset made of `names` and `settings` on identity `name`.
 
-    It begins from what many people share: from the named prior, the newest one of the home that
-    fits, or, with "none", from nothing.
+    With a prior's name it begins from what the prior's people share, else from nothing.
     A run that was interrupted continues from its last save; a finished one is left as it is.
     """
     preset = presets.load(names, settings)

@@ -22,6 +22,7 @@ from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, list_runs
 
 T = TypeVar("T")
+CLOSER = 2  # times the samples per ray, for views that nobody filmed
 N_VIEWS = 24  # pictures that show a marcher new poses
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # of one march on a GPU; some 3 GB
 DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new film
@@ -80,8 +81,11 @@ class Player:
         return frames, rendered.n_points
 
     def open_views(self, signals: Signals) -> None:
-        """Let the marcher learn of poses and views that training did not show."""
+        """Let the marcher learn of poses and views that the footage does not show."""
         open_views(self.avatar, self.marcher, signals, self.device)
+        if isinstance(self.marcher, march.GuidedMarcher):
+            # Seen from elsewhere, what guides it is coarser than a surface: few samples speckle.
+            self.marcher.n_samples = CLOSER * self.preset.march.n_samples
 
     def listen(self, signals: Signals) -> Signals:
         with torch.no_grad():

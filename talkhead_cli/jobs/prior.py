@@ -42,29 +42,22 @@ class Start:
 def choose(
     home: Path, wanted: str | None, method: str, space: Workspace, speech: dict[str, Any]
 ) -> Start | None:
-    """The named prior, or the newest of the home that fits; None with "none", or without any."""
-    if wanted == "none":
+    """The named prior, which must fit; None with "none" or without a name."""
+    if wanted in (None, "none"):
         return None
-    known = [p for p in list_runs(priors_folder(home)) if p.is_finished]
-    if wanted is not None:
-        known = [p for p in known if p.name == wanted]
-        if not known:
-            raise TalkheadError(
-                f"there is no finished prior '{wanted}' in {home}; make one with: talkhead "
-                f"pretrain --out {wanted}"
-            )
-    for prior in known:
-        meta = prior.meta()
-        why_not = next(
-            (f"{what} is {has}, not {wants}" for what, has, wants in (
-                ("its method", meta["method"], method), ("what it hears", meta["speech"], speech),
-            ) if has != wants), "")  # fmt: skip
-        if not why_not:
-            source = space.manifest()["source"]["sha256"]
-            return Start(prior, source in meta["people"].values())
-        if wanted is not None:
-            raise TalkheadError(f"prior '{wanted}' does not fit: {why_not}")
-    return None
+    known = {p.name: p for p in list_runs(priors_folder(home)) if p.is_finished}
+    if wanted not in known:
+        raise TalkheadError(
+            f"there is no finished prior '{wanted}' in {home} (known: {', '.join(known) or 'none'})"
+            f"; make one with: talkhead pretrain --out {wanted}"
+        )
+    meta = known[wanted].meta()
+    for what, has, wants in (
+        ("its method", meta["method"], method), ("what it hears", meta["speech"], speech),
+    ):  # fmt: skip
+        if has != wants:
+            raise TalkheadError(f"prior '{wanted}' does not fit: {what} is {has}, not {wants}")
+    return Start(known[wanted], space.manifest()["source"]["sha256"] in meta["people"].values())
 
 
 def begin_from(avatar: Avatar, start: Start) -> None:

@@ -105,7 +105,7 @@ def render(
             show.run.drive(), n_frames, pose=wishes.pose, blink=wishes.blink,
             yaw_deg=wishes.yaw_deg, pitch_deg=wishes.pitch_deg, seed=wishes.seed,
         )  # fmt: skip
-        if wishes.pose != "footage" or wishes.yaw_deg or wishes.pitch_deg:
+        if wishes.pose not in ("footage", "still") or wishes.yaw_deg or wishes.pitch_deg:
             at = np.unique(np.linspace(0, n_frames - 1, player.N_VIEWS).astype(int))
             show.open_views(_signals(show, pcm, ear, stats, moves, at))
         progress.stage("render", n_frames)
