@@ -207,6 +207,7 @@ class _Clock(SilentProgress):
     """Steps, rays and seconds of each stage of training."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.stages: dict[str, dict[str, float]] = {}
 
     def stage(self, name: str, total: int | None = None, unit: str = "frames") -> None:
