@@ -30,6 +30,13 @@ Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Id = Annotated[str, typer.Option("--id", help="Which identity.")]
+Presets = Annotated[
+    list[str] | None,
+    typer.Option("-p", "--preset", help="Preset by name or file; repeat it, the later wins."),
+]
+Settings = Annotated[
+    list[str] | None, typer.Option("-s", "--set", help="One preset key: key=value.")
+]
 RunName = Annotated[str | None, typer.Option("--run", help="Which run.  [default: the newest]")]
 
 
@@ -95,13 +102,8 @@ def preprocess(
 @app.command()
 def finetune(
     name: Id,
-    preset: Annotated[
-        list[str] | None,
-        typer.Option("-p", "--preset", help="Preset by name or file; repeat it, the later wins."),
-    ] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("-s", "--set", help="One preset key: key=value.")
-    ] = None,
+    preset: Presets = None,
+    setting: Settings = None,
     run: Annotated[
         str | None, typer.Option("--run", help="Name of the run.  [default: its presets]")
     ] = None,
@@ -138,13 +140,8 @@ def pretrain(
         Path | None, typer.Option("--ids-from", help="File with one identity per line.")
     ] = None,
     out: Annotated[str, typer.Option("-o", "--out", help="Name of the prior.")] = "prior",
-    preset: Annotated[
-        list[str] | None,
-        typer.Option("-p", "--preset", help="Preset by name or file; repeat it, the later wins."),
-    ] = None,
-    setting: Annotated[
-        list[str] | None, typer.Option("-s", "--set", help="One preset key: key=value.")
-    ] = None,
+    preset: Presets = None,
+    setting: Settings = None,
     fresh: Annotated[bool, typer.Option(help="Replace the prior of that name.")] = False,
     device: Device = "auto",
     seed: Seed = 0,
