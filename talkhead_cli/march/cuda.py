@@ -18,7 +18,7 @@ from .dense import first_sample
 from .packed import Packed, PackedMarcher, ask, first_distance, pack
 from .rays import intersect_box
 
-GB_PER_JOB = 3.0  # memory that one nvcc process takes
+GB_PER_JOB = 3.0  # memory allowed for one nvcc process; a guess on the safe side
 TOO_NEW = (2, 14)  # torch from here on: nerfacc 0.5.3 does not compile
 
 
@@ -148,7 +148,7 @@ def check() -> list[Need]:
         (
             "memory to compile",
             f"{free:.0f} GB free" if free >= GB_PER_JOB else None,
-            f"free {GB_PER_JOB:.0f} GB; one nvcc process takes that much",
+            f"free {GB_PER_JOB:.0f} GB; one nvcc process may take that much",
         ),
     )
     return [

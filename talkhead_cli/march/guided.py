@@ -14,7 +14,8 @@ from .packed import PackedMarcher, ask, rays_at_once
 from .rays import intersect_box
 
 # What an occupied cell is worth where nothing was seen: new poses find their surfaces by it.
-# On a trained avatar 0.07 came nearest to the plain march, at 4 and at 6 samples per ray.
+# Tried on a trained avatar at 4 and at 6 samples per ray: of 0.001 to 0.4, pictures with 0.05 and
+# 0.1 came nearest to the plain march's.
 FLOOR = 0.07
 POINTS_AT_ONCE = 32_768  # on a CPU, so that what a field makes of them stays in the cache
 
