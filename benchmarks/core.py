@@ -31,7 +31,7 @@ from talkhead_cli.store import Run, Workspace
 
 SIZES = (128, 256, 512, 1024)
 LEAST_S = 1.5  # of wall time behind every figure
-ROW_STRIDE = 16  # held-out rows from one that is measured to the next
+STRIDE = 16  # held-out rows from one that is measured to the next
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Bench:
         }
 
 
-def load(home: Path, name: str, device: str, run: str | None = None, every: int = ROW_STRIDE) -> Bench:
+def load(home: Path, name: str, device: str, run: str | None = None, every: int = STRIDE) -> Bench:
     """The newest (or the named) run of an identity, every so many held-out rows."""
     space = Workspace.open(home, name)
     found, _ = player.pick_run(space, run)
