@@ -85,6 +85,16 @@ def clip(name: str, work: Path) -> Path:
     return made
 
 
+def looped(film: Path, seconds: int, work: Path) -> Path:
+    """A film of a given length: a clip, over and over."""
+    from talkhead_cli.media import ffmpeg
+
+    out = work / f"{film.stem}{seconds}.mp4"
+    words = ["-loglevel", "error", "-y", "-stream_loop", "-1", "-i", str(film), "-t", str(seconds)]
+    subprocess.run([ffmpeg.executable(), *words, "-c", "copy", str(out)], check=True)
+    return out
+
+
 def speech(work: Path, seconds: int) -> Path:
     """Speech of a given length: a recording, repeated."""
     from talkhead_cli import media
@@ -150,27 +160,26 @@ def part_render(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory of a film of 30 s and of ten minutes, of a run that is small enough to wait for.
-
-    What could grow with length (speech, features, frames waiting to be written) does not depend
-    on the size of the pictures.
-    """
+    """Peak memory against length: of preprocess and of render, half a minute and ten minutes."""
     name = options.ids[0]
-    _preprocessed(name, work)
-    home = ["--home", str(work / "home"), "--device", options.device]
-    talkhead(
-        "finetune", "--id", name, "-p", "lokitalk", "-p", "tiny", "--run", "memory", *home,
-        "-s", "data.size_px=32", "-s", "train.scale=0.1",
-    )  # fmt: skip
-    rows: dict[str, Any] = {"size_px": 32}
+    _trained(name, work, options)
+    home = ["--home", str(work / "home")]
+    rows: dict[str, Any] = {"preprocess": {}, "render": {}}
     for seconds in (30, 600):
+        film = looped(clip(name, work), seconds, work)
+        made = talkhead("preprocess", str(film), "--id", f"long{seconds}", *home)
+        made.pop("stdout")
+        rows["preprocess"][f"{seconds}_s"] = made
         made = talkhead(
-            "render", "--id", name, "--run", "memory", "--audio", str(speech(work, seconds)),
-            "-o", str(work / f"film{seconds}.mp4"), *home,
+            "render", "--id", name, "--audio", str(speech(work, seconds)),
+            "-o", str(work / f"film{seconds}.mp4"), *home, "--device", options.device,
         )  # fmt: skip
         made.pop("stdout")
-        rows[f"{seconds}_s"] = made
-    rows["ratio"] = round(rows["600_s"]["peak_mb"] / rows["30_s"]["peak_mb"], 4)
+        rows["render"][f"{seconds}_s"] = made
+    for found in rows.values():
+        short, long = found["30_s"]["peak_mb"], found["600_s"]["peak_mb"]
+        found["ratio"] = round(long / short, 4)
+        found["mb_per_hour"] = round((long - short) / 570 * 3600)
     return rows
 
 

@@ -6,8 +6,10 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.loss import gradient_difference, ssim
 from talkhead_cli.blocks.mlp import Mlp, by_row
 from talkhead_cli.blocks.planes import TriPlanes, frequencies
@@ -148,6 +150,34 @@ def test_pose_correction_finds_a_habit_of_the_tracker() -> None:
         optimizer.step()
     assert loss < 1e-4 * (wrong - seen).square().mean()
     assert net.linear.weight[0, 0].item() * 0.02 == pytest.approx(-0.1, abs=0.005)
+
+
+def test_shading_of_small_turns_holds_for_large_ones() -> None:
+    """A matt ball, lit from one side, is seen while it turns a little, then while it turns far."""
+    torch.manual_seed(0)
+    place = F.normalize(torch.randn(400, 3), dim=1)
+    lamp = torch.tensor([-0.8, 0.0, -0.6])
+
+    def logits(turn: torch.Tensor) -> torch.Tensor:
+        normal = (rotations(turn) @ place[:, :, None])[:, :, 0]
+        return (0.5 + 0.3 * normal @ lamp).logit()[:, None].expand(-1, 3)
+
+    def missed(shading: Shading, yaw: torch.Tensor) -> torch.Tensor:
+        """Mean square of what is not told of the change, over all of it."""
+        turn = F.pad(yaw, (1, 1))
+        shade = moved(place, shading(F.pad(turn / 0.1, (0, 3))), torch.arange(len(place)))
+        change = logits(turn) - logits(torch.zeros_like(turn))
+        return (shade - change).square().mean() / change.square().mean()
+
+    shading = Shading()
+    assert missed(shading, 0.1 * torch.randn(400, 1)).item() == pytest.approx(1.0)
+    optimizer = torch.optim.Adam(shading.parameters(), 0.03)
+    for _ in range(300):
+        loss = missed(shading, 0.1 * torch.randn(400, 1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert missed(shading, torch.full((400, 1), 0.35)) < 0.1
 
 
 def test_ridge_finds_a_linear_map_and_shrinks() -> None:

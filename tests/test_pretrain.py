@@ -80,6 +80,14 @@ def test_a_killed_prior_goes_on_and_ends_as_if_it_had_not_been_killed(crowd: Pat
         make(crowd, "half", names=PEOPLE[:2])
 
 
+def test_two_jobs_do_not_write_one_prior(crowd: Path) -> None:
+    prior = Run.named(crowd / ".priors", "crowd")
+    with prior.locked(), pytest.raises(TalkheadError, match="working on 'crowd'"):
+        make(crowd)
+    assert not prior.root.exists()
+    assert make(crowd)[0].is_finished
+
+
 def test_who_cannot_be_used_is_left_out_with_a_word(crowd: Path) -> None:
     Workspace(crowd, "two").note(has_audio=False)
     (crowd / "three" / "tracks.npz").unlink()

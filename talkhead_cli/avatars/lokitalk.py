@@ -19,6 +19,7 @@ Where the paper is silent or we differ on purpose:
   it that goes with the head's pose is left to the pose.
 * The gated codes also reach the colour network: a closed lid or an open mouth shows
   surfaces that no displacement of a canonical volume can bring to light.
+* Light stays in the room while the head turns (`Shading`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from talkhead_cli.avatars.base import Avatar, StepResult, shaped
+from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.loss import gradient_difference, ssim
 from talkhead_cli.blocks.mlp import Mlp, by_row
 from talkhead_cli.blocks.mouth import (
@@ -138,6 +140,7 @@ class LokiTalk(Avatar):
         self.register_buffer("mouth_basis", torch.zeros(3 * len(MOUTH), N_CODES))
         self.speech = SpeechEncoder(n_steps, n_features, N_CODES)
         self.pose_correction = PoseCorrection(6 + 2 + 2 + 2)
+        self.shading = Shading()
         self.lip_code = Mlp(N_CODES, 32, N_CODE)
         self.eye_code = Mlp(2 * 3 + 2 + 2, 32, N_CODE)
         self.pose_code = Mlp(6 + 4, 32, N_CODE)
@@ -247,6 +250,7 @@ class LokiTalk(Avatar):
             density=self.gate(_mapped(self.to_gate, codes)),
             torso=self.to_torso(pose_code),
             shoulders=shoulders,
+            light=self.shading(pose[:, :6]),
         )
 
     def compose(self, rendered: Rendered, rays: RayBundle, plate: Tensor) -> Frame:
@@ -331,7 +335,7 @@ class LokiTalk(Avatar):
             "volume": [self.volume],
             "deform": [self.face_field, self.torso_field, self.attention, self.lip_code,
                        self.eye_code, self.pose_code, self.to_face, self.to_torso],
-            "static": [self.density_net, self.colour_net, self.to_gate, self.gate],
+            "static": [self.density_net, self.colour_net, self.to_gate, self.gate, self.shading],
             "pose": [self.pose_correction],
         }  # fmt: skip
 
@@ -346,7 +350,8 @@ class LokiField:
     """LokiTalk's field, closed over T rows of codes.
 
     face (2 T, trunk), density (2 T, head), torso (T, trunk): what a row's lip and eye codes, and
-    its pose code, add to the first layers of the three nets · shoulders (T, 3, 4)
+    its pose code, add to the first layers of the three nets · shoulders (T, 3, 4) ·
+    light (T, 3, 4) what the row's light adds to the logits of the head's colour, by place
     """
 
     channels = 8
@@ -354,11 +359,11 @@ class LokiField:
 
     def __init__(
         self, avatar: LokiTalk, person: Person, *, face: Tensor, density: Tensor, torso: Tensor,
-        shoulders: Tensor,
+        shoulders: Tensor, light: Tensor,
     ) -> None:  # fmt: skip
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(torso)
         self._face, self._density, self._torso = face, density, torso
-        self._shoulders = shoulders
+        self._shoulders, self._light = shoulders, light
         low, high = avatar.aabb[:3], avatar.aabb[3:]
         self._middle, self._half = (low + high) / 2, (high - low) / 2 * 1.1
         self._reach = torch.maximum(-low, high) * 1.1  # the planes keep the face in their middle
@@ -369,7 +374,10 @@ class LokiField:
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         density, hidden, attention, shifts = self._static(x, row)
-        colour = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1)).sigmoid()
+        logits = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1))
+        # shoulders do not turn with the head
+        head = 1 - attention[:, 2:].detach()
+        colour = (logits + head * moved(x, self._light, row)).sigmoid()
         return density, torch.cat([colour, attention, shifts], 1)
 
     def _static(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ from talkhead_cli.track.scout import Scene, scout
 MIN_SECONDS = 3.0
 SIZE_PX = 512
 MESH_MAX_SIDE = 1280
+SKIN_EVERY = 10  # frames
+BLOCK = 2048  # frames that are worked on at once
 N_PLATE = 25  # frames behind the background's median
 N_EVIDENCE = 40  # frames that tell hair from torso by motion
 # A stage's version is part of its key: raise it when its result changes.
@@ -187,19 +190,19 @@ class _Work:
         self.space.save("mesh", arrays | {"n_faces": np.array(scene.n_faces)})
 
     def faces(self) -> tuple[face.Faces, int]:
-        """The mesh as stored, and how many faces the film shows."""
+        """The mesh with its gaps bridged, and how many faces the film shows."""
         stored = self.space.load("mesh")
-        faces = face.Faces(stored["points"], stored["found"])
-        if not faces.found.any():
+        found = stored["found"]
+        if not found.any():
             raise TalkheadError(
                 f"no face was found in {self.video.name}; film one person facing the camera"
             )
-        if len(faces.found) < MIN_SECONDS * FPS:
+        if len(found) < MIN_SECONDS * FPS:
             raise TalkheadError(
-                f"only {len(faces.found) / FPS:.1f} s of {self.video.name} could be read; at least "
+                f"only {len(found) / FPS:.1f} s of {self.video.name} could be read; at least "
                 f"{MIN_SECONDS:.0f} s of talking are needed"
             )
-        return faces, int(stored["n_faces"])
+        return face.Faces(face.fill_gaps(stored["points"], found), found), int(stored["n_faces"])
 
     def _follow(self, scene: Scene) -> tuple[Any, Any, Any]:
         x, y, width, height = scene.roi
@@ -207,22 +210,25 @@ class _Work:
         size = (max(2, round(width * shrink)), max(2, round(height * shrink)))
         scale = np.array([width / size[0], height / size[1], width / size[0]], np.float32)
         offset = np.array([x, y, 0], np.float32)
-        points, skin = [], []
+        skin = []
         total = max(1, round(self.probe.duration_s * FPS))
         self.progress.stage("face mesh", total)
         blank = np.full((face.N_MESH, 3), np.nan, np.float32)
-        with face.FaceMesh() as mesh:
+        # meshes go through a file: a list of them, joined in the end, would take twice the room
+        with face.FaceMesh() as mesh, tempfile.TemporaryFile(dir=self.space.root) as spool:
             stream = media.frames(
                 self.video, crop=scene.roi, size=size, on_warning=self.progress.note
             )
             for index, rgb in enumerate(followed(self.progress, stream)):
                 seen = mesh(rgb)
-                points.append(blank if seen is None else seen * scale + offset)
-                if seen is not None and index % 10 == 0:
+                spool.write((blank if seen is None else seen * scale + offset).tobytes())
+                if seen is not None and index % SKIN_EVERY == 0:
                     skin.append(matte.skin_samples(rgb, seen))
-        found = np.array([not np.isnan(p[0, 0]) for p in points])
+            spool.seek(0)
+            points = np.fromfile(spool, np.float32).reshape(-1, face.N_MESH, 3)
+        found = ~np.isnan(points[:, 0, 0])
         colours = np.concatenate(skin) if skin else np.zeros((0, 3), np.float32)
-        return np.stack(points), found, colours
+        return points, found, colours
 
     def pose(self, faces: face.Faces) -> HeadTrack:
         self.progress.stage("head pose", None)
@@ -312,9 +318,10 @@ class _Work:
         })  # fmt: skip
 
     def _mesh_in_crop(self, faces: face.Faces, crop: Crop) -> NDArray[np.float32]:
-        """Mesh (T, 478, 2) in shares of the crop's side, gaps bridged."""
-        filled = face.fill_gaps(faces.points[..., :2], faces.found)
-        return ((filled - np.array([crop.x, crop.y])) / crop.side).astype(np.float32)
+        """Mesh (T, 478, 2) in shares of the crop's side."""
+        mesh = faces.points[..., :2] - np.array([crop.x, crop.y], np.float32)
+        mesh /= np.float32(crop.side)
+        return mesh
 
     def tracks(self, faces: face.Faces, head: HeadTrack, crop: Crop, size_px: int) -> None:
         """All per-frame signals."""
@@ -326,14 +333,8 @@ class _Work:
             [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
             [0, 0, 1],
         ])  # fmt: skip
-        chosen = np.unique(
-            np.concatenate([face.MESH_TO_68, *face.BROWS, *(e[:2] for e in face.EYES)])
-        )
-        filled = face.fill_gaps(faces.points[..., :2], faces.found)
-        lifted = np.full((len(filled), face.N_MESH, 3), np.nan, np.float32)
-        lifted[:, chosen] = head.lift(filled[:, chosen], chosen)
-        gap = face.lid_gap(filled)
-        eyes = face.fit_eye_scale(gap[faces.found])
+        seen = _face_signals(faces, head)
+        eyes = face.fit_eye_scale(seen["gap"][faces.found])
         lost = 1 - float(film["tracked"].mean())
         if lost > 0.2:
             self.progress.note(
@@ -348,11 +349,11 @@ class _Work:
         self.space.save("tracks", {
             "pose": head.pose.astype(np.float32),
             "k": k.astype(np.float32),
-            "eye": eyes.openness(gap).astype(np.float32),
+            "eye": eyes.openness(seen["gap"]).astype(np.float32),
             "eye_scale": np.stack([eyes.shut, eyes.open]),
-            "gaze": face.gaze(filled).astype(np.float32),
-            "brow": face.brow(lifted).astype(np.float32),
-            "landmarks": face.to_68(lifted).astype(np.float32),
+            "gaze": seen["gaze"],
+            "brow": seen["brow"] - seen["brow"].mean(0),
+            "landmarks": seen["landmarks"],
             "mesh_px": mesh,
             "body": np.concatenate(
                 [body[:, :2] * to_heights, body[:, 2:], np.zeros((len(body), 1))], -1
@@ -396,6 +397,27 @@ class _Work:
                     )
                 )
             self.space.save_piece("labels", first, {"labels": np.stack(stack)})
+
+
+def _face_signals(faces: face.Faces, head: HeadTrack) -> dict[str, NDArray[Any]]:
+    """What the face does in every frame: gap (T, 2) of the lids, gaze (T, 2), brow (T, 2) as the
+    height of each, landmarks (T, 68, 3) in head space.
+    """
+    chosen = np.unique(np.concatenate([face.MESH_TO_68, *face.BROWS, *(e[:2] for e in face.EYES)]))
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for first in range(0, len(faces.found), BLOCK):
+        rows = slice(first, first + BLOCK)
+        pixels = faces.points[rows, :, :2].astype(np.float64)
+        lifted = np.full((len(pixels), face.N_MESH, 3), np.nan)
+        lifted[:, chosen] = head.part(rows).lift(pixels[:, chosen], chosen)
+        for name, value in {
+            "gap": face.lid_gap(pixels),
+            "gaze": face.gaze(pixels),
+            "brow": face.brow_height(lifted),
+            "landmarks": face.to_68(lifted),
+        }.items():
+            parts.setdefault(name, []).append(value.astype(np.float32))
+    return {name: np.concatenate(values) for name, values in parts.items()}
 
 
 def _reference_frame(mesh: NDArray[np.float32], found: NDArray[np.bool_]) -> int:

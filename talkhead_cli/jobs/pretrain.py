@@ -49,11 +49,28 @@ def pretrain(
         )
     stages = preset.pretrain
     prior = Run.named(priors_folder(home), out)
-    if fresh:
-        prior.clear()
-    if prior.is_finished:
-        progress.note(f"prior '{out}' is finished already; --fresh trains it anew")
-        return prior
+    with prior.locked():
+        if fresh:
+            prior.clear()
+        if prior.is_finished:
+            progress.note(f"prior '{out}' is finished already; --fresh trains it anew")
+        else:
+            _train(prior, home, names, preset, stages, progress, device, seed, stop_after)
+    return prior
+
+
+def _train(
+    prior: Run,
+    home: Path,
+    names: Sequence[str],
+    preset: Preset,
+    stages: Train,
+    progress: Progress,
+    device: str,
+    seed: int,
+    stop_after: Callable[[fit.Place], bool] | None,
+) -> None:
+    """The stages over everybody who can be used."""
     began = time.monotonic()
     spaces = _openable(home, names, progress)
     people = _loaded(spaces, preset, stages, progress)
@@ -67,7 +84,8 @@ def pretrain(
     key = digest({"people": sources, "preset": text, "seed": seed})
     if prior.meta().get("key", key) != key:
         raise TalkheadError(
-            f"prior '{out}' was begun with other people or settings; pass --fresh to replace it"
+            f"prior '{prior.name}' was begun with other people or settings; pass --fresh to "
+            "replace it"
         )
     prior.write_preset(text)
     prior.write_meta(version=__version__, people=sources, seed=seed, key=key)
@@ -88,7 +106,7 @@ def pretrain(
         progress, seed=seed, stop_after=stop_after,
     )  # fmt: skip
     if place.stage < len(stages.stages):
-        return prior
+        return
     prior.save_weights(avatar.common_state())
     prior.write_meta(
         finished=True,
@@ -100,7 +118,6 @@ def pretrain(
         speech=speech_facts(people[0][0], preset, n_features),
         torch=torch.__version__,
     )
-    return prior
 
 
 def _openable(home: Path, names: Sequence[str], progress: Progress) -> list[Workspace]:

@@ -12,13 +12,14 @@ runs/lokitalk+tiny/
 from __future__ import annotations
 
 import shutil
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import MisuseError, TalkheadError
-from talkhead_cli.store.files import atomic, read_arrays, read_json, write_arrays, write_json
+from talkhead_cli.store.files import atomic, held, read_arrays, read_json, write_arrays, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -42,6 +43,10 @@ class Run:
                 "'_', '.', and no dot in front"
             )
         return cls(folder / name)
+
+    def locked(self) -> AbstractContextManager[None]:
+        """Hold the run for one writing job; the lock lies beside it, since `clear` removes it."""
+        return held(self.root.with_name(f".{self.name}.lock"), self.name)
 
     def meta(self) -> dict[str, Any]:
         try:

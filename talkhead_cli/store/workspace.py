@@ -14,12 +14,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from talkhead_cli.contracts import MisuseError, TalkheadError
 from talkhead_cli.store.files import (
     atomic,
     digest,
+    held,
     read_arrays,
     read_json,
     sha256_of,
@@ -133,18 +133,9 @@ class Workspace:
         """Hash of all stage keys: changes when any stage's input changed."""
         return digest(self.manifest()["stages"])
 
-    @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self) -> AbstractContextManager[None]:
         """Hold the folder for one writing job."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise TalkheadError(
-                    f"another talkhead is working on '{self.id}'; wait until it has ended"
-                ) from error
-            yield
+        return held(self.root / ".lock", self.id)
 
     def clear(self) -> None:
         """Forget everything but the trained runs and consent."""

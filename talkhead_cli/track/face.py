@@ -52,7 +52,7 @@ class Faces:
     """The mesh of one face through T frames.
 
     points (T, 478, 3) x, y in pixels of the picture the mesh was found in, z in the same
-    unit, towards the camera negative · found (T,) bool; rows not found hold NaN
+    unit, towards the camera negative; bridged where there is none · found (T,) bool
     """
 
     points: NDArray[np.float32]
@@ -194,22 +194,30 @@ def gaze(mesh: Array) -> Array:
     return np.mean(offsets, axis=0)
 
 
-def brow(head_mesh: Array) -> Array:
-    """Mesh in head space (T, 478, 3) -> height of each brow over its clip mean (T, 2)."""
+def brow_height(head_mesh: Array) -> Array:
+    """Mesh in head space (T, 478, 3) -> height of each brow over its eye (T, 2)."""
     heights = []
     for points, (outer, inner, _, _) in zip(BROWS, EYES, strict=True):
         eye_y = head_mesh[:, [outer, inner], 1].mean(-1)
         heights.append(eye_y - head_mesh[:, points, 1].mean(-1))
-    raised = np.stack(heights, -1)
-    return raised - raised.mean(0)
+    return np.stack(heights, -1)
 
 
 def fill_gaps(values: Array, found: NDArray[np.bool_]) -> Array:
-    """Interpolate rows of values (T, ...) where `found` is False, linearly in time."""
+    """Rows of values (T, ...) that are not `found`, interpolated in time; ends are held.
+
+    Where nothing is missing the values themselves are returned: an hour of meshes is half a
+    gigabyte.
+    """
     if not found.any():
         raise TalkheadError("no face was found in any frame; film one person facing the camera")
-    flat = values.reshape(len(values), -1).copy()
-    rows = np.arange(len(values))
-    for column in range(flat.shape[1]):
-        flat[~found, column] = np.interp(rows[~found], rows[found], flat[found, column])
-    return flat.reshape(values.shape)
+    if found.all():
+        return values
+    seen, lost = np.flatnonzero(found), np.flatnonzero(~found)
+    after = np.searchsorted(seen, lost)
+    left, right = seen[np.maximum(after - 1, 0)], seen[np.minimum(after, len(seen) - 1)]
+    share = np.clip((lost - left) / np.maximum(right - left, 1), 0, 1)
+    share = share.reshape(-1, *[1] * (values.ndim - 1)).astype(values.dtype)
+    filled = values.copy()
+    filled[lost] = (1 - share) * values[left] + share * values[right]
+    return filled

@@ -9,7 +9,7 @@ prior and shakes: that shake is what viewers see first in this field's results.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -53,6 +53,15 @@ class HeadTrack:
     shape: Array
     residual_px: Array
 
+    def part(self, rows: slice) -> HeadTrack:
+        """The track through some of the frames."""
+        return replace(
+            self,
+            rotation=self.rotation[rows],
+            translation=self.translation[rows],
+            residual_px=self.residual_px[rows],
+        )
+
     def project(self, points: Array) -> Array:
         """Points in head space (478, 3) or (T, n, 3) -> pixels (T, n, 2)."""
         camera = (
@@ -94,7 +103,7 @@ def fit_head(
     """
     width, height = size
     centre = np.array([width / 2, height / 2])
-    shape, rotation = _procrustes_shape(points[found])
+    shape, rotation = _procrustes_shape(points, np.flatnonzero(found))
     scale_px = np.linalg.norm(
         points[found, TOP, :2] - points[found, CHIN, :2], axis=-1
     ) / np.linalg.norm((rotation @ (shape[TOP] - shape[CHIN]))[..., :2], axis=-1)
@@ -119,7 +128,7 @@ def fit_head(
     prior_shape = shape.copy()
     weight = np.zeros((n_frames, len(RIGID)))
     weight[found] = 1.0
-    targets = np.nan_to_num(points[:, RIGID, :2]).astype(np.float64)
+    targets = np.nan_to_num(points[:, RIGID, :2])
     few = np.flatnonzero(found)[:: max(1, int(found.sum()) // SHAPE_FRAMES)]
     whole = points[few, :, :2].astype(np.float64)
     for iteration in range(12):
@@ -129,8 +138,7 @@ def fit_head(
         )
         shape, pose = _normalise(shape, pose)
         prior_shape, _ = _normalise(prior_shape, pose)
-        error = _reproject(pose, shape[RIGID], focal, centre) - targets
-        size_px = np.linalg.norm(error, axis=-1)
+        size_px = _misses(pose, shape[RIGID], focal, centre, targets)
         limit = 2.0 * np.median(size_px[found])
         weight[found] = np.minimum(1.0, limit / np.maximum(size_px[found], 1e-9))
     return HeadTrack(
@@ -143,14 +151,25 @@ def fit_head(
     )
 
 
-def _reproject(pose: Array, shape: Array, focal: float, centre: Array) -> Array:
-    camera = Rotation.from_rotvec(pose[:, :3]).as_matrix() @ shape.T + pose[:, 3:, None]
-    return np.moveaxis(focal * camera[:, :2] / camera[:, 2:], 1, 2) + centre
+def _misses(
+    pose: Array, shape: Array, focal: float, centre: Array, targets: NDArray[np.floating[Any]]
+) -> Array:
+    """Distances (T, n) of points of the shape (n, 3) from where they were seen, pixels."""
+    parts = []
+    for first in range(0, len(pose), BLOCK):
+        rows = slice(first, first + BLOCK)
+        turn = Rotation.from_rotvec(pose[rows, :3]).as_matrix()
+        camera = np.moveaxis(turn @ shape.T, 1, 2) + pose[rows, None, 3:]
+        pixels = focal * camera[..., :2] / camera[..., 2:] + centre
+        parts.append(np.linalg.norm(pixels - targets[rows], axis=-1))
+    return np.concatenate(parts)
 
 
-def _procrustes_shape(meshes: NDArray[np.floating[Any]]) -> tuple[Array, Array]:
-    """Mean shape (478, 3) in head axes, one face height tall, and rotations (T, 3, 3)."""
-    few = meshes[:: max(1, len(meshes) // 200)]
+def _procrustes_shape(
+    meshes: NDArray[np.floating[Any]], rows: NDArray[np.integer[Any]]
+) -> tuple[Array, Array]:
+    """Mean shape (478, 3) in head axes, one face height tall, and rotations of `rows` (n, 3, 3)."""
+    few = meshes[rows[:: max(1, len(rows) // 200)]]
     mean = _upright(few[len(few) // 2])
     for _ in range(5):
         rotation, scale, origin = _align(few, mean)
@@ -158,8 +177,8 @@ def _procrustes_shape(meshes: NDArray[np.floating[Any]]) -> tuple[Array, Array]:
             np.einsum("tji,tnj->tni", rotation, few - origin[:, None]) / scale[:, None, None]
         ).mean(0)
         mean = _upright(mean)
-    rotation, _, _ = _align(meshes, mean)
-    return mean, rotation
+    turns = [_align(meshes[rows[a : a + BLOCK]], mean)[0] for a in range(0, len(rows), BLOCK)]
+    return mean, np.concatenate(turns)
 
 
 def _align(meshes: NDArray[np.floating[Any]], shape: Array) -> tuple[Array, Array, Array]:
@@ -206,8 +225,9 @@ def _normalise(shape: Array, pose: Array) -> tuple[Array, Array]:
 
 
 def _solve_poses(
-    pose: Array, shape: Array, focal: float, centre: Array, targets: Array, weight: Array
-) -> Array:
+    pose: Array, shape: Array, focal: float, centre: Array, targets: NDArray[np.floating[Any]],
+    weight: Array,
+) -> Array:  # fmt: skip
     """One Gauss-Newton step on all poses at once, under the smoothness prior."""
     n_frames = len(pose)
     rotation = Rotation.from_rotvec(pose[:, :3])
@@ -247,7 +267,12 @@ def _solve_poses(
 
 
 def _normal_equations(
-    pose: Array, shape: Array, focal: float, centre: Array, targets: Array, weight: Array
+    pose: Array,
+    shape: Array,
+    focal: float,
+    centre: Array,
+    targets: NDArray[np.floating[Any]],
+    weight: Array,
 ) -> tuple[Array, Array]:
     """Information (T, 6, 6) and gradient (T, 6) of the reprojection error of some frames."""
     turned = np.moveaxis(Rotation.from_rotvec(pose[:, :3]).as_matrix() @ shape[RIGID].T, 1, 2)
