@@ -9,7 +9,7 @@ import torch
 
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk import LokiTalk
-from talkhead_cli.blocks.mouth import SPREAD, Mouth, principal_shapes
+from talkhead_cli.blocks.mouth import N_CODES, SPREAD, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import EYES, LIPS, region_masks, relief_gap, relief_of
 from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.contracts import RayBundle, Signals, SilentProgress
@@ -54,7 +54,7 @@ def test_listening_writes_mouths_that_read_back_as_the_same_code(
 ) -> None:
     heard = avatar.listen(clip.signals[clip.held])
     with torch.no_grad():
-        code = avatar.speech(heard.audio) * mouth.gain + mouth.leant(heard)
+        code = mouth.coded(avatar.speech(heard.audio)) * mouth.gain + mouth.leant(heard)
     assert torch.allclose(mouth.code(heard), code, atol=1e-3)
     others = [i for i in range(68) if i not in (*range(4, 13), *range(48, 68))]
     assert torch.allclose(heard.landmarks[:, others], mouth.neutral[others].expand(
@@ -81,6 +81,16 @@ def test_heard_mouths_are_widened_to_a_share_of_the_true_opening(
     assert float(mouth.gain) == pytest.approx(gain, rel=0.1)
 
 
+def test_what_is_said_weighs_by_what_it_moves(clip: Footage, mouth: Mouth) -> None:
+    """One unit, whichever shape it is said in, moves the landmarks by one distance."""
+    rows = clip.signals[clip.train]
+    told = mouth.to_say(rows)
+    assert torch.allclose(mouth.coded(told), mouth.code(rows) - mouth.leant(rows), atol=1e-5)
+    moved = mouth.landmarks(mouth.coded(torch.eye(N_CODES))) - mouth.neutral
+    distance = moved.flatten(1).norm(dim=1)
+    assert torch.allclose(distance, distance.mean().expand(N_CODES), rtol=1e-3)
+
+
 def test_what_the_pose_says_of_the_mouth_is_not_asked_of_speech(
     clip: Footage, mouth: Mouth
 ) -> None:
@@ -92,7 +102,7 @@ def test_what_the_pose_says_of_the_mouth_is_not_asked_of_speech(
     hanging = rows.with_(landmarks=marks)
     own = Mouth()
     own.measure(hanging, principal_shapes([hanging]))
-    left, all_of_it = own.to_say(hanging)[:, 0], own.code(hanging)[:, 0]
+    left, all_of_it = own.coded(own.to_say(hanging))[:, 0], own.code(hanging)[:, 0]
     assert left.square().mean() < 0.05 * all_of_it.square().mean()
     far = rows.with_(pose=rows.pose * 100)
     assert own.leant(far).abs().max() < 20, "held where training ended"
@@ -249,9 +259,9 @@ def test_what_people_share_passes_to_another_avatar(clip: Footage, avatar: LokiT
         said = new.speech.votes(rows.audio).mean(0)
         new.calibrate(rows, clip.mesh, avatar.aabb)
         own = new.person(rows).mouth
-        same = own.landmarks(new.speech.votes(rows.audio).mean(0))
+        same = own.landmarks(own.coded(new.speech.votes(rows.audio).mean(0)))
     assert torch.allclose(own.basis.abs(), avatar.mouth_basis.abs(), atol=1e-3)
-    assert torch.allclose(same, theirs.landmarks(said), atol=1e-4)
+    assert torch.allclose(same, theirs.landmarks(theirs.coded(said)), atol=1e-4)
     for wrong in (shared | {"mouth_basis": torch.zeros(3, 3)}, shared | {"volume": torch.zeros(1)},
                   {k: v for k, v in shared.items() if k != "mouth_basis"}):  # fmt: skip
         with pytest.raises(ValueError, match="mouth_basis|volume"):

@@ -276,10 +276,10 @@ class LokiTalk(Avatar):
 
     def _speech_losses(self, result: StepResult) -> dict[str, Tensor]:
         signals = result.shot.signals
-        code = self.person(signals).mouth.to_say(signals)
+        told = self.person(signals).mouth.to_say(signals)
         if self.training:
-            return {"speech": F.smooth_l1_loss(*_paired(self.speech.votes(signals.audio), code))}
-        return {"speech": F.smooth_l1_loss(self.speech(signals.audio), code)}
+            return {"speech": F.smooth_l1_loss(*_paired(self.speech.votes(signals.audio), told))}
+        return {"speech": F.smooth_l1_loss(self.speech(signals.audio), told)}
 
     def _picture_losses(self, result: StepResult) -> dict[str, Tensor]:
         shot, frame, rendered = result.shot, result.frame, result.rendered
@@ -484,5 +484,5 @@ def _disturbed(signals: Signals, noise: float) -> Signals:
     )
 
 
-def _paired(votes: Tensor, code: Tensor) -> tuple[Tensor, Tensor]:
-    return votes, code.expand_as(votes)
+def _paired(votes: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
+    return votes, told.expand_as(votes)

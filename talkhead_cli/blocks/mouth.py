@@ -34,11 +34,16 @@ def principal_shapes(people: Sequence[Signals]) -> Tensor:
 
 
 def change_of_shapes(signals: Signals, old: Tensor, new: Tensor) -> Tensor:
-    """(K, K) that takes a person's standardised codes in `old` shapes (87, K) to those in `new`."""
+    """(K, K) that takes what is said of a person in `old` shapes (87, K) to the same in `new`."""
     shape = signals.landmarks[:, MOUTH]
     move = (shape - shape.mean(0)).flatten(1)
-    scale_old, scale_new = ((move @ basis).std(0).clamp_min(1e-4) for basis in (old, new))
-    return scale_old[:, None] * (old.T @ new) / scale_new
+    size_old, size_new = (size(move @ basis) for basis in (old, new))
+    return size_old * (old.T @ new) / size_new
+
+
+def size(coordinates: Tensor) -> Tensor:
+    """How much a mouth moves: RMS () of its coordinates (T, K) in some shapes."""
+    return coordinates.square().mean().sqrt().clamp_min(1e-6)
 
 
 class Mouth(nn.Module):
@@ -47,6 +52,9 @@ class Mouth(nn.Module):
     neutral (68, 3) mean landmarks · basis (87, K), scale (K,) shapes of mouth and jaw, and how
     far they go · gain () that heard codes are widened by · lean (6, K) what the pose alone says
     of the code · pose_mean, pose_scale (6,) of the head
+
+    A mouth is a code, standardised coordinate by coordinate, for the field; for speech it is
+    coordinates in units of the mouth's whole size, so that an error counts by what it moves.
     """
 
     neutral: Tensor
@@ -87,7 +95,7 @@ class Mouth(nn.Module):
         gain for all codes keeps the proportions, and with them the course of the opening, that
         regression found.
         """
-        true, heard = (self.opening(code).std() for code in (self.to_say(kept), said))
+        true, heard = (self.opening(self.coded(s)).std() for s in (self.to_say(kept), said))
         self.gain.copy_((SPREAD * true / heard.clamp_min(1e-6)).clamp(*GAINS))
 
     def code(self, signals: Signals) -> Tensor:
@@ -105,8 +113,17 @@ class Mouth(nn.Module):
         return self.pose(signals).clamp(-MAX_POSE, MAX_POSE) @ self.lean
 
     def to_say(self, signals: Signals) -> Tensor:
-        """The mouth code (T, K) that is left for speech to say."""
-        return self.code(signals) - self.leant(signals)
+        """What is left for speech to say of the mouth (T, K), in units of the mouth's size."""
+        return (self.code(signals) - self.leant(signals)) * self._share
+
+    def coded(self, said: Tensor) -> Tensor:
+        """The code (T, K) of what was said."""
+        return said / self._share
+
+    @property
+    def _share(self) -> Tensor:
+        """How far each shape goes (K,), in units of the mouth's size."""
+        return self.scale / size(self.scale)
 
     def pose(self, signals: Signals) -> Tensor:
         """Standardised pose of the head (T, 6)."""
@@ -125,4 +142,5 @@ class Mouth(nn.Module):
 
     def heard(self, signals: Signals, said: Tensor) -> Signals:
         """The signals with the mouth that was said (T, K); the rest of the face is neutral."""
-        return signals.with_(landmarks=self.landmarks(said * self.gain + self.leant(signals)))
+        code = self.coded(said) * self.gain + self.leant(signals)
+        return signals.with_(landmarks=self.landmarks(code))

@@ -1,4 +1,4 @@
-"""From a window of speech features to a code of the mouth."""
+"""From a window of speech features to the shape of the mouth."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class SpeechEncoder(nn.Module):
-    """Speech window -> standardised mouth code: a linear map beside small convolution nets.
+    """Speech window -> coordinates of the mouth: a linear map beside small convolution nets.
 
     The linear map is ridge regression in closed form (`solve`); the nets are trained on
     noisy features and stopped early.  A few hundred frames of one person are too little
@@ -26,7 +26,7 @@ class SpeechEncoder(nn.Module):
         self.nets = nn.ModuleList(_net(n_steps, n_features, n_out, width) for _ in range(n_nets))
 
     def forward(self, audio: Tensor) -> Tensor:
-        """audio (T, W, A) -> code (T, K)."""
+        """audio (T, W, A) -> coordinates (T, K)."""
         share = self.LINEAR_SHARE
         return share * self.linear(audio.flatten(1)) + (1 - share) * self.votes(audio).mean(0)
 
@@ -39,7 +39,7 @@ class SpeechEncoder(nn.Module):
 
     @torch.no_grad()
     def retarget(self, change: Tensor) -> None:
-        """Say codes of other shapes from now on: new code (T, K) = old code @ change (K, K)."""
+        """Say other shapes from now on: new coordinates (T, K) = old ones @ change (K, K)."""
         for net in self.nets:
             last = net[-1]  # type: ignore[index]
             assert isinstance(last, nn.Linear)
@@ -47,9 +47,9 @@ class SpeechEncoder(nn.Module):
             last.bias.copy_(last.bias @ change)
 
     @torch.no_grad()
-    def solve(self, audio: Tensor, code: Tensor, ridge: float) -> None:
-        """Set the linear map to the ridge solution of audio (T, W, A) -> code (T, K)."""
-        weight, bias = ridge_map(audio.flatten(1), code, ridge)
+    def solve(self, audio: Tensor, told: Tensor, ridge: float) -> None:
+        """Set the linear map to the ridge solution of audio (T, W, A) -> told (T, K)."""
+        weight, bias = ridge_map(audio.flatten(1), told, ridge)
         self.linear.weight.copy_(weight.T)
         self.linear.bias.copy_(bias)
 
