@@ -81,6 +81,19 @@ def test_heard_mouths_are_widened_to_a_share_of_the_true_opening(
     assert float(mouth.gain) == pytest.approx(gain, rel=0.1)
 
 
+def test_lips_that_stand_one_before_the_other_are_not_open(clip: Footage, mouth: Mouth) -> None:
+    rest = torch.zeros(1, N_CODES)
+    before = mouth.opening(rest)
+    neutral = mouth.neutral.clone()
+    try:
+        mouth.neutral[66, 2] -= 0.1  # the lower lip, towards the camera
+        assert torch.allclose(mouth.opening(rest), before)
+        mouth.neutral[66, 1] += 0.1  # and down
+        assert torch.allclose(mouth.opening(rest), before + 0.1)
+    finally:
+        mouth.neutral.copy_(neutral)
+
+
 def test_what_is_said_weighs_by_what_it_moves(clip: Footage, mouth: Mouth) -> None:
     """One unit, whichever shape it is said in, moves the landmarks by one distance."""
     rows = clip.signals[clip.train]

@@ -95,7 +95,9 @@ class Mouth(nn.Module):
         gain for all codes keeps the proportions, and with them the course of the opening, that
         regression found.
         """
-        true, heard = (self.opening(self.coded(s)).std() for s in (self.to_say(kept), said))
+        true, heard = (  # shut is shut: what is heard below it is not seen
+            self.opening(self.coded(s)).clamp_min(0).std() for s in (self.to_say(kept), said)
+        )
         self.gain.copy_((SPREAD * true / heard.clamp_min(1e-6)).clamp(*GAINS))
 
     def code(self, signals: Signals) -> Tensor:
@@ -130,9 +132,12 @@ class Mouth(nn.Module):
         return (signals.pose - self.pose_mean) / self.pose_scale
 
     def opening(self, code: Tensor) -> Tensor:
-        """Distance (T,) between the lips' inner edges, face heights."""
-        upper, lower = self.landmarks(code)[:, INNER_LIPS].unbind(1)
-        return (lower - upper).norm(dim=1)
+        """How far (T,) the lower lip's inner edge is below the upper one's, face heights.
+
+        Only along the face: one lip stands before the other, and that is no opening.
+        """
+        upper, lower = self.landmarks(code)[:, INNER_LIPS, 1].unbind(1)
+        return lower - upper
 
     def landmarks(self, code: Tensor) -> Tensor:
         """Landmarks (T, 68, 3) of standardised mouth codes (T, K) on the neutral face."""
