@@ -16,7 +16,7 @@ def speech_facts(space: Workspace, preset: Preset, n_features: int) -> dict[str,
     """What must agree before networks that hear are shared."""
     return {
         "backend": space.manifest()["backends"]["voice"], "n_features": n_features,
-        "window": preset.data.window, "stored": "10 ms rows",
+        "window": preset.data.window, "stored": "10 ms rows", "says": "mouths, in their own size",
     }  # fmt: skip
 
 
