@@ -1,6 +1,6 @@
 """What `make bench` and `make gpu` run: timings, on the clips beside the checkout.
 
-    python benchmarks/bench.py                      all of it (about an hour on two cores)
+    python benchmarks/bench.py                      all of it (an hour or more on two cores)
     python benchmarks/bench.py quality --ids alice  parts and clips by name
     python benchmarks/bench.py --device cuda        what a GPU is asked for
 
