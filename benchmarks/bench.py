@@ -36,6 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
+    "hearing", "coding",
 )  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
 CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.1, 0.4)}  # shares of the steps
@@ -285,14 +286,9 @@ def part_curve(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Each of --ids from a prior of everybody else: people that the prior never met."""
-    everybody = sorted(p.stem for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4"))
+    everybody = _usable(work)
     home = ["--home", str(work / "home"), "--device", options.device]
     rows: dict[str, Any] = {}
-    for name in list(everybody):
-        try:
-            _preprocessed(name, work)
-        except SystemExit:  # too short, say
-            everybody.remove(name)
     for name in options.ids:
         others = [other for other in everybody if other != name]
         prior = f"without-{name}"
@@ -315,6 +311,35 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
             label = "from_nothing" if start == "none" else "from_prior"
             rows[name][label] = {"finetune": trained, "evaluate": scored, "figures": figures}
     return {"people": everybody, "train_s": options.seconds, "rows": rows}
+
+
+def part_hearing(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Stage one of the landmark method: people held out in turn."""
+    import landmarks
+
+    everybody = _usable(work)
+    others = [name for name in everybody if name not in options.ids]
+    return landmarks.hearing(work / "home", options.ids, others, seeds=2)
+
+
+def part_coding(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Gaussian codes against plain landmarks."""
+    import landmarks
+
+    for name in options.ids:
+        _preprocessed(name, work)
+    return landmarks.coding(work / "home", options.ids, seeds=2, scale=options.scale)
+
+
+def _usable(work: Path) -> list[str]:
+    """Everybody of the private clips who can be tracked."""
+    found = sorted(p.stem for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4"))
+    for name in list(found):
+        try:
+            _preprocessed(name, work)
+        except SystemExit:  # too short, say
+            found.remove(name)
+    return found
 
 
 def _preprocessed(name: str, work: Path) -> None:
@@ -374,6 +399,7 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=0.0, help="of footage to learn from in transfer; 0: all"
     )
+    parser.add_argument("--scale", type=float, default=0.3, help="of the steps in coding")
     parser.add_argument("--work", type=Path, help="folder to work in, kept  [default: temporary]")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="talkhead-bench-"))
@@ -382,6 +408,8 @@ def main() -> None:
     try:
         today = datetime.date.today().isoformat()
         suffix = "" if options.device == "cpu" else f"-{options.device}"
+        if options.presets[0] != "lokitalk":
+            suffix = f"-{options.presets[0]}{suffix}"
         options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
         for part in options.parts or (PARTS if options.device == "cpu" else ON_CUDA):
             found = globals()[f"part_{part}"](work, options)

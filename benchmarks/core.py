@@ -307,7 +307,7 @@ def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
             "condition": timed(shoot, device),
             "sample": timed(lambda: marcher.lay(rays), device),
             "field": timed(lambda: _in_blocks(field, x, d, rows), device),
-            "compose": timed(lambda: show.avatar.compose(rendered, rays, background), device),
+            "compose": timed(lambda: show.avatar.compose(rendered, rays, one, background), device),
         }
     took["composite"] = max(0.0, whole - took["sample"] - took["field"])
     hits = int((rendered.opacity > 0.5).sum())

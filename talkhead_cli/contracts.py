@@ -127,7 +127,8 @@ class Signals:
     body          (T, 4) shoulders against their mean: right, down (face heights at the
                   torso's depth), roll (rad), log scale
     person        (T,) long
-    footage_index (T,) long, frame of the footage; -1 = new speech, no picture to compare with
+    moment        (T,) long, number of the frame in its clip or film: rows whose numbers follow each
+                  other are heard one after the other
     """
 
     audio: Tensor
@@ -140,7 +141,7 @@ class Signals:
     body: Tensor
     camera: Camera
     person: Tensor
-    footage_index: Tensor
+    moment: Tensor
 
     def __len__(self) -> int:
         return int(self.pose.shape[0])
@@ -221,8 +222,9 @@ class Rendered:
 class Frame:
     """A finished picture, B of them when the rays had a layout, else R loose pixels.
 
-    rgb (B, H, W, 3) or (R, 3) · alpha, depth with one channel · parts: named maps for
-    losses and pictures, never for control
+    rgb (B, H, W, 3) or (R, 3) · alpha, depth with one channel, depth the distance in face heights
+    of what is solid and infinite elsewhere · parts: named maps for losses and pictures, never
+    for control
     """
 
     rgb: Tensor

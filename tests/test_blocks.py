@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import fields
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from talkhead_cli.blocks.rigid import (
     undone,
 )
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
+from talkhead_cli.contracts import Camera, Signals
 
 
 def test_planes_are_bilinear_and_keep_their_axes() -> None:
@@ -199,17 +202,27 @@ def test_block_validation_prefers_shrinking_when_there_is_nothing_to_learn() -> 
     assert weak == 1e-2 and torch.corrcoef(torch.cat([guess, x[:, :1]], 1).T)[0, 1] > 0.99
 
 
-def test_speech_encoder_is_quiet_in_eval_and_noisy_in_training() -> None:
+@pytest.mark.parametrize("make", [SpeechEncoder.of_windows, SpeechEncoder.of_sequences])
+def test_speech_encoder_is_quiet_in_eval_and_noisy_in_training(make: Any) -> None:
     torch.manual_seed(0)
-    encoder = SpeechEncoder(33, 10, 4)
-    audio = torch.randn(6, 33, 10)
+    encoder = make(33, 10, 4)
+    heard = signals_of(torch.randn(6, 33, 10))
     encoder.eval()
-    assert torch.equal(encoder(audio), encoder(audio)) and encoder(audio).shape == (6, 4)
+    assert torch.equal(encoder(heard), encoder(heard)) and encoder(heard).shape == (6, 4)
     encoder.train()
-    assert not torch.equal(encoder.votes(audio), encoder.votes(audio))
+    assert not torch.equal(encoder.votes(heard), encoder.votes(heard))
     code = torch.randn(6, 4)
-    encoder.solve(audio, code, 1e-3)
-    assert torch.allclose(encoder.linear(audio.flatten(1)), code, atol=1e-2)
+    encoder.solve(heard.audio, code, 1e-3)
+    assert torch.allclose(encoder.linear(heard.audio.flatten(1)), code, atol=1e-2)
+
+
+def signals_of(audio: torch.Tensor) -> Signals:
+    """Signals (T, W, A) of which only the sound matters."""
+    n = len(audio)
+    camera = Camera(torch.eye(4).repeat(n, 1, 1), torch.eye(3).repeat(n, 1, 1), 64)
+    rest = {f.name: torch.zeros(n, 1) for f in fields(Signals)}
+    who, moment = torch.zeros(n, dtype=torch.long), torch.arange(n)
+    return Signals(**rest | {"audio": audio, "camera": camera, "moment": moment, "person": who})
 
 
 def test_ssim_is_one_for_equals_and_falls_with_noise() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -93,8 +94,8 @@ def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(
 ) -> None:
     honest, calls = fit.Step.forward, {"n": 0}
 
-    def sick(self: fit.Step, drawn: list, listen: bool) -> tuple[dict, int]:
-        terms, n_points = honest(self, drawn, listen)
+    def sick(self: fit.Step, drawn: list) -> tuple[dict, int]:
+        terms, n_points = honest(self, drawn)
         calls["n"] += 1
         if calls["n"] in poisoned:
             terms = {k: v * float("nan") for k, v in terms.items()}
@@ -135,7 +136,7 @@ def test_shots_know_their_truth(speaker_home: Path) -> None:
     rng = torch.Generator().manual_seed(1)
     shot = shots.draw(clip, preset.train.stages["shape"], 512, aabb, rng)
     assert shot.rays is not None and shot.target is not None and shot.labels is not None
-    frame = shot.signals.footage_index[shot.rays.row]
+    frame = shot.signals.moment[shot.rays.row]
     x, y = shot.rays.pixel.long().unbind(1)
     truth = torch.from_numpy(clip.pictures[frame.numpy(), y.numpy(), x.numpy()]).float() / 255
     assert torch.equal(truth, shot.target)
@@ -183,3 +184,42 @@ def test_frames_made_side_by_side_come_in_order_and_are_the_same(home: Path) -> 
     assert torch.allclose(*made, atol=1e-5)
     steps = (made[0][1:] - made[0][:-1]).abs().flatten(1).amax(1)
     assert steps.min() > 1e-3, "the frames differ, so order shows"
+
+
+def test_a_part_that_begins_late_is_averaged_from_its_own_beginning() -> None:
+    """A torso that learns last must not come out half-learnt."""
+    avatar = torch.nn.ModuleDict({"early": torch.nn.Linear(1, 1), "late": torch.nn.Linear(1, 1)})
+    average = fit._Average(avatar, 0.998)  # type: ignore[arg-type]
+    for name, n_steps in (("early", 3000), ("late", 300)):
+        for part in avatar:
+            avatar[part].requires_grad_(part == name)
+        for step in range(n_steps):
+            with torch.no_grad():
+                avatar[name].weight.fill_(min(1.0, step / 50))
+            average.update(avatar)  # type: ignore[arg-type]
+    assert float(average.weights["late.weight"]) > 0.9
+    assert float(average.weights["early.weight"]) > 0.99
+
+
+def test_rows_of_a_speech_stage_come_in_runs(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    stage = preset.train.stages["speech"].model_copy(update={"batch": 60, "in_sequence": 12})
+    shot = shots.draw(clip, stage, 0, torch.zeros(6), torch.Generator().manual_seed(0))
+    runs = shot.signals.moment.view(5, 12)
+    assert bool((runs.diff(dim=1) == 1).all()) and len(runs[:, 0].unique()) > 1
+
+
+def test_a_stage_that_listens_mixes_what_is_said_with_what_was_tracked(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    said = torch.full_like(clip.signals.landmarks, 7.0)
+    clip = replace(clip, said=said)
+    stage = preset.train.stages["lips"].model_copy(update={"listen": 0.5, "n_frames": 8})
+    box = footage.box_of(clip.signals.camera[clip.train])
+    n_said = [
+        int((shots.draw(clip, stage, 8 * 24**2, box, torch.Generator().manual_seed(s))
+             .signals.landmarks == 7).all((1, 2)).sum())
+        for s in range(20)
+    ]  # fmt: skip
+    assert 40 < sum(n_said) < 120 and len(set(n_said)) > 1

@@ -54,7 +54,7 @@ def test_listening_writes_mouths_that_read_back_as_the_same_code(
 ) -> None:
     heard = avatar.listen(clip.signals[clip.held])
     with torch.no_grad():
-        code = mouth.coded(avatar.speech(heard.audio)) * mouth.gain + mouth.leant(heard)
+        code = mouth.coded(avatar.speech(heard)) * mouth.gain + mouth.leant(heard)
     assert torch.allclose(mouth.code(heard), code, atol=1e-3)
     others = [i for i in range(68) if i not in (*range(4, 13), *range(48, 68))]
     assert torch.allclose(heard.landmarks[:, others], mouth.neutral[others].expand(
@@ -269,10 +269,10 @@ def test_what_people_share_passes_to_another_avatar(clip: Footage, avatar: LokiT
     theirs = Mouth()
     theirs.measure(rows, shared["mouth_basis"])
     with torch.no_grad():
-        said = new.speech.votes(rows.audio).mean(0)
+        said = new.speech.votes(rows).mean(0)
         new.calibrate(rows, clip.mesh, avatar.aabb)
         own = new.person(rows).mouth
-        same = own.landmarks(own.coded(new.speech.votes(rows.audio).mean(0)))
+        same = own.landmarks(own.coded(new.speech.votes(rows).mean(0)))
     assert torch.allclose(own.basis.abs(), avatar.mouth_basis.abs(), atol=1e-3)
     assert torch.allclose(same, theirs.landmarks(theirs.coded(said)), atol=1e-4)
     for wrong in (shared | {"mouth_basis": torch.zeros(3, 3)}, shared | {"volume": torch.zeros(1)},

@@ -29,10 +29,14 @@ class Avatar(nn.Module):
     `aabb` (6,) is the box of head space that holds the person.  In training, methods put noise
     on the driving signals; `noise` is the stage's share of it.  `common` names what people share
     and a prior consists of, by the beginnings of its names in the state.
+    `past` is how many rows before a row `listen` has to be given for it to hear the row as in
+    the whole speech.
     """
 
     aabb: Tensor
+    past = 0
     common: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
     noise = 1.0
     hears_speech = True  # whether the method can be driven by sound alone
 
@@ -50,11 +54,15 @@ class Avatar(nn.Module):
 
     def common_state(self) -> dict[str, Tensor]:
         """What people share: the tensors that a prior consists of."""
-        return {k: v for k, v in self.state_dict().items() if k.startswith(self.common)}
+        return {
+            k: v for k, v in self.state_dict().items()
+            if k.startswith(self.common) and not k.endswith(self.own)
+        }  # fmt: skip
 
     def common_parts(self) -> list[str]:
         """The parts that learn any of it."""
-        shared = {id(p) for n, p in self.named_parameters() if n.startswith(self.common)}
+        names = self.common_state()
+        shared = {id(p) for n, p in self.named_parameters() if n in names}
         return [name for name in self.parts() if any(id(p) in shared for p in self.part(name))]
 
     @torch.no_grad()
@@ -88,6 +96,11 @@ class Avatar(nn.Module):
         """
         return signals
 
+    @property
+    def neutral(self) -> Tensor | None:
+        """The face at rest (68, 3) that tracks of landmarks move; None where none drive it."""
+        return None
+
     def aim(self, signals: Signals, rays: RayBundle) -> RayBundle:
         """Rays in head space as the avatar has learnt it; by default as it was tracked."""
         return rays
@@ -96,7 +109,9 @@ class Avatar(nn.Module):
         """Close over the driving signals of T rows."""
         raise NotImplementedError
 
-    def compose(self, rendered: Rendered, rays: RayBundle, plate: Tensor) -> Frame:
+    def compose(
+        self, rendered: Rendered, rays: RayBundle, signals: Signals, plate: Tensor
+    ) -> Frame:
         """Marched channels and the background behind each ray (R, 3) -> picture."""
         raise NotImplementedError
 
@@ -116,3 +131,10 @@ class Avatar(nn.Module):
 def shaped(tensor: Tensor, rays: RayBundle) -> Tensor:
     """(R, C) -> (B, h, w, C) where the rays have a layout."""
     return tensor if rays.layout is None else tensor.view(*rays.layout, tensor.shape[-1])
+
+
+def distance(rendered: Rendered, rays: RayBundle) -> Tensor:
+    """How far what is solid lies along each ray, face heights; infinite where nothing is."""
+    solid = rendered.opacity > 0.5
+    away = rendered.depth / rendered.opacity.clamp_min(1e-3)
+    return shaped(torch.where(solid, away, torch.inf), rays)

@@ -24,9 +24,7 @@ Where the paper is silent or we differ on purpose:
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -34,26 +32,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.avatars.base import Avatar, StepResult, shaped
+from talkhead_cli.avatars.base import StepResult, distance, shaped
+from talkhead_cli.avatars.personal import Person, PersonalAvatar
 from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.loss import gradient_difference, ssim
 from talkhead_cli.blocks.mlp import Mlp, by_row
-from talkhead_cli.blocks.mouth import (
-    MAX_POSE,
-    MOUTH,
-    N_CODES,
-    Mouth,
-    change_of_shapes,
-    principal_shapes,
-)
-from talkhead_cli.blocks.planes import TriPlanes, frequencies
+from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
+from talkhead_cli.blocks.planes import TriPlanes, frequencies, gathered
 from talkhead_cli.blocks.precision import exact
-from talkhead_cli.blocks.regions import EYES, LIPS, RELIEF, region_masks, relief_gap, relief_of
-from talkhead_cli.blocks.rigid import PoseCorrection, after, moved, shoulders_in_head, undone
-from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks
+from talkhead_cli.blocks.regions import EYES, LIPS, region_masks
+from talkhead_cli.blocks.rigid import after, moved, shoulders_in_head, undone
+from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
 
-RIDGES = (3e2, 1e3, 3e3, 1e4, 3e4)
 MAX_SHIFT = 0.15  # face heights; guards the displacement fields
 # Channels that the marcher composites: colour, then auxiliary maps with detached weights.
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
@@ -64,7 +55,6 @@ EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
 POSE_NOISE = 0.1  # in standard deviations
 N_CODE, N_GATE = 16, 12
 LOOK_SCALE = 5.0  # a talking head turns by a few degrees: directions hardly differ
-GATHER = 1.6  # how much more room the planes give the face than the picture's rim
 REACH = 0.02  # attention under which a region's field is not asked
 
 
@@ -83,63 +73,19 @@ SIZES = {
 }
 
 
-class Person(nn.Module):
-    """What is measured of one person.
-
-    mouth (whose mean pose is the one in which head and shoulders are canonical) ·
-    body_mean, body_scale (4,) of the shoulders · relief (RELIEF, RELIEF, 2) depth of the face
-    and trust in it, over a square of half-width relief_side ()
-    """
-
-    body_mean: Tensor
-    body_scale: Tensor
-    relief: Tensor
-    relief_side: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.mouth = Mouth()
-        for name, shape in {
-            "body_mean": (4,), "body_scale": (4,), "relief": (RELIEF, RELIEF, 2), "relief_side": (),
-        }.items():  # fmt: skip
-            self.register_buffer(name, torch.zeros(shape))
-
-    @torch.no_grad()
-    def measure(self, signals: Signals, basis: Tensor, mesh: Tensor, aabb: Tensor) -> None:
-        self.mouth.measure(signals, basis)
-        self.body_mean.copy_(signals.body.mean(0))
-        self.body_scale.copy_(signals.body.std(0).clamp_min(1e-2))
-        self.relief_side.copy_(aabb[[0, 1, 3, 4]].abs().max())
-        self.relief.copy_(relief_of(mesh, float(self.relief_side)))
-
-    def stance(self, signals: Signals) -> Tensor:
-        """Standardised pose of head and shoulders (T, 10)."""
-        body = (signals.body - self.body_mean) / self.body_scale
-        return torch.cat([self.mouth.pose(signals), body], 1)
-
-
-class LokiTalk(Avatar):
-    """LokiTalk's avatar.
-
-    What speech says of a mouth is common to all people: its networks, and the shapes that
-    their code counts in, mouth_basis (87, K), which a single person's avatar changes for that
-    person's own.  The field is one person's.
-    """
-
-    common = ("speech.nets.", "mouth_basis")
-    mouth_basis: Tensor
+class LokiTalk(PersonalAvatar):
+    """LokiTalk's avatar."""
 
     def __init__(
         self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1
     ) -> None:
-        super().__init__()
+        super().__init__(
+            [Person() for _ in range(n_people)],
+            SpeechEncoder.of_windows(n_steps, n_features, N_CODES),
+        )
         widths = SIZES[size]
         self.octaves = widths.octaves
         n_position = 3 * (1 + 2 * widths.octaves)
-        self.people = nn.ModuleList(Person() for _ in range(n_people))
-        self.register_buffer("mouth_basis", torch.zeros(3 * len(MOUTH), N_CODES))
-        self.speech = SpeechEncoder(n_steps, n_features, N_CODES)
-        self.pose_correction = PoseCorrection(6 + 2 + 2 + 2)
         self.shading = Shading()
         self.lip_code = Mlp(N_CODES, 32, N_CODE)
         self.eye_code = Mlp(2 * 3 + 2 + 2, 32, N_CODE)
@@ -165,71 +111,13 @@ class LokiTalk(Avatar):
     ) -> Self:  # fmt: skip
         return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
 
-    # -- what is measured ------------------------------------------------------------------
-
-    def person(self, signals: Signals) -> Person:
-        """Whose rows these are; people mix between shots, never inside one."""
-        index = int(signals.person[0]) if len(self.people) > 1 else 0
-        found = self.people[index]
-        assert isinstance(found, Person)
-        return found
-
-    @torch.no_grad()
-    def survey(self, people: Sequence[Signals]) -> None:
-        self.mouth_basis.copy_(principal_shapes(people))
-
-    @torch.no_grad()
-    def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Mouth, statistics of the pose, relief; for one person also the linear map of speech."""
-        self.aabb.copy_(aabb)
-        if len(self.people) == 1:
-            # Speech may come from a prior, which says shapes that suit everybody: this mouth's
-            # own ones draw it better.
-            known = self.mouth_basis.clone()
-            self.survey([signals])
-            if known.any():
-                self.speech.retarget(change_of_shapes(signals, known, self.mouth_basis))
-        person = self.person(signals)
-        person.measure(signals, self.mouth_basis, mesh, aabb)
-        if len(self.people) == 1:
-            said = person.mouth.to_say(signals)
-            ridge, _ = ridge_by_blocks(signals.audio.flatten(1), said, RIDGES)
-            self.speech.solve(signals.audio, said, ridge)
-
-    @torch.no_grad()
-    def settle(self, kept: Signals) -> None:
-        self.person(kept).mouth.settle(kept, self.speech(kept.audio))
-
-    def listen(self, signals: Signals) -> Signals:
-        """Mouth landmarks as speech and pose say; the rest of the face is neutral."""
-        return self.person(signals).mouth.heard(signals, self.speech(signals.audio))
-
-    # -- hop 8: signals to field ---------------------------------------------------------------
-
-    def aim(self, signals: Signals, rays: RayBundle) -> RayBundle:
-        """Rays where the head is, rather than where the tracker thinks it is."""
-        motion = self._correction(signals)
-        turn = F.pad(motion[:, :, :3], (0, 1))
-        # near and far stay: the motion is small against the room the box leaves round the head
-        return replace(
-            rays,
-            origins=moved(rays.origins, motion, rays.row),
-            directions=moved(rays.directions, turn, rays.row),
-        )
-
-    def _correction(self, signals: Signals) -> Tensor:
-        """(T, 3, 4)."""
-        face = [4 * (signals.eye - 1), 4 * signals.gaze, 10 * signals.brow]
-        pose = self.person(signals).mouth.pose(signals)
-        return self.pose_correction(torch.cat([pose, *face], 1))
-
     def condition(self, signals: Signals) -> LokiField:
         person = self.person(signals)
         # The shoulders were measured in the picture: they are where they are, whatever is put
         # right of the head's pose.
         shoulders = after(
             shoulders_in_head(signals.pose, signals.body, person.mouth.pose_mean),
-            undone(self._correction(signals)),
+            undone(self.correction(signals)),
         )
         pose, lips = person.stance(signals), person.mouth.code(signals)
         if self.training:
@@ -253,7 +141,9 @@ class LokiTalk(Avatar):
             light=self.shading(pose[:, :6]),
         )
 
-    def compose(self, rendered: Rendered, rays: RayBundle, plate: Tensor) -> Frame:
+    def compose(
+        self, rendered: Rendered, rays: RayBundle, signals: Signals, plate: Tensor
+    ) -> Frame:
         rgb = rendered.feature[:, COLOUR] + (1 - rendered.opacity) * plate
         parts = {
             "attention": shaped(rendered.feature[:, ATTENTION], rays),
@@ -261,27 +151,12 @@ class LokiTalk(Avatar):
             "spread": shaped(rendered.spread, rays),
         }
         return Frame(
-            shaped(rgb, rays), shaped(rendered.opacity, rays), shaped(rendered.depth, rays), parts
+            shaped(rgb, rays), shaped(rendered.opacity, rays), distance(rendered, rays), parts
         )
 
     # -- losses ------------------------------------------------------------------------------
 
-    def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
-        terms: dict[str, list[Tensor]] = {}
-        for result in results:
-            found = self._speech_losses if result.rendered is None else self._picture_losses
-            for name, value in found(result).items():
-                terms.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in terms.items()}
-
-    def _speech_losses(self, result: StepResult) -> dict[str, Tensor]:
-        signals = result.shot.signals
-        told = self.person(signals).mouth.to_say(signals)
-        if self.training:
-            return {"speech": F.smooth_l1_loss(*_paired(self.speech.votes(signals.audio), told))}
-        return {"speech": F.smooth_l1_loss(self.speech(signals.audio), told)}
-
-    def _picture_losses(self, result: StepResult) -> dict[str, Tensor]:
+    def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
         shot, frame, rendered = result.shot, result.frame, result.rendered
         rays = shot.rays
         assert frame is not None and rendered is not None and rays is not None
@@ -303,7 +178,7 @@ class LokiTalk(Avatar):
             # one-sided inside the soft masks would let attention vanish: two-sided, as in 1.4
             "attention": ((attention - masks * solid) * solid).abs().mean(),
             "still": (moved * (1 - masks[:, :2].amax(1, keepdim=True))).mean(),
-            "relief": self._relief_loss(shot.signals, rendered, rays, shot.labels),
+            "relief": self.person(shot.signals).relief.loss(rendered, rays, person[:, 0]),
             "rough": self.volume.roughness(),
         }
         if rays.layout is not None:
@@ -312,38 +187,15 @@ class LokiTalk(Avatar):
             losses["gradient"] = gradient_difference(frame.rgb, target)
         return losses
 
-    def _relief_loss(
-        self, signals: Signals, rendered: Rendered, rays: RayBundle, labels: Tensor
-    ) -> Tensor:
-        """How far the rendered face lies from the tracked face's depth, face heights.
-
-        One camera and a head that turns by a few degrees leave depth open; the mesh knows it.
-        """
-        distance = rendered.depth / rendered.opacity.clamp_min(1e-3)
-        point = rays.origins + distance * rays.directions
-        person = self.person(signals)
-        gap, trust = relief_gap(person.relief, person.relief_side, point)
-        sure = trust * (1 - labels[:, 5]) * rendered.opacity.detach()[:, 0]
-        return (sure * F.smooth_l1_loss(gap, torch.zeros_like(gap), reduction="none", beta=0.03)
-                ).mean()  # fmt: skip
-
     # -- parts ---------------------------------------------------------------------------------
 
-    def _parts(self) -> dict[str, list[nn.Module]]:
+    def modules_of_parts(self) -> dict[str, list[nn.Module]]:
         return {
-            "speech": [self.speech.nets],
             "volume": [self.volume],
             "deform": [self.face_field, self.torso_field, self.attention, self.lip_code,
                        self.eye_code, self.pose_code, self.to_face, self.to_torso],
             "static": [self.density_net, self.colour_net, self.to_gate, self.gate, self.shading],
-            "pose": [self.pose_correction],
         }  # fmt: skip
-
-    def parts(self) -> list[str]:
-        return list(self._parts())
-
-    def part(self, name: str) -> list[nn.Parameter]:
-        return [p for module in self._parts()[name] for p in module.parameters()]
 
 
 class LokiField:
@@ -390,14 +242,10 @@ class LokiField:
         x, face_shift = self._moved_by_face(x, encoded, driven, attention[:, :2].sum(1))
         x, torso_shift = self._moved_by_torso(x, attention[:, 2:], row)
 
-        features = avatar.volume(self._gathered(x))
+        features = avatar.volume(gathered(x, self._reach))
         hidden = avatar.density_net(features, (driven, self._density))
         density = (hidden[:, 0] - 1.5).clamp(max=7.0).exp()
         return density, hidden[:, 1:], attention, torch.cat([face_shift, torso_shift], 1)
-
-    def _gathered(self, x: Tensor) -> Tensor:
-        """Head space (N, 3) -> the planes' [-1, 1], stretched round the face."""
-        return (GATHER * x / self._reach).asinh() / math.asinh(GATHER)
 
     def _moved_by_face(
         self, x: Tensor, encoded: Tensor, driven: Tensor, reach: Tensor
@@ -482,7 +330,3 @@ def _disturbed(signals: Signals, noise: float) -> Signals:
         gaze=noisy(signals.gaze, GAZE_NOISE),
         brow=noisy(signals.brow, BROW_NOISE),
     )
-
-
-def _paired(votes: Tensor, told: Tensor) -> tuple[Tensor, Tensor]:
-    return votes, told.expand_as(votes)

@@ -23,16 +23,21 @@ class Mlp(nn.Sequential):
         final.weight.data.mul_(last_scale)
         nn.init.zeros_(final.bias)
 
-    def forward(self, x: Tensor, driven: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, driven: tuple[Tensor, Tensor] | None = None, *,
+        told: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:  # fmt: skip
         """x (N, n_in) -> (N, n_out).
 
-        driven: (N, K) and (K, width), a further input and its own map into the first layer.
+        driven: (N, K) and (K, width), a further input and its own map into the first layer ·
+        told: (M, width) added to the first layer of the points (M,) alone
         """
-        if driven is None:
-            return super().forward(x)
         first, *rest = self
         x = first(x)
-        x = x.addmm_(*(factor.to(x.dtype) for factor in driven))  # autocast spares what is in place
+        if driven is not None:  # autocast spares what is in place
+            x = x.addmm_(*(factor.to(x.dtype) for factor in driven))
+        if told is not None:
+            x = x.index_add_(0, told[1], told[0].to(x.dtype))
         for layer in rest:
             x = layer(x)
         return x

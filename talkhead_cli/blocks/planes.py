@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 # The two coordinates that each plane keeps: xy, xz, yz.
 _PAIRS = ((0, 1), (0, 2), (1, 2))
+GATHER = 1.6  # how much more room planes give the face than the picture's rim
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # part of torch's builds for CUDA
 
 
@@ -51,6 +53,35 @@ class TriPlanes(nn.Module):
     def roughness(self) -> Tensor:
         """Mean squared difference of neighbouring texels, over planes and levels."""
         return torch.stack([_roughness(level) for level in self.levels]).mean()
+
+
+class Planes2d(nn.Module):
+    """The same for points of the plane: one plane per level."""
+
+    def __init__(self, sizes: Sequence[int], channels: int, *, spread: float = 0.1) -> None:
+        super().__init__()
+        self.levels = nn.ParameterList(
+            nn.Parameter(torch.empty(1, channels, s, s).uniform_(-spread, spread)) for s in sizes
+        )
+        self.n_out = channels * len(sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (N, 2) in [-1, 1] -> (N, n_out)."""
+        grid = x[None, :, None].to(self.levels[0].dtype)
+        found = [
+            F.grid_sample(level, grid, padding_mode="border", align_corners=False)[0, :, :, 0]
+            for level in self.levels
+        ]
+        return torch.cat(found).T
+
+    def roughness(self) -> Tensor:
+        """As for three planes."""
+        return torch.stack([_roughness(level) for level in self.levels]).mean()
+
+
+def gathered(x: Tensor, reach: Tensor) -> Tensor:
+    """Head space (N, 3) -> [-1, 1], stretched round the face; reach (3,) half-size of the box."""
+    return (GATHER * x / reach).asinh() / math.asinh(GATHER)
 
 
 def _roughness(texels: Tensor) -> Tensor:

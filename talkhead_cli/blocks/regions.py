@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-from talkhead_cli.contracts import RayBundle, Signals
+from talkhead_cli.contracts import RayBundle, Rendered, Signals
 
 LIPS = slice(48, 68)
 EYES = (slice(36, 42), slice(42, 48))
@@ -80,3 +80,34 @@ def relief_gap(relief: Tensor, side: float | Tensor, point: Tensor) -> tuple[Ten
         relief.permute(2, 0, 1)[None], point[None, None, :, :2].detach() / side, align_corners=True
     )[0, :, 0]
     return point[:, 2] - found[0], found[1]
+
+
+class Relief(nn.Module):
+    """A tracked face's depth, as a target: one camera and a head that turns by a few degrees
+    leave depth open; the mesh knows it.
+
+    depth (RELIEF, RELIEF, 2) of z and trust over a square of half-width side ()
+    """
+
+    depth: Tensor
+    side: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("depth", torch.zeros(RELIEF, RELIEF, 2))
+        self.register_buffer("side", torch.zeros(()))
+
+    @torch.no_grad()
+    def measure(self, mesh: Tensor, aabb: Tensor) -> None:
+        """mesh (n, 3) the rigid face in head space · aabb (6,) the box that holds the person."""
+        self.side.copy_(aabb[[0, 1, 3, 4]].abs().max())
+        self.depth.copy_(relief_of(mesh, float(self.side)))
+
+    def loss(self, rendered: Rendered, rays: RayBundle, sure: Tensor) -> Tensor:
+        """How far what was rendered lies from the face's depth, face heights; sure (R,) where."""
+        distance = rendered.depth / rendered.opacity.clamp_min(1e-3)
+        point = rays.origins + distance * rays.directions
+        gap, trust = relief_gap(self.depth, self.side, point)
+        sure = trust * sure * rendered.opacity.detach()[:, 0]
+        away = F.smooth_l1_loss(gap, torch.zeros_like(gap), reduction="none", beta=0.03)
+        return (sure * away).mean()

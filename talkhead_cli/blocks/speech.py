@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from talkhead_cli.contracts import Signals
 
 
 class SpeechEncoder(nn.Module):
-    """Speech window -> coordinates of the mouth: a linear map beside small convolution nets.
+    """Speech -> coordinates of the mouth: a linear map beside small nets.
 
     The linear map is ridge regression in closed form (`solve`); the nets are trained on
     noisy features and stopped early.  A few hundred frames of one person are too little
@@ -15,34 +20,56 @@ class SpeechEncoder(nn.Module):
     cross-validation on the clips it was tried on.
     """
 
-    LINEAR_SHARE = 0.3
-
-    def __init__(
-        self, n_steps: int, n_features: int, n_out: int, width: int = 32, n_nets: int = 3
-    ) -> None:
+    def __init__(self, n_inputs: int, nets: Sequence[nn.Module], linear_share: float) -> None:
+        """n_inputs: numbers in a window of speech · nets: see `votes`; each ends in `last`, a
+        linear layer that says the coordinates."""
         super().__init__()
-        self.linear = nn.Linear(n_steps * n_features, n_out)
+        self.linear_share = linear_share
+        self.linear = nn.Linear(n_inputs, _last(nets[0]).out_features)
         self.linear.requires_grad_(False)
-        self.nets = nn.ModuleList(_net(n_steps, n_features, n_out, width) for _ in range(n_nets))
+        self.nets = nn.ModuleList(nets)
 
-    def forward(self, audio: Tensor) -> Tensor:
-        """audio (T, W, A) -> coordinates (T, K)."""
-        share = self.LINEAR_SHARE
-        return share * self.linear(audio.flatten(1)) + (1 - share) * self.votes(audio).mean(0)
+    @classmethod
+    def of_windows(
+        cls, n_steps: int, n_features: int, n_out: int, width: int = 32, n_nets: int = 3
+    ) -> SpeechEncoder:
+        """Convolutions over each row's window, knowing nothing of other rows."""
+        nets = [WindowNet(n_steps, n_features, n_out, width) for _ in range(n_nets)]
+        return cls(n_steps * n_features, nets, linear_share=0.3)
 
-    def votes(self, audio: Tensor) -> Tensor:
-        """What each net says: audio (T, W, A) -> (n_nets, T, K); in training, of noisy copies."""
-        heard = audio.transpose(1, 2)
-        return torch.stack(
-            [net(_disturbed(heard) if self.training else heard) for net in self.nets]
-        )
+    @classmethod
+    def of_sequences(
+        cls, n_steps: int, n_features: int, n_out: int, width: int = 32, n_people: int = 1
+    ) -> SpeechEncoder:
+        """A transformer over the windows of consecutive rows."""
+        net = SpeechTransformer(n_steps, n_features, n_out, width, n_people)
+        return cls(n_steps * n_features, [net], linear_share=0.3)
+
+    @property
+    def past(self) -> int:
+        """How many rows before a row have a say in it."""
+        net = self.nets[0]
+        return net.past if isinstance(net, SpeechTransformer) else 0
+
+    def forward(self, signals: Signals) -> Tensor:
+        """What speech says of each row: (T, K)."""
+        share = self.linear_share
+        line = self.linear(signals.audio.flatten(1))
+        return share * line + (1 - share) * self.votes(signals).mean(0)
+
+    def votes(self, signals: Signals) -> Tensor:
+        """What each net says, (n_nets, T, K); in training, of noisy copies."""
+        heard = signals.audio.transpose(1, 2)
+        return torch.stack([
+            net(_disturbed(heard) if self.training else heard, signals)
+            for net in self.nets
+        ])  # fmt: skip
 
     @torch.no_grad()
     def retarget(self, change: Tensor) -> None:
         """Say other shapes from now on: new coordinates (T, K) = old ones @ change (K, K)."""
         for net in self.nets:
-            last = net[-1]  # type: ignore[index]
-            assert isinstance(last, nn.Linear)
+            last = _last(net)
             last.weight.copy_(change.T @ last.weight)
             last.bias.copy_(last.bias @ change)
 
@@ -54,19 +81,114 @@ class SpeechEncoder(nn.Module):
         self.linear.bias.copy_(bias)
 
 
-def _net(n_steps: int, n_features: int, n_out: int, width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv1d(n_features, width, 5, padding=2),
-        nn.GELU(),
-        nn.Conv1d(width, width, 5, stride=2, padding=2),
-        nn.GELU(),
-        nn.Dropout(0.3),
-        nn.Conv1d(width, width, 5, stride=2, padding=2),
-        nn.GELU(),
-        nn.Flatten(),
-        nn.Dropout(0.3),
-        nn.Linear(width * ((n_steps + 3) // 4), n_out),
-    )
+def _last(net: nn.Module) -> nn.Linear:
+    last = net.last
+    assert isinstance(last, nn.Linear)
+    return last
+
+
+class WindowNet(nn.Module):
+    """Convolutions over one row's window of speech."""
+
+    def __init__(self, n_steps: int, n_features: int, n_out: int, width: int) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(
+            nn.Conv1d(n_features, width, 5, padding=2),
+            nn.GELU(),
+            nn.Conv1d(width, width, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Dropout(0.3),
+            nn.Conv1d(width, width, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+        )
+        self.last = nn.Linear(width * ((n_steps + 3) // 4), n_out)
+
+    def forward(self, heard: Tensor, signals: Signals) -> Tensor:
+        """heard (T, A, W) -> (T, n_out); the signals are for nets that ask who speaks, and when."""
+        del signals
+        said: Tensor = self.last(self.trunk(heard))
+        return said
+
+
+class SpeechTransformer(nn.Module):
+    """A decoder over speech: what each row's window says, put right by what was heard before.
+
+    Tokens are rows; each attends to itself and at most REACH rows before it, near ones first
+    (a linear bias with distance, as in ALiBi and FaceFormer).  Nothing said is fed back, so it
+    neither drifts nor has to be run row by row, and a row comes out the same from any stretch
+    that holds `past` rows before it.
+
+    styles (P, WIDTH): how each person speaks.  Among many they count from their mean, so that
+    one whom nobody has met speaks like people on average.
+    """
+
+    REACH, N_LAYERS, N_HEADS, WIDTH = 12, 1, 4, 32
+
+    def __init__(
+        self, n_steps: int, n_features: int, n_out: int, width: int, n_people: int = 1
+    ) -> None:
+        super().__init__()
+        self.window = WindowNet(n_steps, n_features, n_out, width)
+        self.styles = nn.Parameter(torch.zeros(n_people, self.WIDTH))
+        n_hidden = self.window.last.in_features
+        self.token = nn.Linear(n_hidden, self.WIDTH)
+        self.layers = nn.ModuleList(_Attention(self.WIDTH, self.N_HEADS, self.REACH)
+                                    for _ in range(self.N_LAYERS))  # fmt: skip
+        # the window's own word and what attention adds to it, through one layer
+        self.last = nn.Linear(n_hidden + self.WIDTH, n_out)
+        self.last.weight.data[:, n_hidden:] = 0
+        del self.window.last
+
+    @property
+    def past(self) -> int:
+        """Rows before a row that have a say in it."""
+        return self.N_LAYERS * (self.REACH - 1)
+
+    def forward(self, heard: Tensor, signals: Signals) -> Tensor:
+        """heard (T, A, W) of rows in order -> (T, n_out)."""
+        own = self.window.trunk(heard)
+        styles = self.styles - self.styles.mean(0) if len(self.styles) > 1 else self.styles
+        who = signals.person if len(styles) > 1 else torch.zeros_like(signals.person)
+        x = self.token(own) + styles.index_select(0, who)
+        for layer in self.layers:
+            x = layer(x, signals.moment)
+        said: Tensor = self.last(torch.cat([own, x], 1))
+        return said
+
+
+class _Attention(nn.Module):
+    """One layer: biased causal self-attention and a feed-forward net, each added."""
+
+    slope: Tensor
+
+    def __init__(self, width: int, n_heads: int, reach: int) -> None:
+        super().__init__()
+        self.n_heads, self.reach = n_heads, reach
+        self.before, self.between = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.ask = nn.Linear(width, 3 * width)
+        self.answer = nn.Linear(width, width)
+        self.think = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.4), nn.Linear(2 * width, width),
+            nn.Dropout(0.4),
+        )  # fmt: skip
+        # the slopes of ALiBi: from heads that listen to the nearest rows to far-hearing ones
+        self.register_buffer("slope", 2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads))
+
+    def forward(self, x: Tensor, moment: Tensor) -> Tensor:
+        """x (T, width), moment (T,) -> (T, width)."""
+        t, width = x.shape
+        ask, key, value = self.ask(self.before(x)).view(t, 3, self.n_heads, -1).unbind(1)
+        back = torch.arange(t, device=x.device)
+        back = back[:, None] - back
+        # rows of other stretches stand nearby in the batch, but not in time
+        near = (back >= 0) & (back < self.reach) & (moment[:, None] - moment == back)
+        bias = (-back * self.slope[:, None, None]).masked_fill(~near, -torch.inf)
+        ask, key, value = (part.transpose(0, 1) for part in (ask, key, value))
+        heads = F.scaled_dot_product_attention(ask, key, value, attn_mask=bias.to(x.dtype))
+        x = x + self.answer(heads.transpose(0, 1).reshape(t, width))
+        return x + self.think(self.between(x))
 
 
 def _disturbed(heard: Tensor) -> Tensor:

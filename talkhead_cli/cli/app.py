@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from talkhead_cli import __version__
-from talkhead_cli.cli.console import answer, err, speaking
+from talkhead_cli.cli.console import answer, compared, err, speaking
 from talkhead_cli.cli.memory import keep_freed_memory
 
 app = typer.Typer(
@@ -200,6 +200,9 @@ def render(
         bool, typer.Option("--alpha", help="Keep transparency (.webm or .mov).")
     ] = False,
     depth: Annotated[bool, typer.Option("--depth", help="Write a 16-bit depth film too.")] = False,
+    landmarks: Annotated[
+        Path | None, typer.Option(help="Track of landmarks to draw (.npz; see talkhead landmarks).")
+    ] = None,
     yaw: Annotated[float, typer.Option(help="Carry the camera round the head, degrees.")] = 0.0,
     pitch: Annotated[float, typer.Option(help="Lift the camera over the head, degrees.")] = 0.0,
     device: Device = "auto",
@@ -214,9 +217,46 @@ def render(
         from talkhead_cli.jobs.render import render as job
         from talkhead_cli.store import home_folder
 
-        wishes = Wishes(pose, blink, background, alpha, depth, yaw, pitch, seed)
+        wishes = Wishes(
+            pose=pose, blink=blink, yaw_deg=yaw, pitch_deg=pitch, seed=seed, landmarks=landmarks,
+            background=background, alpha=alpha, depth=depth,
+        )  # fmt: skip
         paths = job(
             home_folder(home), name, audio, report, out=out, run_name=run, wishes=wishes,
+            device=device,
+        )  # fmt: skip
+        _say(paths, {}, json)
+
+
+@app.command()
+def landmarks(
+    name: Id,
+    audio: Annotated[Path, typer.Option("--audio", help="Speech, in any format.")],
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="Track to write.  [default: ID-SPEECH.npz]")
+    ] = None,
+    run: RunName = None,
+    lips: Annotated[float, typer.Option(help="How far lips go, times what speech says.")] = 1.0,
+    jaw: Annotated[float, typer.Option(help="How far the jaw goes.")] = 1.0,
+    blink: Annotated[
+        str, typer.Option(help="footage, auto, none, or a table of openness (file).")
+    ] = "footage",
+    picture: Annotated[bool, typer.Option(help="Draw the track over the face (.png).")] = True,
+    device: Device = "auto",
+    seed: Seed = 0,
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write what speech says of the landmarks, to look at, edit, and render --landmarks."""
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.landmarks import landmarks as job
+        from talkhead_cli.jobs.script import Moves
+        from talkhead_cli.store import home_folder
+
+        paths = job(
+            home_folder(home), name, audio, report, out=out, run_name=run,
+            moves=Moves(blink=blink, seed=seed), lips=lips, jaw=jaw, picture=picture,
             device=device,
         )  # fmt: skip
         _say(paths, {}, json)
@@ -226,6 +266,10 @@ def render(
 def evaluate(
     name: Id,
     run: RunName = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(help="Runs or presets to put side by side, comma-separated."),
+    ] = None,
     device: Device = "auto",
     home: Home = None,
     json: Json = False,
@@ -233,9 +277,17 @@ def evaluate(
 ) -> None:
     """Score a run on the end of the clip, which it was not trained on."""
     with speaking(verbose) as report:
+        from talkhead_cli.jobs.compare import compare as side_by_side
         from talkhead_cli.jobs.evaluate import evaluate as job
         from talkhead_cli.store import home_folder
 
+        if compare is not None:
+            wanted = [word.strip() for word in compare.split(",") if word.strip()]
+            figures, paths = side_by_side(home_folder(home), name, wanted, report, device=device)
+            if not json:
+                err.print(compared(figures["table"]))
+            _say(paths, {"figures": figures}, json)
+            return
         figures, paths = job(home_folder(home), name, report, run_name=run, device=device)
         if not json:
             _table(figures)

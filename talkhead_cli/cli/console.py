@@ -9,7 +9,7 @@ import contextlib
 import errno
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from rich.console import Console
 from rich.progress import (
@@ -21,6 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Table
 
 from talkhead_cli.contracts import MisuseError, TalkheadError
 
@@ -137,3 +138,12 @@ def _trace(verbose: bool) -> None:
 def answer(text: object) -> None:
     """One line of the answer itself, to stdout."""
     sys.stdout.write(f"{text}\n")
+
+
+def compared(rows: Mapping[str, Mapping[str, float | None]]) -> Table:
+    """A table of figures by label and run."""
+    runs = list(next(iter(rows.values())))
+    table = Table("", *runs, box=None, pad_edge=False)
+    for label, values in rows.items():
+        table.add_row(label, *("" if v is None else f"{v:.4g}" for v in values.values()))
+    return table

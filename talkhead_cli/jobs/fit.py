@@ -38,7 +38,7 @@ class Step(nn.Module):
         super().__init__()
         self.avatar, self.marcher = avatar, marcher
 
-    def forward(self, drawn: list[Shot], listen: bool) -> tuple[dict[str, Tensor], int]:
+    def forward(self, drawn: list[Shot]) -> tuple[dict[str, Tensor], int]:
         """Losses by name, and how many points the field was asked for."""
         results, n_points = [], 0
         for shot in drawn:
@@ -46,11 +46,10 @@ class Step(nn.Module):
                 results.append(StepResult(shot))
                 continue
             assert shot.plate is not None
-            signals = self.avatar.listen(shot.signals) if listen else shot.signals
-            rays = self.avatar.aim(signals, shot.rays)
-            made = self.avatar.condition(signals)
+            rays = self.avatar.aim(shot.signals, shot.rays)
+            made = self.avatar.condition(shot.signals)
             rendered = self.marcher.march(made, rays)  # type: ignore[operator]
-            frame = self.avatar.compose(rendered, rays, shot.plate)
+            frame = self.avatar.compose(rendered, rays, shot.signals, shot.plate)
             results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
             n_points += rendered.n_points
         return self.avatar.losses(results), n_points
@@ -140,6 +139,8 @@ class _StageLoop:
         self.kept: list[Signals] = []
         if stage.inner_split:
             self.people, self.kept = _inner_split(people, stage)
+        if stage.listen:
+            self.people = [self._with_what_is_said(person) for person in self.people]
         wanted = {id(p) for part in stage.learn for p in self.avatar.part(part)}
         for parameter in self.avatar.parameters():
             parameter.requires_grad_(id(parameter) in wanted)
@@ -211,7 +212,7 @@ class _StageLoop:
             with torch.no_grad():
                 made = self.avatar.condition(drawn[0].signals)
                 self.module.marcher.refresh(made, place.total)  # type: ignore[operator]
-        terms, n_points = self.wrapped(drawn, self.stage.listen)
+        terms, n_points = self.wrapped(drawn)
         loss = sum(self.stage.weights.get(k, 0.0) * v for k, v in terms.items())
         assert isinstance(loss, Tensor), f"stage {self.name} weighs none of its losses"
         self.optimizer.zero_grad(set_to_none=True)
@@ -219,7 +220,7 @@ class _StageLoop:
         if math.isfinite(value):
             self.fabric.backward(loss)
             self.optimizer.step()
-        if n_points:
+        if n_points and self.stage.rays != "picture":
             want = place.n_rays * self.stage.n_points / n_points
             limit = MAX_RAYS if self.stage.rays == "random" else MAX_RAYS // 2
             place.n_rays = min(max(0.9 * place.n_rays + 0.1 * want, 128), limit)
@@ -227,6 +228,13 @@ class _StageLoop:
         if n_points:
             figures |= {"rays": float(int(place.n_rays)), "points": float(n_points)}
         return figures, value
+
+    @torch.no_grad()
+    def _with_what_is_said(self, person: Footage) -> Footage:
+        """The footage with the landmarks that speech says of every row, heard in order."""
+        self.avatar.eval()
+        said = self.avatar.listen(person.signals.to(self.fabric.device)).landmarks.cpu()
+        return replace(person, said=said)
 
     def _mixed(self) -> list[Footage]:
         """The people of this step."""
@@ -273,23 +281,26 @@ class _StageLoop:
 
 
 class _Average:
-    """Exponential average of the avatar's weights, with a warm-up so that it never lags."""
+    """Exponential average of the avatar's weights, with a warm-up so that it never lags: each
+    weight by the steps that it has learnt for, since parts begin in different stages."""
 
     def __init__(self, avatar: Avatar, decay: float) -> None:
-        self.decay, self.count = decay, 0
+        self.decay = decay
         self.weights = {k: v.detach().clone() for k, v in avatar.named_parameters()}
+        self.counts = dict.fromkeys(self.weights, 0)
 
     @torch.no_grad()
     def update(self, avatar: Avatar) -> None:
-        self.count += 1
-        decay = min(self.decay, (1 + self.count) / (10 + self.count))
-        moving = [(self.weights[n], p) for n, p in avatar.named_parameters() if p.requires_grad]
-        for held, parameter in moving:
-            held.lerp_(parameter.to(held.device), 1 - decay)
+        for name, parameter in avatar.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            self.counts[name] = count = self.counts[name] + 1
+            decay = min(self.decay, (1 + count) / (10 + count))
+            self.weights[name].lerp_(parameter.to(self.weights[name].device), 1 - decay)
 
     def restart(self, avatar: Avatar) -> None:
-        self.count = 0
         for name, parameter in avatar.named_parameters():
+            self.counts[name] = 0
             self.weights[name].copy_(parameter.detach())
 
     @torch.no_grad()
@@ -298,10 +309,10 @@ class _Average:
             parameter.copy_(self.weights[name])
 
     def state(self) -> dict[str, Any]:
-        return {"count": self.count, "weights": self.weights}
+        return {"counts": self.counts, "weights": self.weights}
 
     def load(self, state: dict[str, Any]) -> None:
-        self.count = state["count"]
+        self.counts = state["counts"]
         for name, value in state["weights"].items():
             self.weights[name].copy_(value)
 

@@ -51,6 +51,7 @@ class Footage:
     heard     (T,) whether there is living sound
     pictures  (T, s, s, 3) uint8 · labels (T, 6, 128, 128) uint8 · plate (s, s, 3) in [0, 1]
     mesh      (478, 3) rigid face in head space · lip_truth (T,) lip aperture as tracked
+    said      (T, 68, 3) landmarks as speech says them, for stages that train on these too
     """
 
     signals: Signals
@@ -63,6 +64,7 @@ class Footage:
     stats: SpeechStats
     mesh: Tensor
     lip_truth: NDArray[np.float32]
+    said: Tensor | None = None
 
     @property
     def size_px(self) -> int:
@@ -137,7 +139,7 @@ def make_signals(
         body=torch.from_numpy(tracks["body"]),
         camera=head_camera(pose, torch.from_numpy(tracks["k"]), data.size_px),
         person=torch.zeros(n_frames, dtype=torch.long),
-        footage_index=torch.arange(n_frames),
+        moment=torch.arange(n_frames),
     )
 
 

@@ -77,7 +77,8 @@ class Player:
             rays = self.avatar.aim(signals, rays)
             field = self.avatar.condition(signals)
             rendered = self.marcher.march(field, rays)  # type: ignore[operator]
-            frames = self.avatar.compose(rendered, rays, background.repeat(len(rows), 1))
+            behind = background.repeat(len(rows), 1)
+            frames = self.avatar.compose(rendered, rays, signals, behind)
         return frames, rendered.n_points
 
     def open_views(self, signals: Signals) -> None:
@@ -187,8 +188,8 @@ def load(run: Run, device: torch.device) -> Player:
     return Player(run, preset, avatar, marcher, plate, device, why)
 
 
-def still_signals(audio: Tensor, camera: Camera, **given: Tensor) -> Signals:
-    """Signals of new speech: audio (T, W, A), camera of T rows, and DRIVEN by name."""
+def still_signals(audio: Tensor, moment: Tensor, camera: Camera, **given: Tensor) -> Signals:
+    """Signals of new speech: audio (T, W, A), moment (T,), camera of T rows, DRIVEN by name."""
     n = len(audio)
     return Signals(
         audio=audio,
@@ -196,6 +197,6 @@ def still_signals(audio: Tensor, camera: Camera, **given: Tensor) -> Signals:
         landmarks_px=torch.zeros(n, 68, 2),
         camera=camera,
         person=torch.zeros(n, dtype=torch.long),
-        footage_index=torch.full((n,), -1),
+        moment=moment,
         **{name: given[name] for name in DRIVEN},
     )

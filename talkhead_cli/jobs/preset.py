@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
@@ -50,14 +51,15 @@ class Stage(_Strict):
     """One leg of training.
 
     steps
-    rays         none (speech only), random pixels, or square patches
+    rays         none (speech only), random pixels, square patches, or whole pictures
     n_points     samples sent to the field per step; sets the number of rays
     patch_px     side of a patch · region: where patches lie
-    n_frames     rows mixed in a step · batch: rows of a speech-only step
+    n_frames     rows mixed in a step · batch: rows of a speech-only step · in_sequence: how many
+                 of those follow each other
     learn        parts of the avatar that move · rates: their learning rates
     fall         share of the rates that is left at the end
     weights      of the losses
-    listen       drive the field by what the speech encoder hears, not by what was tracked
+    listen       share of the rows that are driven by what speech says, not by what was tracked
     inner_split  share of the training rows that is kept aside, for the avatar to settle on
     freeze_grid  leave the occupancy grid as it is
     explore      take all samples in occupied cells: where surfaces are is yet to be found
@@ -66,17 +68,18 @@ class Stage(_Strict):
     """
 
     steps: Annotated[int, Field(ge=0)]
-    rays: Literal["none", "random", "patch"] = "random"
+    rays: Literal["none", "random", "patch", "picture"] = "random"
     n_points: Annotated[int, Field(ge=256)] = 24_000
     patch_px: Annotated[int, Field(ge=8, le=256)] = 32
     region: Region = "all"
     n_frames: Annotated[int, Field(ge=1)] = 16
     batch: Annotated[int, Field(ge=1)] = 64
+    in_sequence: Annotated[int, Field(ge=1)] = 1
     learn: tuple[str, ...]
     rates: dict[str, Annotated[float, Field(gt=0)]]
     fall: Annotated[float, Field(gt=0, le=1)] = 0.1
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
-    listen: bool = False
+    listen: Annotated[float, Field(ge=0, le=1)] = 0.0
     inner_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     freeze_grid: bool = False
     explore: bool = False
@@ -178,10 +181,24 @@ def load(names: Sequence[str], settings: Sequence[str] = ()) -> Preset:
     """Merge presets left to right, then `key=value` settings with dotted keys; validate."""
     merged: dict[str, Any] = {}
     for name in names:
-        merged = _merge(merged, read_layer(name))
+        merged = _merge(merged, _for_method(read_layer(name), merged))
     for setting in settings:
         merged = _merge(merged, _parse_setting(setting))
     return validate(merged)
+
+
+def _for_method(layer: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
+    """The layer; one that names no method serves any, and passes over stages it has not got."""
+    if "method" in layer or not under:
+        return layer
+    layer = copy.deepcopy(layer)
+    for part in ("train", "pretrain"):
+        known = (under.get(part) or {}).get("stages", {})
+        stages = (layer.get(part) or {}).get("stages", {})
+        for name in set(stages) - set(known):
+            if "learn" not in stages[name]:  # nor is it a stage of its own
+                del stages[name]
+    return layer
 
 
 def from_yaml(text: str) -> Preset:

@@ -9,7 +9,7 @@ from torch import Tensor
 from talkhead_cli.contracts import Shot, Signals
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Stage
-from talkhead_cli.march import pixel_rays
+from talkhead_cli.march import picture_rays, pixel_rays
 
 # Shares of random rays by region.  Mouth and eyes cover a hundredth of the picture: drawn
 # evenly they would hardly ever be seen, and blinks would not be learnt at all.
@@ -20,12 +20,22 @@ def draw(footage: Footage, stage: Stage, n_rays: int, aabb: Tensor, rng: torch.G
     """One person's share of a training step."""
     if stage.rays == "none":
         rows = footage.train[footage.heard[footage.train]]
-        return Shot(footage.signals[_pick(rows, stage.batch, rng)])
+        return Shot(footage.signals[_in_sequence(rows, stage, rng)])
     n_frames = min(stage.n_frames, max(1, n_rays // 16))
     if stage.rays == "patch":
         n_frames = max(1, min(n_frames, n_rays // stage.patch_px**2))
+    if stage.rays == "picture":
+        n_frames = stage.n_frames
     rows = _pick(footage.train, n_frames, rng)
     signals = footage.signals[rows]
+    if footage.said is not None:
+        mouths = torch.rand(len(rows), 1, 1, generator=rng) < stage.listen
+        signals = signals.with_(
+            landmarks=torch.where(mouths, footage.said[rows], signals.landmarks)
+        )
+    if stage.rays == "picture":
+        rays = picture_rays(signals.camera, torch.arange(n_frames), aabb)
+        return with_truth(footage, rows, Shot(signals, rays))
     if stage.rays == "patch":
         row, pixel = _patches(signals, stage, rng)
         layout = (n_frames, stage.patch_px, stage.patch_px)
@@ -55,6 +65,16 @@ def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:
     if n >= len(rows):
         return rows[torch.randint(len(rows), (n,), generator=rng)]
     return rows[torch.randperm(len(rows), generator=rng)[:n]]
+
+
+def _in_sequence(rows: Tensor, stage: Stage, rng: torch.Generator) -> Tensor:
+    """`batch` of the rows, in runs of `in_sequence` that begin anywhere."""
+    length = min(stage.in_sequence, len(rows))
+    if length == 1:
+        return _pick(rows, stage.batch, rng)
+    n_runs = max(1, stage.batch // length)
+    first = torch.randint(len(rows) - length + 1, (n_runs, 1), generator=rng)
+    return rows[(first + torch.arange(length)).flatten()]
 
 
 def _pixels(signals: Signals, n_rays: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
@@ -42,7 +42,7 @@ def frames(
     n_frames: int | None = None,
     stride: int = 1,
     on_warning: Callable[[str], None] | None = None,
-) -> Iterator[Picture]:
+) -> Generator[Picture, None, None]:
     """Yield upright (H, W, 3) uint8 sRGB frames at 25 per second, in constant memory.
 
     Frame 0 is at time 0 of the file, the clock of `sound`; a video track that starts later

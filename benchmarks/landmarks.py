@@ -1,0 +1,247 @@
+"""What the landmark method's parts are worth: its ears, its coding, and the gap between the two.
+
+`hearing` trains stage one alone, on people held out in turn, with and without formants and
+other people; `coding` trains the head with Gaussian codes and with plain landmarks, at equal
+steps and parameters, and draws it from tracked and from heard landmarks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from talkhead_cli.avatars import landmark
+from talkhead_cli.avatars.personal import PersonalAvatar
+from talkhead_cli.blocks.mlp import Mlp
+from talkhead_cli.blocks.mouth import MOUTH, N_CODES
+from talkhead_cli.blocks.speech import SpeechEncoder
+from talkhead_cli.contracts import N_LANDMARKS, Signals, SilentProgress
+from talkhead_cli.jobs import fit, footage, player, shots
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.evaluate import correlation, psnr
+from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.preset import Preset, Train
+from talkhead_cli.store import Workspace
+from talkhead_cli.track.voice import FEATURE_NAMES, N_MEL
+
+FORMANTS = [i for i, name in enumerate(FEATURE_NAMES) if name in ("f1", "f2", "f3")]
+NOT_MEL = list(range(N_MEL, len(FEATURE_NAMES)))
+FACE_PX = 512 / 2.4  # about a face height in the steady crop at 512 px, to speak of pixels
+
+
+# -- stage one ---------------------------------------------------------------------------------
+
+
+def hearing(home: Path, names: Sequence[str], others: Sequence[str], seeds: int) -> dict[str, Any]:
+    """Held-out landmark error and opening of each of `names`; a prior knows `others` and the rest
+    of `names`, never the person itself."""
+    preset = presets.load(["landmark", "tiny"])
+    crowd = {n: _heard(home, n, preset) for n in dict.fromkeys([*names, *others])}
+    rows: dict[str, Any] = {}
+    for name in names:
+        strangers = [clip for other, clip in crowd.items() if other != name]
+        for seed in range(seeds):
+            torch.manual_seed(seed)
+            prior = _fit_speech(preset, preset.pretrain, strangers, None, False)
+            found = {
+                "transformer": _score(preset, crowd[name], None, seed),
+                "windows": _score(preset, crowd[name], None, seed, windows=True),
+                "transformer, no formants": _score(preset, crowd[name], None, seed, deaf=FORMANTS),
+                "transformer, log-mel alone": _score(preset, crowd[name], None, seed, deaf=NOT_MEL),
+                "transformer, from others": _score(preset, crowd[name], prior, seed),
+            }
+            for label, figures in found.items():
+                rows.setdefault(label, {}).setdefault(name, []).append(figures)
+    means = {
+        label: {
+            key: round(float(np.mean([f[key] for each in people.values() for f in each])), 4)
+            for key in ("landmark_error_px_at_512", "opening_r")
+        }
+        for label, people in rows.items()
+    }
+    return {"people": list(names), "others": list(others), "seeds": seeds, "mean": means,
+            "rows": rows}  # fmt: skip
+
+
+def _heard(home: Path, name: str, preset: Preset) -> Footage:
+    return footage.load(Workspace.open(home, name), preset.data, SilentProgress(), pictures=False)
+
+
+def _fit_speech(
+    preset: Preset, train: Train | None, clips: list[Footage], prior: PersonalAvatar | None,
+    windows: bool,
+) -> PersonalAvatar:  # fmt: skip
+    """An avatar whose speech stages ran on the clips; the field is never asked."""
+    assert train is not None
+    n_features = int(clips[0].signals.audio.shape[2])
+    avatar = landmark.Landmark.build(
+        "tiny", n_steps=preset.data.window, n_features=n_features, px=64, n_people=len(clips)
+    )
+    if windows:
+        avatar.speech = SpeechEncoder.of_windows(preset.data.window, n_features, N_CODES)
+        avatar.past = 0
+    if prior is not None:
+        avatar.take_common(prior.common_state())
+    clips = [replace(c, signals=c.signals.with_(person=torch.full_like(c.signals.person, i)))
+             for i, c in enumerate(clips)]  # fmt: skip
+    rows = [c.signals[c.train[c.heard[c.train]]] for c in clips]
+    avatar.survey(rows)
+    for clip, signals in zip(clips, rows, strict=True):
+        avatar.calibrate(signals, clip.mesh, torch.tensor([-1.5, -1.5, -1, 1.5, 1.5, 1]))
+    average = fit._Average(avatar, train.ema)
+    rng = torch.Generator().manual_seed(0)
+    for stage in (s for s in train.stages.values() if s.rays == "none"):
+        learning = clips
+        kept: list[Signals] = []
+        if stage.inner_split:
+            learning, kept = fit._inner_split(clips, stage)
+        rate = stage.rates["speech"] * (train.common_rate if prior is not None else 1)
+        moving = avatar.part("speech")
+        for parameter in avatar.parameters():
+            parameter.requires_grad_(any(parameter is p for p in moving))
+        optimizer = torch.optim.Adam(moving, betas=(0.9, 0.99))
+        avatar.train()
+        for step in range(stage.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = (
+                    rate * min(1, (step + 1) / fit.WARM_UP) * stage.fall ** (step / stage.steps)
+                )
+            some = torch.randperm(len(learning), generator=rng)[: stage.n_people or len(learning)]
+            losses = []
+            for index in some.tolist():
+                shot = shots.draw(learning[index], stage, 0, avatar.aabb, rng)
+                told = avatar.person(shot.signals).mouth.to_say(shot.signals)
+                votes = avatar.speech.votes(shot.signals)
+                losses.append(nn.functional.smooth_l1_loss(votes, told.expand_as(votes)))
+            optimizer.zero_grad()
+            torch.autograd.backward(torch.stack(losses).mean())
+            optimizer.step()
+            average.update(avatar)
+        avatar.eval()
+        for signals in kept:
+            avatar.settle(signals)
+    average.give(avatar)
+    return avatar
+
+
+def _score(
+    preset: Preset, clip: Footage, prior: PersonalAvatar | None, seed: int, *,
+    windows: bool = False, deaf: Sequence[int] = (),
+) -> dict[str, Any]:  # fmt: skip
+    torch.manual_seed(seed)
+    if deaf:
+        audio = clip.signals.audio.clone()
+        audio[:, :, list(deaf)] = 0
+        clip = replace(clip, signals=clip.signals.with_(audio=audio))
+    avatar = _fit_speech(preset, preset.train, [clip], prior, windows)
+    held = clip.signals[clip.held]
+    with torch.no_grad():
+        said = avatar.listen(held).landmarks
+    mouth = avatar.person(held).mouth
+    error = (said - held.landmarks)[:, MOUTH].norm(dim=2).mean()
+    true, heard = (mouth.opening(mouth.code(held.with_(landmarks=m))).numpy()
+                   for m in (held.landmarks, said))  # fmt: skip
+    found = correlation(true, heard)
+    return {
+        "landmark_error_px_at_512": round(float(error) * FACE_PX, 3),
+        "opening_r": found["r"], "interval_90": found["interval_90"], "spread": found["spread"],
+    }  # fmt: skip
+
+
+# -- stage two ---------------------------------------------------------------------------------
+
+
+class PlainCode(nn.Module):
+    """All landmarks, told to every point alike, through a small net: what coding is to beat."""
+
+    neutral: Tensor
+
+    def __init__(self, n_hidden: int = 57, n_out: int = 48) -> None:
+        super().__init__()
+        self.register_buffer("neutral", torch.zeros(N_LANDMARKS, 3))
+        self.net = Mlp(3 * N_LANDMARKS, n_hidden, n_out)
+        self.n_out = n_out
+
+    def tables(self, landmarks: Tensor, axis: Tensor) -> Tensor:
+        """landmarks (T, 68, 3) -> (T, n_out)."""
+        del axis
+        told: Tensor = self.net(20 * (landmarks - self.neutral).flatten(1))
+        return told
+
+    def forward(self, x: Tensor, tables: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        return tables.index_select(0, row), torch.arange(len(x), device=x.device)
+
+
+class PlainLandmark(landmark.Landmark):
+    """The same method with landmarks concatenated."""
+
+    def coding(self) -> Any:
+        return PlainCode()
+
+    def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
+        super().calibrate(signals, mesh, aabb)
+        self.code.neutral.copy_(self.neutral)
+
+
+def coding(home: Path, names: Sequence[str], seeds: int, scale: float) -> dict[str, Any]:
+    """Mouth-box PSNR of held-out frames, drawn from tracked and from heard landmarks."""
+    rows: dict[str, Any] = {}
+    n_parameters = {}
+    for label, kind in {"gaussian": landmark.Landmark, "plain": PlainLandmark}.items():
+        for name in names:
+            for seed in range(seeds):
+                with _drawn_by(kind):
+                    run = finetune(
+                        home, name, SilentProgress(), names=["landmark", "tiny"],
+                        settings=[f"train.scale={scale}", "train.stages.torso.steps=0",
+                                  "train.stages.eyes.steps=0"],
+                        run_name=f"coding-{label}-{seed}", device="cpu", seed=seed, fresh=True,
+                    )  # fmt: skip
+                    show = player.load(run, torch.device("cpu"))
+                n_parameters[label] = sum(
+                    p.numel() for part in ("coding", "static") for p in show.avatar.part(part)
+                )
+                rows.setdefault(label, {}).setdefault(name, []).append(_mouths(show, home, name))
+    gain = {
+        by: [
+            round(g[by]["mouth_db"] - p[by]["mouth_db"], 3)
+            for name in names
+            for g, p in zip(rows["gaussian"][name], rows["plain"][name], strict=True)
+        ]
+        for by in ("tracked", "heard")
+    }
+    return {"people": list(names), "seeds": seeds, "scale": scale, "parameters": n_parameters,
+            "gaussian_minus_plain_db": gain, "rows": rows}  # fmt: skip
+
+
+@contextlib.contextmanager
+def _drawn_by(kind: type) -> Iterator[None]:
+    with mock.patch.object(player, "avatar_class", lambda _: kind):
+        yield
+
+
+def _mouths(show: player.Player, home: Path, name: str) -> dict[str, Any]:
+    clip = footage.load(Workspace.open(home, name), show.preset.data, SilentProgress())
+    signals = clip.signals[clip.held]
+    found = {}
+    for by, driven in {"tracked": signals, "heard": show.listen(signals)}.items():
+        scores = []
+        for row, (frame, _) in zip(clip.held.tolist(), show.pictures(driven), strict=True):
+            marks = clip.signals.landmarks_px[row, 48:68] * clip.size_px
+            low, high = marks.amin(0), marks.amax(0)
+            half = 1.3 * (high - low).amax() / 2
+            x0, y0 = ((low + high) / 2 - half).floor().long().clamp_min(0).tolist()
+            x1, y1 = ((low + high) / 2 + half).ceil().long().tolist()
+            made = frame.rgb[0].clamp(0, 1).numpy()[y0:y1, x0:x1]
+            scores.append(psnr(made, clip.pictures[row, y0:y1, x0:x1] / np.float32(255)))
+        found[by] = {"mouth_db": round(float(np.mean(scores)), 3), "n_frames": len(scores)}
+    return found

@@ -1,0 +1,302 @@
+"""landmark: speech becomes landmarks, landmarks become pictures (GtsTalkNeRF, CVM 11(4), 2025).
+
+Stage one says the landmarks (`listen`): what lies between is a track that a person can edit.
+Stage two draws the head that any track asks for:
+
+    code(x)   Gaussian relative position code of x among the row's 68 landmarks
+    u         = tanh(A(planes(x), code(x), gaze)), two ambient coordinates (HyperNeRF's slices)
+    density, colour  of (planes(x), ambient planes(u)): nothing is displaced, the head of one
+              moment is a slice of a volume of more dimensions
+Stage three paints neck and shoulders round the marched head: a Style-U-Net, steered by the pose
+of head and shoulders.
+
+Where the paper's release is silent or we differ on purpose:
+* Nothing of the sound reaches the picture but through landmarks; the release also feeds the
+  field an audio vector, so that an edited track would not be what is drawn.
+* Upper faces are not still: lids and brows follow eye openness and brow height by a linear map
+  of the person's own frames.  Gaze, which no landmark shows, enters beside the code.
+* z is taken along the camera's own axis, in units of the Gaussians' size: in the release's
+  units its sines and cosines hardly differ from z and 1.
+* Ambient coordinates are asked to be still away from mouth and eyes.
+* The torso's net learns from training frames alone, emits alpha, and moves a canvas with the
+  shoulders.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from talkhead_cli.avatars.base import StepResult, distance, shaped
+from talkhead_cli.avatars.personal import Person, PersonalAvatar
+from talkhead_cli.blocks.gaussians import GaussianCode
+from talkhead_cli.blocks.light import Shading
+from talkhead_cli.blocks.loss import gradient_difference, ssim
+from talkhead_cli.blocks.mlp import Mlp
+from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES
+from talkhead_cli.blocks.planes import Planes2d, TriPlanes, gathered
+from talkhead_cli.blocks.regions import region_masks
+from talkhead_cli.blocks.rigid import moved
+from talkhead_cli.blocks.speech import SpeechEncoder, ridge_map
+from talkhead_cli.blocks.style_unet import StyleUNet
+from talkhead_cli.contracts import N_LANDMARKS, Frame, RayBundle, Rendered, Signals
+
+UPPER = torch.tensor([i for i in range(N_LANDMARKS) if i not in MOUTH.tolist()])
+UPPER_RIDGE = 0.01  # per row
+COLOUR, AMBIENT = slice(0, 3), slice(3, 4)
+# Noise in training, lest the twenty-odd things that move in a track name each of its frames.
+LIP_NOISE = 0.25  # in standard deviations
+EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
+STANCE_NOISE = 0.1
+LOOK_SCALE = 5.0
+
+
+@dataclass(frozen=True)
+class _Widths:
+    planes: tuple[int, ...]
+    plane_channels: int
+    ambient: tuple[int, ...]
+    ambient_channels: int
+    head: int
+    torso: tuple[int, ...]
+
+
+SIZES = {
+    "tiny": _Widths((16, 32, 64, 128, 256), 4, (16, 32, 64), 4, 48, (24, 32, 48)),
+    "full": _Widths((16, 32, 64, 128, 256), 8, (16, 32, 64, 128, 256), 8, 64, (64, 128, 256, 256)),
+}
+
+
+class Face(Person):
+    """A person whose lids and brows follow eyes and brows: upper (4, 117), rest (117,)."""
+
+    upper: Tensor
+    rest: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("upper", torch.zeros(4, 3 * len(UPPER)))
+        self.register_buffer("rest", torch.zeros(3 * len(UPPER)))
+
+    @torch.no_grad()
+    def measure(self, signals: Signals, basis: Tensor, mesh: Tensor, aabb: Tensor) -> None:
+        super().measure(signals, basis, mesh, aabb)
+        marks = signals.landmarks[:, UPPER].flatten(1)
+        upper, rest = ridge_map(self.raised(signals), marks, UPPER_RIDGE * len(signals))
+        self.upper.copy_(upper)
+        self.rest.copy_(rest)
+
+    @staticmethod
+    def raised(signals: Signals) -> Tensor:
+        """What lids and brows follow, (T, 4)."""
+        return torch.cat([signals.eye, 10 * signals.brow], 1)
+
+    def heard(self, signals: Signals, said: Tensor) -> Signals:
+        signals = super().heard(signals, said)
+        marks = signals.landmarks.clone()
+        marks[:, UPPER] = (self.raised(signals) @ self.upper + self.rest).unflatten(1, (-1, 3))
+        return signals.with_(landmarks=marks)
+
+    def noise(self, n: int) -> Tensor:
+        """Displacements (n, 68, 3) as mouths, lids and brows make them, of a small size."""
+        device = self.rest.device
+        code = LIP_NOISE * torch.randn(n, N_CODES, device=device)
+        marks = self.mouth.landmarks(code) - self.mouth.neutral
+        raised = torch.randn(n, 4, device=device)
+        raised *= raised.new_tensor([EYE_NOISE, EYE_NOISE, 10 * BROW_NOISE, 10 * BROW_NOISE])
+        marks[:, UPPER] = (raised @ self.upper).unflatten(1, (-1, 3))
+        return marks
+
+
+class Landmark(PersonalAvatar):
+    """The avatar of landmarks."""
+
+    own = (".styles",)
+
+    def __init__(
+        self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        n_people: int = 1,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            [Face() for _ in range(n_people)],
+            SpeechEncoder.of_sequences(n_steps, n_features, N_CODES, n_people=n_people),
+        )
+        widths = SIZES[size]
+        self.px = px
+        self.past = self.speech.past
+        self.shading = Shading()
+        self.volume = TriPlanes(widths.planes, widths.plane_channels)
+        self.ambient = Planes2d(widths.ambient, widths.ambient_channels)
+        self.code = self.coding()
+        self.ambient_net = Mlp(self.volume.n_out + 2, widths.head, 2, 3, last_scale=0.1)
+        self.to_ambient = nn.Linear(self.code.n_out, widths.head, bias=False)
+        self.density_net = Mlp(self.volume.n_out + self.ambient.n_out, widths.head, 1 + 16, 2)
+        self.colour_net = Mlp(16 + 3, 32, 3, 2)
+        self.torso = StyleUNet(widths.torso, 10, px=px)
+
+    @classmethod
+    def build(
+        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        n_people: int = 1,
+    ) -> Self:  # fmt: skip
+        return cls(size, n_steps=n_steps, n_features=n_features, px=px, n_people=n_people)
+
+    def coding(self) -> GaussianCode:
+        """How a point is told where it lies among the landmarks."""
+        return GaussianCode(N_LANDMARKS)
+
+    # -- hop 8 to 10 -----------------------------------------------------------------------
+
+    def condition(self, signals: Signals) -> LandmarkField:
+        person = self.person(signals)
+        assert isinstance(person, Face)
+        pose, gaze, marks = person.mouth.pose(signals), signals.gaze, signals.landmarks
+        if self.training:
+            gaze = gaze + self.noise * GAZE_NOISE * torch.randn_like(gaze)
+            marks = marks + self.noise * person.noise(len(signals))
+        return LandmarkField(
+            self,
+            tables=self.code.tables(marks, signals.camera.c2w[:, :3, 2]),
+            gaze=4 * gaze,
+            light=self.shading(pose),
+        )
+
+    def compose(
+        self, rendered: Rendered, rays: RayBundle, signals: Signals, plate: Tensor
+    ) -> Frame:
+        """The head over the plate; where rays are whole pictures, the rest of the person too."""
+        head = torch.cat([rendered.feature[:, COLOUR], rendered.opacity], 1)
+        over = head[:, :3] + (1 - head[:, 3:]) * plate
+        parts = {
+            "head": shaped(over, rays),
+            "head_alpha": shaped(head[:, 3:], rays),
+            "ambient": shaped(rendered.feature[:, AMBIENT], rays),
+        }
+        depth = distance(rendered, rays)
+        if rays.layout is None or rays.layout[1:] != (self.px, self.px):
+            return Frame(parts["head"], parts["head_alpha"], depth, parts)
+        whole = self._whole(shaped(head, rays), signals)
+        alpha = whole[..., 3:]
+        rgb = whole[..., :3] + (1 - alpha) * shaped(plate, rays)
+        return Frame(rgb, alpha.clamp(0, 1), depth, parts)
+
+    def _whole(self, head: Tensor, signals: Signals) -> Tensor:
+        """Pictures of the head (B, H, W, 4), premultiplied -> of the whole person."""
+        person = self.person(signals)
+        stance = person.stance(signals)
+        if self.training:
+            stance = stance + self.noise * STANCE_NOISE * torch.randn_like(stance)
+        stance = stance.clamp(-MAX_POSE, MAX_POSE)
+        carry = _carried(signals, person)
+        whole: Tensor = self.torso(head.permute(0, 3, 1, 2).float(), stance, carry)
+        return whole.permute(0, 2, 3, 1)
+
+    # -- losses ----------------------------------------------------------------------------
+
+    def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
+        shot, frame, rendered = result.shot, result.frame, result.rendered
+        rays = shot.rays
+        assert frame is not None and rendered is not None and rays is not None
+        assert shot.target is not None and shot.labels is not None and shot.plate is not None
+        head = shot.labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
+        over = frame.parts["head"]
+        target = head * shot.target + (1 - head) * shot.plate
+        opacity = rendered.opacity.clamp(1e-4, 1 - 1e-4)
+        alive = region_masks(shot.signals, rays, shot.labels)[:, :2].amax(1, keepdim=True)
+        losses = {
+            "colour": F.mse_loss(over.reshape(-1, 3), target),
+            "matte": ((0.2 + 0.8 * shot.labels[:, :1]) * (opacity - head).square()).mean(),
+            "entropy": -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean(),
+            "spread": rendered.spread.mean(),
+            "relief": self.person(shot.signals).relief.loss(rendered, rays, head[:, 0]),
+            "rough": self.volume.roughness() + self.ambient.roughness(),
+            "still": (rendered.feature[:, AMBIENT] * (1 - alive)).mean(),
+        }
+        if rays.layout is not None:
+            losses |= _patch_losses(over, target.view(*rays.layout, 3), "")
+        if frame.rgb is not over:  # the whole person was painted
+            picture = shot.target.view(*frame.rgb.shape)
+            person = 1 - shot.labels[:, 5:6].view(*frame.alpha.shape)
+            losses |= _patch_losses(frame.rgb, picture, "whole_")
+            losses["whole"] = F.smooth_l1_loss(frame.rgb, picture, beta=0.1)
+            losses["whole_matte"] = (frame.alpha - person).square().mean()
+        return losses
+
+    # -- parts -----------------------------------------------------------------------------
+
+    def modules_of_parts(self) -> dict[str, list[nn.Module]]:
+        return {
+            "volume": [self.volume, self.ambient],
+            "coding": [self.code],
+            "static": [self.to_ambient, self.ambient_net, self.density_net, self.colour_net,
+                       self.shading],
+            "torso": [self.torso],
+        }  # fmt: skip
+
+
+class LandmarkField:
+    """The field of heads, closed over T rows of landmarks."""
+
+    channels = 4
+    n_detached = 1
+
+    def __init__(self, avatar: Landmark, *, tables: Tensor, gaze: Tensor, light: Tensor) -> None:
+        self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(gaze)
+        self._tables, self._gaze, self._light = tables, gaze, light
+        low, high = avatar.aabb[:3], avatar.aabb[3:]
+        self._reach = torch.maximum(-low, high) * 1.1
+
+    def density(self, x: Tensor, row: Tensor) -> Tensor:
+        return self._slice(x, row)[0]
+
+    def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        density, hidden, ambient = self._slice(x, row)
+        logits = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1))
+        colour = (logits + moved(x, self._light, row)).sigmoid()
+        return density, torch.cat([colour, ambient.float().abs().sum(1, keepdim=True)], 1)
+
+    def _slice(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, 3), row (N,) -> density (N,), hidden (N, 16), ambient coordinates (N, 2)."""
+        avatar = self.avatar
+        features = avatar.volume(gathered(x, self._reach))
+        # Codes enter the first layer by a map of their own: most points have none.
+        code, near = avatar.code(x, self._tables, row)
+        gaze = self._gaze.index_select(0, row)
+        told = avatar.to_ambient(code)
+        ambient = avatar.ambient_net(torch.cat([features, gaze], 1), told=(told, near)).tanh()
+        hidden = avatar.density_net(torch.cat([features, avatar.ambient(ambient)], 1))
+        density = (hidden[:, 0] - 1.5).clamp(max=7.0).exp()
+        return density, hidden[:, 1:], ambient
+
+
+def _carried(signals: Signals, person: Person) -> Tensor:
+    """Affine maps (T, 2, 3) from the picture's places in [-1, 1] to where the shoulders rest.
+
+    A point at the shoulders' depth that moved by `body` is taken back: roll and scale about the
+    place half a face height under the chin, then the shift.
+    """
+    body, camera = signals.body, signals.camera
+    # the torso stands about where the head does on average
+    depth = person.mouth.pose_mean[5]
+    focal = 2 * camera.k[:, 0, 0] / camera.size_px / depth  # [-1, 1] per face height
+    pivot_at = person.mouth.pose_mean[3:5] + person.mouth.pose_mean.new_tensor([0.0, 1.1])
+    centre = 2 * camera.k[:, :2, 2] / camera.size_px - 1
+    pivot = centre + focal[:, None] * pivot_at
+    shift = focal[:, None] * body[:, :2]
+    size, roll = (-body[:, 3]).exp(), -body[:, 2]
+    turn = torch.stack([roll.cos(), -roll.sin(), roll.sin(), roll.cos()], 1).view(-1, 2, 2)
+    linear = size[:, None, None] * turn
+    offset = pivot - (linear @ (pivot + shift)[..., None])[..., 0]
+    return torch.cat([linear, offset[..., None]], 2)
+
+
+def _patch_losses(made: Tensor, target: Tensor, prefix: str) -> dict[str, Tensor]:
+    return {
+        f"{prefix}ssim": 1 - ssim(made, target).mean(),
+        f"{prefix}gradient": gradient_difference(made, target),
+    }

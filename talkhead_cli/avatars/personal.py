@@ -1,0 +1,184 @@
+"""What the avatars of one person's footage share: a measured face, speech that says its mouth."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talkhead_cli.avatars.base import Avatar, StepResult
+from talkhead_cli.blocks.mouth import (
+    MOUTH,
+    N_CODES,
+    Mouth,
+    change_of_shapes,
+    principal_shapes,
+)
+from talkhead_cli.blocks.regions import Relief
+from talkhead_cli.blocks.rigid import PoseCorrection, moved
+from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks
+from talkhead_cli.contracts import RayBundle, Signals
+
+RIDGES = (3e2, 1e3, 3e3, 1e4, 3e4)
+
+
+class Person(nn.Module):
+    """What is measured of one person.
+
+    mouth (whose mean pose is the one in which head and shoulders are canonical) ·
+    body_mean, body_scale (4,) of the shoulders · relief of the face
+    """
+
+    body_mean: Tensor
+    body_scale: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mouth, self.relief = Mouth(), Relief()
+        for name in ("body_mean", "body_scale"):
+            self.register_buffer(name, torch.zeros(4))
+
+    @torch.no_grad()
+    def measure(self, signals: Signals, basis: Tensor, mesh: Tensor, aabb: Tensor) -> None:
+        self.mouth.measure(signals, basis)
+        self.body_mean.copy_(signals.body.mean(0))
+        self.body_scale.copy_(signals.body.std(0).clamp_min(1e-2))
+        self.relief.measure(mesh, aabb)
+
+    def stance(self, signals: Signals) -> Tensor:
+        """Standardised pose of head and shoulders (T, 10)."""
+        body = (signals.body - self.body_mean) / self.body_scale
+        return torch.cat([self.mouth.pose(signals), body], 1)
+
+    def heard(self, signals: Signals, said: Tensor) -> Signals:
+        """The signals with the landmarks that were said (T, K)."""
+        return self.mouth.heard(signals, said)
+
+
+class PersonalAvatar(Avatar):
+    """Speech says the mouth, supervised on tracked ones; what draws it is the method's own.
+
+    What speech says of a mouth is common to all people: its networks, and the shapes that
+    their code counts in, mouth_basis (87, K), which a single person's avatar changes for that
+    person's own.  Rays are put right before they are marched (`aim`): trackers err by habit,
+    and a linear map of pose and expression undoes most of it, for turns that training never
+    shows too.
+    """
+
+    common = ("speech.nets.", "mouth_basis")
+    mouth_basis: Tensor
+
+    def __init__(self, people: Sequence[Person], speech: SpeechEncoder) -> None:
+        super().__init__()
+        self.people = nn.ModuleList(people)
+        self.register_buffer("mouth_basis", torch.zeros(3 * len(MOUTH), N_CODES))
+        self.speech = speech
+        self.pose_correction = PoseCorrection(6 + 2 + 2 + 2)
+
+    def person(self, signals: Signals) -> Person:
+        """Whose rows these are; people mix between shots, never inside one."""
+        index = int(signals.person[0]) if len(self.people) > 1 else 0
+        found = self.people[index]
+        assert isinstance(found, Person)
+        return found
+
+    # -- what is measured ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def survey(self, people: Sequence[Signals]) -> None:
+        self.mouth_basis.copy_(principal_shapes(people))
+
+    @torch.no_grad()
+    def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
+        """Mouth, statistics of the pose, relief; for one person also the linear map of speech."""
+        self.aabb.copy_(aabb)
+        if len(self.people) == 1:
+            # Speech may come from a prior, which says shapes that suit everybody: this mouth's
+            # own ones draw it better.
+            known = self.mouth_basis.clone()
+            self.survey([signals])
+            if known.any():
+                self.speech.retarget(change_of_shapes(signals, known, self.mouth_basis))
+        person = self.person(signals)
+        person.measure(signals, self.mouth_basis, mesh, aabb)
+        if len(self.people) == 1:
+            said = person.mouth.to_say(signals)
+            ridge, _ = ridge_by_blocks(signals.audio.flatten(1), said, RIDGES)
+            self.speech.solve(signals.audio, said, ridge)
+
+    # -- speech ----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def settle(self, kept: Signals) -> None:
+        self.person(kept).mouth.settle(kept, self.speech(kept))
+
+    def listen(self, signals: Signals) -> Signals:
+        """Landmarks as speech and pose say them; what neither says is neutral."""
+        return self.person(signals).heard(signals, self.speech(signals))
+
+    @property
+    def neutral(self) -> Tensor:
+        person = self.people[0]
+        assert isinstance(person, Person)
+        return person.mouth.neutral
+
+    def speech_losses(self, result: StepResult) -> dict[str, Tensor]:
+        """How far what is said lies from the tracked mouth."""
+        signals = result.shot.signals
+        told = self.person(signals).mouth.to_say(signals)
+        if self.training:
+            votes = self.speech.votes(signals)
+            return {"speech": F.smooth_l1_loss(votes, told.expand_as(votes))}
+        return {"speech": F.smooth_l1_loss(self.speech(signals), told)}
+
+    def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
+        """What the method asks of marched rays."""
+        raise NotImplementedError
+
+    def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
+        terms: dict[str, list[Tensor]] = {}
+        for result in results:
+            found = self.speech_losses if result.rendered is None else self.picture_losses
+            for name, value in found(result).items():
+                terms.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in terms.items()}
+
+    # -- pose ------------------------------------------------------------------------------
+
+    def aim(self, signals: Signals, rays: RayBundle) -> RayBundle:
+        """Rays where the head is, rather than where the tracker thinks it is."""
+        motion = self.correction(signals)
+        turn = F.pad(motion[:, :, :3], (0, 1))
+        # near and far stay: the motion is small against the room the box leaves round the head
+        return replace(
+            rays,
+            origins=moved(rays.origins, motion, rays.row),
+            directions=moved(rays.directions, turn, rays.row),
+        )
+
+    def correction(self, signals: Signals) -> Tensor:
+        """What is put right of each row's head, (T, 3, 4)."""
+        face = [4 * (signals.eye - 1), 4 * signals.gaze, 10 * signals.brow]
+        pose = self.person(signals).mouth.pose(signals)
+        return self.pose_correction(torch.cat([pose, *face], 1))
+
+    # -- parts -----------------------------------------------------------------------------
+
+    def modules_of_parts(self) -> dict[str, list[nn.Module]]:
+        """The method's own parts; the base adds speech and pose."""
+        raise NotImplementedError
+
+    def _parts(self) -> dict[str, list[nn.Module]]:
+        return {
+            "speech": [self.speech.nets], "pose": [self.pose_correction],
+            **self.modules_of_parts(),
+        }  # fmt: skip
+
+    def parts(self) -> list[str]:
+        return list(self._parts())
+
+    def part(self, name: str) -> list[nn.Parameter]:
+        return [p for module in self._parts()[name] for p in module.parameters()]

@@ -1,0 +1,145 @@
+"""A U-Net over wavelet bands whose decoder is steered by a style: the picture round a head.
+
+After the torso network of GtsTalkNeRF's release, in turn a StyleGAN2 decoder (Karras et al.
+2020) on wavelets (SWAGAN, Gal et al. 2021).  Where we differ on purpose:
+* no noise inputs: a film would shimmer;
+* alpha goes in and comes out, so that any background can lie behind;
+* a torso is remembered on a canvas, a picture that the shoulders carry along and that lies
+  behind the head; the net mends what comes of that.  A net that sees a head and nothing else
+  would have to paint a moving torso from its weights alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+PAINT = 4.0  # the canvas learns so much faster than the net
+
+
+def haar(x: Tensor) -> Tensor:
+    """Pictures (B, C, H, W) of even size -> the four Haar bands (B, 4 C, H/2, W/2), orthonormal."""
+    a, b = x[:, :, ::2, ::2], x[:, :, ::2, 1::2]
+    c, d = x[:, :, 1::2, ::2], x[:, :, 1::2, 1::2]
+    return torch.cat([a + b + c + d, a - b + c - d, a + b - c - d, a - b - c + d], 1) / 2
+
+
+def unhaar(bands: Tensor) -> Tensor:
+    """The inverse of `haar`."""
+    low, across, down, both = bands.chunk(4, 1)
+    a, b = low + across + down + both, low - across + down - both
+    c, d = low + across - down - both, low - across - down + both
+    n, channels, h, w = low.shape
+    rows = torch.stack([torch.stack([a, b], -1), torch.stack([c, d], -1)], -3)
+    return rows.reshape(n, channels, 2 * h, 2 * w) / 2
+
+
+class ModulatedConv(nn.Module):
+    """3x3 convolution whose input channels are scaled by a style, and demodulated (StyleGAN2)."""
+
+    def __init__(self, n_in: int, n_out: int, n_style: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(n_out, n_in, 3, 3) / math.sqrt(9 * n_in))
+        self.bias = nn.Parameter(torch.zeros(n_out))
+        self.scale = nn.Linear(n_style, n_in)
+        nn.init.ones_(self.scale.bias)
+
+    def forward(self, x: Tensor, style: Tensor) -> Tensor:
+        """x (B, C, H, W), style (B, S) -> (B, n_out, H, W)."""
+        scale = self.scale(style)
+        strength = self.weight.square().sum((2, 3)) @ scale.square().T  # (n_out, B)
+        y = F.conv2d(x * scale[:, :, None, None], self.weight, padding=1)
+        y = y * (strength.T + 1e-8).rsqrt()[:, :, None, None] + self.bias[:, None, None]
+        return math.sqrt(2) * F.leaky_relu(y, 0.2)
+
+
+class StyleUNet(nn.Module):
+    """Premultiplied picture of a head (4 channels) -> of the whole person, steered by a style.
+
+    It starts as the identity: the canvas is clear, and the net adds nothing.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], n_signals: int, *, px: int, n_style: int = 64
+    ) -> None:
+        """widths: of the levels, from half the picture's size downwards · n_signals: numbers that
+        make the style · px: side of the pictures."""
+        super().__init__()
+        bands = 4 * 4
+        self.canvas = nn.Parameter(torch.zeros(1, 4, px, px))
+        self.style = nn.Sequential(nn.Linear(n_signals, n_style), _PixelNorm())
+        for _ in range(3):
+            self.style.extend([nn.Linear(n_style, n_style), nn.LeakyReLU(0.1)])
+        self.take = nn.ModuleList(
+            nn.Conv2d(2 * bands if level == 0 else bands, w, 1) for level, w in enumerate(widths)
+        )
+        self.down = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(w if level == 0 else w + widths[level - 1], w, 3, padding=1),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(w, w, 3, padding=1),
+                nn.LeakyReLU(0.2),
+            )
+            for level, w in enumerate(widths)
+        )
+        deep = list(reversed(list(enumerate(widths))))
+        self.up = nn.ModuleList(
+            nn.ModuleList([
+                ModulatedConv(w if i == 0 else w + deep[i - 1][1], w, n_style),
+                ModulatedConv(w, w, n_style),
+            ])
+            for i, (_, w) in enumerate(deep)
+        )  # fmt: skip
+        self.tell = nn.ModuleList(_silent(nn.Conv2d(w, bands, 1)) for _, w in deep)
+
+    def forward(self, head: Tensor, signals: Tensor, carry: Tensor) -> Tensor:
+        """head (B, 4, H, W) premultiplied colour and alpha · signals (B, n_signals) standardised ·
+        carry (B, 2, 3) affine map from the picture's place, in [-1, 1], to the canvas's
+        -> (B, 4, H, W), premultiplied."""
+        style = self.style(signals)
+        grid = F.affine_grid(carry, [len(head), 1, *head.shape[2:]], align_corners=False)
+        canvas = F.grid_sample(
+            PAINT * self.canvas.expand(len(head), -1, -1, -1), grid.to(self.canvas.dtype),
+            padding_mode="border", align_corners=False,
+        )  # fmt: skip
+        kept: list[Tensor] = []
+        x, bands = head.new_zeros(0), haar(head)
+        for level, (take, down) in enumerate(zip(self.take, self.down, strict=True)):
+            if level:
+                bands = haar(F.avg_pool2d(unhaar(bands), 2))
+                taken = take(bands)
+                x = torch.cat([taken, F.avg_pool2d(x, 2)], 1)
+            else:
+                x = take(torch.cat([bands, haar(canvas)], 1))
+            x = down(x)
+            kept.append(x)
+        told: Tensor | None = None
+        for i, (pair, tell) in enumerate(zip(self.up, self.tell, strict=True)):
+            assert isinstance(pair, nn.ModuleList)
+            if i:
+                x = torch.cat([_twice(x), kept[-1 - i]], 1)
+            for conv in pair:
+                x = conv(x, style)
+            told = tell(x) if told is None else tell(x) + haar(_twice(unhaar(told)))
+        assert told is not None
+        return head + (1 - head[:, 3:]) * canvas + unhaar(told)
+
+
+def _silent(layer: nn.Conv2d) -> nn.Conv2d:
+    nn.init.zeros_(layer.weight)
+    assert layer.bias is not None
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class _PixelNorm(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
+
+
+def _twice(x: Tensor) -> Tensor:
+    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)

@@ -1,0 +1,117 @@
+"""Runs of one identity side by side: one table, one film."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from talkhead_cli import media
+from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
+from talkhead_cli.jobs.evaluate import TAG, evaluate
+from talkhead_cli.store import Run, Workspace, list_runs
+from talkhead_cli.store.files import read_json, write_json
+
+# What a table shows: its name, and where the figures hold it.
+ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("PSNR, face box (dB)", ("picture", "face_box", "psnr_db")),
+    ("PSNR, full (dB)", ("picture", "full", "psnr_db")),
+    ("SSIM, face box", ("picture", "face_box", "ssim")),
+    ("lips against truth", ("lips", "correlation", "r")),
+    ("  linear baseline", ("lips", "linear_baseline", "r")),
+    ("  other speech (control)", ("lips", "mismatched_control", "r")),
+    ("  spread", ("lips", "correlation", "spread")),
+    ("eyes against truth", ("eyes", "correlation", "r")),
+    ("LMD, mouth (px at 512)", ("lmd_px_at_512",)),
+    ("jitter against truth's", ("jitter_px_at_512", "ratio")),
+    ("marching (frames/s)", ("render", "frames_per_second")),
+    ("training (s)", ("training_seconds",)),
+)
+
+
+def compare(
+    home: Path, name: str, wanted: Sequence[str], progress: Progress, *, device: str = "auto"
+) -> tuple[dict[str, Any], list[Path]]:
+    """Figures of several runs by name, and the paths of table and film.
+
+    wanted: names of runs, or of presets whose newest run is taken.  A run that was evaluated
+    after it was trained is not evaluated again.
+    """
+    space = Workspace.open(home, name)
+    runs = [_run(space, word) for word in wanted]
+    if len({run.name for run in runs}) < 2:
+        raise MisuseError("--compare needs at least two different runs, like lokitalk,landmark")
+    figures = {run.name: _figures(home, name, run, progress, device) for run in runs}
+    _same_protocol(figures)
+    folder = space.root / "compare" / re.sub(r"[^\w.+-]", "-", "-and-".join(figures))
+    table = {label: {run: _at(found, path) for run, found in figures.items()}
+             for label, path in ROWS}  # fmt: skip
+    first = next(iter(figures.values()))
+    answer = {"identity": name, "protocol": first["protocol"], "table": table}
+    folder.mkdir(parents=True, exist_ok=True)
+    film, figures_file = folder / "side_by_side.mp4", folder / "table.json"
+    _film([runs[0].evaluation / "truth.mp4", *(r.evaluation / "render.mp4" for r in runs)],
+          runs[0].evaluation / "sound.wav", film)  # fmt: skip
+    write_json(figures_file, answer)
+    return answer, [figures_file, film]
+
+
+def _run(space: Workspace, word: str) -> Run:
+    """The finished run of that name, else the newest whose presets begin with it."""
+    runs = [r for r in list_runs(space.runs) if r.is_finished]
+    for run in runs:
+        if run.name == word:
+            return run
+    for run in runs:
+        if run.name.split("+")[0] == word:
+            return run
+    raise TalkheadError(
+        f"'{space.id}' has no finished run '{word}'; it has: "
+        f"{', '.join(r.name for r in runs) or 'none'}"
+    )
+
+
+def _figures(home: Path, name: str, run: Run, progress: Progress, device: str) -> dict[str, Any]:
+    written = run.evaluation / "metrics.json"
+    if written.is_file() and written.stat().st_mtime > run.meta().get("finished_at", 0):
+        found: dict[str, Any] = read_json(written)
+        return found
+    progress.note(f"evaluating {run.name}")
+    return evaluate(home, name, progress, run_name=run.name, device=device)[0]
+
+
+def _same_protocol(figures: dict[str, dict[str, Any]]) -> None:
+    """Only figures of the same frames and size stand beside each other."""
+    asked = ("frames", "size_px")
+    seen = {run: tuple(str(f["protocol"][k]) for k in asked) for run, f in figures.items()}
+    if len(set(seen.values())) > 1:
+        told = "; ".join(f"{run}: frames {a} at {b} px" for run, (a, b) in seen.items())
+        raise TalkheadError(f"these runs were scored on different pictures ({told})")
+
+
+def _at(figures: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        figures = figures[key]
+    return figures
+
+
+def _film(films: list[Path], sound: Path, out: Path) -> None:
+    """The films next to each other, frame by frame."""
+    with ExitStack() as open_films:
+        streams = [media.frames(film) for film in films]
+        for stream in streams:  # a reader that is left early stops its ffmpeg
+            open_films.callback(stream.close)
+        pictures = zip(*streams, strict=True)
+        first = np.concatenate(next(pictures), 1)
+        writer = open_films.enter_context(
+            media.VideoWriter(
+                out, (first.shape[1], first.shape[0]), crf=12, audio=sound, metadata=TAG
+            )
+        )
+        writer.write(first)
+        for row in pictures:
+            writer.write(np.concatenate(row, 1))

@@ -1,0 +1,125 @@
+"""What speech says of a face, written as a track that people can see and edit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from talkhead_cli import march
+from talkhead_cli.contracts import FPS, MisuseError, Progress, Signals
+from talkhead_cli.jobs import landmark_track, player, script
+from talkhead_cli.jobs.landmark_track import LandmarkTrack
+from talkhead_cli.jobs.player import Player
+from talkhead_cli.jobs.script import Moves
+from talkhead_cli.store import Workspace
+from talkhead_cli.store.files import atomic
+
+MAX_GAIN = 5.0
+N_SHOWN, SHOWN_PX, CURVE_PX = 8, 256, 128
+# The iBUG order as lines: jaw, brows, nose, eyes, lips; the last three are closed.
+LINES = ((0, 17), (17, 22), (22, 27), (27, 31), (31, 36), (36, 42), (42, 48), (48, 60), (60, 68))
+CLOSED = 36
+INK, PAPER = (80, 255, 80), 24
+
+
+def landmarks(
+    home: Path,
+    name: str,
+    speech: Path,
+    progress: Progress,
+    *,
+    out: Path | None = None,
+    run_name: str | None = None,
+    moves: Moves | None = None,
+    lips: float = 1.0,
+    jaw: float = 1.0,
+    picture: bool = True,
+    device: str = "auto",
+) -> list[Path]:
+    """Write what `speech` says of identity `name`'s landmarks; paths of the track and its picture.
+
+    lips, jaw: gains on the way they go from the neutral face.
+    """
+    for option, gain in (("--lips", lips), ("--jaw", jaw)):
+        if not 0 <= gain <= MAX_GAIN:  # nan is refused too
+            raise MisuseError(f"{option} must lie between 0 and {MAX_GAIN:.0f}")
+    moves = moves or Moves()
+    space = Workspace.open(home, name)
+    run, by_default = player.pick_run(space, run_name)
+    if by_default:
+        progress.note(f"run: {run.name}")
+    out = out or Path(f"{name}-{speech.stem}.npz")
+    if out.suffix != ".npz":
+        raise MisuseError(f"{out}: a landmark track is a .npz file")
+    show = player.load(run, march.device_of(device))
+    neutral = script.neutral_of(show)
+    marks, eyes = [], []
+    with script.written(show, speech, moves, progress) as told:
+        progress.stage("listen", told.n_frames)
+        for signals in told.chunks():
+            marks.append(signals.landmarks.numpy())
+            eyes.append(signals.eye.numpy())
+            progress.advance(len(signals))
+        track = LandmarkTrack(np.concatenate(marks), neutral, np.concatenate(eyes))
+        track = track.louder(lips, jaw)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        landmark_track.write(out, track)
+        made = [out]
+        if picture:
+            shown = np.unique(np.linspace(0, told.n_frames - 1, N_SHOWN).round().astype(int))
+            progress.stage("picture", len(shown))
+            tiles = []
+            for frame in shown:
+                signals = told.signals(np.array([frame]))
+                tiles.append(_drawn(show, signals.with_(
+                    landmarks=signals.landmarks.new_tensor(track.landmarks[frame : frame + 1])
+                )))  # fmt: skip
+                progress.advance()
+            made.append(out.with_suffix(".png"))
+            _save(made[-1], np.concatenate([np.concatenate(tiles, 1), _curve(track, shown)], 0))
+    return made
+
+
+def _drawn(show: Player, signals: Signals) -> NDArray[np.uint8]:
+    """The frame (SHOWN_PX, SHOWN_PX, 3) that the track asks for, with the track over it."""
+    frame, _ = next(show.pictures(signals))
+    rgb = (frame.rgb[0].float().clamp(0, 1).cpu().numpy() * 255).astype(np.uint8)
+    canvas = cv2.resize(rgb, (SHOWN_PX, SHOWN_PX), interpolation=cv2.INTER_CUBIC)
+    camera = signals.camera.resized(SHOWN_PX)
+    c2w, k = camera.c2w[0].numpy(), camera.k[0].numpy()
+    seen = (signals.landmarks[0].numpy() - c2w[:3, 3]) @ c2w[:3, :3] @ k.T
+    at = seen[:, :2] / seen[:, 2:]
+    for first, end in LINES:
+        points = (at[first:end] * 16).round().astype(np.int32)[:, None]
+        cv2.polylines(canvas, [points], first >= CLOSED, INK, 1, cv2.LINE_AA, shift=4)
+    return np.asarray(canvas, np.uint8)
+
+
+def _curve(track: LandmarkTrack, shown: NDArray[Any]) -> NDArray[np.uint8]:
+    """The opening of the lips over time, with the shown frames marked and seconds below."""
+    width = SHOWN_PX * len(shown)
+    canvas = np.full((CURVE_PX, width, 3), PAPER, np.uint8)
+    gap = track.landmarks[:, 66, 1] - track.landmarks[:, 62, 1]
+    top = max(float(gap.max()), 1e-6)
+    x = (np.arange(len(gap)) + 0.5) / len(gap) * width
+    y = CURVE_PX - 24 - gap.clip(0) / top * (CURVE_PX - 34)
+    line = (np.stack([x, y], 1) * 16).round().astype(np.int32)[:, None]
+    cv2.polylines(canvas, [line], False, INK, 1, cv2.LINE_AA, shift=4)
+    for frame in shown:
+        at = int(x[frame])
+        cv2.line(canvas, (at, 0), (at, CURVE_PX - 20), (110, 110, 110), 1)
+        where = (min(at + 3, width - 60), CURVE_PX - 6)
+        text = f"{frame / FPS:.2f} s"
+        cv2.putText(canvas, text, where, cv2.FONT_HERSHEY_PLAIN, 0.9, (200,) * 3, 1, cv2.LINE_AA)
+    return canvas
+
+
+def _save(path: Path, rgb: NDArray[np.uint8]) -> None:
+    done, png = cv2.imencode(".png", rgb[..., ::-1])
+    assert done
+    with atomic(path) as part:
+        part.write_bytes(png.tobytes())

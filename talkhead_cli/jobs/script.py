@@ -1,0 +1,157 @@
+"""What a film of new speech is made from: sound, moves, and what speech says of the face."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from talkhead_cli import media
+from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
+from talkhead_cli.jobs import drive as drives
+from talkhead_cli.jobs import hearing, landmark_track, player
+from talkhead_cli.jobs.footage import SpeechStats
+from talkhead_cli.jobs.hearing import Voice
+from talkhead_cli.jobs.landmark_track import LandmarkTrack
+from talkhead_cli.jobs.player import Player
+from talkhead_cli.track import voice
+
+PCM_SCALE = 1 / 32768
+STATS_ROWS = 60 * voice.RATE_HZ
+CHUNK = 50  # frames that hear together
+OWN_STATS_S = 5.0  # speech shorter than this is standardised by the footage's statistics
+
+
+@dataclass(frozen=True)
+class Moves:
+    """How the head moves while it speaks; what `--pose`, `--blink`, `--yaw` and so on say."""
+
+    pose: str = "footage"
+    blink: str = "footage"
+    yaw_deg: float = 0.0
+    pitch_deg: float = 0.0
+    seed: int = 0
+    landmarks: Path | None = None
+
+
+@dataclass(frozen=True)
+class Script:
+    """Signals of any frames of the film; a frame does not depend on which were asked before."""
+
+    show: Player
+    pcm: NDArray[np.int16]
+    ear: Voice
+    stats: SpeechStats
+    moves: drives.Drive
+    n_frames: int
+    track: LandmarkTrack | None
+
+    def signals(self, frames: NDArray[Any]) -> Signals:
+        """Signals of chosen frames (n,), after listening; so many frames before them are heard
+        too as the avatar needs to say them as in the whole film."""
+        asked, past = len(frames), self.show.avatar.past
+        frames = np.concatenate([np.arange(max(0, frames[0] - past), frames[0]), frames])
+        n_steps = self.show.preset.data.window
+        per_frame = voice.RATE_HZ // FPS
+        low = max(0, int(frames.min()) - n_steps // (2 * per_frame) - 1)
+        high = min(len(self.pcm) // voice.HOP, (int(frames.max()) + 2) * per_frame + n_steps)
+        stream = self.ear.features(
+            self.pcm, high - low * per_frame, first=low * per_frame, scale=PCM_SCALE
+        )
+        pose, body = self.moves.pose(frames)
+        eye, gaze, brow = self.moves.eyes(frames)
+        if self.track is not None and self.track.eye is not None:
+            eye = self.track.eye[np.minimum(frames, len(self.track) - 1)]
+        window = self.stats.windows(stream, frames - low, n_steps)
+        driven = {"pose": pose, "body": body, "eye": eye, "gaze": gaze, "brow": brow}
+        signals = player.still_signals(
+            torch.from_numpy(window),
+            torch.from_numpy(np.asarray(frames, np.int64)),
+            self.moves.camera(np.asarray(pose), self.show.preset.data.size_px),
+            **{k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in driven.items()},
+        )
+        heard = self.show.listen(signals)[len(frames) - asked :]
+        if self.track is None:
+            return heard
+        rows = np.minimum(frames[-asked:], len(self.track) - 1)
+        return heard.with_(landmarks=torch.from_numpy(self.track.landmarks[rows]))
+
+    def chunks(self) -> Iterator[Signals]:
+        """All frames in order, CHUNK at a time."""
+        for first in range(0, self.n_frames, CHUNK):
+            yield self.signals(np.arange(first, min(first + CHUNK, self.n_frames)))
+
+
+@contextmanager
+def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Iterator[Script]:
+    """The script of a film that says `speech` (any file with sound), in constant memory."""
+    if not media.probe(speech).has_audio:
+        raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
+    with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
+        raw = Path(folder) / "speech.s16"
+        n_samples = media.sound_to_file(speech, raw)
+        n_frames = round(n_samples / SAMPLES_PER_FRAME)
+        if n_frames < 1:
+            raise TalkheadError(f"{speech.name} holds no sound to speak of; it is under 40 ms long")
+        pcm: NDArray[np.int16] = np.memmap(raw, dtype=np.int16, mode="r", shape=(n_samples,))
+        ear = hearing.voice_of(show.run.meta()["speech"]["backend"])
+        stats, silent = speech_stats(pcm, ear, show.stats)
+        if silent:
+            progress.note("the speech file is silent: the mouth will stay at rest")
+        drive = drives.make(
+            show.run.drive(), n_frames, pose=moves.pose, blink=moves.blink,
+            yaw_deg=moves.yaw_deg, pitch_deg=moves.pitch_deg, seed=moves.seed,
+        )  # fmt: skip
+        track = _track(show, moves.landmarks, n_frames)
+        yield Script(show, pcm, ear, stats, drive, n_frames, track)
+
+
+def _track(show: Player, path: Path | None, n_frames: int) -> LandmarkTrack | None:
+    if path is None:
+        return None
+    track = landmark_track.read(path)
+    landmark_track.fits_film(track, n_frames, path)
+    return track.on(neutral_of(show))
+
+
+def neutral_of(show: Player) -> NDArray[np.float32]:
+    """The face at rest (68, 3) that the avatar's tracks move."""
+    rest = show.avatar.neutral
+    if rest is None:
+        raise TalkheadError(
+            f"run '{show.run.name}' is not driven by landmarks; use a run of preset landmark or "
+            "lokitalk"
+        )
+    return rest.cpu().numpy().astype(np.float32)
+
+
+def speech_stats(
+    pcm: NDArray[np.int16], ear: Voice, footage: SpeechStats
+) -> tuple[SpeechStats, bool]:
+    """Statistics to standardise new speech by, and whether it is silent.
+
+    A voice from another microphone has another spectrum: long enough speech is standardised
+    by its own mean and spread, read in one pass of constant memory.
+    """
+    total = np.zeros(ear.n_features)
+    square, count = total.copy(), 0
+    for first in range(0, len(pcm) // voice.HOP, STATS_ROWS):
+        n_rows = min(STATS_ROWS, len(pcm) // voice.HOP - first)
+        rows = ear.features(pcm, n_rows, first=first, scale=PCM_SCALE).astype(np.float64)
+        block = pcm[first * voice.HOP : (first + n_rows) * voice.HOP] * np.float32(PCM_SCALE)
+        loud = rows[voice.heard(block, n_rows, hold_s=0)]
+        total += loud.sum(0)
+        square += (loud**2).sum(0)
+        count += len(loud)
+    if count < OWN_STATS_S * voice.RATE_HZ:
+        return footage, count == 0
+    mean = total / count
+    std = np.sqrt(np.maximum(square / count - mean**2, 0)) + 1e-3
+    return SpeechStats(mean.astype(np.float32), std.astype(np.float32)), False
