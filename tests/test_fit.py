@@ -223,3 +223,15 @@ def test_a_stage_that_listens_mixes_what_is_said_with_what_was_tracked(speaker_h
         for s in range(20)
     ]  # fmt: skip
     assert 40 < sum(n_said) < 120 and len(set(n_said)) > 1
+
+
+def test_a_stage_of_pictures_draws_them_whole(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    stage = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 3})
+    box = footage.box_of(clip.signals.camera[clip.train])
+    shot = shots.draw(clip, stage, 100, box, torch.Generator().manual_seed(0))
+    assert shot.rays is not None and shot.target is not None
+    assert shot.rays.layout == (3, 64, 64)
+    truth = torch.from_numpy(clip.pictures[shot.signals.moment.numpy()]).float() / 255
+    assert torch.equal(shot.target.view(3, 64, 64, 3), truth)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from talkhead_cli.avatars import METHODS
 from talkhead_cli.contracts import MisuseError
 from talkhead_cli.jobs import preset
 
@@ -182,3 +183,14 @@ def test_yaml_builds_no_objects(tmp_path: Path) -> None:
 
 def test_a_run_is_named_by_its_presets() -> None:
     assert preset.run_name(["lokitalk", "folder/mine.yaml"], ["train.scale=2"]) == "lokitalk+mine"
+
+
+def test_an_overlay_serves_every_method_and_passes_over_stages_it_has_not_got() -> None:
+    known: set[str] = set()
+    for method in METHODS:
+        own = set(preset.load([method]).train.stages)
+        assert set(preset.load([method, "tiny"]).train.stages) == own
+        known |= own
+    assert set(preset.read_layer("tiny")["train"]["stages"]) <= known, "for nobody"
+    with pytest.raises(MisuseError, match=r"train\.stages\.torso"):
+        preset.load(["lokitalk"], ["train.stages.torso.steps=3"])

@@ -36,7 +36,7 @@ from talkhead_cli.avatars.base import StepResult, distance, shaped
 from talkhead_cli.avatars.personal import Person, PersonalAvatar
 from talkhead_cli.blocks.gaussians import GaussianCode
 from talkhead_cli.blocks.light import Shading
-from talkhead_cli.blocks.loss import gradient_difference, ssim
+from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES
 from talkhead_cli.blocks.planes import Planes2d, TriPlanes, gathered
@@ -206,23 +206,19 @@ class Landmark(PersonalAvatar):
         head = shot.labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
         over = frame.parts["head"]
         target = head * shot.target + (1 - head) * shot.plate
-        opacity = rendered.opacity.clamp(1e-4, 1 - 1e-4)
         alive = region_masks(shot.signals, rays, shot.labels)[:, :2].amax(1, keepdim=True)
-        losses = {
+        losses = solid_losses(rendered, head, shot.labels[:, :1]) | {
             "colour": F.mse_loss(over.reshape(-1, 3), target),
-            "matte": ((0.2 + 0.8 * shot.labels[:, :1]) * (opacity - head).square()).mean(),
-            "entropy": -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean(),
-            "spread": rendered.spread.mean(),
             "relief": self.person(shot.signals).relief.loss(rendered, rays, head[:, 0]),
             "rough": self.volume.roughness() + self.ambient.roughness(),
             "still": (rendered.feature[:, AMBIENT] * (1 - alive)).mean(),
         }
         if rays.layout is not None:
-            losses |= _patch_losses(over, target.view(*rays.layout, 3), "")
+            losses |= patch_losses(over, target.view(*rays.layout, 3))
         if frame.rgb is not over:  # the whole person was painted
             picture = shot.target.view(*frame.rgb.shape)
             person = 1 - shot.labels[:, 5:6].view(*frame.alpha.shape)
-            losses |= _patch_losses(frame.rgb, picture, "whole_")
+            losses |= patch_losses(frame.rgb, picture, "whole_")
             losses["whole"] = F.smooth_l1_loss(frame.rgb, picture, beta=0.1)
             losses["whole_matte"] = (frame.alpha - person).square().mean()
         return losses
@@ -293,10 +289,3 @@ def _carried(signals: Signals, person: Person) -> Tensor:
     linear = size[:, None, None] * turn
     offset = pivot - (linear @ (pivot + shift)[..., None])[..., 0]
     return torch.cat([linear, offset[..., None]], 2)
-
-
-def _patch_losses(made: Tensor, target: Tensor, prefix: str) -> dict[str, Tensor]:
-    return {
-        f"{prefix}ssim": 1 - ssim(made, target).mean(),
-        f"{prefix}gradient": gradient_difference(made, target),
-    }

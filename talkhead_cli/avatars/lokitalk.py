@@ -35,7 +35,7 @@ from typing_extensions import Self
 from talkhead_cli.avatars.base import StepResult, distance, shaped
 from talkhead_cli.avatars.personal import Person, PersonalAvatar
 from talkhead_cli.blocks.light import Shading
-from talkhead_cli.blocks.loss import gradient_difference, ssim
+from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp, by_row
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
 from talkhead_cli.blocks.planes import TriPlanes, frequencies, gathered
@@ -163,18 +163,12 @@ class LokiTalk(PersonalAvatar):
         assert shot.target is not None and shot.labels is not None
         rgb = frame.rgb.reshape(-1, 3)
         person = 1 - shot.labels[:, 5:6]
-        opacity = rendered.opacity.clamp(1e-4, 1 - 1e-4)
         masks = region_masks(shot.signals, rays, shot.labels)
         attention = rendered.feature[:, ATTENTION]
         solid = rendered.opacity.detach()
         moved = rendered.feature[:, SHIFTS]
-        losses = {
+        losses = solid_losses(rendered, person, shot.labels[:, :1]) | {
             "colour": F.mse_loss(rgb, shot.target),
-            # the matte's rim is a guess; inside the face there is no doubt, and no highlight may
-            # be painted by letting a bright wall shine through
-            "matte": ((0.2 + 0.8 * shot.labels[:, :1]) * (opacity - person).square()).mean(),
-            "entropy": -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean(),
-            "spread": rendered.spread.mean(),
             # one-sided inside the soft masks would let attention vanish: two-sided, as in 1.4
             "attention": ((attention - masks * solid) * solid).abs().mean(),
             "still": (moved * (1 - masks[:, :2].amax(1, keepdim=True))).mean(),
@@ -182,9 +176,7 @@ class LokiTalk(PersonalAvatar):
             "rough": self.volume.roughness(),
         }
         if rays.layout is not None:
-            target = shot.target.view(*rays.layout, 3)
-            losses["ssim"] = 1 - ssim(frame.rgb, target).mean()
-            losses["gradient"] = gradient_difference(frame.rgb, target)
+            losses |= patch_losses(frame.rgb, shot.target.view(*rays.layout, 3))
         return losses
 
     # -- parts ---------------------------------------------------------------------------------

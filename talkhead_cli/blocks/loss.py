@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from talkhead_cli.contracts import Rendered
+
 
 def ssim(a: Tensor, b: Tensor, *, window: int = 7) -> Tensor:
     """Structural similarity (Wang et al. 2004) of pictures (B, H, W, 3) in [0, 1] -> (B,).
@@ -34,3 +36,27 @@ def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
         ((a[:, :, 1:] - a[:, :, :-1]) - (b[:, :, 1:] - b[:, :, :-1])).abs().mean(),
     ]
     return torch.stack(terms).sum()
+
+
+def patch_losses(made: Tensor, target: Tensor, prefix: str = "") -> dict[str, Tensor]:
+    """What the structure of pictures (B, H, W, 3) says, by name: ssim and gradient."""
+    return {
+        f"{prefix}ssim": 1 - ssim(made, target).mean(),
+        f"{prefix}gradient": gradient_difference(made, target),
+    }
+
+
+def solid_losses(rendered: Rendered, matte: Tensor, face: Tensor) -> dict[str, Tensor]:
+    """What a marched person has to be besides its colours, by name.
+
+    matte: opacity as it should be, (R, 1), the more surely where face (R, 1) · entropy: of the
+    opacity, lest it be half · spread: thickness of surfaces
+    """
+    opacity = rendered.opacity.clamp(1e-4, 1 - 1e-4)
+    return {
+        # the matte's rim is a guess; inside the face there is no doubt, and no highlight may
+        # be painted by letting a bright wall shine through
+        "matte": ((0.2 + 0.8 * face) * (opacity - matte).square()).mean(),
+        "entropy": -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean(),
+        "spread": rendered.spread.mean(),
+    }

@@ -66,7 +66,9 @@ def _say(paths: list[Path], facts: dict[str, Any], json: bool) -> None:
 
 @app.command()
 def preprocess(
-    video: Annotated[Path, typer.Argument(help="A video of one person talking.")],
+    videos: Annotated[
+        list[Path], typer.Argument(help="Videos of one person talking each, or folders of them.")
+    ],
     name: Annotated[
         str | None, typer.Option("--id", help="Name of the identity.  [default: the file's stem]")
     ] = None,
@@ -82,6 +84,9 @@ def preprocess(
     consent: Annotated[
         Path | None, typer.Option(help="The person's consent; kept with the identity.")
     ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Videos at a time.  [default: by cores and memory]")
+    ] = 0,
     fresh: Annotated[bool, typer.Option(help="Forget what was done and begin anew.")] = False,
     home: Home = None,
     json: Json = False,
@@ -89,14 +94,29 @@ def preprocess(
 ) -> None:
     """Track the person in a video: landmarks, head pose, eyes, labels, plate, speech features."""
     with speaking(verbose) as report:
+        from talkhead_cli.contracts import MisuseError
+        from talkhead_cli.jobs.many import preprocess_many, videos_of
         from talkhead_cli.jobs.preprocess import preprocess as job
-        from talkhead_cli.store import home_folder
+        from talkhead_cli.store import Workspace, home_folder
 
-        space = job(
-            video, home_folder(home), report, name=name, which_face=face,
-            with_audio=not no_audio, speech_features=voice, consent=consent, fresh=fresh,
-        )  # fmt: skip
-        _say([space.root], {"manifest": space.manifest()}, json)
+        options: dict[str, Any] = {
+            "which_face": face, "with_audio": not no_audio, "speech_features": voice,
+            "consent": consent, "fresh": fresh,
+        }  # fmt: skip
+        where, found = home_folder(home), videos_of(videos)
+        if len(found) == 1 and not videos[0].is_dir():
+            space = job(found[0], where, report, name=name, **options)
+            _say([space.root], {"manifest": space.manifest()}, json)
+            return
+        if name is not None or consent is not None:
+            raise MisuseError("--id and --consent are for one video, not for many")
+        outcomes = preprocess_many(found, where, report, jobs=jobs, **options)
+        made = [Workspace(where, o.id).root for o in outcomes if o.error is None]
+        failed = len(outcomes) - len(made)
+        _say(made, {"videos": [o.facts() for o in outcomes]}, json)
+    if failed:
+        err.print(f"{failed} of {len(outcomes)} videos were left out; the notes above say why")
+        raise SystemExit(1)
 
 
 @app.command()

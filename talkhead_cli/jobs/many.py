@@ -1,0 +1,140 @@
+"""Many videos at once: each in a process of its own, going on past bad ones."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
+
+VIDEOS = frozenset([
+    ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts",
+    ".wmv", ".flv", ".3gp", ".ogv",
+])  # fmt: skip
+GB_PER_JOB = 0.7  # peak of one preprocess of a short clip at 512 px
+
+
+@dataclass
+class Outcome:
+    """How one video ended: tracked into `id`, or `error` says what to do about it."""
+
+    video: str
+    id: str
+    seconds: float = 0.0
+    n_frames: int = 0
+    error: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def videos_of(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are, and the videos of folders in the order of their names."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEOS)
+            if not inside:
+                raise TalkheadError(f"there is no video in the folder {path}")
+            found += inside
+        else:
+            found.append(path)
+    return list(dict.fromkeys(found))
+
+
+def preprocess_many(
+    videos: Sequence[Path], home: Path, progress: Progress, *, jobs: int = 0, **options: Any
+) -> list[Outcome]:
+    """Preprocess each of `videos` into `home`; an outcome for each, in their order.
+
+    jobs: how many at a time; 0: as many as cores and memory bear.  options go to `preprocess`.
+    """
+    if jobs < 0:
+        raise MisuseError("--jobs must be 1 or more, or 0 to choose by cores and memory")
+    names = [_id_or_nothing(video) for video in videos]
+    twice = {name for name in names if name and names.count(name) > 1}
+    if twice:
+        clash = ", ".join(str(v) for v, n in zip(videos, names, strict=True) if n in twice)
+        raise MisuseError(f"these videos would have one id: {clash}; rename some")
+    outcomes: dict[int, Outcome] = {}
+    progress.stage("preprocess", len(videos), "videos")
+
+    def ended(index: int, outcome: Outcome) -> None:
+        outcomes[index] = outcome
+        told = outcome.error or f"{outcome.n_frames} frames, {outcome.seconds:.1f} s"
+        progress.note(f"{Path(outcome.video).name}: {told}")
+        progress.advance()
+
+    n_jobs = min(len(videos), jobs or _bearable())
+    if n_jobs == 1:
+        for index, video in enumerate(videos):
+            ended(index, one(video, home, options))
+    else:
+        _side_by_side(videos, home, options, n_jobs, ended)
+    return [outcomes[i] for i in range(len(videos))]
+
+
+def one(video: Path, home: Path, options: dict[str, Any]) -> Outcome:
+    """One video, whose errors are its outcome."""
+    from talkhead_cli.jobs.preprocess import preprocess
+
+    began, quiet = time.monotonic(), SilentProgress()
+    outcome = Outcome(str(video), _id_or_nothing(video))
+    try:
+        space = preprocess(video, home, quiet, **options)
+        outcome.id, outcome.n_frames = space.id, int(space.manifest()["n_frames"])
+    except MisuseError as error:
+        raise MisuseError(str(error)) from error  # the command is wrong for every video
+    except (TalkheadError, OSError) as error:
+        outcome.error = str(error)
+    except Exception as error:  # a fault of ours: said, and the other videos go on
+        outcome.error = f"an unexpected error ({type(error).__name__}: {error}); please report it"
+    outcome.seconds, outcome.notes = round(time.monotonic() - began, 2), quiet.notes
+    return outcome
+
+
+def _side_by_side(
+    videos: Sequence[Path], home: Path, options: dict[str, Any], n_jobs: int,
+    ended: Callable[[int, Outcome], None],
+) -> None:  # fmt: skip
+    """`n_jobs` at a time, each in a fresh process: the face mesh keeps its memory to itself."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n_jobs, mp_context=context, max_tasks_per_child=1) as pool:
+        waiting: dict[Future[Outcome], int] = {
+            pool.submit(one, video, home, options): i for i, video in enumerate(videos)
+        }
+        try:
+            while waiting:
+                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+                for future in done:
+                    ended(waiting.pop(future), future.result())
+        except BrokenProcessPool as error:
+            raise TalkheadError(
+                "a process was killed, probably for memory; try again with --jobs 1"
+            ) from error
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _id_or_nothing(video: Path) -> str:
+    from talkhead_cli.jobs.preprocess import id_from
+
+    try:
+        return id_from(video)
+    except MisuseError:
+        return ""
+
+
+def _bearable() -> int:
+    """How many at a time cores and free memory bear."""
+    free_gb = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
+    return max(1, min(os.cpu_count() or 1, int(free_gb / GB_PER_JOB)))

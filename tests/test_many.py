@@ -1,0 +1,81 @@
+"""Many videos at once: the same workspaces, past bad files, and what is refused beforehand."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner, Result
+
+from talkhead_cli.cli.app import app
+from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
+from talkhead_cli.jobs import many
+from talkhead_cli.store import Workspace
+
+
+def preprocess(*words: str | Path) -> Result:
+    return CliRunner().invoke(app, ["preprocess", *(str(w) for w in words)])
+
+
+def test_a_folder_of_videos_is_tracked_past_its_bad_files(
+    speaker_clip: Path, speaker_home: Path, tmp_path: Path
+) -> None:
+    folder, home = tmp_path / "films", tmp_path / "home"
+    folder.mkdir()
+    shutil.copy(speaker_clip, folder / "one person.mp4")
+    (folder / "broken.mov").write_text("no film")
+    (folder / "notes.txt").write_text("not a film, and not taken for one")
+    result = preprocess(folder, "--home", home, "--jobs", "2", "--json")
+    assert result.exit_code == 1 and "1 of 2 videos" in result.stderr
+    answer = json.loads(result.stdout)
+    assert [Path(p).name for p in answer["paths"]] == ["one-person"]
+    good = next(v for v in answer["videos"] if v["error"] is None)
+    bad = next(v for v in answer["videos"] if v["error"] is not None)
+    assert good["id"] == "one-person" and good["n_frames"] > 100
+    assert Path(bad["video"]).name == "broken.mov" and "Traceback" not in result.stderr
+    assert not (home / "broken" / "manifest.json").exists()
+    alone, among = (Workspace.open(*who).load("tracks")
+                    for who in ((speaker_home, "speaker"), (home, "one-person")))  # fmt: skip
+    assert alone.keys() == among.keys()
+    for name, value in alone.items():
+        assert np.array_equal(value, among[name], equal_nan=value.dtype.kind == "f"), name
+
+
+def test_videos_come_in_order_and_once(tmp_path: Path) -> None:
+    for name in ("b.MP4", "a.mkv", "c.txt"):
+        (tmp_path / name).touch()
+    first = tmp_path / "b.MP4"
+    assert many.videos_of([first, tmp_path]) == [first, tmp_path / "a.mkv"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(TalkheadError, match="no video in the folder"):
+        many.videos_of([tmp_path / "empty"])
+
+
+def test_two_videos_of_one_id_are_refused_before_anything_is_done(tmp_path: Path) -> None:
+    for folder in ("x", "y"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "alice.mp4").touch()
+    with pytest.raises(MisuseError, match="one id: .*alice.mp4.*alice.mp4"):
+        many.preprocess_many(
+            many.videos_of([tmp_path / "x", tmp_path / "y"]), tmp_path / "home", SilentProgress()
+        )
+    assert not (tmp_path / "home").exists()
+    for words in (["--id", "bob"], ["--jobs", "-1"]):
+        refused = preprocess(tmp_path / "x", tmp_path / "y", "--home", tmp_path / "home", *words)
+        assert refused.exit_code == 2 and refused.stdout == ""
+
+
+def test_a_fault_of_ours_is_told_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def faulty(video: Path, *_: object, **__: object) -> None:
+        raise ZeroDivisionError("by nothing")
+
+    monkeypatch.setattr("talkhead_cli.jobs.preprocess.preprocess", faulty)
+    videos = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
+    found = many.preprocess_many(videos, tmp_path / "home", SilentProgress(), jobs=1)
+    assert [o.id for o in found] == ["a", "b"]
+    assert all("ZeroDivisionError" in (o.error or "") for o in found)
