@@ -451,17 +451,46 @@ def models_import(
 @app.command()
 def export(
     name: Id,
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder to write; must not exist yet.")],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="ID.talkhead, or a folder; must not exist yet.")
+    ],
+    run: RunName = None,
     home: Home = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write an identity in the dataset layout of RAD-NeRF, ER-NeRF and SyncTalk."""
-    with speaking(verbose) as report:
-        from talkhead_cli.jobs.exchange import export_dataset
-        from talkhead_cli.store import home_folder
+    """Write an avatar as one file (.talkhead; import reads it), or the footage as a dataset.
 
-        _say([export_dataset(home_folder(home), name, out, report)], {}, json)
+    The dataset folder has the layout of RAD-NeRF, ER-NeRF and SyncTalk.
+    """
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.exchange import export_avatar, export_dataset
+        from talkhead_cli.store import home_folder
+        from talkhead_cli.store.parcel import SUFFIX
+
+        if out.suffix == SUFFIX:
+            _say([export_avatar(home_folder(home), name, out, report, run_name=run)], {}, json)
+        else:
+            _say([export_dataset(home_folder(home), name, out, report)], {}, json)
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="An avatar that export wrote (.talkhead).")],
+    name: Annotated[
+        str | None, typer.Option("--id", help="Name it is to have here.  [default: its own]")
+    ] = None,
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Bring an avatar from another machine; it renders here without the footage."""
+    with speaking(verbose):
+        from talkhead_cli.store import home_folder
+        from talkhead_cli.store.parcel import unpack
+
+        _, run = unpack(file, home_folder(home), name)
+        _say([run.root], {"meta": run.meta()}, json)
 
 
 @app.command()

@@ -25,8 +25,10 @@ from numpy.typing import NDArray
 
 from talkhead_cli import media
 from talkhead_cli.contracts import FPS, LABELS, Progress, TalkheadError, followed
+from talkhead_cli.jobs import player
 from talkhead_cli.jobs.footage import STORED_PX, SpeechStats, head_camera, split
 from talkhead_cli.store import Workspace
+from talkhead_cli.store.parcel import pack
 from talkhead_cli.track import voice
 from talkhead_cli.track.face import MESH_TO_68
 
@@ -39,6 +41,18 @@ WHITE = 255
 # Colours as a viewer shows them: head blue, neck green, torso red, background white.
 PARSING = {"neck": (0, WHITE, 0), "torso": (WHITE, 0, 0), "background": (WHITE, WHITE, WHITE)}
 HEAD = (0, 0, WHITE)
+
+
+def export_avatar(
+    home: Path, name: str, out: Path, progress: Progress, *, run_name: str | None = None
+) -> Path:
+    """Write a finished run of identity `name`, and nothing of the footage's pictures but its
+    background, into the file `out`."""
+    space = Workspace.open(home, name)
+    run, by_default = player.pick_run(space, run_name)
+    if by_default:
+        progress.note(f"run: {run.name}")
+    return pack(space, run, out)
 
 
 def export_dataset(

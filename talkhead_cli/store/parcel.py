@@ -1,0 +1,173 @@
+"""An avatar in one file, to carry from the machine that trains to the machine that renders.
+
+A `.talkhead` file is a zip of plain files: `parcel.json` (who, which run, size and sha256 of each
+file), the manifest, consent records, and the run.  No footage travels but its background and what
+drives a film (drive.npz), and nothing in it is code: weights are safetensors, arrays plain.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from talkhead_cli.contracts import MisuseError, TalkheadError
+from talkhead_cli.store.checkpoint import Run
+from talkhead_cli.store.files import atomic, sha256_of
+from talkhead_cli.store.workspace import Workspace, check_id
+
+SUFFIX = ".talkhead"
+FORMAT = "talkhead-avatar/1"
+RUN_FILES = ("preset.yaml", "avatar.safetensors", "meta.json", "drive.npz", "plate.png")
+MAX_FILE = 4 << 30  # bytes; a claim of more is refused before anything is unpacked
+MAX_RECORD = 1 << 20  # of parcel.json
+BLOCK = 1 << 20
+_STAMP = (1980, 1, 1, 0, 0, 0)  # one avatar, one file, whenever it is packed
+
+
+def pack(space: Workspace, run: Run, out: Path) -> Path:
+    """Write run `run` of identity `space` into the file `out`, which must not exist yet."""
+    if out.exists():
+        raise TalkheadError(f"{out} is there already; give another -o")
+    files = {"manifest.json": space.root / "manifest.json"}
+    files |= {f"consent/{name}": space.root / "consent" / name for name in space.consents()}
+    files |= {f"runs/{run.name}/{name}": run.root / name for name in RUN_FILES}
+    absent = [name for name, path in files.items() if not path.is_file()]
+    if absent:
+        raise TalkheadError(f"'{space.id}' lacks {', '.join(absent)}; run finetune again")
+    record = {
+        "format": FORMAT, "id": space.id, "run": run.name,
+        "files": {n: {"size": p.stat().st_size, "sha256": sha256_of(p)} for n, p in files.items()},
+    }  # fmt: skip
+    with atomic(out) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr(zipfile.ZipInfo("parcel.json", _STAMP), json.dumps(record, indent=2))
+        for name, path in files.items():
+            entry = zipfile.ZipInfo(name, _STAMP)
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with path.open("rb") as source, archive.open(entry, "w", force_zip64=True) as target:
+                shutil.copyfileobj(source, target, BLOCK)
+    return out
+
+
+def unpack(file: Path, home: Path, name: str | None = None) -> tuple[Workspace, Run]:
+    """Bring a parcel into `home`, as identity `name` or under its own; all of it or nothing.
+
+    An identity that is there already must be of the same footage; its other runs stay.
+    """
+    if not file.is_file():
+        raise TalkheadError(f"there is no file {file}")
+    try:
+        with zipfile.ZipFile(file) as archive:
+            record = _record(archive)
+            space = Workspace(home, check_id(record["id"] if name is None else name))
+            run = Run.named(space.runs, record["run"])
+            is_new = not space.root.exists()
+            try:
+                with space.locked():
+                    _fits(space, run, archive)
+                    with tempfile.TemporaryDirectory(prefix=".part-", dir=space.root) as folder:
+                        _extract(archive, record, Path(folder))
+                        _settle(Path(folder), space, run)
+            except BaseException:
+                if is_new:
+                    shutil.rmtree(space.root, ignore_errors=True)
+                raise
+    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+        raise _damaged(file, str(error)) from error
+    except _Wrong as error:
+        raise _damaged(file, str(error)) from error
+    return space, run
+
+
+class _Wrong(Exception):
+    """What is wrong with a parcel."""
+
+
+def _damaged(file: Path, why: str) -> TalkheadError:
+    return TalkheadError(f"{file} is no sound {SUFFIX} file ({why}); export the avatar again")
+
+
+def _record(archive: zipfile.ZipFile) -> dict[str, Any]:
+    """parcel.json, with every name and number in it checked."""
+    names = archive.namelist()
+    if "parcel.json" not in names:
+        raise _Wrong("it has no parcel.json")
+    if archive.getinfo("parcel.json").file_size > MAX_RECORD:
+        raise _Wrong("its parcel.json is too large")
+    try:
+        record = json.loads(archive.read("parcel.json"))
+    except ValueError as error:
+        raise _Wrong("its parcel.json is not JSON") from error
+    if not isinstance(record, dict) or record.get("format") != FORMAT:
+        raise _Wrong(f"it is not of the format {FORMAT}")
+    files = record.get("files")
+    if not isinstance(files, dict) or not all(
+        isinstance(record.get(k), str) for k in ("id", "run")
+    ):
+        raise _Wrong("its parcel.json is incomplete")
+    if sorted(names) != sorted([*files, "parcel.json"]):
+        raise _Wrong("it holds other files than it lists")
+    needed = {"manifest.json", *(f"runs/{record['run']}/{name}" for name in RUN_FILES)}
+    if missing := needed - set(files):
+        raise _Wrong(f"it lacks {', '.join(sorted(missing))}")
+    for name, facts in files.items():
+        place = PurePosixPath(name)
+        consent = len(place.parts) == 2 and place.parts[0] == "consent"
+        if name not in needed and not (consent and place.name not in ("", ".", "..")):
+            raise _Wrong(f"'{name}' has no place in an avatar")
+        if not isinstance(facts, dict) or not isinstance(facts.get("size"), int):
+            raise _Wrong(f"it does not say the size of '{name}'")
+        if not 0 <= facts["size"] <= MAX_FILE or archive.getinfo(name).file_size != facts["size"]:
+            raise _Wrong(f"the size of '{name}' is not what it says")
+    return record
+
+
+def _fits(space: Workspace, run: Run, archive: zipfile.ZipFile) -> None:
+    """Refuse to lie beside another person's footage, or over a run."""
+    if not (space.root / "manifest.json").exists():
+        return
+    try:
+        theirs = json.loads(archive.read("manifest.json"))["source"]["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise _Wrong("its manifest does not name its footage") from error
+    if space.manifest().get("source", {}).get("sha256") != theirs:
+        raise MisuseError(
+            f"there is another '{space.id}' here, of other footage; name the avatar with --id"
+        )
+    if run.root.exists():
+        raise TalkheadError(
+            f"'{space.id}' has a run '{run.name}' already; remove it, or give another --id"
+        )
+
+
+def _extract(archive: zipfile.ZipFile, record: dict[str, Any], folder: Path) -> None:
+    """Files into `folder`, each no longer than it says and of the sha256 that it says."""
+    for name, facts in record["files"].items():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        left, seen = facts["size"], hashlib.sha256()
+        with archive.open(name) as source, target.open("wb") as sink:
+            while block := source.read(min(BLOCK, left + 1)):
+                left -= len(block)
+                if left < 0:
+                    raise _Wrong(f"'{name}' is longer than it says")
+                seen.update(block)
+                sink.write(block)
+        if left or seen.hexdigest() != facts.get("sha256"):
+            raise _Wrong(f"'{name}' is damaged")
+
+
+def _settle(folder: Path, space: Workspace, run: Run) -> None:
+    """Move unpacked files to their places, the manifest last: by it the identity exists."""
+    run.root.parent.mkdir(parents=True, exist_ok=True)
+    (folder / "runs" / run.name).rename(run.root)
+    for record in (folder / "consent").iterdir() if (folder / "consent").is_dir() else ():
+        (space.root / "consent").mkdir(exist_ok=True)
+        record.replace(space.root / "consent" / record.name)
+    if not (space.root / "manifest.json").exists():
+        (folder / "manifest.json").rename(space.root / "manifest.json")
+        space.note(id=space.id)
