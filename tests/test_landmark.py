@@ -339,3 +339,21 @@ def test_whole_pictures_have_a_torso_and_patches_a_head(clip: Footage, avatar: L
     hidden = whole.parts["head_alpha"] > 0.5
     assert bool(torch.isfinite(whole.depth[hidden]).all())
     assert bool(torch.isinf(whole.depth[~hidden]).all())
+
+
+def test_half_precision_draws_the_same_heads(clip: Footage, avatar: Landmark) -> None:
+    """Sixteen bits in the networks, as on a GPU, and thirty-two where things are."""
+    rows = clip.signals[clip.train[:2]]
+    rays = march.picture_rays(rows.camera, torch.arange(2), avatar.aabb)
+    marcher, _ = march.build(march.MarchOptions(n_steps=16, n_samples=4), avatar.aabb, "cpu")
+    marcher.eval()
+    found = []
+    for enabled in (False, True):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            said = avatar.listen(rows).landmarks.float()
+            rendered = marcher.march(avatar.condition(rows), rays)
+            frame = avatar.compose(rendered, rays, rows, torch.zeros(len(rays), 3))
+            found.append((said, frame.rgb))
+    (said, full), (said_half, half) = found
+    assert torch.allclose(said, said_half, atol=0.01)
+    assert (full - half).square().mean() < 1e-4 and not torch.equal(full, half)

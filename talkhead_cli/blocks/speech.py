@@ -186,7 +186,7 @@ class _Attention(nn.Module):
         near = (back >= 0) & (back < self.reach) & (moment[:, None] - moment == back)
         bias = (-back * self.slope[:, None, None]).masked_fill(~near, -torch.inf)
         ask, key, value = (part.transpose(0, 1) for part in (ask, key, value))
-        heads = F.scaled_dot_product_attention(ask, key, value, attn_mask=bias.to(x.dtype))
+        heads = F.scaled_dot_product_attention(ask, key, value, attn_mask=bias.to(ask.dtype))
         x = x + self.answer(heads.transpose(0, 1).reshape(t, width))
         return x + self.think(self.between(x))
 
