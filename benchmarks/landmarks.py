@@ -35,7 +35,6 @@ from talkhead_cli.track.voice import FEATURE_NAMES, N_MEL
 
 FORMANTS = [i for i, name in enumerate(FEATURE_NAMES) if name in ("f1", "f2", "f3")]
 NOT_MEL = list(range(N_MEL, len(FEATURE_NAMES)))
-FACE_PX = 512 / 2.4  # about a face height in the steady crop at 512 px, to speak of pixels
 
 
 # -- stage one ---------------------------------------------------------------------------------
@@ -63,8 +62,8 @@ def hearing(home: Path, names: Sequence[str], others: Sequence[str], seeds: int)
                 rows.setdefault(label, {}).setdefault(name, []).append(figures)
     means = {
         label: {
-            key: round(float(np.mean([f[key] for each in people.values() for f in each])), 4)
-            for key in ("landmark_error_px_at_512", "opening_r")
+            key: round(float(np.mean([f[key] for each in people.values() for f in each])), 5)
+            for key in ("landmark_error_face_heights", "opening_r")
         }
         for label, people in rows.items()
     }
@@ -152,7 +151,7 @@ def _score(
                    for m in (held.landmarks, said))  # fmt: skip
     found = correlation(true, heard)
     return {
-        "landmark_error_px_at_512": round(float(error) * FACE_PX, 3),
+        "landmark_error_face_heights": round(float(error), 5),
         "opening_r": found["r"], "interval_90": found["interval_90"], "spread": found["spread"],
     }  # fmt: skip
 
