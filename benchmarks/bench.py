@@ -36,9 +36,10 @@ RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
-    "hearing", "coding",
+    "hearing", "coding", "views", "tokens",
 )  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
+METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
 CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.1, 0.4)}  # shares of the steps
 PACKAGES = ("torch", "mediapipe", "lightning-fabric", "nerfacc", "numpy")
 
@@ -331,6 +332,30 @@ def part_coding(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return landmarks.coding(work / "home", options.ids, seeds=2, scale=options.scale)
 
 
+def part_views(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Each method from where nobody filmed; contact sheets stay in the work folder."""
+    import talk3d
+
+    runs = [f"{method}+tiny" for method in METHODS]
+    for name in options.ids:
+        _preprocessed(name, work)
+        for method in METHODS:
+            talkhead(
+                "finetune", "--id", name, "-p", method, "-p", "tiny", "--prior", "none",
+                "--home", str(work / "home"),
+            )  # fmt: skip
+    return talk3d.views(work / "home", options.ids, runs, work / "views")
+
+
+def part_tokens(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What Talk3D's tokens, split convolutions and residual are worth."""
+    import talk3d
+
+    for name in options.ids:
+        _preprocessed(name, work)
+    return talk3d.tokens(work / "home", options.ids, options.scale)
+
+
 def _usable(work: Path) -> list[str]:
     """Everybody of the private clips who can be tracked."""
     found = sorted(p.stem for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4"))
@@ -399,7 +424,9 @@ def main() -> None:
     parser.add_argument(
         "--seconds", type=float, default=0.0, help="of footage to learn from in transfer; 0: all"
     )
-    parser.add_argument("--scale", type=float, default=0.3, help="of the steps in coding")
+    parser.add_argument(
+        "--scale", type=float, default=0.3, help="of the steps in coding and tokens"
+    )
     parser.add_argument("--work", type=Path, help="folder to work in, kept  [default: temporary]")
     options = parser.parse_args()
     work = options.work or Path(tempfile.mkdtemp(prefix="talkhead-bench-"))

@@ -165,7 +165,7 @@ class RayBundle:
 
     origins (R, 3) · directions (R, 3) unit · near, far (R, 1) distances; far <= near: misses
     pixel (R, 2) x, y in pixels · row (R,) the row of the Signals each ray belongs to
-    layout (B, h, w) when the rays are B whole pictures or patches in raster order
+    layout (B, h, w) when the rays are B patches or pictures in raster order · whole: pictures
     """
 
     origins: Tensor
@@ -175,6 +175,7 @@ class RayBundle:
     pixel: Tensor
     row: Tensor
     layout: tuple[int, int, int] | None = None
+    whole: bool = False
 
     def __len__(self) -> int:
         return int(self.origins.shape[0])
@@ -188,6 +189,7 @@ class RayBundle:
             self.pixel.to(device),
             self.row.to(device),
             self.layout,
+            self.whole,
         )
 
     def __getitem__(self, rows: Any) -> RayBundle:
@@ -244,7 +246,9 @@ class Shot:
     """One person's share of a training step.
 
     signals  T rows · rays None for a stage that hears only speech
-    target   (R, 3) true colours · labels (R, 6) soft labels in the order of LABELS
+    target   (R, 3) true colours · labels (R, 6) soft labels in the order of LABELS · plate (R, 3)
+             what is behind: of every ray, or of every pixel of the finished pictures where the
+             rays are whole pictures, which may be smaller
     """
 
     signals: Signals

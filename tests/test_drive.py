@@ -188,8 +188,9 @@ def test_the_camera_circles_the_head(
     footage: dict[str, NDArray[Any]], option: str, axis: int
 ) -> None:
     pose = drive.make(footage, 5).pose(np.arange(5))[0]
-    straight = drive.make(footage, 5).camera(pose, 128)
-    turned = drive.make(footage, 5, **{option: 30.0}).camera(pose, 128)  # type: ignore[arg-type]
+    straight = drive.make(footage, 5).camera(pose, 128, np.arange(5))
+    made = drive.make(footage, 5, **{option: 30.0})  # type: ignore[arg-type]
+    turned = made.camera(pose, 128, np.arange(5))
     here, there = straight.c2w.numpy()[:, :3], turned.c2w.numpy()[:, :3]
     around = np.einsum("tij,tkj->tik", there[..., :3], here[..., :3])
     vector = Rotation.from_matrix(around).as_rotvec(degrees=True)
@@ -201,10 +202,21 @@ def test_the_camera_circles_the_head(
     assert (turned.k == straight.k).all()
 
 
+def test_the_camera_swings_to_either_side_and_back(footage: dict[str, NDArray[Any]]) -> None:
+    frames = np.array([0, 50, 100, 150, 200])  # eight seconds, by quarters
+    pose = np.tile(footage["pose"][12].astype(np.float32), (5, 1))
+    straight = drive.make(footage, 201).camera(pose, 128, frames).c2w.numpy()[:, :3, :3]
+    swung = drive.make(footage, 201, orbit=True).camera(pose, 128, frames).c2w.numpy()[:, :3, :3]
+    around = Rotation.from_matrix(np.einsum("tij,tkj->tik", swung, straight))
+    np.testing.assert_allclose(around.as_rotvec(degrees=True)[:, 1], [0, 30, 0, -30, 0], atol=1e-3)
+    with pytest.raises(MisuseError, match="within 15 beside --orbit"):
+        drive.make(footage, 5, orbit=True, yaw_deg=16.0)
+
+
 def test_the_camera_sees_the_head_where_the_pose_says(footage: dict[str, NDArray[Any]]) -> None:
     made = drive.make(footage, 5)
     pose = made.pose(np.arange(5))[0]
-    camera = made.camera(pose, 256)
+    camera = made.camera(pose, 256, np.arange(5))
     world = np.linalg.inv(camera.c2w.numpy().astype(float))
     np.testing.assert_allclose(world[:, :3, 3], pose[:, 3:], atol=1e-4)  # the head's origin
     k = np.array([[300, 0, 128], [0, 300, 128], [0, 0, 1]])

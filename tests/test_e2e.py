@@ -20,7 +20,10 @@ from talkhead_cli.jobs import render as render_job
 
 # Every method, none left out: a preset of its name over tiny.yaml, in seconds.
 SMALL = ["data.size_px=64", "march.resolution=32", "march.n_steps=32"]
-STEPS = {"speech": 150, "speech_all": 20, "shape": 150, "detail": 150, "torso": 40}
+STEPS = {
+    "speech": 150, "speech_all": 20, "shape": 150, "detail": 150, "torso": 40, "still": 100,
+    "speak": 150, "upscale": 30,
+}  # fmt: skip
 
 
 def quick(method: str) -> list[str]:

@@ -30,11 +30,13 @@ class Avatar(nn.Module):
     on the driving signals; `noise` is the stage's share of it.  `common` names what people share
     and a prior consists of, by the beginnings of its names in the state.
     `past` is how many rows before a row `listen` has to be given for it to hear the row as in
-    the whole speech.
+    the whole speech.  Whole pictures are marched `magnification` times smaller than they come out
+    of `compose`.
     """
 
     aabb: Tensor
     past = 0
+    magnification = 1
     common: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     noise = 1.0
@@ -112,7 +114,11 @@ class Avatar(nn.Module):
     def compose(
         self, rendered: Rendered, rays: RayBundle, signals: Signals, plate: Tensor
     ) -> Frame:
-        """Marched channels and the background behind each ray (R, 3) -> picture."""
+        """Marched channels and the background -> picture.
+
+        plate (R, 3): behind each ray, or behind each pixel of the finished pictures where the
+        rays are whole ones.
+        """
         raise NotImplementedError
 
     def losses(self, results: list[StepResult]) -> dict[str, Tensor]:

@@ -178,7 +178,7 @@ class Landmark(PersonalAvatar):
             "ambient": shaped(rendered.feature[:, AMBIENT], rays),
         }
         depth = distance(rendered, rays)
-        if rays.layout is None or rays.layout[1:] != (self.px, self.px):
+        if not rays.whole:
             return Frame(parts["head"], parts["head_alpha"], depth, parts)
         whole = self._whole(shaped(head, rays), signals)
         alpha = whole[..., 3:]
@@ -206,7 +206,9 @@ class Landmark(PersonalAvatar):
         head = shot.labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
         over = frame.parts["head"]
         target = head * shot.target + (1 - head) * shot.plate
-        alive = region_masks(shot.signals, rays, shot.labels)[:, :2].amax(1, keepdim=True)
+        alive = region_masks(shot.signals, rays.pixel, rays.row, shot.labels)[:, :2].amax(
+            1, keepdim=True
+        )
         losses = solid_losses(rendered, head, shot.labels[:, :1]) | {
             "colour": F.mse_loss(over.reshape(-1, 3), target),
             "relief": self.person(shot.signals).relief.loss(rendered, rays, head[:, 0]),

@@ -163,7 +163,7 @@ class LokiTalk(PersonalAvatar):
         assert shot.target is not None and shot.labels is not None
         rgb = frame.rgb.reshape(-1, 3)
         person = 1 - shot.labels[:, 5:6]
-        masks = region_masks(shot.signals, rays, shot.labels)
+        masks = region_masks(shot.signals, rays.pixel, rays.row, shot.labels)
         attention = rendered.feature[:, ATTENTION]
         solid = rendered.opacity.detach()
         moved = rendered.feature[:, SHIFTS]

@@ -79,6 +79,55 @@ class Planes2d(nn.Module):
         return torch.stack([_roughness(level) for level in self.levels]).mean()
 
 
+class PlanePyramid(nn.Module):
+    """Three planes as the sum of coarse and fine ones, so that what nothing shows is smooth."""
+
+    def __init__(self, sizes: Sequence[int], channels: int, *, spread: float = 0.1) -> None:
+        """sizes: ascending, each dividing the next"""
+        super().__init__()
+        self.levels = nn.ParameterList(
+            nn.Parameter(torch.empty(3, channels, s, s).uniform_(-spread, spread)) for s in sizes
+        )
+
+    def forward(self) -> Tensor:
+        """Planes xy, xz, yz (3, C, s, s) of the largest size."""
+        first, *finer = self.levels
+        planes: Tensor = first
+        for level in finer:
+            size = (level.shape[-1],) * 2
+            planes = level + F.interpolate(planes, size=size, mode="bilinear")
+        return planes
+
+    def roughness(self) -> Tensor:
+        """Mean squared difference of neighbouring texels, over planes and levels."""
+        return torch.stack([_roughness(level) for level in self.levels]).mean()
+
+    def asymmetry(self) -> Tensor:
+        """Mean squared difference of the planes and their mirror image in x."""
+        return torch.stack([
+            (level[:2] - level[:2].flip(-1)).square().mean() for level in self.levels
+        ]).mean()  # fmt: skip
+
+
+def read_planes(planes: Tensor, x: Tensor, row: Tensor) -> Tensor:
+    """Planes (T, 3, C, s, s) of T rows at points x (N, 3) in [-1, 1] of rows (N,): (N, C).
+
+    The mean of the three readings (EG3D); outside, the border's value.  Rows' planes lie side by
+    side in one mosaic, so that points need not be sorted.
+    """
+    t, _, c, s, _ = planes.shape
+    at = torch.stack([x[:, list(pair)] for pair in _PAIRS])  # (3, N, 2)
+    if t > 1:
+        edge = 1 - 1 / s  # the outermost texels' centres: nothing of a neighbour is read
+        across = (at[..., 0].clamp(-edge, edge) + 1 + 2 * row) / t - 1
+        at = torch.stack([across, at[..., 1]], -1)
+    mosaic = planes.permute(1, 2, 3, 0, 4).reshape(3, c, s, t * s)
+    found = F.grid_sample(
+        mosaic, at.unsqueeze(2).to(mosaic.dtype), padding_mode="border", align_corners=False
+    )
+    return found[..., 0].mean(0).T
+
+
 def gathered(x: Tensor, reach: Tensor) -> Tensor:
     """Head space (N, 3) -> [-1, 1], stretched round the face; reach (3,) half-size of the box."""
     return (GATHER * x / reach).asinh() / math.asinh(GATHER)

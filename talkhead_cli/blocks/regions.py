@@ -14,28 +14,27 @@ RELIEF = 128  # side of the face's depth map
 RELIEF_HINT = 0.1  # trust in its depth beside the face
 
 
-def region_masks(signals: Signals, rays: RayBundle, labels: Tensor) -> Tensor:
-    """Soft masks (R, 3) of lips, eyes and torso in the picture.
+def region_masks(signals: Signals, at: Tensor, row: Tensor, labels: Tensor) -> Tensor:
+    """Soft masks (R, 3) of lips, eyes and torso at places (R, 2), pixels, of rows' (R,) pictures.
 
-    Ellipses around the landmarks of the ray's row, fading like a Gaussian; the lips' one
-    reaches from under the nose to the chin, since the jaw speaks too.  Torso: shoulders 1,
-    neck 0.7, the rest 0.
+    Ellipses around the landmarks of the row, fading like a Gaussian; the lips' one reaches from
+    under the nose to the chin, since the jaw speaks too.  Torso: shoulders 1, neck 0.7, the
+    rest 0.
     """
     size = signals.camera.size_px
     marks = signals.landmarks_px * size
-    at = rays.pixel
     lips, chin, nose = marks[:, LIPS], marks[:, 8], marks[:, 33]
     centre = (nose + chin) / 2
     wide = (lips[..., 0].amax(1) - lips[..., 0].amin(1)) * 0.85
     tall = (chin - nose).norm(dim=1) * 0.62
-    mouth = _ellipse(at, centre[rays.row], torch.stack([wide, tall], 1)[rays.row])
+    mouth = _ellipse(at, centre[row], torch.stack([wide, tall], 1)[row])
     eyes = at.new_zeros(len(at))
     for eye in EYES:
         corner = marks[:, eye]
         width = (corner[..., 0].amax(1) - corner[..., 0].amin(1)).clamp_min(2)
         radius = torch.stack([0.9 * width, 0.75 * width], 1)
         middle = corner.mean(1) - torch.stack([torch.zeros_like(width), 0.1 * width], 1)
-        eyes = torch.maximum(eyes, _ellipse(at, middle[rays.row], radius[rays.row]))
+        eyes = torch.maximum(eyes, _ellipse(at, middle[row], radius[row]))
     torso = labels[:, 4] + 0.7 * labels[:, 3]
     return torch.stack([mouth, eyes, torso], 1)
 

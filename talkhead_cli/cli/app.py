@@ -225,6 +225,9 @@ def render(
     ] = None,
     yaw: Annotated[float, typer.Option(help="Carry the camera round the head, degrees.")] = 0.0,
     pitch: Annotated[float, typer.Option(help="Lift the camera over the head, degrees.")] = 0.0,
+    orbit: Annotated[
+        bool, typer.Option("--orbit", help="Swing the camera 30 degrees to either side, in 8 s.")
+    ] = False,
     device: Device = "auto",
     seed: Seed = 0,
     home: Home = None,
@@ -238,8 +241,8 @@ def render(
         from talkhead_cli.store import home_folder
 
         wishes = Wishes(
-            pose=pose, blink=blink, yaw_deg=yaw, pitch_deg=pitch, seed=seed, landmarks=landmarks,
-            background=background, alpha=alpha, depth=depth,
+            pose=pose, blink=blink, yaw_deg=yaw, pitch_deg=pitch, orbit=orbit, seed=seed,
+            landmarks=landmarks, background=background, alpha=alpha, depth=depth,
         )  # fmt: skip
         paths = job(
             home_folder(home), name, audio, report, out=out, run_name=run, wishes=wishes,

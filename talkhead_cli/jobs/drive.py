@@ -23,6 +23,7 @@ Array = NDArray[np.floating[Any]]
 
 TURN = 10  # frames over which a replay slows down and turns round
 MAX_ANGLE_DEG = 45.0
+ORBIT_DEG, ORBIT_S = 30.0, 8.0  # how far a camera swings to either side, and how long it takes
 # Spontaneous blinks in conversation: about 17 a minute, a third of a second each (Bentivoglio
 # et al. 1997), shutting faster than they open.
 BLINK_MEAN_S, BLINK_SPREAD, BLINK_MIN_S = 3.5, 0.5, 1.0
@@ -38,18 +39,27 @@ class Drive:
     k: Tensor
     yaw_deg: float = 0.0
     pitch_deg: float = 0.0
+    orbit: bool = False
 
-    def camera(self, pose: Array, size_px: int) -> Camera:
-        """The footage's camera, carried round the head by yaw and pitch."""
+    @property
+    def looks_elsewhere(self) -> bool:
+        """Whether the camera ever leaves the footage's."""
+        return bool(self.yaw_deg or self.pitch_deg or self.orbit)
+
+    def camera(self, pose: Array, size_px: int, frames: NDArray[Any]) -> Camera:
+        """The footage's camera in frames (n,), carried round the head by yaw, pitch and orbit."""
         seen = head_camera(torch.from_numpy(pose).float(), self.k, size_px)
-        if not (self.yaw_deg or self.pitch_deg):
+        if not self.looks_elsewhere:
             return seen
         from scipy.spatial.transform import Rotation
 
-        turn = Rotation.from_euler("yx", [self.yaw_deg, self.pitch_deg], degrees=True).as_matrix()
-        orbit = torch.eye(4)
-        orbit[:3, :3] = torch.from_numpy(turn).float()
-        return Camera(orbit @ seen.c2w, seen.k, seen.size_px)
+        swing = ORBIT_DEG * np.sin(2 * np.pi * frames / (FPS * ORBIT_S)) if self.orbit else 0.0
+        yaw = np.broadcast_to(self.yaw_deg + swing, frames.shape)
+        angles = np.stack([yaw, np.full(len(frames), self.pitch_deg)], 1)
+        turn = Rotation.from_euler("yx", angles, degrees=True).as_matrix()
+        carried = torch.eye(4).repeat(len(frames), 1, 1)
+        carried[:, :3, :3] = torch.from_numpy(turn).float()
+        return Camera(carried @ seen.c2w, seen.k, seen.size_px)
 
 
 def make(
@@ -60,15 +70,20 @@ def make(
     blink: str = "footage",
     yaw_deg: float = 0.0,
     pitch_deg: float = 0.0,
+    orbit: bool = False,
     seed: int = 0,
 ) -> Drive:
     """The drive of a film of n_frames.
 
     footage: a run's drive.npz · pose: footage, still or a file · blink: footage, auto, none or
-    a file
+    a file · orbit: swing ORBIT_DEG to either side in ORBIT_S
     """
-    if not max(abs(yaw_deg), abs(pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
-        raise MisuseError(f"--yaw and --pitch must lie within {MAX_ANGLE_DEG:.0f} degrees")
+    furthest = abs(yaw_deg) + (ORBIT_DEG if orbit else 0)
+    if not max(furthest, abs(pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
+        raise MisuseError(
+            f"--yaw and --pitch must lie within {MAX_ANGLE_DEG:.0f} degrees, --yaw within "
+            f"{MAX_ANGLE_DEG - ORBIT_DEG:.0f} beside --orbit"
+        )
     first, last = longest_run(footage["usable"])
     clip = {k: footage[k][first : last + 1] for k in ("pose", "body", "eye", "gaze", "brow")}
     replay = there_and_back(last - first + 1)
@@ -92,7 +107,7 @@ def make(
 
     looks = replay if pose == "footage" else None
     eyes = _eyes(blink, clip, middle, replay, looks, n_frames, seed)
-    return Drive(moves, eyes, torch.from_numpy(footage["k"]), yaw_deg, pitch_deg)
+    return Drive(moves, eyes, torch.from_numpy(footage["k"]), yaw_deg, pitch_deg, orbit)
 
 
 def longest_run(usable: NDArray[np.bool_]) -> tuple[int, int]:

@@ -202,7 +202,14 @@ class _StageLoop:
         device = self.fabric.device
         drawn = [
             _to(
-                shots.draw(p, self.stage, int(place.n_rays), self.avatar.aabb.cpu(), self.rng),
+                shots.draw(
+                    p,
+                    self.stage,
+                    int(place.n_rays),
+                    self.avatar.aabb.cpu(),
+                    self.rng,
+                    self.avatar.magnification,
+                ),
                 device,
             )
             for p in self._mixed()

@@ -37,6 +37,7 @@ class Moves:
     blink: str = "footage"
     yaw_deg: float = 0.0
     pitch_deg: float = 0.0
+    orbit: bool = False
     seed: int = 0
     landmarks: Path | None = None
 
@@ -74,7 +75,7 @@ class Script:
         signals = player.still_signals(
             torch.from_numpy(window),
             torch.from_numpy(np.asarray(frames, np.int64)),
-            self.moves.camera(np.asarray(pose), self.show.preset.data.size_px),
+            self.moves.camera(np.asarray(pose), self.show.preset.data.size_px, frames),
             **{k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in driven.items()},
         )
         heard = self.show.listen(signals)[len(frames) - asked :]
@@ -107,7 +108,8 @@ def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Ite
             progress.note("the speech file is silent: the mouth will stay at rest")
         drive = drives.make(
             show.run.drive(), n_frames, pose=moves.pose, blink=moves.blink,
-            yaw_deg=moves.yaw_deg, pitch_deg=moves.pitch_deg, seed=moves.seed,
+            yaw_deg=moves.yaw_deg, pitch_deg=moves.pitch_deg, orbit=moves.orbit,
+            seed=moves.seed,
         )  # fmt: skip
         track = _track(show, moves.landmarks, n_frames)
         yield Script(show, pcm, ear, stats, drive, n_frames, track)

@@ -16,8 +16,11 @@ from talkhead_cli.march import picture_rays, pixel_rays
 SHARES = {"mouth": 0.18, "eyes": 0.12, "face": 0.32, "all": 0.38}
 
 
-def draw(footage: Footage, stage: Stage, n_rays: int, aabb: Tensor, rng: torch.Generator) -> Shot:
-    """One person's share of a training step."""
+def draw(
+    footage: Footage, stage: Stage, n_rays: int, aabb: Tensor, rng: torch.Generator,
+    magnification: int = 1,
+) -> Shot:  # fmt: skip
+    """One person's share of a training step; whole pictures march `magnification` times smaller."""
     if stage.rays == "none":
         rows = footage.train[footage.heard[footage.train]]
         return Shot(footage.signals[_in_sequence(rows, stage, rng)])
@@ -34,7 +37,8 @@ def draw(footage: Footage, stage: Stage, n_rays: int, aabb: Tensor, rng: torch.G
             landmarks=torch.where(mouths, footage.said[rows], signals.landmarks)
         )
     if stage.rays == "picture":
-        rays = picture_rays(signals.camera, torch.arange(n_frames), aabb)
+        camera = signals.camera.resized(signals.camera.size_px // magnification)
+        rays = picture_rays(camera, torch.arange(n_frames), aabb)
         return with_truth(footage, rows, Shot(signals, rays))
     if stage.rays == "patch":
         row, pixel = _patches(signals, stage, rng)
@@ -47,11 +51,19 @@ def draw(footage: Footage, stage: Stage, n_rays: int, aabb: Tensor, rng: torch.G
 
 
 def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
-    """The shot with true colours, labels and the background behind each ray."""
+    """The shot with true colours, labels and the background behind each ray, or of every pixel of
+    the finished pictures where the rays are whole ones."""
     rays = shot.rays
     assert rays is not None
-    column, line = rays.pixel.long().unbind(1)
-    frame = rows[rays.row].numpy()
+    if rays.whole:
+        side = torch.arange(footage.size_px)
+        row, line, column = (
+            part.flatten() for part in torch.meshgrid(torch.arange(len(rows)), side, side,
+                                                      indexing="ij")
+        )  # fmt: skip
+    else:
+        (column, line), row = rays.pixel.long().unbind(1), rays.row
+    frame = rows[row].numpy()
     x, y = column.numpy(), line.numpy()
     target = torch.from_numpy(footage.pictures[frame, y, x]).float() / 255
     scale = footage.labels.shape[-1] / footage.size_px

@@ -44,6 +44,7 @@ def pixel_rays(
     pixel: Tensor,
     aabb: Tensor,
     layout: tuple[int, int, int] | None = None,
+    whole: bool = False,
 ) -> RayBundle:
     """Rays through single pixels of a pinhole camera without lens distortion.
 
@@ -59,7 +60,7 @@ def pixel_rays(
     directions = torch.nn.functional.normalize(directions, dim=-1)
     origins = c2w[:, :3, 3].contiguous()
     near, far = intersect_box(origins, directions, aabb)
-    return RayBundle(origins, directions, near, far, pixel, row, layout)
+    return RayBundle(origins, directions, near, far, pixel, row, layout, whole)
 
 
 def picture_rays(camera: Camera, rows: Tensor, aabb: Tensor) -> RayBundle:
@@ -73,4 +74,4 @@ def picture_rays(camera: Camera, rows: Tensor, aabb: Tensor) -> RayBundle:
     y, x = torch.meshgrid(centre, centre, indexing="ij")
     pixel = torch.stack((x, y), -1).reshape(-1, 2).repeat(len(rows), 1)
     row = rows.repeat_interleave(size * size)
-    return pixel_rays(camera, row, pixel, aabb, (len(rows), size, size))
+    return pixel_rays(camera, row, pixel, aabb, (len(rows), size, size), whole=True)

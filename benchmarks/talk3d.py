@@ -1,0 +1,219 @@
+"""What Talk3D is worth: views that nobody filmed, and what its tokens and convolutions do.
+
+`views` carries the camera round each method's avatar and asks the face mesh where the face is;
+`tokens` leaves tokens out of a trained avatar, and trains others with plain convolutions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from talkhead_cli.avatars import talk3d
+from talkhead_cli.contracts import Camera, Signals, SilentProgress
+from talkhead_cli.jobs import drive as drives
+from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs.evaluate import MEASURE_PX, psnr
+from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.player import Player
+from talkhead_cli.store import Workspace
+from talkhead_cli.track import face
+from talkhead_cli.track.pose import RIGID
+
+VIEWS = ((0, 0), (-15, 0), (15, 0), (-30, 0), (30, 0), (0, -10), (0, 10))  # yaw, pitch, degrees
+NOSE, EARS = 4, (234, 454)  # of the face mesh
+N_ROWS = 3  # footage rows that are looked at from elsewhere
+REPORT_PX = 128  # errors are said in pixels of such a picture
+
+Array = NDArray[np.floating[Any]]
+
+
+# -- views ---------------------------------------------------------------------------------------
+
+
+def views(home: Path, names: Sequence[str], runs: Sequence[str], sheets: Path) -> dict[str, Any]:
+    """By person and run, and for each of VIEWS: share of faces found, how far rigid landmarks lie
+    from where the head's geometry puts them, and the depth of the nose before the ears over the
+    mesh's.  Contact sheets (colour, depth) go to the folder `sheets`."""
+    sheets.mkdir(parents=True, exist_ok=True)
+    return {name: {run: _views(home, name, run, sheets) for run in runs} for name in names}
+
+
+def _views(home: Path, name: str, run_name: str, sheets: Path) -> dict[str, Any]:
+    space = Workspace.open(home, name)
+    run, _ = player.pick_run(space, run_name)
+    show = player.load(run, torch.device("cpu"))
+    clip = footage.load(space, show.preset.data, SilentProgress())
+    shape = space.load("tracks")["shape"]
+    poses = clip.signals.pose[clip.train]
+    order = ((poses - poses.median(0).values) / poses.std(0)).norm(dim=1).argsort()
+    rows = clip.train[order[:: max(1, len(order) // (4 * N_ROWS))][:N_ROWS]]
+    found: dict[str, Any] = {}
+    strips = []
+    with face.FaceMesh() as mesh:
+        for yaw, pitch in VIEWS:
+            made = drives.make(run.drive(), len(rows), yaw_deg=yaw, pitch_deg=pitch)
+            seen = clip.signals[rows]
+            camera = made.camera(seen.pose.numpy(), clip.size_px, np.zeros(len(rows)))
+            seen = seen.with_(camera=camera)
+            show = player.load(run, torch.device("cpu"))
+            if yaw or pitch:
+                show.open_views(seen)
+            pictures, depths, errors, ratios = [], [], [], []
+            for index, (frame, _) in enumerate(show.pictures(seen)):
+                rgb = (frame.rgb[0].clamp(0, 1).numpy() * 255).round().astype(np.uint8)
+                depth = frame.depth[0, ..., 0].numpy()
+                pictures.append(rgb)
+                depths.append(depth)
+                size = (MEASURE_PX, MEASURE_PX)
+                marks = mesh(cv2.resize(rgb, size, interpolation=cv2.INTER_CUBIC))
+                want = _seen(shape, camera[index : index + 1])
+                if marks is not None:
+                    off = marks[RIGID, :2] / MEASURE_PX - want[RIGID, :2]
+                    errors.append(np.linalg.norm(off, axis=1).mean() * REPORT_PX)
+                ratios.append(None if yaw else _depth_ratio(depth, want))  # else one ear hides
+            found[f"yaw {yaw}, pitch {pitch}"] = {
+                "face_found": round(len(errors) / len(rows), 3),
+                "rigid_error_px": round(float(np.mean(errors)), 3) if errors else None,
+                "nose_before_ears": _mean(ratios),
+            }
+            strips.append(np.concatenate([pictures[0], _as_grey(depths[0])], 0))
+    sheet = np.concatenate(strips, 1)
+    cv2.imwrite(str(sheets / f"{name}-{run_name}.png"), sheet[..., ::-1])
+    return found
+
+
+def _seen(points: Array, camera: Camera) -> Array:
+    """Points (n, 3) of head space -> x, y in shares of the picture's side, and distance (n, 3)."""
+    c2w, k = camera.c2w[0].numpy().astype(float), camera.k[0].numpy().astype(float)
+    here = (points - c2w[:3, 3]) @ c2w[:3, :3]
+    flat = here @ k.T
+    away = np.linalg.norm(here, axis=1, keepdims=True)
+    seen: Array = np.concatenate([flat[:, :2] / flat[:, 2:] / camera.size_px, away], 1)
+    return seen
+
+
+def _depth_ratio(depth: Array, want: Array) -> float | None:
+    """How far the nose stands before the ears in the picture, over what the mesh says."""
+
+    def read(index: int) -> float:
+        size = len(depth)
+        x, y = (want[index, :2] * size).astype(int).clip(2, size - 3)
+        window = depth[y - 2 : y + 3, x - 2 : x + 3]
+        window = window[np.isfinite(window)]
+        return float(np.median(window)) if len(window) else np.nan
+
+    drawn = np.mean([read(ear) for ear in EARS]) - read(NOSE)
+    true = want[list(EARS), 2].mean() - want[NOSE, 2]
+    return float(drawn / true) if np.isfinite(drawn) else None
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    some = [v for v in values if v is not None]
+    return round(float(np.mean(some)), 3) if some else None
+
+
+def _as_grey(depth: Array) -> NDArray[np.uint8]:
+    """Near is bright; nothing is black."""
+    solid = np.isfinite(depth)
+    low, high = (np.quantile(depth[solid], q) for q in (0.01, 0.99)) if solid.any() else (0, 1)
+    grey = np.where(solid, 1 - 0.85 * ((depth - low) / max(high - low, 1e-6)).clip(0, 1), 0)
+    return np.repeat((grey * 255).astype(np.uint8)[..., None], 3, 2)
+
+
+# -- tokens --------------------------------------------------------------------------------------
+
+
+def tokens(home: Path, names: Sequence[str], scale: float) -> dict[str, Any]:
+    """PSNR of held-out frames, dB, in the boxes of mouth and eyes and in full, driven by tracked
+    mouths: trained whole, as a still identity, without one token at a time, with plain
+    convolutions, and with the editor predicting planes instead of a change of them."""
+    rows: dict[str, Any] = {}
+    for name in names:
+        for label, kind in {
+            "whole": talk3d.Talk3d,
+            "still": _Still,
+            **{f"without {token}": partial(_Without, token) for token in talk3d.TOKENS},
+            "plain convolutions": partial(talk3d.Talk3d, split=False),
+            "planes, not their change": _Full,
+        }.items():
+            with _built_by(kind):
+                run = finetune(
+                    home, name, SilentProgress(), names=["talk3d", "tiny"],
+                    settings=[f"train.scale={scale}"], run_name="ablation", device="cpu",
+                    fresh=True,
+                )  # fmt: skip
+                show = player.load(run, torch.device("cpu"))
+            rows.setdefault(label, {})[name] = _boxes(show, home, name)
+    mean = {
+        label: {
+            box: round(float(np.mean([person[box] for person in people.values()])), 3)
+            for box in next(iter(people.values()))
+        }
+        for label, people in rows.items()
+    }
+    return {"people": list(names), "scale": scale, "mean": mean, "rows": rows}
+
+
+class _Still(talk3d.Talk3d):
+    """The identity alone."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.still = True
+
+
+class _Without(talk3d.Talk3d):
+    """The method without one of its tokens, trained so."""
+
+    def __init__(self, token: str, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self.unheard = frozenset({token})
+
+
+class _Full(talk3d.Talk3d):
+    """The editor says the planes themselves."""
+
+    def condition(self, signals: Signals) -> talk3d.Talk3dField:
+        field = super().condition(signals)
+        field._identity = torch.zeros_like(field._identity)
+        return field
+
+
+@contextlib.contextmanager
+def _built_by(kind: Any) -> Iterator[None]:
+    class Method:
+        @staticmethod
+        def build(size: str, *, px: int, **named: Any) -> Any:
+            del px
+            return kind(size, **named)
+
+    with mock.patch.object(player, "avatar_class", lambda _: Method):
+        yield
+
+
+def _boxes(show: Player, home: Path, name: str) -> dict[str, float]:
+    clip = footage.load(Workspace.open(home, name), show.preset.data, SilentProgress())
+    scores: dict[str, list[float]] = {"mouth": [], "eyes": [], "full": []}
+    signals = clip.signals[clip.held]
+    for row, (frame, _) in zip(clip.held.tolist(), show.pictures(signals), strict=True):
+        made = frame.rgb[0].clamp(0, 1).numpy()
+        true = clip.pictures[row] / np.float32(255)
+        marks = clip.signals.landmarks_px[row].numpy() * clip.size_px
+        for label, part in (("mouth", slice(48, 68)), ("eyes", slice(36, 48))):
+            low, high = marks[part].min(0), marks[part].max(0)
+            half = 0.65 * (high - low).max()
+            x0, y0 = np.floor((low + high) / 2 - half).astype(int).clip(0)
+            x1, y1 = np.ceil((low + high) / 2 + half).astype(int)
+            scores[label].append(psnr(made[y0:y1, x0:x1], true[y0:y1, x0:x1]))
+        scores["full"].append(psnr(made, true))
+    return {label: round(float(np.mean(values)), 3) for label, values in scores.items()}

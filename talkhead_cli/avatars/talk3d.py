@@ -1,0 +1,287 @@
+"""Talk3D (Ko et al., arXiv 2403.20153): a personal tri-plane of the head, which speech edits.
+
+    P          identity planes of one person
+    t          five tokens of the row: speech, eyes, nothing, rotation of the head, its place
+    P' = P + U(P, t)        U: an attention U-Net over planes (of `edited` size), silent at first
+    density, features       of a small decoder of P' at x
+    picture = Up(marched features), a quarter of the picture's size in the full avatar
+
+so that before training each picture is the still identity, exactly.
+
+The generator that gives P in the paper has restricted weights.  Here P is fitted freely to the
+person's own footage, as a pyramid of planes (coarse ones say what no frame shows), with what
+keeps a head a head from sides that nobody filmed: the tracked mesh's own depth, left like
+right, smoothness.  First it is fitted alone, as a still head; then it goes on learning beside U.
+
+Where we differ on purpose:
+* Pictures are steady crops round the head already, and rays meet the head in head space: the
+  camera does what the paper's face-aligned crop does, and nothing has to be pasted back.
+* Shoulders hang on no head: their measured rigid motion is undone below the chin before planes
+  are read.  The landmark token, which carries the paper's crop, is here the place of the head
+  and of the shoulders.
+* The speech token hears the mouth's shape, which the speech encoder is supervised on directly;
+  learnt from pixels alone, the link from speech to lips is lost.
+* Angles enter as they are, without the paper's waves: a few hundred frames would be told apart
+  by them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from talkhead_cli.avatars.base import StepResult, distance, shaped
+from talkhead_cli.avatars.personal import Person, PersonalAvatar
+from talkhead_cli.blocks.light import Shading
+from talkhead_cli.blocks.loss import patch_losses, solid_losses
+from talkhead_cli.blocks.mlp import Mlp
+from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
+from talkhead_cli.blocks.plane_unet import PlaneUNet
+from talkhead_cli.blocks.planes import PlanePyramid, gathered, read_planes
+from talkhead_cli.blocks.regions import region_masks
+from talkhead_cli.blocks.rigid import after, moved, shoulders_in_head, undone
+from talkhead_cli.blocks.speech import SpeechEncoder
+from talkhead_cli.blocks.upscale import Upscaler
+from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
+
+N_TOKEN = 64
+TOKENS = ("speech", "eyes", "nothing", "rotation", "place")
+# Noise on the driving signals in training, lest the nets learn the frames by heart.
+LIP_NOISE, POSE_NOISE = 0.25, 0.1  # in standard deviations
+EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
+
+
+@dataclass(frozen=True)
+class _Widths:
+    planes: tuple[int, ...]  # sides of the pyramid
+    channels: int
+    edited: int  # side at which planes are edited
+    unet: tuple[int, ...]
+    decoder: int
+    features: int  # marched, colours among them
+    magnification: int
+    upscaler: int
+
+
+SIZES = {
+    "tiny": _Widths((16, 32, 64, 128), 16, 64, (16, 32, 48), 48, 12, 1, 24),
+    "full": _Widths((16, 32, 64, 128, 256), 32, 256, (64, 128, 256), 64, 32, 4, 64),
+}
+
+
+class Talk3d(PersonalAvatar):
+    """Talk3D's avatar.
+
+    `unheard`: names of TOKENS that are left out · `still`: draw the identity alone; for comparisons
+    """
+
+    def __init__(
+        self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1,
+        split: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__(
+            [Person() for _ in range(n_people)],
+            SpeechEncoder.of_windows(n_steps, n_features, N_CODES),
+        )
+        widths = SIZES[size]
+        self.magnification = widths.magnification
+        self.n_features, self.edited = widths.features, widths.edited
+        self.still, self.unheard = False, frozenset[str]()
+        self.shading = Shading()
+        self.planes = PlanePyramid(widths.planes, widths.channels)
+        self.decoder = Mlp(widths.channels, widths.decoder, 1 + widths.features, 3)
+        self.tokens = nn.ModuleDict({
+            "speech": Mlp(N_CODES, N_TOKEN, N_TOKEN),
+            "eyes": Mlp(2 * 3 + 2 + 2, N_TOKEN, N_TOKEN),
+            "rotation": Mlp(3, N_TOKEN, N_TOKEN),
+            "place": Mlp(3 + 4, N_TOKEN, N_TOKEN),
+        })  # fmt: skip
+        self.nothing = nn.Parameter(torch.randn(N_TOKEN))
+        self.editor = PlaneUNet(
+            widths.channels, widths.edited, widths.unet, len(TOKENS), N_TOKEN, split=split
+        )
+        self.upscaler = Upscaler(widths.features + 1, widths.upscaler, widths.magnification)
+
+    @classmethod
+    def build(
+        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        n_people: int = 1,
+    ) -> Self:  # fmt: skip
+        return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
+
+    # -- hop 8 to 10 -----------------------------------------------------------------------
+
+    def condition(self, signals: Signals) -> Talk3dField:
+        person = self.person(signals)
+        shoulders = after(
+            shoulders_in_head(signals.pose, signals.body, person.mouth.pose_mean),
+            undone(self.correction(signals)),
+        )
+        stance = person.stance(signals)
+        identity = self.planes()
+        change = None
+        if not (self.still or self.editor.is_silent):
+            seen = F.avg_pool2d(identity, identity.shape[-1] // self.edited)
+            change = self.editor(seen, self._told(signals, stance))
+        return Talk3dField(
+            self,
+            identity=identity,
+            change=change,
+            shoulders=shoulders,
+            light=self.shading(stance[:, :6].clamp(-MAX_POSE, MAX_POSE)),
+            chin=person.mouth.neutral[8, 1],
+        )
+
+    def _told(self, signals: Signals, stance: Tensor) -> Tensor:
+        """The tokens (T, 5, N_TOKEN) of each row."""
+        lips, eye, gaze, brow = (
+            self.person(signals).mouth.code(signals), signals.eye, signals.gaze, signals.brow
+        )  # fmt: skip
+        if self.training:
+            stance, lips, eye, gaze, brow = (
+                x + self.noise * noise * torch.randn_like(x)
+                for x, noise in ((stance, POSE_NOISE), (lips, LIP_NOISE), (eye, EYE_NOISE),
+                                 (gaze, GAZE_NOISE), (brow, BROW_NOISE))
+            )  # fmt: skip
+        stance = stance.clamp(-MAX_POSE, MAX_POSE)
+        wave = torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos()], 1)
+        heard = {
+            "speech": lips.clamp(-4, 4),
+            "eyes": torch.cat([wave, 4 * gaze, 10 * brow], 1),
+            "rotation": stance[:, :3],
+            "place": stance[:, 3:],
+        }
+        said = {name: self.tokens[name](value) for name, value in heard.items()}
+        said["nothing"] = self.nothing.expand(len(signals), -1)
+        return torch.stack([said[name] * (name not in self.unheard) for name in TOKENS], 1)
+
+    def compose(
+        self, rendered: Rendered, rays: RayBundle, signals: Signals, plate: Tensor
+    ) -> Frame:
+        marched = torch.cat([rendered.feature, rendered.opacity], 1)
+        depth = distance(rendered, rays)
+        if not rays.whole:
+            rgb = marched[:, :3] + (1 - rendered.opacity) * plate
+            return Frame(shaped(rgb, rays), shaped(rendered.opacity, rays), depth, {})
+        raw = shaped(marched.float(), rays).permute(0, 3, 1, 2)
+        whole = self.upscaler(raw).permute(0, 2, 3, 1)
+        alpha = whole[..., 3:]
+        rgb = whole[..., :3] + (1 - alpha) * plate.view(*alpha.shape[:3], 3)
+        depth = depth.repeat_interleave(self.magnification, 1)
+        depth = depth.repeat_interleave(self.magnification, 2)
+        parts = {"raw": raw.permute(0, 2, 3, 1)}
+        return Frame(rgb, alpha.clamp(0, 1), depth, parts)
+
+    # -- losses ----------------------------------------------------------------------------
+
+    def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
+        shot, frame, rendered = result.shot, result.frame, result.rendered
+        assert shot.rays is not None and frame is not None and rendered is not None
+        if shot.rays.whole:
+            return self._whole_losses(result)
+        assert shot.target is not None and shot.labels is not None
+        person = 1 - shot.labels[:, 5:6]
+        losses = solid_losses(rendered, person, shot.labels[:, :1]) | {
+            "colour": F.mse_loss(frame.rgb.reshape(-1, 3), shot.target),
+            "relief": self.person(shot.signals).relief.loss(rendered, shot.rays, person[:, 0]),
+            "rough": self.planes.roughness(),
+            "symmetry": self.planes.asymmetry(),
+        }
+        if shot.rays.layout is not None:
+            losses |= patch_losses(frame.rgb, shot.target.view(*shot.rays.layout, 3))
+        return losses
+
+    def _whole_losses(self, result: StepResult) -> dict[str, Tensor]:
+        """Finished pictures, and the small ones that were marched."""
+        shot, frame = result.shot, result.frame
+        assert frame is not None and shot.target is not None and shot.labels is not None
+        assert shot.plate is not None
+        shape = frame.rgb.shape
+        truth, plate = shot.target.view(shape), shot.plate.view(shape)
+        labels = shot.labels.view(*shape[:3], -1)
+        raw = frame.parts["raw"]
+        small, behind = (_smaller(x, self.magnification) for x in (truth, plate))
+        lips = _lips(shot.signals, labels)
+        error = F.smooth_l1_loss(frame.rgb, truth, beta=0.1, reduction="none").mean(-1)
+        return {
+            "raw": F.mse_loss(raw[..., :3] + (1 - raw[..., -1:]) * behind, small),
+            "whole": error.mean(),
+            "mouth": (error * lips).sum() / lips.sum().clamp_min(1),
+            "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
+        } | patch_losses(frame.rgb, truth, "whole_")
+
+    # -- parts -----------------------------------------------------------------------------
+
+    def modules_of_parts(self) -> dict[str, list[nn.Module]]:
+        return {
+            "planes": [self.planes],
+            "decoder": [self.decoder, self.shading],
+            "editor": [self.editor, self.tokens],
+            "upscaler": [self.upscaler],
+        }
+
+    def part(self, name: str) -> list[nn.Parameter]:
+        return super().part(name) + ([self.nothing] if name == "editor" else [])
+
+
+class Talk3dField:
+    """Talk3D's field, closed over the planes of T rows.
+
+    identity (3, C, S, S) · change (T, 3, C, s, s) what rows add to it, None for nothing; it may be
+    coarser, since the reading of a sum is the sum of readings · shoulders (T, 3, 4) from where
+    a row shows them to where they rest · light (T, 3, 4) what the row's light adds to the logits
+    of the head's colour, by place · chin () height of the chin at rest
+    """
+
+    n_detached = 0
+
+    def __init__(
+        self, avatar: Talk3d, *, identity: Tensor, change: Tensor | None, shoulders: Tensor,
+        light: Tensor, chin: Tensor,
+    ) -> None:  # fmt: skip
+        self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(shoulders)
+        self.channels = avatar.n_features
+        self._identity, self._change = identity[None], change
+        self._shoulders, self._light, self._chin = shoulders, light, chin
+        low, high = avatar.aabb[:3], avatar.aabb[3:]
+        self._reach = torch.maximum(-low, high) * 1.1
+
+    def density(self, x: Tensor, row: Tensor) -> Tensor:
+        return self._decoded(x, row)[0]
+
+    def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        density, features, torso = self._decoded(x, row)
+        logits = features[:, :3] + (1 - torso) * moved(x, self._light, row)
+        return density, torch.cat([logits.sigmoid(), features[:, 3:]], 1)
+
+    def _decoded(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, 3), row (N,) -> density (N,), features (N, F), share of the shoulders (N, 1)."""
+        torso = ((x[:, 1:2] - self._chin - 0.12) / 0.05).sigmoid()
+        x = x + torso * (moved(x, self._shoulders, row) - x)
+        at = gathered(x, self._reach)
+        read = read_planes(self._identity, at, row)
+        if self._change is not None:
+            read = read + read_planes(self._change, at, row)
+        decoded = self.avatar.decoder(read)
+        density = (decoded[:, 0].float() - 1.5).clamp(max=7.0).exp()
+        return density, decoded[:, 1:], torso
+
+
+def _smaller(pictures: Tensor, times: int) -> Tensor:
+    """Means of (B, H, W, C) over squares of `times` pixels."""
+    return F.avg_pool2d(pictures.permute(0, 3, 1, 2), times).permute(0, 2, 3, 1)
+
+
+def _lips(signals: Signals, labels: Tensor) -> Tensor:
+    """The soft mask (B, H, W) of the lips in whole pictures; labels (B, H, W, 6)."""
+    b, h, w, _ = labels.shape
+    row, line, column = torch.meshgrid(
+        *(torch.arange(n, device=labels.device) for n in (b, h, w)), indexing="ij"
+    )
+    at = torch.stack([column, line], -1).view(-1, 2) + 0.5
+    return region_masks(signals, at, row.flatten(), labels.flatten(0, 2))[:, 0].view(b, h, w)

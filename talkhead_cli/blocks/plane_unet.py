@@ -1,0 +1,234 @@
+"""Three planes and a few tokens -> a change of the planes: Talk3D's audio-guided attention U-Net.
+
+Written from METHODS' facts of Talk3D (Ko et al., arXiv 2403.20153).  Where we differ on purpose:
+* group norm instead of batch norm, so that a picture does not depend on its neighbours;
+* all of what comes before the tokens knows no row, and is computed once for all of them;
+* tokens also scale and shift what the decoder's norms give (adaptive group norm): so a row picks
+  among the identity's own details at every size, where the bottleneck alone would have to paint
+  a lid anew, and blinks are learnt in minutes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+N_GROUPS = 4  # of channels that are normalised together, per plane
+N_HEADS = 4
+# What lies along the width and the height of planes xy, xz, yz, and which mean of which other
+# plane runs along it: (plane, axis the mean is taken over), axis -1 the width, -2 the height.
+_ALONG_WIDTH = ((1, -2), (0, -2), (0, -1))
+_ALONG_HEIGHT = ((2, -2), (2, -1), (1, -1))
+
+
+class SplitConv(nn.Module):
+    """3x3 convolution with weights of its own for each of three planes, which sees all three.
+
+    3D-aware roll-out (Rodin, Wang et al. 2022): to each plane come the means of the other two
+    along the axis that it lacks, spread over it.  A map that is constant along an axis is
+    convolved by its kernel's sum along that axis, so these are convolutions of a line, spread
+    afterwards: the same functions for a sixth of the work.
+    """
+
+    def __init__(self, n_in: int, n_out: int, *, split: bool = True) -> None:
+        """`split`: whether planes have weights of their own and see each other; else it is one
+        plain convolution of every plane (for comparison)."""
+        super().__init__()
+        self.split = split
+        n = 3 if split else 1
+        bound = math.sqrt(3 / (n_in * (9 + 3 + 3 if split else 9)))
+        self.own = nn.Parameter(torch.empty(n * n_out, n_in, 3, 3).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(n * n_out))
+        if split:
+            self.wide, self.tall = (
+                nn.Parameter(torch.empty(n * n_out, n_in, 3).uniform_(-bound, bound))
+                for _ in range(2)
+            )
+
+    def forward(self, planes: Tensor) -> Tensor:
+        """planes (B, 3, C, s, s) -> (B, 3, n_out, s, s); borders are repeated outwards."""
+        b, _, c, s, _ = planes.shape
+        if not self.split:
+            flat = F.pad(planes.flatten(0, 1), (1, 1, 1, 1), mode="replicate")
+            return F.conv2d(flat, self.own, self.bias).unflatten(0, (b, 3))
+        flat = F.pad(planes.flatten(1, 2), (1, 1, 1, 1), mode="replicate")
+        own = F.conv2d(flat, self.own, self.bias, groups=3).unflatten(1, (3, -1))
+        wide, tall = (
+            F.conv1d(
+                F.pad(line.flatten(1, 2), (1, 1), mode="replicate"), weight, groups=3
+            ).unflatten(1, (3, -1))
+            for line, weight in zip(rolled_out(planes), (self.wide, self.tall), strict=True)
+        )
+        return own + wide[..., None, :] + tall[..., None]
+
+
+def rolled_out(planes: Tensor) -> tuple[Tensor, Tensor]:
+    """Planes xy, xz, yz (B, 3, C, s, s) -> what the others say along each plane's width and along
+    its height, (B, 3, C, s) both."""
+    means = {axis: planes.mean(axis) for axis in (-1, -2)}
+    wide, tall = (
+        torch.stack([means[axis][:, plane] for plane, axis in sources], 1)
+        for sources in (_ALONG_WIDTH, _ALONG_HEIGHT)
+    )
+    return wide, tall
+
+
+class PerPlane(nn.Module):
+    """A linear map of its own for each of three planes' tokens."""
+
+    def __init__(self, n_in: int, n_out: int) -> None:
+        super().__init__()
+        bound = math.sqrt(1 / n_in)
+        self.weight = nn.Parameter(torch.empty(3, n_in, n_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(3, 1, n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 3, n, n_in) -> (B, 3, n, n_out)."""
+        return torch.matmul(x, self.weight) + self.bias
+
+
+class _Attention(nn.Module):
+    """One layer of the bottleneck: each plane with itself, all with the tokens, each by itself."""
+
+    def __init__(self, width: int, n_token: int) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(3))
+        self.ask, self.answer = PerPlane(width, 3 * width), PerPlane(width, width)
+        self.ask_tokens, self.answer_tokens = nn.Linear(width, width), nn.Linear(width, width)
+        self.tell = nn.Linear(n_token, 2 * width)
+        self.think, self.say = PerPlane(width, 8 * width), PerPlane(4 * width, width)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """x (B, 3, n, width), tokens (B, K, n_token) -> (B, 3, n, width)."""
+        ask, key, value = (_heads(t) for t in self.ask(self.norms[0](x)).chunk(3, -1))
+        x = x + self.answer(_joined(F.scaled_dot_product_attention(ask, key, value)))
+        asked = _heads(self.ask_tokens(self.norms[1](x)).flatten(1, 2))
+        key, value = (_heads(t) for t in self.tell(tokens).chunk(2, -1))
+        told = _joined(F.scaled_dot_product_attention(asked, key, value))
+        x = x + self.answer_tokens(told).unflatten(1, (3, -1))
+        gate, value = self.think(self.norms[2](x)).chunk(2, -1)
+        out: Tensor = x + self.say(F.gelu(gate) * value)
+        return out
+
+
+def _heads(x: Tensor) -> Tensor:
+    """(..., n, width) -> (..., heads, n, width / heads)."""
+    return x.unflatten(-1, (N_HEADS, -1)).transpose(-3, -2)
+
+
+def _joined(x: Tensor) -> Tensor:
+    return x.transpose(-3, -2).flatten(-2)
+
+
+class _Block(nn.Module):
+    """(Split convolution, group norm, leaky ReLU) twice; with `n_told`, rows say how strong each
+    channel is after its norm."""
+
+    def __init__(self, n_in: int, n_out: int, split: bool, n_told: int = 0) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(SplitConv(a, n_out, split=split) for a in (n_in, n_out))
+        self.norms = nn.ModuleList(nn.GroupNorm(N_GROUPS, n_out) for _ in range(2))
+        self.told = nn.ModuleList(nn.Linear(n_told, 2 * 3 * n_out) for _ in range(2 * bool(n_told)))
+        for layer in self.told:
+            for parameter in layer.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, planes: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """planes (B, 3, n_in, s, s), tokens (B, n_told) -> (B, 3, n_out, s, s)."""
+        for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
+            x = conv(planes)
+            x = norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            if tokens is not None:
+                told = self.told[index](tokens).view(len(tokens), 3, -1, 1, 1)
+                scale, shift = told.chunk(2, 2)
+                x = torch.addcmul(x + shift, x, scale)
+            planes = F.leaky_relu(x, 0.2)
+        return planes
+
+
+class PlaneUNet(nn.Module):
+    """Identity planes and the tokens of T rows -> what each row adds to the planes.
+
+    Its last layer starts at zero: before training it adds nothing at all.
+    """
+
+    position: Tensor
+
+    def __init__(
+        self, channels: int, size: int, widths: Sequence[int], n_tokens: int, n_token: int, *,
+        n_layers: int = 2, split: bool = True,
+    ) -> None:  # fmt: skip
+        """size: side of the planes, halved once per width · widths: multiples of 4 · n_tokens:
+        how many tokens there are, of n_token numbers each"""
+        super().__init__()
+        ins = (channels, *widths[:-1])
+        self.down = nn.ModuleList(_Block(a, b, split) for a, b in zip(ins, widths, strict=True))
+        deep = widths[-1]
+        self.enter = nn.GroupNorm(N_GROUPS, deep)
+        self.take, self.give = PerPlane(deep, deep), PerPlane(deep, deep)
+        self.layers = nn.ModuleList(_Attention(deep, n_token) for _ in range(n_layers))
+        outs = (widths[0], *widths[:-1])
+        self.up = nn.ModuleList(
+            _Block(a, b, split, n_tokens * n_token)
+            for a, b in zip(reversed(widths), reversed(outs), strict=True)
+        )
+        self.last = SplitConv(widths[0], channels, split=split)
+        for parameter in self.last.parameters():
+            nn.init.zeros_(parameter)
+        self.register_buffer("position", _positions(size >> len(widths), deep), persistent=False)
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it adds nothing yet, and is not being taught to."""
+        return not any(p.requires_grad or bool(p.any()) for p in self.last.parameters())
+
+    def forward(self, planes: Tensor, tokens: Tensor) -> Tensor:
+        """planes (3, C, s, s), tokens (T, K, n_token) -> (T, 3, C, s, s)."""
+        x, kept = planes[None], []
+        for block in self.down:
+            x = block(x)
+            kept.append(x)
+            x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, (1, 3))
+        x = self._told(x, tokens)
+        for block, skip in zip(self.up, reversed(kept), strict=True):
+            x = block(twice(x) + skip, tokens.flatten(1))
+        changed: Tensor = self.last(x)
+        return changed
+
+    def _told(self, x: Tensor, tokens: Tensor) -> Tensor:
+        """The deepest planes (1, 3, C, s, s) after the tokens (T, K, n_token): (T, 3, C, s, s)."""
+        s = x.shape[-1]
+        entered = self.enter(x.flatten(0, 1)).unflatten(0, (1, 3)).flatten(3).transpose(2, 3)
+        sequence = (self.take(entered) + self.position).expand(len(tokens), -1, -1, -1)
+        for layer in self.layers:
+            sequence = layer(sequence, tokens)
+        added = self.give(sequence).transpose(2, 3).unflatten(3, (s, s))
+        return x + added
+
+
+def twice(planes: Tensor) -> Tensor:
+    """Planes (B, 3, C, s, s) at double the size."""
+    flat = F.interpolate(planes.flatten(0, 1), scale_factor=2, mode="bilinear")
+    return flat.unflatten(0, planes.shape[:2])
+
+
+def _positions(size: int, width: int) -> Tensor:
+    """Where the texels of planes xy, xz, yz lie in space, as waves: (3, size^2, width).
+
+    A texel of a plane stands for a line along the axis that the plane lacks, said as 0.
+    """
+    line = (torch.arange(size) + 0.5) / size * 2 - 1
+    second, first = torch.meshgrid(line, line, indexing="ij")
+    zero = torch.zeros_like(first)
+    places = torch.stack([
+        torch.stack(place, -1).view(-1, 3)
+        for place in ((first, second, zero), (first, zero, second), (zero, first, second))
+    ])  # fmt: skip
+    n_waves = width // 6
+    angle = places[..., None] * (torch.pi / 2 * 2.0 ** torch.arange(n_waves))
+    waves = torch.cat([angle.sin(), angle.cos()], -1).flatten(2)
+    return F.pad(waves, (0, width - waves.shape[2]))

@@ -1,0 +1,44 @@
+"""Marched channels of a small picture -> a finished one."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Upscaler(nn.Module):
+    """Colour, alpha and further channels (B, C, h, w) -> premultiplied colour and alpha at
+    `magnification` times the size.
+
+    It starts as bilinear interpolation of the first three channels and the last: its own word
+    is zero at first.
+    """
+
+    def __init__(self, n_in: int, width: int, magnification: int) -> None:
+        """magnification: a power of two, 1 and up."""
+        super().__init__()
+        assert magnification > 0 and magnification & (magnification - 1) == 0
+        self.n_doublings = magnification.bit_length() - 1
+        self.first = nn.Conv2d(n_in, width, 3, padding=1, padding_mode="replicate")
+        self.convs = nn.ModuleList(
+            nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
+            for _ in range(1 + self.n_doublings)
+        )
+        self.last = nn.Conv2d(width, 4, 1)
+        nn.init.zeros_(self.last.weight)
+        assert self.last.bias is not None
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, marched: Tensor) -> Tensor:
+        """(B, C, h, w), colour first, alpha last -> (B, 4, H, W)."""
+        picture = torch.cat([marched[:, :3], marched[:, -1:]], 1)
+        x = F.leaky_relu(self.first(marched), 0.2)
+        for index, conv in enumerate(self.convs):
+            if index:
+                x, picture = (
+                    F.interpolate(t, scale_factor=2, mode="bilinear") for t in (x, picture)
+                )
+            x = F.leaky_relu(conv(x), 0.2)
+        finished: Tensor = picture + self.last(x)
+        return finished

@@ -1,0 +1,365 @@
+"""Talk3D and its blocks, against closed forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from talkhead_cli import march
+from talkhead_cli.avatars.base import StepResult
+from talkhead_cli.avatars.talk3d import SIZES, TOKENS, Talk3d, Talk3dField
+from talkhead_cli.blocks.plane_unet import PlaneUNet, SplitConv, rolled_out
+from talkhead_cli.blocks.planes import PlanePyramid, read_planes
+from talkhead_cli.blocks.rigid import moved
+from talkhead_cli.blocks.upscale import Upscaler
+from talkhead_cli.contracts import Frame, Rendered, Signals, SilentProgress
+from talkhead_cli.jobs import footage, shots
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.store import Workspace
+
+PX = 64
+# Which two of x, y, z lie along the width and the height of each plane.
+AXES = ((0, 1), (0, 2), (1, 2))
+
+
+# -- planes --------------------------------------------------------------------------------------
+
+
+def test_planes_of_many_rows_are_read_as_each_alone() -> None:
+    torch.manual_seed(0)
+    planes = torch.randn(4, 3, 5, 8, 8)
+    x, row = 2.6 * torch.rand(200, 3) - 1.3, torch.randint(4, (200,))  # some outside
+    found = read_planes(planes, x, row)
+    alone = torch.cat([read_planes(planes[r : r + 1], x[None, n], row[:1])
+                       for n, r in enumerate(row.tolist())])  # fmt: skip
+    assert found.shape == (200, 5) and torch.allclose(found, alone, atol=1e-5)
+
+
+def test_a_reading_is_the_mean_of_three_planes_each_with_two_axes() -> None:
+    ramp = torch.linspace(-0.9, 0.9, 10)  # texel centres of ten texels in [-1, 1]
+    planes = ramp.expand(1, 3, 1, 10, 10)  # along the width: x, x, y
+    x = torch.tensor([[0.3, -0.5, 0.7], [0.0, 0.6, -0.2]])
+    found = read_planes(planes, x, torch.zeros(2, dtype=torch.long))[:, 0]
+    assert torch.allclose(found, (2 * x[:, 0] + x[:, 1]) / 3, atol=1e-6)
+    found = read_planes(planes.transpose(3, 4), x, torch.zeros(2, dtype=torch.long))[:, 0]
+    assert torch.allclose(found, (x[:, 1] + 2 * x[:, 2]) / 3, atol=1e-6)
+
+
+def test_a_pyramid_is_the_sum_of_its_levels_and_knows_its_mirror() -> None:
+    torch.manual_seed(0)
+    pyramid = PlanePyramid((2, 8), 3)
+    with torch.no_grad():
+        pyramid.levels[1].zero_()
+        pyramid.levels[0].fill_(0.5)
+    assert torch.allclose(pyramid(), torch.full((3, 3, 8, 8), 0.5))
+    assert pyramid.asymmetry() == 0 and pyramid.roughness() == 0
+    with torch.no_grad():
+        pyramid.levels[1][2].copy_(torch.randn(3, 8, 8))  # the plane that has no x
+    assert pyramid.asymmetry() == 0 < pyramid.roughness()
+    with torch.no_grad():
+        half = torch.randn(3, 8, 4)
+        pyramid.levels[1][1].copy_(torch.cat([half, half.flip(-1)], -1))
+    assert pyramid.asymmetry() == 0
+    with torch.no_grad():
+        pyramid.levels[1][0, :, :, 0] += 1
+    assert pyramid.asymmetry() > 0
+
+
+# -- U-Net ---------------------------------------------------------------------------------------
+
+
+def test_roll_out_carries_an_axis_from_plane_to_plane() -> None:
+    """A ramp along one axis of space, drawn on one plane, reaches the planes that share the axis
+    along that axis, and not the others."""
+    ramp = torch.arange(4.0)
+    for source, pair in enumerate(AXES):
+        for axis in pair:
+            drawn = ramp.expand(4, 4) if axis == pair[0] else ramp[:, None].expand(4, 4)
+            planes = torch.zeros(1, 3, 1, 4, 4)
+            planes[0, source, 0] = drawn
+            wide, tall = rolled_out(planes)
+            for target, (along_width, along_height) in enumerate(AXES):
+                for line, along in ((wide, along_width), (tall, along_height)):
+                    got = line[0, target, 0]
+                    if target == source or along not in pair:
+                        assert not got.any(), (source, axis, target)
+                    elif along == axis:
+                        assert torch.equal(got, ramp), (source, axis, target)
+                    else:  # the other axis of the source: constant along it
+                        assert torch.equal(got, torch.full((4,), 1.5))
+
+
+def test_a_split_convolution_is_one_over_the_plane_and_the_others_spread_over_it() -> None:
+    torch.manual_seed(0)
+    conv = SplitConv(2, 5)
+    torch.nn.init.normal_(conv.bias)
+    planes = torch.randn(3, 3, 2, 6, 6)
+    found = conv(planes)
+    wide, tall = rolled_out(planes)
+    for plane in range(3):
+        own, along, down = (
+            w.unflatten(0, (3, -1))[plane] for w in (conv.own, conv.wide, conv.tall)
+        )
+        joined = torch.cat([
+            planes[:, plane],
+            wide[:, plane, :, None].expand(-1, -1, 6, -1),
+            tall[:, plane, :, :, None].expand(-1, -1, -1, 6),
+        ], 1)  # fmt: skip
+        # any kernel of that sum along the axis on which the map is constant
+        share = torch.tensor([0.2, 0.5, 0.3])
+        kernel = torch.cat([
+            own, along[:, :, None] * share[:, None], down[..., None] * share,
+        ], 1)  # fmt: skip
+        padded = F.pad(joined, (1, 1, 1, 1), mode="replicate")
+        want = F.conv2d(padded, kernel, conv.bias.view(3, -1)[plane])
+        assert torch.allclose(found[:, plane], want, atol=1e-5)
+
+
+@pytest.mark.parametrize("split", [True, False])
+def test_the_unet_starts_silent_and_hears_every_token_in_every_row_alone(split: bool) -> None:
+    torch.manual_seed(0)
+    net = PlaneUNet(4, 16, (8, 8, 12), 5, 10, split=split)
+    planes, tokens = torch.randn(3, 4, 16, 16), torch.randn(2, 5, 10)
+    assert not net(planes, tokens).any()
+    assert not net.is_silent, "it can still be taught"
+    net.requires_grad_(False)
+    assert net.is_silent
+    for parameter in net.last.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    assert not net.is_silent
+    said = net(planes, tokens)
+    assert said.shape == (2, 3, 4, 16, 16)
+    assert torch.allclose(net(planes, tokens[1:]), said[1:], atol=1e-5), "rows know no neighbours"
+    for token in range(5):
+        other = tokens.clone()
+        other[1, token] += 1
+        change = (net(planes, other) - said).abs().amax((1, 2, 3, 4))
+        assert change[1] > 1e-4 > 1e-5 > change[0]
+
+
+# -- upscaler ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [1, 2, 4])
+def test_an_upscaler_starts_as_interpolation(times: int) -> None:
+    torch.manual_seed(0)
+    marched = torch.rand(2, 7, 8, 8)
+    made = Upscaler(7, 6, times)(marched)
+    plain = marched[:, [0, 1, 2, 6]]
+    for _ in range(times.bit_length() - 1):
+        plain = F.interpolate(plain, scale_factor=2, mode="bilinear")
+    assert made.shape == (2, 4, 8 * times, 8 * times) and torch.allclose(made, plain)
+
+
+# -- the avatar ----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def clip(speaker_home: Path) -> Footage:
+    data = presets.load(["talk3d", "tiny"], [f"data.size_px={PX}"]).data
+    return footage.load(Workspace.open(speaker_home, "speaker"), data, SilentProgress())
+
+
+@pytest.fixture(scope="module")
+def fresh(clip: Footage) -> Talk3d:
+    return built(clip)
+
+
+@pytest.fixture
+def doubling(clip: Footage, monkeypatch: pytest.MonkeyPatch) -> Talk3d:
+    """One that marches half the size of its pictures."""
+    monkeypatch.setitem(SIZES, "tiny", replace(SIZES["tiny"], magnification=2))
+    return built(clip)
+
+
+def built(clip: Footage) -> Talk3d:
+    torch.manual_seed(0)
+    made = Talk3d.build("tiny", n_steps=33, n_features=clip.signals.audio.shape[2], px=PX)
+    box = footage.box_of(clip.signals.camera[clip.train])
+    made.calibrate(clip.signals[clip.train], clip.mesh, box)
+    return made.eval()
+
+
+@pytest.fixture
+def avatar(fresh: Talk3d) -> Iterator[Talk3d]:
+    """One whose editor and upscaler say something."""
+    before = {k: v.clone() for k, v in fresh.state_dict().items()}
+    torch.manual_seed(1)
+    for layer in (fresh.editor.last, fresh.upscaler.last):
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.05)
+    yield fresh
+    fresh.load_state_dict(before)
+    fresh.still, fresh.unheard = False, frozenset()
+
+
+def drawn(avatar: Talk3d, rows: Signals) -> tuple[Talk3dField, Rendered, Frame]:
+    """Whole pictures of the rows, before a black wall."""
+    size = PX // avatar.magnification
+    rays = march.picture_rays(rows.camera.resized(size), torch.arange(len(rows)), avatar.aabb)
+    marcher, _ = march.build(march.MarchOptions(n_steps=16, n_samples=6), avatar.aabb, "cpu")
+    marcher.eval()
+    with torch.no_grad():
+        field = avatar.condition(rows)
+        rendered = marcher.march(field, rays)
+        plate = torch.zeros(len(rows) * PX * PX, 3)
+        return field, rendered, avatar.compose(rendered, rays, rows, plate)
+
+
+def test_training_starts_from_the_still_identity_bit_for_bit(clip: Footage, fresh: Talk3d) -> None:
+    rows = clip.signals[clip.train[:2]]
+    fresh.requires_grad_(True)  # so that nothing is skipped for being silent
+    _, _, moving = drawn(fresh, rows)
+    fresh.still = True
+    try:
+        _, _, still = drawn(fresh, rows)
+    finally:
+        fresh.still = False
+    assert torch.equal(moving.rgb, still.rgb) and torch.equal(moving.alpha, still.alpha)
+
+
+def test_speech_edits_the_planes_and_stillness_forbids_it(clip: Footage, avatar: Talk3d) -> None:
+    row = clip.signals[clip.train[:1]]
+    open_mouth = row.landmarks.clone()
+    open_mouth[:, 55:60, 1] += 0.1
+    spoken = row.with_(landmarks=open_mouth)
+    assert not torch.equal(drawn(avatar, row)[2].rgb, drawn(avatar, spoken)[2].rgb)
+    avatar.unheard = frozenset({"speech"})
+    assert torch.equal(drawn(avatar, row)[2].rgb, drawn(avatar, spoken)[2].rgb)
+    avatar.unheard, avatar.still = frozenset(), True
+    assert torch.equal(drawn(avatar, row)[2].rgb, drawn(avatar, spoken)[2].rgb)
+
+
+def test_each_signal_has_its_token(clip: Footage, avatar: Talk3d) -> None:
+    row = clip.signals[clip.train[:1]]
+    changed = {
+        "speech": row.with_(landmarks=row.landmarks + 0.05 * torch.randn(1, 68, 3)),
+        "eyes": row.with_(eye=1 - row.eye),
+        "rotation": row.with_(pose=row.pose + torch.tensor([0.1, 0, 0, 0, 0, 0])),
+        "place": row.with_(body=row.body + 0.05),
+    }
+    assert set(TOKENS) == {*changed, "nothing"}
+    with torch.no_grad():
+        before = avatar._told(row, avatar.person(row).stance(row))
+        for name, other in changed.items():
+            after = avatar._told(other, avatar.person(other).stance(other))
+            differ = (after != before).any(2)[0]
+            assert differ.tolist() == [token == name for token in TOKENS], name
+
+
+def test_a_row_is_drawn_alike_whatever_stands_beside_it(clip: Footage, avatar: Talk3d) -> None:
+    rows = clip.signals[clip.train[:40:13]]
+    together = drawn(avatar, rows)[2].rgb
+    for index in range(len(rows)):
+        alone = drawn(avatar, rows[index : index + 1])[2].rgb[0]
+        assert torch.allclose(together[index], alone, atol=1e-4)
+
+
+def test_a_corrected_pose_leaves_the_shoulders(clip: Footage, avatar: Talk3d) -> None:
+    rows = clip.signals[clip.train[::40]]
+    n = len(rows)
+    box = torch.tensor([-2.0, -2, -1, 2, 2, 1])
+    rays = march.pixel_rays(rows.camera, torch.arange(n), torch.rand(n, 2) * PX, box)
+    with torch.no_grad():
+        before = avatar.condition(rows)
+        torch.nn.init.normal_(avatar.pose_correction.linear.weight)
+        aimed, field = avatar.aim(rows, rays), avatar.condition(rows)
+    point, same = (r.origins + 4 * r.directions for r in (rays, aimed))
+    assert (point - same).norm(dim=1).min() > 1e-3
+    landed = moved(point, before._shoulders, rays.row)
+    assert torch.allclose(landed, moved(same, field._shoulders, rays.row), atol=1e-5)
+
+
+def test_pictures_are_finished_at_twice_the_size_that_is_marched(
+    clip: Footage, doubling: Talk3d
+) -> None:
+    _, rendered, frame = drawn(doubling, clip.signals[clip.train[:2]])
+    assert rendered.feature.shape == (2 * (PX // 2) ** 2, doubling.n_features)
+    assert frame.rgb.shape == (2, PX, PX, 3) and frame.depth.shape == (2, PX, PX, 1)
+    assert frame.alpha.min() >= 0 and frame.alpha.max() <= 1
+    assert torch.equal(frame.depth[:, ::2, ::2], frame.depth[:, 1::2, 1::2])
+
+
+def test_loose_rays_are_not_upscaled(clip: Footage, avatar: Talk3d) -> None:
+    rows = clip.signals[clip.train[:2]]
+    stage = presets.load(["talk3d", "tiny"]).train.stages["speak"]
+    shot = shots.draw(clip, stage, 64, avatar.aabb, torch.Generator().manual_seed(0))
+    assert shot.rays is not None and shot.plate is not None
+    marcher, _ = march.build(march.MarchOptions(n_steps=16), avatar.aabb, "cpu")
+    with torch.no_grad():
+        rendered = marcher.march(avatar.condition(shot.signals), shot.rays)
+        frame = avatar.compose(rendered, shot.rays, shot.signals, shot.plate)
+    want = rendered.feature[:, :3] + (1 - rendered.opacity) * shot.plate
+    assert torch.equal(frame.rgb, want) and len(rows) == 2
+
+
+def test_whole_pictures_lose_by_what_is_finished_and_what_was_marched(
+    clip: Footage, doubling: Talk3d
+) -> None:
+    """A picture that is right costs nothing; a wrong mouth is counted by the mouth."""
+    stage = presets.load(["talk3d", "tiny"]).train.stages["upscale"]
+    rng = torch.Generator().manual_seed(0)
+    shot = shots.draw(clip, stage, 64, doubling.aabb, rng, doubling.magnification)
+    n = stage.n_frames
+    assert shot.rays is not None and shot.target is not None and shot.labels is not None
+    assert len(shot.rays) == n * (PX // 2) ** 2 and shot.target.shape == (n * PX * PX, 3)
+    truth = shot.target.view(n, PX, PX, 3)
+    small = F.avg_pool2d(truth.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
+    raw = torch.cat([small, torch.ones(n, PX // 2, PX // 2, 1)], -1)
+    alpha = 1 - shot.labels[:, 5:6].view(n, PX, PX, 1)
+    rendered = Rendered(*(torch.zeros(1, 1) for _ in range(4)), n_points=0)
+
+    def losses(rgb: torch.Tensor) -> dict[str, float]:
+        frame = Frame(rgb, alpha, alpha, {"raw": raw})
+        found = doubling.picture_losses(StepResult(shot, None, rendered, frame))
+        return {name: float(value) for name, value in found.items()}
+
+    assert max(losses(truth).values()) < 1e-5
+    wrong = truth.clone()
+    marks = (shot.signals.landmarks_px[:, 48:68].mean(1) * PX).long()
+    for picture, (x, y) in enumerate(marks.tolist()):
+        wrong[picture, y - 2 : y + 3, x - 2 : x + 3] = 0
+    found = losses(wrong)
+    assert found["mouth"] > 5 * found["whole"] > 0 and found["raw"] < 1e-9
+
+
+def test_every_part_learns_and_parts_are_all_there_is(clip: Footage, avatar: Talk3d) -> None:
+    stages = presets.load(["talk3d", "tiny"]).train.stages
+    named = [id(p) for name in avatar.parts() for p in avatar.part(name)]
+    taught = {id(p) for s in stages.values() for name in s.learn for p in avatar.part(name)}
+    learnable = {id(p) for n, p in avatar.named_parameters() if n != "speech.linear.weight"
+                 and n != "speech.linear.bias"}  # fmt: skip
+    assert len(named) == len(set(named)) and set(named) == learnable == taught
+
+
+def test_no_points_no_answers(clip: Footage, avatar: Talk3d) -> None:
+    for rows in (clip.signals[:1], clip.signals[:3]):
+        field = avatar.condition(rows)
+        nowhere = torch.zeros(0, 3)
+        density, channels = field(nowhere, nowhere, torch.zeros(0, dtype=torch.long))
+        assert density.shape == (0,) and channels.shape == (0, field.channels)
+
+
+def test_half_precision_draws_the_same_heads(clip: Footage, avatar: Talk3d) -> None:
+    rows = clip.signals[clip.train[:2]]
+    with torch.autocast("cpu", torch.bfloat16):
+        field_half, _, half = drawn(avatar, rows)
+    field, _, full = drawn(avatar, rows)
+    assert torch.allclose(field._shoulders, field_half._shoulders, atol=1e-5)
+    assert (full.rgb - half.rgb).square().mean() < 1e-3 and not torch.equal(full.rgb, half.rgb)
+
+
+def test_the_full_size_is_the_paper_s() -> None:
+    """Planes 3 x 32 x 256^2, five tokens, split convolutions down to 32^2, pictures times four."""
+    full = Talk3d("full", n_steps=33, n_features=30)
+    with torch.no_grad():
+        assert full.planes().shape == (3, 32, 256, 256)
+    assert full.edited == 256 and len(full.editor.down) == 3 and full.magnification == 4
+    millions = sum(p.numel() for p in full.editor.parameters()) / 1e6
+    assert 8 < millions < 20, "the paper's has 16.7"
