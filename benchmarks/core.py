@@ -291,7 +291,9 @@ def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
     row = torch.zeros(1, dtype=torch.long, device=device)
 
     def shoot() -> tuple[RayBundle, Field]:
-        rays = march.picture_rays(one.camera, row, show.avatar.aabb)
+        rays = march.picture_rays(
+            one.camera.smaller(show.avatar.magnification), row, show.avatar.aabb
+        )
         return show.avatar.aim(one, rays), show.avatar.condition(one)
 
     half = device.type == "cuda"

@@ -1,7 +1,7 @@
 """What Talk3D is worth: views that nobody filmed, and what its tokens and convolutions do.
 
 `views` carries the camera round each method's avatar and asks the face mesh where the face is;
-`tokens` leaves tokens out of a trained avatar, and trains others with plain convolutions.
+`tokens` trains avatars without one of the tokens each, and with plain convolutions.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from numpy.typing import NDArray
 
 from talkhead_cli.avatars import talk3d
+from talkhead_cli.blocks.planes import RowPlanes
 from talkhead_cli.contracts import Camera, Signals, SilentProgress
 from talkhead_cli.jobs import drive as drives
 from talkhead_cli.jobs import footage, player
@@ -59,34 +60,34 @@ def _views(home: Path, name: str, run_name: str, sheets: Path) -> dict[str, Any]
     rows = clip.train[order[:: max(1, len(order) // (4 * N_ROWS))][:N_ROWS]]
     found: dict[str, Any] = {}
     strips = []
-    with face.FaceMesh() as mesh:
-        for yaw, pitch in VIEWS:
-            made = drives.make(run.drive(), len(rows), yaw_deg=yaw, pitch_deg=pitch)
-            seen = clip.signals[rows]
-            camera = made.camera(seen.pose.numpy(), clip.size_px, np.zeros(len(rows)))
-            seen = seen.with_(camera=camera)
-            show = player.load(run, torch.device("cpu"))
-            if yaw or pitch:
-                show.open_views(seen)
-            pictures, depths, errors, ratios = [], [], [], []
-            for index, (frame, _) in enumerate(show.pictures(seen)):
-                rgb = (frame.rgb[0].clamp(0, 1).numpy() * 255).round().astype(np.uint8)
-                depth = frame.depth[0, ..., 0].numpy()
-                pictures.append(rgb)
-                depths.append(depth)
-                size = (MEASURE_PX, MEASURE_PX)
+    for yaw, pitch in VIEWS:
+        made = drives.make(run.drive(), len(rows), yaw_deg=yaw, pitch_deg=pitch)
+        seen = clip.signals[rows]
+        camera = made.camera(seen.pose.numpy(), clip.size_px, np.zeros(len(rows)))
+        seen = seen.with_(camera=camera)
+        show = player.load(run, torch.device("cpu"))
+        if yaw or pitch:
+            show.open_views(seen)
+        pictures, depths, errors, ratios = [], [], [], []
+        for index, (frame, _) in enumerate(show.pictures(seen)):
+            rgb = (frame.rgb[0].clamp(0, 1).numpy() * 255).round().astype(np.uint8)
+            depth = frame.depth[0, ..., 0].numpy()
+            pictures.append(rgb)
+            depths.append(depth)
+            size = (MEASURE_PX, MEASURE_PX)
+            with face.FaceMesh() as mesh:  # a fresh one: it follows faces from picture to picture
                 marks = mesh(cv2.resize(rgb, size, interpolation=cv2.INTER_CUBIC))
-                want = _seen(shape, camera[index : index + 1])
-                if marks is not None:
-                    off = marks[RIGID, :2] / MEASURE_PX - want[RIGID, :2]
-                    errors.append(np.linalg.norm(off, axis=1).mean() * REPORT_PX)
-                ratios.append(None if yaw else _depth_ratio(depth, want))  # else one ear hides
-            found[f"yaw {yaw}, pitch {pitch}"] = {
-                "face_found": round(len(errors) / len(rows), 3),
-                "rigid_error_px": round(float(np.mean(errors)), 3) if errors else None,
-                "nose_before_ears": _mean(ratios),
-            }
-            strips.append(np.concatenate([pictures[0], _as_grey(depths[0])], 0))
+            want = _seen(shape, camera[index : index + 1])
+            if marks is not None:
+                off = marks[RIGID, :2] / MEASURE_PX - want[RIGID, :2]
+                errors.append(np.linalg.norm(off, axis=1).mean() * REPORT_PX)
+            ratios.append(None if yaw else _depth_ratio(depth, want))  # else one ear hides
+        found[f"yaw {yaw}, pitch {pitch}"] = {
+            "face_found": round(len(errors) / len(rows), 3),
+            "rigid_error_px": round(float(np.mean(errors)), 3) if errors else None,
+            "nose_before_ears": _mean(ratios),
+        }
+        strips.append(np.concatenate([pictures[0], _as_grey(depths[0])], 0))
     sheet = np.concatenate(strips, 1)
     cv2.imwrite(str(sheets / f"{name}-{run_name}.png"), sheet[..., ::-1])
     return found
@@ -140,10 +141,10 @@ def tokens(home: Path, names: Sequence[str], scale: float) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     for name in names:
         for label, kind in {
-            "whole": talk3d.Talk3d,
+            "whole": talk3d.Talk3D,
             "still": _Still,
             **{f"without {token}": partial(_Without, token) for token in talk3d.TOKENS},
-            "plain convolutions": partial(talk3d.Talk3d, split=False),
+            "plain convolutions": partial(talk3d.Talk3D, split=False),
             "planes, not their change": _Full,
         }.items():
             with _built_by(kind):
@@ -164,7 +165,7 @@ def tokens(home: Path, names: Sequence[str], scale: float) -> dict[str, Any]:
     return {"people": list(names), "scale": scale, "mean": mean, "rows": rows}
 
 
-class _Still(talk3d.Talk3d):
+class _Still(talk3d.Talk3D):
     """The identity alone."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -172,7 +173,7 @@ class _Still(talk3d.Talk3d):
         self.still = True
 
 
-class _Without(talk3d.Talk3d):
+class _Without(talk3d.Talk3D):
     """The method without one of its tokens, trained so."""
 
     def __init__(self, token: str, *args: Any, **named: Any) -> None:
@@ -180,12 +181,13 @@ class _Without(talk3d.Talk3d):
         self.unheard = frozenset({token})
 
 
-class _Full(talk3d.Talk3d):
+class _Full(talk3d.Talk3D):
     """The editor says the planes themselves."""
 
-    def condition(self, signals: Signals) -> talk3d.Talk3dField:
+    def condition(self, signals: Signals) -> talk3d.Talk3DField:
         field = super().condition(signals)
-        field._identity = torch.zeros_like(field._identity)
+        if field._change is not None:
+            field._identity = RowPlanes(torch.zeros_like(self.planes())[None])
         return field
 
 

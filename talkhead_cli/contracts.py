@@ -112,6 +112,10 @@ class Camera:
         k[:, :2] *= size_px / self.size_px
         return Camera(self.c2w, k, size_px)
 
+    def smaller(self, times: int) -> Camera:
+        """The same view as a picture of a `times` smaller side."""
+        return self if times == 1 else self.resized(self.size_px // times)
+
 
 @dataclass(frozen=True)
 class Signals:

@@ -213,6 +213,21 @@ def test_the_camera_swings_to_either_side_and_back(footage: dict[str, NDArray[An
         drive.make(footage, 5, orbit=True, yaw_deg=16.0)
 
 
+@pytest.mark.parametrize("n_frames", [3, 150, 2301, 4601])
+def test_some_frames_tell_all_views_of_a_swing(
+    footage: dict[str, NDArray[Any]], n_frames: int
+) -> None:
+    """2301 frames: every hundredth looks straight ahead."""
+    made = drive.make(footage, n_frames, orbit=True)
+    at = made.telling(24, n_frames)
+    assert len(at) <= 24 and at.min() == 0 and at.max() <= n_frames - 1
+    swing = np.sin(2 * np.pi * at / 200)
+    whole = np.sin(2 * np.pi * np.arange(n_frames) / 200)
+    assert swing.max() > whole.max() - 0.05 and swing.min() < whole.min() + 0.05
+    plain = drive.make(footage, n_frames, yaw_deg=5).telling(24, n_frames)
+    assert plain.tolist() == np.unique(np.linspace(0, n_frames - 1, 24).astype(int)).tolist()
+
+
 def test_the_camera_sees_the_head_where_the_pose_says(footage: dict[str, NDArray[Any]]) -> None:
     made = drive.make(footage, 5)
     pose = made.pose(np.arange(5))[0]

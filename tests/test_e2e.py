@@ -6,15 +6,16 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from typer.testing import CliRunner, Result
 
 from talkhead_cli import media
-from talkhead_cli.avatars import METHODS
+from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import TalkheadError
-from talkhead_cli.jobs import landmark_track, script
+from talkhead_cli.jobs import landmark_track, maps, script
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import render as render_job
 
@@ -171,6 +172,18 @@ def test_runs_stand_side_by_side(home: Path) -> None:
     assert refused.exit_code == 1 and "no finished run 'nerf'" in refused.stderr
 
 
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_maps_show_what_a_method_does_where(home: Path, method: str) -> None:
+    run = f"{method}+tiny"
+    made = ok("evaluate", "--id", "speaker", "--run", run, "--maps", "--home", home)
+    assert made[-1] == home / "speaker/runs" / run / "evaluate/maps.png"
+    sheet = cv2.imread(str(made[-1]))
+    named = sum(len(channels) for channels in avatar_class(method).maps.values())
+    assert sheet.shape == ((3 + named) * maps.CELL_PX, maps.MARGIN_PX + 6 * maps.CELL_PX, 3)
+    refused = talkhead("evaluate", "--id", "speaker", "--compare", "a,b", "--maps", "--home", home)
+    assert refused.exit_code == 2 and "--maps" in refused.stderr
+
+
 def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path) -> None:
     base = ["render", "--id", "speaker", "--audio", speech, "--home", home]
 
@@ -186,6 +199,9 @@ def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path) -> No
     assert np.abs(green[middle] - plain[middle]).mean() < 12
     turned = film("turned.mp4", "--yaw", "15")
     assert np.abs(turned - plain).mean() > 1.5
+    orbit = film("orbit.mp4", "--orbit")
+    aside = np.abs(orbit - plain).mean((1, 2, 3))
+    assert aside[0] < 0.5 < 1.5 < aside[40], "it starts where the footage's camera stands"
     still = film("still.mp4", "--pose", "still", "--blink", "none")
     upper = still[:, :24]
     assert np.abs(np.diff(upper, axis=0)).mean() < np.abs(np.diff(plain[:, :24], axis=0)).mean()

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from talkhead_cli.jobs import evaluate as job
+from talkhead_cli.jobs import maps
 from talkhead_cli.jobs.evaluate import Measured
 
 
@@ -72,3 +73,33 @@ def test_shut_eyes_are_counted_once_each() -> None:
     found = np.ones(60, bool)
     figures = job._eye_figures(Measured(shut, found), Measured(shut, found))
     assert figures["blinks_in_truth"] == 2 and figures["correlation"]["r"] == pytest.approx(1.0)
+
+
+# -- maps ----------------------------------------------------------------------------------------
+
+
+def test_near_is_bright_on_one_scale_and_nothing_is_black() -> None:
+    near, far = np.full((4, 4), 2.0), np.full((4, 4), 3.0)
+    far[0] = np.inf
+    first, second = maps.shaded([near, far])
+    assert (first == 255).all() and (second[0] == 0).all()
+    assert 0 < second[1:].max() == second[1:].min() < 100
+    (nothing,) = maps.shaded([np.full((4, 4), np.inf)])
+    assert not nothing.any()
+
+
+def test_heat_rises_with_the_value() -> None:
+    ramp = maps.heat(np.linspace(-0.5, 1.5, 9)[None].repeat(2, 0)).astype(int).sum(2)
+    assert ramp.shape == (2, 9) and (np.diff(ramp[0]) >= 0).all()
+    assert ramp[0, 0] == ramp[0, 2] and ramp[0, -1] == ramp[0, -3], "clipped at 0 and 1"
+
+
+def test_a_sheet_has_a_line_for_each_name_and_its_pictures_in_order() -> None:
+    grey = [np.full((8, 8, 3), value, np.uint8) for value in (10, 100, 200)]
+    drawn = maps.sheet({"one": grey, "two, up to 3": grey[::-1]})
+    cell, margin = maps.CELL_PX, maps.MARGIN_PX
+    assert drawn.shape == (2 * cell, margin + 3 * cell, 3)
+    middle = margin + cell // 2 + cell * np.arange(3)
+    assert drawn[cell // 2, middle, 0].tolist() == [10, 100, 200]
+    assert drawn[cell + cell // 2, middle, 0].tolist() == [200, 100, 10]
+    assert drawn[:cell, :margin].any() and drawn[cell:, :margin].any(), "names are written"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,15 @@ import torch.nn.functional as F
 
 from talkhead_cli import march
 from talkhead_cli.avatars.base import StepResult
-from talkhead_cli.avatars.talk3d import SIZES, TOKENS, Talk3d, Talk3dField
+from talkhead_cli.avatars.talk3d import SIZES, TOKENS, Talk3D, Talk3DField
 from talkhead_cli.blocks.plane_unet import PlaneUNet, SplitConv, rolled_out
-from talkhead_cli.blocks.planes import PlanePyramid, read_planes
+from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes
 from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.blocks.upscale import Upscaler
 from talkhead_cli.contracts import Frame, Rendered, Signals, SilentProgress
-from talkhead_cli.jobs import footage, shots
+from talkhead_cli.jobs import footage, player, shots
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.store import Workspace
 
@@ -31,23 +33,24 @@ AXES = ((0, 1), (0, 2), (1, 2))
 # -- planes --------------------------------------------------------------------------------------
 
 
-def test_planes_of_many_rows_are_read_as_each_alone() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_planes_of_many_rows_are_read_as_each_alone(dtype: torch.dtype) -> None:
+    """Sixteen rows of large planes: a texel is less than half precision can tell apart."""
     torch.manual_seed(0)
-    planes = torch.randn(4, 3, 5, 8, 8)
-    x, row = 2.6 * torch.rand(200, 3) - 1.3, torch.randint(4, (200,))  # some outside
-    found = read_planes(planes, x, row)
-    alone = torch.cat([read_planes(planes[r : r + 1], x[None, n], row[:1])
+    planes = torch.randn(16, 3, 2, 256, 256, dtype=dtype)
+    x, row = 2.6 * torch.rand(200, 3) - 1.3, torch.randint(16, (200,))  # some outside
+    found = RowPlanes(planes)(x, row)
+    alone = torch.cat([RowPlanes(planes[r : r + 1])(x[None, n], row[:1])
                        for n, r in enumerate(row.tolist())])  # fmt: skip
-    assert found.shape == (200, 5) and torch.allclose(found, alone, atol=1e-5)
+    assert found.shape == (200, 2) and torch.allclose(found, alone, atol=2e-3)
 
 
 def test_a_reading_is_the_mean_of_three_planes_each_with_two_axes() -> None:
     ramp = torch.linspace(-0.9, 0.9, 10)  # texel centres of ten texels in [-1, 1]
     planes = ramp.expand(1, 3, 1, 10, 10)  # along the width: x, x, y
-    x = torch.tensor([[0.3, -0.5, 0.7], [0.0, 0.6, -0.2]])
-    found = read_planes(planes, x, torch.zeros(2, dtype=torch.long))[:, 0]
-    assert torch.allclose(found, (2 * x[:, 0] + x[:, 1]) / 3, atol=1e-6)
-    found = read_planes(planes.transpose(3, 4), x, torch.zeros(2, dtype=torch.long))[:, 0]
+    x, row = torch.tensor([[0.3, -0.5, 0.7], [0.0, 0.6, -0.2]]), torch.zeros(2, dtype=torch.long)
+    assert torch.allclose(RowPlanes(planes)(x, row)[:, 0], (2 * x[:, 0] + x[:, 1]) / 3, atol=1e-6)
+    found = RowPlanes(planes.transpose(3, 4))(x, row)[:, 0]
     assert torch.allclose(found, (x[:, 1] + 2 * x[:, 2]) / 3, atol=1e-6)
 
 
@@ -167,27 +170,27 @@ def clip(speaker_home: Path) -> Footage:
 
 
 @pytest.fixture(scope="module")
-def fresh(clip: Footage) -> Talk3d:
+def fresh(clip: Footage) -> Talk3D:
     return built(clip)
 
 
 @pytest.fixture
-def doubling(clip: Footage, monkeypatch: pytest.MonkeyPatch) -> Talk3d:
+def doubling(clip: Footage, monkeypatch: pytest.MonkeyPatch) -> Talk3D:
     """One that marches half the size of its pictures."""
     monkeypatch.setitem(SIZES, "tiny", replace(SIZES["tiny"], magnification=2))
     return built(clip)
 
 
-def built(clip: Footage) -> Talk3d:
+def built(clip: Footage) -> Talk3D:
     torch.manual_seed(0)
-    made = Talk3d.build("tiny", n_steps=33, n_features=clip.signals.audio.shape[2], px=PX)
+    made = Talk3D.build("tiny", n_steps=33, n_features=clip.signals.audio.shape[2], px=PX)
     box = footage.box_of(clip.signals.camera[clip.train])
     made.calibrate(clip.signals[clip.train], clip.mesh, box)
     return made.eval()
 
 
 @pytest.fixture
-def avatar(fresh: Talk3d) -> Iterator[Talk3d]:
+def avatar(fresh: Talk3D) -> Iterator[Talk3D]:
     """One whose editor and upscaler say something."""
     before = {k: v.clone() for k, v in fresh.state_dict().items()}
     torch.manual_seed(1)
@@ -199,7 +202,7 @@ def avatar(fresh: Talk3d) -> Iterator[Talk3d]:
     fresh.still, fresh.unheard = False, frozenset()
 
 
-def drawn(avatar: Talk3d, rows: Signals) -> tuple[Talk3dField, Rendered, Frame]:
+def drawn(avatar: Talk3D, rows: Signals) -> tuple[Talk3DField, Rendered, Frame]:
     """Whole pictures of the rows, before a black wall."""
     size = PX // avatar.magnification
     rays = march.picture_rays(rows.camera.resized(size), torch.arange(len(rows)), avatar.aabb)
@@ -212,7 +215,7 @@ def drawn(avatar: Talk3d, rows: Signals) -> tuple[Talk3dField, Rendered, Frame]:
         return field, rendered, avatar.compose(rendered, rays, rows, plate)
 
 
-def test_training_starts_from_the_still_identity_bit_for_bit(clip: Footage, fresh: Talk3d) -> None:
+def test_training_starts_from_the_still_identity_bit_for_bit(clip: Footage, fresh: Talk3D) -> None:
     rows = clip.signals[clip.train[:2]]
     fresh.requires_grad_(True)  # so that nothing is skipped for being silent
     _, _, moving = drawn(fresh, rows)
@@ -224,7 +227,7 @@ def test_training_starts_from_the_still_identity_bit_for_bit(clip: Footage, fres
     assert torch.equal(moving.rgb, still.rgb) and torch.equal(moving.alpha, still.alpha)
 
 
-def test_speech_edits_the_planes_and_stillness_forbids_it(clip: Footage, avatar: Talk3d) -> None:
+def test_speech_edits_the_planes_and_stillness_forbids_it(clip: Footage, avatar: Talk3D) -> None:
     row = clip.signals[clip.train[:1]]
     open_mouth = row.landmarks.clone()
     open_mouth[:, 55:60, 1] += 0.1
@@ -236,7 +239,7 @@ def test_speech_edits_the_planes_and_stillness_forbids_it(clip: Footage, avatar:
     assert torch.equal(drawn(avatar, row)[2].rgb, drawn(avatar, spoken)[2].rgb)
 
 
-def test_each_signal_has_its_token(clip: Footage, avatar: Talk3d) -> None:
+def test_each_signal_has_its_token(clip: Footage, avatar: Talk3D) -> None:
     row = clip.signals[clip.train[:1]]
     changed = {
         "speech": row.with_(landmarks=row.landmarks + 0.05 * torch.randn(1, 68, 3)),
@@ -253,7 +256,7 @@ def test_each_signal_has_its_token(clip: Footage, avatar: Talk3d) -> None:
             assert differ.tolist() == [token == name for token in TOKENS], name
 
 
-def test_a_row_is_drawn_alike_whatever_stands_beside_it(clip: Footage, avatar: Talk3d) -> None:
+def test_a_row_is_drawn_alike_whatever_stands_beside_it(clip: Footage, avatar: Talk3D) -> None:
     rows = clip.signals[clip.train[:40:13]]
     together = drawn(avatar, rows)[2].rgb
     for index in range(len(rows)):
@@ -261,7 +264,7 @@ def test_a_row_is_drawn_alike_whatever_stands_beside_it(clip: Footage, avatar: T
         assert torch.allclose(together[index], alone, atol=1e-4)
 
 
-def test_a_corrected_pose_leaves_the_shoulders(clip: Footage, avatar: Talk3d) -> None:
+def test_a_corrected_pose_leaves_the_shoulders(clip: Footage, avatar: Talk3D) -> None:
     rows = clip.signals[clip.train[::40]]
     n = len(rows)
     box = torch.tensor([-2.0, -2, -1, 2, 2, 1])
@@ -277,30 +280,53 @@ def test_a_corrected_pose_leaves_the_shoulders(clip: Footage, avatar: Talk3d) ->
 
 
 def test_pictures_are_finished_at_twice_the_size_that_is_marched(
-    clip: Footage, doubling: Talk3d
+    clip: Footage, doubling: Talk3D
 ) -> None:
+    with torch.no_grad():
+        doubling.decoder[-1].bias[0] = 4.0  # something to hit
     _, rendered, frame = drawn(doubling, clip.signals[clip.train[:2]])
     assert rendered.feature.shape == (2 * (PX // 2) ** 2, doubling.n_features)
     assert frame.rgb.shape == (2, PX, PX, 3) and frame.depth.shape == (2, PX, PX, 1)
-    assert frame.alpha.min() >= 0 and frame.alpha.max() <= 1
-    assert torch.equal(frame.depth[:, ::2, ::2], frame.depth[:, 1::2, 1::2])
+    small = (rendered.depth / rendered.opacity).view(2, PX // 2, PX // 2, 1)
+    assert bool(torch.isfinite(frame.depth).all())
+    for corner in (frame.depth[:, ::2, ::2], frame.depth[:, 1::2, 1::2], frame.depth[:, ::2, 1::2]):
+        assert torch.allclose(corner, small)
 
 
-def test_loose_rays_are_not_upscaled(clip: Footage, avatar: Talk3d) -> None:
-    rows = clip.signals[clip.train[:2]]
+def test_what_is_marched_small_comes_out_whole_in_films_and_in_training(
+    clip: Footage, monkeypatch: pytest.MonkeyPatch, speaker_home: Path, tmp_path: Path
+) -> None:
+    """Through the jobs themselves, at twice the size that is marched."""
+    monkeypatch.setitem(SIZES, "tiny", replace(SIZES["tiny"], magnification=2))
+    shutil.copytree(speaker_home / "speaker", tmp_path / "speaker")
+    quick = [f"train.stages.{stage}.steps=3" for stage in presets.load(["talk3d"]).train.stages]
+    run = finetune(
+        tmp_path, "speaker", SilentProgress(), names=["talk3d", "tiny"],
+        settings=[f"data.size_px={PX}", "march.resolution=16", *quick], device="cpu",
+    )  # fmt: skip
+    show = player.load(run, torch.device("cpu"))
+    ((frame, _),) = show.pictures(clip.signals[clip.train[:1]])
+    assert show.avatar.magnification == 2 and frame.rgb.shape == (1, PX, PX, 3)
+
+
+def test_loose_rays_are_not_upscaled(clip: Footage, avatar: Talk3D) -> None:
+    """They show what was marched, whatever the upscaler says."""
     stage = presets.load(["talk3d", "tiny"]).train.stages["speak"]
     shot = shots.draw(clip, stage, 64, avatar.aabb, torch.Generator().manual_seed(0))
     assert shot.rays is not None and shot.plate is not None
     marcher, _ = march.build(march.MarchOptions(n_steps=16), avatar.aabb, "cpu")
-    with torch.no_grad():
-        rendered = marcher.march(avatar.condition(shot.signals), shot.rays)
-        frame = avatar.compose(rendered, shot.rays, shot.signals, shot.plate)
-    want = rendered.feature[:, :3] + (1 - rendered.opacity) * shot.plate
-    assert torch.equal(frame.rgb, want) and len(rows) == 2
+    marcher.eval()
+    found = []
+    for _ in range(2):
+        with torch.no_grad():
+            rendered = marcher.march(avatar.condition(shot.signals), shot.rays)
+            found.append(avatar.compose(rendered, shot.rays, shot.signals, shot.plate).rgb)
+            torch.nn.init.normal_(avatar.upscaler.last.weight)
+    assert found[0].shape == (len(shot.rays), 3) and torch.equal(*found)
 
 
 def test_whole_pictures_lose_by_what_is_finished_and_what_was_marched(
-    clip: Footage, doubling: Talk3d
+    clip: Footage, doubling: Talk3D
 ) -> None:
     """A picture that is right costs nothing; a wrong mouth is counted by the mouth."""
     stage = presets.load(["talk3d", "tiny"]).train.stages["upscale"]
@@ -329,7 +355,7 @@ def test_whole_pictures_lose_by_what_is_finished_and_what_was_marched(
     assert found["mouth"] > 5 * found["whole"] > 0 and found["raw"] < 1e-9
 
 
-def test_every_part_learns_and_parts_are_all_there_is(clip: Footage, avatar: Talk3d) -> None:
+def test_every_part_learns_and_parts_are_all_there_is(clip: Footage, avatar: Talk3D) -> None:
     stages = presets.load(["talk3d", "tiny"]).train.stages
     named = [id(p) for name in avatar.parts() for p in avatar.part(name)]
     taught = {id(p) for s in stages.values() for name in s.learn for p in avatar.part(name)}
@@ -338,7 +364,7 @@ def test_every_part_learns_and_parts_are_all_there_is(clip: Footage, avatar: Tal
     assert len(named) == len(set(named)) and set(named) == learnable == taught
 
 
-def test_no_points_no_answers(clip: Footage, avatar: Talk3d) -> None:
+def test_no_points_no_answers(clip: Footage, avatar: Talk3D) -> None:
     for rows in (clip.signals[:1], clip.signals[:3]):
         field = avatar.condition(rows)
         nowhere = torch.zeros(0, 3)
@@ -346,18 +372,19 @@ def test_no_points_no_answers(clip: Footage, avatar: Talk3d) -> None:
         assert density.shape == (0,) and channels.shape == (0, field.channels)
 
 
-def test_half_precision_draws_the_same_heads(clip: Footage, avatar: Talk3d) -> None:
+def test_half_precision_draws_the_same_heads(clip: Footage, avatar: Talk3D) -> None:
     rows = clip.signals[clip.train[:2]]
     with torch.autocast("cpu", torch.bfloat16):
         field_half, _, half = drawn(avatar, rows)
     field, _, full = drawn(avatar, rows)
     assert torch.allclose(field._shoulders, field_half._shoulders, atol=1e-5)
-    assert (full.rgb - half.rgb).square().mean() < 1e-3 and not torch.equal(full.rgb, half.rgb)
+    error, variance = (full.rgb - half.rgb).square().mean(), full.rgb.var()
+    assert 0 < error < 0.01 * variance, (error, variance)
 
 
 def test_the_full_size_is_the_paper_s() -> None:
     """Planes 3 x 32 x 256^2, five tokens, split convolutions down to 32^2, pictures times four."""
-    full = Talk3d("full", n_steps=33, n_features=30)
+    full = Talk3D("full", n_steps=33, n_features=30)
     with torch.no_grad():
         assert full.planes().shape == (3, 32, 256, 256)
     assert full.edited == 256 and len(full.editor.down) == 3 and full.magnification == 4

@@ -10,7 +10,7 @@ from talkhead_cli.contracts import MisuseError
 if TYPE_CHECKING:
     from talkhead_cli.avatars.base import Avatar
 
-METHODS = {"landmark": "Landmark", "lokitalk": "LokiTalk", "talk3d": "Talk3d"}
+METHODS = {"landmark": "Landmark", "lokitalk": "LokiTalk", "talk3d": "Talk3D"}
 
 
 def avatar_class(method: str) -> type[Avatar]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -31,12 +32,14 @@ class Avatar(nn.Module):
     and a prior consists of, by the beginnings of its names in the state.
     `past` is how many rows before a row `listen` has to be given for it to hear the row as in
     the whole speech.  Whole pictures are marched `magnification` times smaller than they come out
-    of `compose`.
+    of `compose`.  `maps` are parts of a frame that are worth a look: the names of their channels,
+    none of them negative.
     """
 
     aabb: Tensor
     past = 0
     magnification = 1
+    maps: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     common: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     noise = 1.0

@@ -25,6 +25,7 @@ Where the paper's release is silent or we differ on purpose:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -117,6 +118,7 @@ class Landmark(PersonalAvatar):
     """The avatar of landmarks."""
 
     own = (".styles",)
+    maps = MappingProxyType({"ambient": ("ambient coordinates",)})
 
     def __init__(
         self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,

@@ -25,6 +25,7 @@ Where the paper is silent or we differ on purpose:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Literal
 
 import torch
@@ -75,6 +76,11 @@ SIZES = {
 
 class LokiTalk(PersonalAvatar):
     """LokiTalk's avatar."""
+
+    maps = MappingProxyType({
+        "attention": ("lips attend", "eyes attend", "torso attends"),
+        "shift": ("face moves, face heights", "torso moves, face heights"),
+    })  # fmt: skip
 
     def __init__(
         self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1

@@ -42,14 +42,14 @@ from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
 from talkhead_cli.blocks.plane_unet import PlaneUNet
-from talkhead_cli.blocks.planes import PlanePyramid, gathered, read_planes
+from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes, gathered
 from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.rigid import after, moved, shoulders_in_head, undone
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.upscale import Upscaler
 from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
 
-N_TOKEN = 64
+TOKEN_WIDTH = 64
 TOKENS = ("speech", "eyes", "nothing", "rotation", "place")
 # Noise on the driving signals in training, lest the nets learn the frames by heart.
 LIP_NOISE, POSE_NOISE = 0.25, 0.1  # in standard deviations
@@ -74,10 +74,10 @@ SIZES = {
 }
 
 
-class Talk3d(PersonalAvatar):
+class Talk3D(PersonalAvatar):
     """Talk3D's avatar.
 
-    `unheard`: names of TOKENS that are left out · `still`: draw the identity alone; for comparisons
+    For comparisons: `unheard`, names of TOKENS that are silenced · `still`, the identity alone.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class Talk3d(PersonalAvatar):
         self.planes = PlanePyramid(widths.planes, widths.channels)
         self.decoder = Mlp(widths.channels, widths.decoder, 1 + widths.features, 3)
         self.tokens = nn.ModuleDict({
-            "speech": Mlp(N_CODES, N_TOKEN, N_TOKEN),
-            "eyes": Mlp(2 * 3 + 2 + 2, N_TOKEN, N_TOKEN),
-            "rotation": Mlp(3, N_TOKEN, N_TOKEN),
-            "place": Mlp(3 + 4, N_TOKEN, N_TOKEN),
+            "speech": Mlp(N_CODES, TOKEN_WIDTH, TOKEN_WIDTH),
+            "eyes": Mlp(2 * 3 + 2 + 2, TOKEN_WIDTH, TOKEN_WIDTH),
+            "rotation": Mlp(3, TOKEN_WIDTH, TOKEN_WIDTH),
+            "place": Mlp(3 + 4, TOKEN_WIDTH, TOKEN_WIDTH),
         })  # fmt: skip
-        self.nothing = nn.Parameter(torch.randn(N_TOKEN))
+        self.nothing = nn.Parameter(torch.randn(TOKEN_WIDTH))
         self.editor = PlaneUNet(
-            widths.channels, widths.edited, widths.unet, len(TOKENS), N_TOKEN, split=split
+            widths.channels, widths.edited, widths.unet, len(TOKENS), TOKEN_WIDTH, split=split
         )
         self.upscaler = Upscaler(widths.features + 1, widths.upscaler, widths.magnification)
 
@@ -116,7 +116,7 @@ class Talk3d(PersonalAvatar):
 
     # -- hop 8 to 10 -----------------------------------------------------------------------
 
-    def condition(self, signals: Signals) -> Talk3dField:
+    def condition(self, signals: Signals) -> Talk3DField:
         person = self.person(signals)
         shoulders = after(
             shoulders_in_head(signals.pose, signals.body, person.mouth.pose_mean),
@@ -128,7 +128,7 @@ class Talk3d(PersonalAvatar):
         if not (self.still or self.editor.is_silent):
             seen = F.avg_pool2d(identity, identity.shape[-1] // self.edited)
             change = self.editor(seen, self._told(signals, stance))
-        return Talk3dField(
+        return Talk3DField(
             self,
             identity=identity,
             change=change,
@@ -138,7 +138,7 @@ class Talk3d(PersonalAvatar):
         )
 
     def _told(self, signals: Signals, stance: Tensor) -> Tensor:
-        """The tokens (T, 5, N_TOKEN) of each row."""
+        """The tokens (T, 5, TOKEN_WIDTH) of each row."""
         lips, eye, gaze, brow = (
             self.person(signals).mouth.code(signals), signals.eye, signals.gaze, signals.brow
         )  # fmt: skip
@@ -229,7 +229,7 @@ class Talk3d(PersonalAvatar):
         return super().part(name) + ([self.nothing] if name == "editor" else [])
 
 
-class Talk3dField:
+class Talk3DField:
     """Talk3D's field, closed over the planes of T rows.
 
     identity (3, C, S, S) · change (T, 3, C, s, s) what rows add to it, None for nothing; it may be
@@ -241,12 +241,13 @@ class Talk3dField:
     n_detached = 0
 
     def __init__(
-        self, avatar: Talk3d, *, identity: Tensor, change: Tensor | None, shoulders: Tensor,
+        self, avatar: Talk3D, *, identity: Tensor, change: Tensor | None, shoulders: Tensor,
         light: Tensor, chin: Tensor,
     ) -> None:  # fmt: skip
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(shoulders)
         self.channels = avatar.n_features
-        self._identity, self._change = identity[None], change
+        self._identity = RowPlanes(identity[None])
+        self._change = None if change is None else RowPlanes(change)
         self._shoulders, self._light, self._chin = shoulders, light, chin
         low, high = avatar.aabb[:3], avatar.aabb[3:]
         self._reach = torch.maximum(-low, high) * 1.1
@@ -264,9 +265,9 @@ class Talk3dField:
         torso = ((x[:, 1:2] - self._chin - 0.12) / 0.05).sigmoid()
         x = x + torso * (moved(x, self._shoulders, row) - x)
         at = gathered(x, self._reach)
-        read = read_planes(self._identity, at, row)
+        read = self._identity(at, row)
         if self._change is not None:
-            read = read + read_planes(self._change, at, row)
+            read = read + self._change(at, row)
         decoded = self.avatar.decoder(read)
         density = (decoded[:, 0].float() - 1.5).clamp(max=7.0).exp()
         return density, decoded[:, 1:], torso

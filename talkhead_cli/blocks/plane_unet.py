@@ -1,6 +1,6 @@
 """Three planes and a few tokens -> a change of the planes: Talk3D's audio-guided attention U-Net.
 
-Written from METHODS' facts of Talk3D (Ko et al., arXiv 2403.20153).  Where we differ on purpose:
+After Ko et al., arXiv 2403.20153.  Where we differ on purpose:
 * group norm instead of batch norm, so that a picture does not depend on its neighbours;
 * all of what comes before the tokens knows no row, and is computed once for all of them;
 * tokens also scale and shift what the decoder's norms give (adaptive group norm): so a row picks
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 N_GROUPS = 4  # of channels that are normalised together, per plane
 N_HEADS = 4
+N_OCTAVES = 8  # of the waves that say where a texel lies; finer ones say nothing more
 # What lies along the width and the height of planes xy, xz, yz, and which mean of which other
 # plane runs along it: (plane, axis the mean is taken over), axis -1 the width, -2 the height.
 _ALONG_WIDTH = ((1, -2), (0, -2), (0, -1))
@@ -31,7 +32,7 @@ class SplitConv(nn.Module):
     3D-aware roll-out (Rodin, Wang et al. 2022): to each plane come the means of the other two
     along the axis that it lacks, spread over it.  A map that is constant along an axis is
     convolved by its kernel's sum along that axis, so these are convolutions of a line, spread
-    afterwards: the same functions for a sixth of the work.
+    afterwards: the same functions for a third of the work.
     """
 
     def __init__(self, n_in: int, n_out: int, *, split: bool = True) -> None:
@@ -105,10 +106,10 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
         """x (B, 3, n, width), tokens (B, K, n_token) -> (B, 3, n, width)."""
         ask, key, value = (_heads(t) for t in self.ask(self.norms[0](x)).chunk(3, -1))
-        x = x + self.answer(_joined(F.scaled_dot_product_attention(ask, key, value)))
+        x = x + self.answer(_joined(_attend(ask, key, value)))
         asked = _heads(self.ask_tokens(self.norms[1](x)).flatten(1, 2))
         key, value = (_heads(t) for t in self.tell(tokens).chunk(2, -1))
-        told = _joined(F.scaled_dot_product_attention(asked, key, value))
+        told = _joined(_attend(asked, key, value))
         x = x + self.answer_tokens(told).unflatten(1, (3, -1))
         gate, value = self.think(self.norms[2](x)).chunk(2, -1)
         out: Tensor = x + self.say(F.gelu(gate) * value)
@@ -118,6 +119,12 @@ class _Attention(nn.Module):
 def _heads(x: Tensor) -> Tensor:
     """(..., n, width) -> (..., heads, n, width / heads)."""
     return x.unflatten(-1, (N_HEADS, -1)).transpose(-3, -2)
+
+
+def _attend(ask: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention over (..., heads, n, d); fused kernels take four dimensions."""
+    ask, key, value, shape = *(t.flatten(0, -4) for t in (ask, key, value)), ask.shape
+    return F.scaled_dot_product_attention(ask, key, value).view(shape)
 
 
 def _joined(x: Tensor) -> Tensor:
@@ -195,7 +202,7 @@ class PlaneUNet(nn.Module):
             x = F.avg_pool2d(x.flatten(0, 1), 2).unflatten(0, (1, 3))
         x = self._told(x, tokens)
         for block, skip in zip(self.up, reversed(kept), strict=True):
-            x = block(twice(x) + skip, tokens.flatten(1))
+            x = block(_twice(x) + skip, tokens.flatten(1))
         changed: Tensor = self.last(x)
         return changed
 
@@ -210,7 +217,7 @@ class PlaneUNet(nn.Module):
         return x + added
 
 
-def twice(planes: Tensor) -> Tensor:
+def _twice(planes: Tensor) -> Tensor:
     """Planes (B, 3, C, s, s) at double the size."""
     flat = F.interpolate(planes.flatten(0, 1), scale_factor=2, mode="bilinear")
     return flat.unflatten(0, planes.shape[:2])
@@ -228,7 +235,7 @@ def _positions(size: int, width: int) -> Tensor:
         torch.stack(place, -1).view(-1, 3)
         for place in ((first, second, zero), (first, zero, second), (zero, first, second))
     ])  # fmt: skip
-    n_waves = width // 6
+    n_waves = min(width // 6, N_OCTAVES)
     angle = places[..., None] * (torch.pi / 2 * 2.0 ** torch.arange(n_waves))
     waves = torch.cat([angle.sin(), angle.cos()], -1).flatten(2)
     return F.pad(waves, (0, width - waves.shape[2]))

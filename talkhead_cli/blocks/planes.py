@@ -109,23 +109,29 @@ class PlanePyramid(nn.Module):
         ]).mean()  # fmt: skip
 
 
-def read_planes(planes: Tensor, x: Tensor, row: Tensor) -> Tensor:
-    """Planes (T, 3, C, s, s) of T rows at points x (N, 3) in [-1, 1] of rows (N,): (N, C).
+class RowPlanes:
+    """Planes (T, 3, C, s, s) of T rows, to be read at points of any of them.
 
-    The mean of the three readings (EG3D); outside, the border's value.  Rows' planes lie side by
-    side in one mosaic, so that points need not be sorted.
+    They lie side by side in one mosaic, so that points need not be sorted by row.
     """
-    t, _, c, s, _ = planes.shape
-    at = torch.stack([x[:, list(pair)] for pair in _PAIRS])  # (3, N, 2)
-    if t > 1:
-        edge = 1 - 1 / s  # the outermost texels' centres: nothing of a neighbour is read
-        across = (at[..., 0].clamp(-edge, edge) + 1 + 2 * row) / t - 1
-        at = torch.stack([across, at[..., 1]], -1)
-    mosaic = planes.permute(1, 2, 3, 0, 4).reshape(3, c, s, t * s)
-    found = F.grid_sample(
-        mosaic, at.unsqueeze(2).to(mosaic.dtype), padding_mode="border", align_corners=False
-    )
-    return found[..., 0].mean(0).T
+
+    def __init__(self, planes: Tensor) -> None:
+        self.n_rows, _, c, s, _ = planes.shape
+        # never read in half precision: a texel is a small step in a wide mosaic
+        self._mosaic = planes.float().permute(1, 2, 3, 0, 4).reshape(3, c, s, -1)
+
+    def __call__(self, x: Tensor, row: Tensor) -> Tensor:
+        """x (N, 3) in [-1, 1], row (N,) -> (N, C), the mean of the three planes' readings (EG3D);
+        outside, the border's value."""
+        at = torch.stack([x[:, list(pair)] for pair in _PAIRS])  # (3, N, 2)
+        if self.n_rows > 1:
+            edge = 1 - 1 / self._mosaic.shape[2]  # outermost texels' centres: no neighbour is read
+            across = (at[..., 0].clamp(-edge, edge) + 1 + 2 * row) / self.n_rows - 1
+            at = torch.stack([across, at[..., 1]], -1)
+        found = F.grid_sample(
+            self._mosaic, at.unsqueeze(2), padding_mode="border", align_corners=False
+        )
+        return found[..., 0].mean(0).T
 
 
 def gathered(x: Tensor, reach: Tensor) -> Tensor:

@@ -293,6 +293,9 @@ def evaluate(
         str | None,
         typer.Option(help="Runs or presets to put side by side, comma-separated."),
     ] = None,
+    maps: Annotated[
+        bool, typer.Option("--maps", help="Draw depth and what the method does where (maps.png).")
+    ] = False,
     device: Device = "auto",
     home: Home = None,
     json: Json = False,
@@ -300,18 +303,23 @@ def evaluate(
 ) -> None:
     """Score a run on the end of the clip, which it was not trained on."""
     with speaking(verbose) as report:
+        from talkhead_cli.contracts import MisuseError
         from talkhead_cli.jobs.compare import compare as side_by_side
         from talkhead_cli.jobs.evaluate import evaluate as job
         from talkhead_cli.store import home_folder
 
         if compare is not None:
+            if maps or run is not None:
+                raise MisuseError("--compare goes neither with --run nor with --maps")
             wanted = [word.strip() for word in compare.split(",") if word.strip()]
             figures, paths = side_by_side(home_folder(home), name, wanted, report, device=device)
             if not json:
                 err.print(compared(figures["table"]))
             _say(paths, {"figures": figures}, json)
             return
-        figures, paths = job(home_folder(home), name, report, run_name=run, device=device)
+        figures, paths = job(
+            home_folder(home), name, report, run_name=run, device=device, maps=maps
+        )
         if not json:
             _table(figures)
         _say(paths, {"figures": figures}, json)

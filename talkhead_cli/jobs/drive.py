@@ -46,6 +46,13 @@ class Drive:
         """Whether the camera ever leaves the footage's."""
         return bool(self.yaw_deg or self.pitch_deg or self.orbit)
 
+    def telling(self, n: int, n_frames: int) -> NDArray[np.int64]:
+        """At most n of the film's frames that between them show its poses and its views."""
+        spread = np.linspace(0, n_frames - 1, n)
+        if self.orbit:  # evenly spaced frames may fall on one and the same view: half see a swing
+            spread[::2] = np.linspace(0, min(n_frames, FPS * ORBIT_S) - 1, len(spread[::2]))
+        return np.unique(spread.astype(int))
+
     def camera(self, pose: Array, size_px: int, frames: NDArray[Any]) -> Camera:
         """The footage's camera in frames (n,), carried round the head by yaw, pitch and orbit."""
         seen = head_camera(torch.from_numpy(pose).float(), self.k, size_px)

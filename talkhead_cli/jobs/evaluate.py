@@ -22,6 +22,7 @@ from talkhead_cli import __version__, march, media
 from talkhead_cli.blocks.speech import ridge_by_blocks, ridge_map
 from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
 from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs import maps as sheets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.store import Workspace
@@ -52,8 +53,10 @@ def evaluate(
     *,
     run_name: str | None = None,
     device: str = "auto",
+    maps: bool = False,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Figures of a run on its held-out frames, and the files written into the run."""
+    """Figures of a run on its held-out frames, and the files written into the run; with `maps`
+    also a sheet of the method's auxiliary maps."""
     space = Workspace.open(home, name)
     run, by_default = player.pick_run(space, run_name)
     if by_default:
@@ -78,7 +81,8 @@ def evaluate(
     signals = clip.signals[clip.held]
 
     progress.stage("render held-out", len(held))
-    rendered, heads, seconds, n_points = _film(show, show.listen(signals), progress)
+    heard = show.listen(signals)
+    rendered, heads, seconds, n_points = _film(show, heard, progress)
     seen_truth, seen = _measure(truth, progress), _measure(rendered, progress)
     controls = []
     for index, audio in enumerate(_other_speech(clip, len(held))):
@@ -115,6 +119,8 @@ def evaluate(
     }  # fmt: skip
     made = [run.write_figures(figures)]
     made += _write_films(run.evaluation, truth, rendered, sound, held)
+    if maps:
+        made.append(sheets.draw(show, heard, truth, run.evaluation / "maps.png"))
     return figures, made
 
 

@@ -71,7 +71,7 @@ class Player:
     def _pictures(self, signals: Signals, background: Tensor) -> tuple[Frame, int]:
         """All rows in one march."""
         rows = torch.arange(len(signals), device=self.device)
-        camera = signals.camera.resized(signals.camera.size_px // self.avatar.magnification)
+        camera = signals.camera.smaller(self.avatar.magnification)
         rays = march.picture_rays(camera, rows, self.avatar.aabb)
         # Half precision where it is faster: on the tensor cores of a GPU.
         with torch.autocast(self.device.type, torch.float16, enabled=self.device.type == "cuda"):

@@ -70,7 +70,7 @@ def render(
     with script.written(show, speech, wishes, progress) as film_script:
         n_frames = film_script.n_frames
         if wishes.pose not in ("footage", "still") or film_script.moves.looks_elsewhere:
-            at = np.unique(np.linspace(0, n_frames - 1, player.N_VIEWS).astype(int))
+            at = film_script.moves.telling(player.N_VIEWS, n_frames)
             show.open_views(film_script.signals(at))
         behind = torch.zeros_like(plate) if wishes.alpha else plate
         progress.stage("render", n_frames)

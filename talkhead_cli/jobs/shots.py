@@ -37,7 +37,7 @@ def draw(
             landmarks=torch.where(mouths, footage.said[rows], signals.landmarks)
         )
     if stage.rays == "picture":
-        camera = signals.camera.resized(signals.camera.size_px // magnification)
+        camera = signals.camera.smaller(magnification)
         rays = picture_rays(camera, torch.arange(n_frames), aabb)
         return with_truth(footage, rows, Shot(signals, rays))
     if stage.rays == "patch":

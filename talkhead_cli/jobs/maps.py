@@ -1,0 +1,82 @@
+"""What a method does where: its auxiliary maps and depth beside the pictures, on one sheet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from talkhead_cli.contracts import Signals, TalkheadError
+from talkhead_cli.jobs.player import Player
+
+N_COLUMNS = 6
+MARGIN_PX, CELL_PX = 150, 192  # of the names, of a picture
+
+Pixels = NDArray[np.uint8]
+Array = NDArray[np.floating[Any]]
+
+
+def draw(show: Player, signals: Signals, truth: Pixels, path: Path) -> Path:
+    """A PNG of moments spread over `signals` (T rows that have listened), truth (T, s, s, 3).
+
+    A line each: truth, rendering, depth, and every map that the method's avatar names.
+    """
+    at = np.linspace(0, len(signals) - 1, N_COLUMNS).round().astype(int)
+    frames = [frame for frame, _ in show.pictures(signals[at])]
+    lines = {
+        "truth": [truth[i] for i in at],
+        "rendered": [_bytes(frame.rgb[0].float().cpu().numpy()) for frame in frames],
+        "depth, near is bright": shaded([_part(frame.depth) for frame in frames]),
+    }
+    for part, names in show.avatar.maps.items():
+        for channel, name in enumerate(names):
+            values = [frame.parts[part][0, ..., channel].float().cpu().numpy() for frame in frames]
+            top = max(float(value.max()) for value in values)
+            lines[f"{name}, up to {top:.2g}"] = [heat(value / max(top, 1e-9)) for value in values]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not cv2.imwrite(str(path), sheet(lines)[..., ::-1]):
+        raise TalkheadError(f"{path} cannot be written; is the disk full?")
+    return path
+
+
+def heat(values: Array) -> Pixels:
+    """Values (H, W) from 0 to 1 -> colours (H, W, 3), dark to bright."""
+    grey = (values.clip(0, 1) * 255).round().astype(np.uint8)
+    colours: Pixels = np.asarray(cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO)[..., ::-1], np.uint8)
+    return colours
+
+
+def shaded(depths: list[Array]) -> list[Pixels]:
+    """Depths (H, W), infinite where nothing is -> greys (H, W, 3) on one scale, near is bright."""
+    solid = np.concatenate([depth[np.isfinite(depth)] for depth in depths])
+    low, high = np.quantile(solid, (0.01, 0.99)) if len(solid) else (0.0, 1.0)
+    scale = max(float(high - low), 1e-6)
+    greys = [np.where(np.isfinite(d), 1 - 0.85 * ((d - low) / scale).clip(0, 1), 0) for d in depths]
+    return [_bytes(np.repeat(grey[..., None], 3, 2)) for grey in greys]
+
+
+def sheet(lines: dict[str, list[Pixels]]) -> Pixels:
+    """Named lines of pictures (s, s, 3), each line under the one before, its name at the left."""
+    drawn = []
+    for name, pictures in lines.items():
+        cells = [cv2.resize(p, (CELL_PX,) * 2, interpolation=cv2.INTER_LINEAR) for p in pictures]
+        margin = np.zeros((CELL_PX, MARGIN_PX, 3), np.uint8)
+        for index, words in enumerate(name.split(", ")):
+            cv2.putText(
+                margin, words, (6, CELL_PX // 2 + 18 * index), cv2.FONT_HERSHEY_SIMPLEX, 0.42,
+                (255, 255, 255), 1, cv2.LINE_AA,
+            )  # fmt: skip
+        drawn.append(np.concatenate([margin, *cells], 1))
+    return np.concatenate(drawn, 0)
+
+
+def _part(values: Any) -> Array:
+    found: Array = values[0, ..., 0].float().cpu().numpy()
+    return found
+
+
+def _bytes(picture: Array) -> Pixels:
+    return (picture.clip(0, 1) * 255).round().astype(np.uint8)
