@@ -42,7 +42,7 @@ from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
 from talkhead_cli.blocks.planes import TriPlanes, frequencies, gathered
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import EYES, LIPS, region_masks
-from talkhead_cli.blocks.rigid import after, moved, shoulders_in_head, undone
+from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
 
@@ -119,12 +119,7 @@ class LokiTalk(PersonalAvatar):
 
     def condition(self, signals: Signals) -> LokiField:
         person = self.person(signals)
-        # The shoulders were measured in the picture: they are where they are, whatever is put
-        # right of the head's pose.
-        shoulders = after(
-            shoulders_in_head(signals.pose, signals.body, person.mouth.pose_mean),
-            undone(self.correction(signals)),
-        )
+        shoulders = self.shoulders(signals)
         pose, lips = person.stance(signals), person.mouth.code(signals)
         if self.training:
             signals = _disturbed(signals, self.noise)

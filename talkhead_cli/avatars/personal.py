@@ -18,7 +18,7 @@ from talkhead_cli.blocks.mouth import (
     principal_shapes,
 )
 from talkhead_cli.blocks.regions import Relief
-from talkhead_cli.blocks.rigid import PoseCorrection, moved
+from talkhead_cli.blocks.rigid import PoseCorrection, after, moved, shoulders_in_head, undone
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks
 from talkhead_cli.contracts import RayBundle, Signals
 
@@ -164,6 +164,17 @@ class PersonalAvatar(Avatar):
         face = [4 * (signals.eye - 1), 4 * signals.gaze, 10 * signals.brow]
         pose = self.person(signals).mouth.pose(signals)
         return self.pose_correction(torch.cat([pose, *face], 1))
+
+    def shoulders(self, signals: Signals) -> Tensor:
+        """Motions (T, 3, 4) of head space that carry points of the shoulders from where rows show
+        them to where they rest.
+
+        They were measured in the picture: they are where they are, whatever is put right of the
+        head's pose.
+        """
+        rest = self.person(signals).mouth.pose_mean
+        carried = shoulders_in_head(signals.pose, signals.body, rest)
+        return after(carried, undone(self.correction(signals)))
 
     # -- parts -----------------------------------------------------------------------------
 

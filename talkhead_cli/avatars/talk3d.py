@@ -44,7 +44,7 @@ from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
 from talkhead_cli.blocks.plane_unet import PlaneUNet
 from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes, gathered
 from talkhead_cli.blocks.regions import region_masks
-from talkhead_cli.blocks.rigid import after, moved, shoulders_in_head, undone
+from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.upscale import Upscaler
 from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
@@ -118,10 +118,6 @@ class Talk3D(PersonalAvatar):
 
     def condition(self, signals: Signals) -> Talk3DField:
         person = self.person(signals)
-        shoulders = after(
-            shoulders_in_head(signals.pose, signals.body, person.mouth.pose_mean),
-            undone(self.correction(signals)),
-        )
         stance = person.stance(signals)
         identity = self.planes()
         change = None
@@ -132,7 +128,7 @@ class Talk3D(PersonalAvatar):
             self,
             identity=identity,
             change=change,
-            shoulders=shoulders,
+            shoulders=self.shoulders(signals),
             light=self.shading(stance[:, :6].clamp(-MAX_POSE, MAX_POSE)),
             chin=person.mouth.neutral[8, 1],
         )
