@@ -27,6 +27,7 @@ FPS = 25
 SAMPLE_RATE_HZ = 16_000
 SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FPS
 N_LANDMARKS = 68
+RELIEF_SIDE = 1.1  # face heights
 LABELS = ("face", "mouth", "hair", "neck", "torso", "background")
 
 Item = TypeVar("Item")
@@ -246,13 +247,39 @@ class Frame:
 
 
 @dataclass(frozen=True)
+class Portrait:
+    """P pictures of one person, for avatars that are made from pictures; the first is the main one.
+
+    pictures (P, H, W, 3) · labels (P, 6, h, w) soft, in the order of LABELS · signals P rows: how
+    each picture's face stands and what it does · relief (n, n, 2) depth z of the rigid face and
+    the trust in it over x, y in [-RELIEF_SIDE, RELIEF_SIDE] of head space
+    """
+
+    pictures: Tensor
+    labels: Tensor
+    signals: Signals
+    relief: Tensor
+
+    def __len__(self) -> int:
+        return int(self.pictures.shape[0])
+
+    def to(self, device: Any) -> Portrait:
+        return Portrait(
+            self.pictures.to(device), self.labels.to(device), self.signals.to(device),
+            self.relief.to(device),
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class Shot:
     """One person's share of a training step.
 
     signals  T rows · rays None for a stage that hears only speech
-    target   (R, 3) true colours · labels (R, 6) soft labels in the order of LABELS · plate (R, 3)
+    target   (R, 3) true colours; without rays the rows' pictures (T, H, W, 3), for a stage that is
+             shown them · labels (R, 6) soft labels in the order of LABELS · plate (R, 3)
              what is behind: of every ray, or of every pixel of the finished pictures where the
              rays are whole pictures, which may be smaller
+    portrait other pictures of the person, for avatars that are made from pictures
     """
 
     signals: Signals
@@ -260,6 +287,7 @@ class Shot:
     target: Tensor | None = None
     labels: Tensor | None = None
     plate: Tensor | None = None
+    portrait: Portrait | None = None
 
 
 @runtime_checkable
@@ -293,6 +321,9 @@ class RayMarcher(Protocol):
 
     def refresh(self, field: Field, step: int) -> None:
         """Learn which cells of space the field fills."""
+
+    def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+        """Learn from nothing where a field is that nobody trained on; fields of one row."""
 
     def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Learn of poses and views that training did not show, each a field of one row."""

@@ -144,6 +144,30 @@ def test_still_pose_is_the_constant_median(footage: dict[str, NDArray[Any]]) -> 
     np.testing.assert_allclose(poses[0], np.median(footage["pose"][12:], axis=0))
 
 
+def test_a_head_sways_a_little_begins_at_rest_and_follows_the_seed(
+    footage: dict[str, NDArray[Any]],
+) -> None:
+    n = 25 * 120
+    made = [drive.make(footage, n, pose="auto", seed=s).pose(np.arange(n)) for s in (1, 1, 2)]
+    (pose, body), (again, _), (other, _) = made
+    assert np.array_equal(pose, again) and not np.allclose(pose, other)
+    rest = drive.make(footage, n, pose="still").pose(np.arange(1))[0][0]
+    assert np.allclose(pose[0, 3:], rest[3:]) and np.ptp(body, axis=0).max() == 0
+    turn = (Rotation.from_rotvec(pose[:, :3]) * Rotation.from_rotvec(rest[:3]).inv()).as_rotvec()
+    assert np.abs(turn[0]).max() < 1e-6 and 1.0 < np.degrees(np.abs(turn).max()) < 15
+    assert np.degrees(np.abs(np.diff(turn, axis=0)).max()) < 1.2, "no faster than heads turn"
+    part = drive.make(footage, n, pose="auto", seed=1).pose(np.arange(700, 720))[0]
+    assert np.allclose(part, pose[700:720])
+
+
+def test_a_picture_which_has_no_motion_sways_and_blinks(footage: dict[str, NDArray[Any]]) -> None:
+    alone = {k: v[:1] if k != "k" else v for k, v in footage.items() if k != "usable"}
+    alone["usable"] = np.array([True])
+    made = drive.make(alone, 400)
+    assert np.ptp(made.pose(np.arange(400))[0], axis=0)[:3].min() > 0.01
+    assert made.eyes(np.arange(400))[0].min() < 0.3 * alone["eye"].max()
+
+
 def test_eyes_are_footage_awake_or_blinking(footage: dict[str, NDArray[Any]]) -> None:
     frames = np.arange(250)
     awake = np.median(footage["eye"][12:], axis=0)

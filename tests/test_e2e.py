@@ -23,7 +23,7 @@ from talkhead_cli.jobs import render as render_job
 SMALL = ["data.size_px=64", "march.resolution=32", "march.n_steps=32"]
 STEPS = {
     "speech": 150, "speech_all": 20, "shape": 150, "detail": 150, "torso": 40, "still": 100,
-    "speak": 150, "upscale": 30,
+    "speak": 150, "upscale": 30, "pairs": 120, "finish": 20, "refine": 10,
 }  # fmt: skip
 
 
@@ -52,10 +52,25 @@ def home(speaker_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A home with the speaker trained by every method."""
     folder = tmp_path_factory.mktemp("e2e") / "home"
     shutil.copytree(speaker_home, folder)
+    shutil.copytree(folder / "speaker", folder / "twin")
     for method in METHODS:
         ok("finetune", "--id", "speaker", "-p", method, "-p", "tiny", *quick(method),
-           "--home", folder)  # fmt: skip
+           *prior_of(method, folder), "--home", folder)  # fmt: skip
     return folder
+
+
+def prior_of(method: str, home: Path) -> list[str]:
+    """For a method that draws whom it never met: a prior of two people, and the option for it."""
+    if not avatar_class(method).needs_portrait:
+        return []
+    settings = [*SMALL, "pretrain.stages.pairs.n_points=8000"]
+    stages = presets.load([method, "tiny"]).pretrain
+    assert stages is not None
+    for name in stages.stages:
+        settings.append(f"pretrain.stages.{name}.steps={STEPS.get(name, 5)}")
+    ok("pretrain", "--ids", "speaker,twin", "-p", method, "-p", "tiny", "-o", "strangers",
+       *(word for setting in settings for word in ("-s", setting)), "--home", home)  # fmt: skip
+    return ["--prior", "strangers", "--run", f"{method}+tiny"]
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +309,81 @@ def test_whole_clip_training_refuses_to_be_scored(speaker_home: Path, tmp_path: 
     )  # fmt: skip
     result = talkhead("evaluate", "--id", "speaker", "--home", folder)
     assert result.exit_code == 1 and "data.holdout" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def face(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One picture of the speaker, as a file."""
+    path = tmp_path_factory.mktemp("face") / "my face.png"
+    frame = next(iter(media.frames(home / "speaker" / "video.mp4")))
+    cv2.imwrite(str(path), frame[..., ::-1])
+    return path
+
+
+def test_one_picture_speaks(home: Path, face: Path, speech: Path, tmp_path: Path) -> None:
+    out, before = tmp_path / "face.mp4", sorted(home.iterdir())
+    made = ok("render", "--image", face, "--audio", speech, "-o", out, "--depth", "--home", home)
+    assert made[0] == out and media.frame_count(out) == 50 and media.probe(out).has_audio
+    assert sorted(home.iterdir()) == before, "nobody stays behind"
+    record = json.loads(out.with_name("face.mp4.json").read_text())
+    assert record["synthetic"] is True
+    assert record["talkhead_avatar"] == "my-face/s3d+from-strangers"
+    assert record["run_meta"]["source"]["name"] == "my face.png"
+    frames = frames_of(out).astype(int)
+    true = cv2.resize(cv2.imread(str(face))[..., ::-1], (64, 64), interpolation=cv2.INTER_AREA)
+    assert np.abs(frames[0] - true).mean() < 25, "it is the picture's person"
+    assert np.abs(frames[0] - frames[40]).max() > 20, "who moves"
+    assert np.abs(np.diff(frames[:, :4, :4], axis=0)).max() <= 6, (
+        "before a background that does not"
+    )
+    again = tmp_path / "again.mp4"
+    ok("render", "-p", "s3d", "--prior", "strangers", "--image", face, "--audio", speech, "-o",
+       again, "--pose", "still", "--blink", "none", "--home", home)  # fmt: skip
+    calm = frames_of(again).astype(int)
+    assert np.abs(np.diff(calm, axis=0)).mean() < np.abs(np.diff(frames, axis=0)).mean()
+
+
+def test_a_picture_is_refused_in_one_sentence(
+    home: Path, face: Path, speech: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "never.mp4"
+    empty = tmp_path / "empty"
+    for words, code, why in (
+        (["--image", face, "--id", "speaker"], 2, "one of them"),
+        ([], 2, "one of them"),
+        (["--image", tmp_path / "no.png"], 1, "there is no picture"),
+        (["--image", speech], 1, "JPEG or PNG"),
+        (["--image", face, "--run", "s3d+tiny"], 2, "--prior"),
+        (["--image", face, "-p", "lokitalk"], 2, "learns a person from footage"),
+        (["--image", face, "--prior", "nobody"], 1, "no finished prior"),
+        (["--image", face, "--home", empty], 1, "talkhead pretrain -p s3d"),
+    ):
+        result = talkhead("render", "--home", home, *words, "--audio", speech, "-o", out)
+        assert result.exit_code == code, (words, result.stderr)
+        assert why in " ".join(result.stderr.split()) and "Traceback" not in result.stderr
+        assert not list(tmp_path.glob("never*"))
+
+
+def test_an_expert_is_trained_and_heard(home: Path) -> None:
+    ok("pretrain", "--expert", "-p", "tiny", "--ids", "speaker,twin", "-o", "ear", "--home", home,
+       "-s", "pretrain.stages.sync.steps=40", "-s", "data.size_px=128")  # fmt: skip
+    result = talkhead("evaluate", "--id", "speaker", "--run", "lokitalk+tiny", "--home", home,
+                      "--json")  # fmt: skip
+    assert result.exit_code == 0, result.stderr
+    sync = json.loads(result.stdout)["figures"]["sync"]
+    assert sync["expert"] == "ear" and sync["knew_person"] is True
+    assert sync["truth"]["pairs_found"] > 0.55
+    refused = talkhead("finetune", "--id", "speaker", "-p", "expert", "--home", home)
+    assert refused.exit_code == 2 and "draws nobody" in refused.stderr
+
+
+def test_refining_bends_a_picture_s_person(home: Path) -> None:
+    words = ["finetune", "--id", "twin", "-p", "s3d", "-p", "tiny", "--home", home, "--run", "bent",
+             *(w for s in SMALL for w in ("-s", s))]  # fmt: skip
+    assert talkhead(*words[:3], "-p", "lokitalk", "--refine", "3", "--home", home).exit_code == 2
+    run = ok(*words, "--refine", "5")[0]
+    meta = json.loads((run / "meta.json").read_text())
+    assert meta["steps"] == 5 and meta["prior"]["knew_person"] is True
 
 
 def test_a_full_disk_is_said_and_nothing_is_half_written(

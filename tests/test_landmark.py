@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from talkhead_cli import march
-from talkhead_cli.avatars.landmark import UPPER, Face, Landmark, _carried
+from talkhead_cli.avatars.landmark import UPPER, Face, Landmark
 from talkhead_cli.blocks.gaussians import WAVES, GaussianCode, _Waves
+from talkhead_cli.blocks.rigid import shoulders_in_picture
 from talkhead_cli.blocks.speech import SpeechTransformer
 from talkhead_cli.blocks.style_unet import ModulatedConv, StyleUNet, haar, unhaar
 from talkhead_cli.contracts import Camera, Signals, SilentProgress
@@ -308,9 +309,9 @@ def test_shoulders_that_moved_find_their_canvas(clip: Footage, face: Face) -> No
         return 2 * place[:2] / place[2] - 1
 
     moved = seen(at + torch.cat([body[0, :2], torch.zeros(1)]))
-    carry = _carried(row.with_(body=body), face)[0]
+    carry = shoulders_in_picture(body, row.camera, face.mouth.pose_mean)[0]
     assert torch.allclose(carry @ torch.cat([moved, torch.ones(1)]), seen(at), atol=1e-5)
-    still = _carried(row.with_(body=torch.zeros(1, 4)), face)[0]
+    still = shoulders_in_picture(torch.zeros(1, 4), row.camera, face.mouth.pose_mean)[0]
     assert torch.allclose(still, torch.tensor([[1.0, 0, 0], [0, 1, 0]]), atol=1e-6)
 
 

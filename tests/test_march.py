@@ -641,3 +641,24 @@ def test_nerfacc_equals_packed(training: bool) -> None:
             assert_same(m.march(field, on_gpu), found[-1], 2e-3)
     assert_same(found[0], found[1], 2e-3)
     torch.testing.assert_close(slopes[0], slopes[1], rtol=2e-2, atol=1e-2)
+
+
+def test_a_field_that_nobody_trained_on_is_discovered() -> None:
+    """From views alone: the ball's skin is open, its flesh and the air are shut."""
+
+    def ball(x: Tensor, row: Tensor) -> Tensor:
+        return 80 * ((0.7 - length(x)) / 0.02).sigmoid()
+
+    field, rays = Solid(ball), picture(48, 0.1)
+    lattice = packed()
+    lattice.occupancy.seen.fill_(1.0)  # whatever was known before counts for nothing
+    marcher = GuidedMarcher(lattice, 6, 256).eval()
+    marcher.discover([(field, picture(32, yaw)) for yaw in (-0.2, 0.0, 0.2)])
+    true = DenseMarcher(BOX, 512).eval().march(field, rays)
+    found = marcher.march(field, rays)
+    assert float((found.opacity - true.opacity).abs().mean()) < 0.01
+    grid = marcher.occupancy
+    places = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, -0.69], [0.9, 0.9, -0.9]])
+    assert grid.contains(places).tolist() == [False, True, False]
+    assert bool(grid.watched) and not marcher.lattice.watching
+    assert found.n_points <= 48 * 48 * 6

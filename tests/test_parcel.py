@@ -56,6 +56,15 @@ def test_an_avatar_arrives_as_it_left_without_the_footage(
     assert not names & {"video.mp4", "optim.pt"} and not list(there.root.glob(".part-*"))
 
 
+def test_a_portrait_travels_along(space: Workspace, tmp_path: Path) -> None:
+    run = Run(space.runs / "lokitalk+tiny")
+    run.save_portrait({"pictures": np.zeros((1, 4, 4, 3), np.uint8)})
+    file = pack(space, run, tmp_path / "made of a picture.talkhead")
+    _, there = unpack(file, tmp_path / "there")
+    arrays = there.portrait()
+    assert arrays is not None and arrays["pictures"].shape == (1, 4, 4, 3)
+
+
 def test_an_avatar_may_take_another_name(parcel: Path, tmp_path: Path) -> None:
     there, _ = unpack(parcel, tmp_path / "there", "eve")
     assert there.id == "eve" and there.manifest()["id"] == "eve"

@@ -22,7 +22,9 @@ def test_the_folder_beside_the_package_is_the_one_that_is_read() -> None:
 def test_a_shipped_preset_loads_alone_or_over_lokitalk(name: str) -> None:
     alone = "method" in preset.read_layer(name)
     loaded = preset.load([name] if alone else ["lokitalk", name])
-    assert loaded.train.stages and all(stage.learn for stage in loaded.train.stages.values())
+    assert loaded.pretrain is not None
+    stages = [*loaded.train.stages.values(), *loaded.pretrain.stages.values()]
+    assert stages and all(stage.learn for stage in stages)
 
 
 def test_an_overlay_alone_lacks_a_method() -> None:

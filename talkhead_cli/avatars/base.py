@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.contracts import Field, Frame, RayBundle, Rendered, Shot, Signals
+from talkhead_cli.contracts import Field, Frame, Portrait, RayBundle, Rendered, Shot, Signals
 
 
 @dataclass(frozen=True)
@@ -24,12 +24,31 @@ class StepResult:
     frame: Frame | None = None
 
 
+class Speaker(Protocol):
+    """Somebody who can be drawn: the calls that jobs make once they know whom."""
+
+    aabb: Tensor
+    past: int
+    magnification: int
+    maps: Mapping[str, tuple[str, ...]]
+
+    @property
+    def neutral(self) -> Tensor | None: ...
+    def listen(self, signals: Signals) -> Signals: ...
+    def aim(self, signals: Signals, rays: RayBundle) -> RayBundle: ...
+    def condition(self, signals: Signals) -> Field: ...
+    def compose(
+        self, rendered: Rendered, rays: RayBundle, signals: Signals, plate: Tensor
+    ) -> Frame: ...
+
+
 class Avatar(nn.Module):
     """Base of the methods. An avatar knows neither how it is marched, nor saved, nor filmed.
 
     `aabb` (6,) is the box of head space that holds the person.  In training, methods put noise
     on the driving signals; `noise` is the stage's share of it.  `common` names what people share
     and a prior consists of, by the beginnings of its names in the state.
+    One that `needs_portrait` learns to draw people whom it never met (`enroll`), within `box`.
     `past` is how many rows before a row `listen` has to be given for it to hear the row as in
     the whole speech.  Whole pictures are marched `magnification` times smaller than they come out
     of `compose`.  `maps` are parts of a frame that are worth a look: the names of their channels,
@@ -43,6 +62,8 @@ class Avatar(nn.Module):
     common: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     noise = 1.0
+    needs_portrait = False
+    box: tuple[float, ...] | None = None
     hears_speech = True  # whether the method can be driven by sound alone
 
     def __init__(self) -> None:
@@ -90,6 +111,12 @@ class Avatar(nn.Module):
         mesh (n, 3) the rigid face in head space · aabb (6,) the box that holds the person
         """
         raise NotImplementedError
+
+    def enroll(self, portrait: Portrait | None) -> Speaker:
+        """The avatar as the person of the pictures, in one forward pass through which gradients
+        go; who learnt one person's footage is that person already."""
+        assert portrait is None
+        return self
 
     def settle(self, kept: Signals) -> None:
         """After a stage that kept rows from training (`inner_split`): measure on those rows."""

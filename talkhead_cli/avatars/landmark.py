@@ -42,7 +42,7 @@ from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES
 from talkhead_cli.blocks.planes import Planes2d, TriPlanes, gathered
 from talkhead_cli.blocks.regions import region_masks
-from talkhead_cli.blocks.rigid import moved
+from talkhead_cli.blocks.rigid import moved, shoulders_in_picture
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_map
 from talkhead_cli.blocks.style_unet import StyleUNet
 from talkhead_cli.contracts import N_LANDMARKS, Frame, RayBundle, Rendered, Signals
@@ -194,7 +194,7 @@ class Landmark(PersonalAvatar):
         if self.training:
             stance = stance + self.noise * STANCE_NOISE * torch.randn_like(stance)
         stance = stance.clamp(-MAX_POSE, MAX_POSE)
-        carry = _carried(signals, person)
+        carry = shoulders_in_picture(signals.body, signals.camera, person.mouth.pose_mean)
         whole: Tensor = self.torso(head.permute(0, 3, 1, 2).float(), stance, carry)
         return whole.permute(0, 2, 3, 1)
 
@@ -272,24 +272,3 @@ class LandmarkField:
         hidden = avatar.density_net(torch.cat([features, avatar.ambient(ambient)], 1))
         density = (hidden[:, 0] - 1.5).clamp(max=7.0).exp()
         return density, hidden[:, 1:], ambient
-
-
-def _carried(signals: Signals, person: Person) -> Tensor:
-    """Affine maps (T, 2, 3) from the picture's places in [-1, 1] to where the shoulders rest.
-
-    A point at the shoulders' depth that moved by `body` is taken back: roll and scale about the
-    place half a face height under the chin, then the shift.
-    """
-    body, camera = signals.body, signals.camera
-    # the torso stands about where the head does on average
-    depth = person.mouth.pose_mean[5]
-    focal = 2 * camera.k[:, 0, 0] / camera.size_px / depth  # [-1, 1] per face height
-    pivot_at = person.mouth.pose_mean[3:5] + person.mouth.pose_mean.new_tensor([0.0, 1.1])
-    centre = 2 * camera.k[:, :2, 2] / camera.size_px - 1
-    pivot = centre + focal[:, None] * pivot_at
-    shift = focal[:, None] * body[:, :2]
-    size, roll = (-body[:, 3]).exp(), -body[:, 2]
-    turn = torch.stack([roll.cos(), -roll.sin(), roll.sin(), roll.cos()], 1).view(-1, 2, 2)
-    linear = size[:, None, None] * turn
-    offset = pivot - (linear @ (pivot + shift)[..., None])[..., 0]
-    return torch.cat([linear, offset[..., None]], 2)

@@ -87,6 +87,26 @@ class Mouth(nn.Module):
         self.lean.copy_(lean)
 
     @torch.no_grad()
+    def presume(
+        self, seen: Tensor, basis: Tensor, scale: Tensor, rest: Tensor, gain: Tensor
+    ) -> None:
+        """A mouth of which one picture shows the landmarks `seen` (68, 3).
+
+        scale (K,), rest () the opening on average, gain (): as people have them.  Whether the
+        mouth stands open in the picture can be seen, and is undone by the least change of its
+        code; whether it smiles, or is of that shape, cannot.
+        """
+        self.basis.copy_(basis)
+        self.scale.copy_(scale)
+        self.gain.copy_(gain)
+        self.pose_scale.fill_(1.0)
+        self.neutral.copy_(seen)
+        nothing = torch.zeros(1, N_CODES).to(seen)
+        slope = self.opening(torch.eye(N_CODES).to(seen)) - self.opening(nothing)
+        code = slope * (rest - self.opening(nothing)) / slope.square().sum().clamp_min(1e-9)
+        self.neutral.copy_(self.landmarks(code[None])[0])
+
+    @torch.no_grad()
     def settle(self, kept: Signals, said: Tensor) -> None:
         """Set the gain of heard mouths, on rows that the encoder was not trained on.
 

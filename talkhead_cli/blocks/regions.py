@@ -11,6 +11,7 @@ from talkhead_cli.contracts import RayBundle, Rendered, Signals
 LIPS = slice(48, 68)
 EYES = (slice(36, 42), slice(42, 48))
 RELIEF = 128  # side of the face's depth map
+FALL_OFF = 0.18  # face heights over which a head falls back behind the face
 RELIEF_HINT = 0.1  # trust in its depth beside the face
 
 
@@ -71,6 +72,32 @@ def relief_of(mesh: Tensor, side: float) -> Tensor:
     inside = (1 - (torch.cdist(at, flat).amin(1) - 0.03).clamp_min(0) / 0.05).clamp_min(0)
     trust = RELIEF_HINT + (1 - RELIEF_HINT) * inside
     return torch.stack([inside * depth, trust], -1).view(RELIEF, RELIEF, 2).float()
+
+
+def head_relief(mesh: Tensor, side: float) -> Tensor:
+    """As `relief_of`, but the face goes on into the head without a step: round the mesh, depth
+    falls off smoothly to the plane between the ears."""
+    relief = relief_of(mesh, side)
+    line = torch.linspace(-side, side, RELIEF)
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    away = torch.cdist(torch.stack([x, y], -1).view(-1, 2), mesh[:, :2].float()).amin(1)
+    near = (-((away - 0.03).clamp_min(0) / FALL_OFF).square()).exp().view(1, 1, RELIEF, RELIEF)
+    # what the mesh says, carried outwards by ever wider means
+    inside = ((relief[..., 1] - RELIEF_HINT) / (1 - RELIEF_HINT)).clamp(0, 1)[None, None]
+    known = (inside > 0.999).float()
+    depth, weight = relief[None, None, ..., 0] * known, known
+    smooth = depth
+    for width in (3, 7, 15, 31):
+        pooled, share = (F.avg_pool2d(t, width, 1, width // 2) for t in (depth * weight, weight))
+        found = share > 1e-6
+        fresh = found & (weight == 0)
+        smooth = torch.where(fresh, pooled / share.clamp_min(1e-6), depth)
+        depth, weight = smooth, torch.maximum(weight, fresh.float())
+    near, smooth = (F.avg_pool2d(t, 7, 1, 3, count_include_pad=False) for t in (near, smooth))
+    depth = torch.where(known > 0, depth, near * smooth)
+    soft = F.avg_pool2d(depth, 5, 1, 2, count_include_pad=False)
+    rim = 1 - F.avg_pool2d(known, 5, 1, 2, count_include_pad=False)
+    return torch.stack([torch.lerp(depth, soft, rim)[0, 0], relief[..., 1]], -1)
 
 
 def relief_gap(relief: Tensor, side: float | Tensor, point: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkhead_cli.blocks.precision import exact
+from talkhead_cli.contracts import Camera
 
 TWIST = 0.02  # radians and face heights; the scale on which corrections are learnt
 
@@ -89,3 +90,24 @@ def shoulders_in_head(pose: Tensor, body: Tensor, rest: Tensor) -> Tensor:
     at_rest = (roll.transpose(1, 2) @ offset[..., None])[..., 0] + pivot - home
     back = home_turn.T
     return torch.cat([back @ still, (at_rest @ back.T)[..., None]], 2)
+
+
+def shoulders_in_picture(body: Tensor, camera: Camera, rest: Tensor) -> Tensor:
+    """Carry the picture's places, in [-1, 1], from where rows show shoulders to where they rest.
+
+    body (T, 4), rest (6,) the pose of the head that they rest with -> affine maps (T, 2, 3).
+    A point at the shoulders' depth that moved by `body` is taken back: roll and scale about the
+    place half a face height under the chin, then the shift.
+    """
+    # the torso stands about where the head does on average
+    depth = rest[5]
+    focal = 2 * camera.k[:, 0, 0] / camera.size_px / depth  # [-1, 1] per face height
+    pivot_at = rest[3:5] + rest.new_tensor([0.0, 1.1])
+    centre = 2 * camera.k[:, :2, 2] / camera.size_px - 1
+    pivot = centre + focal[:, None] * pivot_at
+    shift = focal[:, None] * body[:, :2]
+    size, roll = (-body[:, 3]).exp(), -body[:, 2]
+    turn = torch.stack([roll.cos(), -roll.sin(), roll.sin(), roll.cos()], 1).view(-1, 2, 2)
+    linear = size[:, None, None] * turn
+    offset = pivot - (linear @ (pivot + shift)[..., None])[..., 0]
+    return torch.cat([linear, offset[..., None]], 2)

@@ -42,3 +42,34 @@ class Upscaler(nn.Module):
             x = F.leaky_relu(conv(x), 0.2)
         finished: Tensor = picture + self.last(x)
         return finished
+
+
+class Retoucher(nn.Module):
+    """A draft of a picture and what it was made of, at its full size -> what is to be changed.
+
+    An hourglass of two levels.  Its own word is zero at first.
+    """
+
+    def __init__(self, n_in: int, width: int, n_out: int) -> None:
+        super().__init__()
+        self.first = _conv(n_in, width)
+        self.deep = nn.ModuleList([_conv(width, 2 * width), _conv(2 * width, 2 * width)])
+        self.back = _conv(3 * width, width)
+        self.last = nn.Conv2d(width, n_out, 1)
+        nn.init.zeros_(self.last.weight)
+        assert self.last.bias is not None
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, draft: Tensor) -> Tensor:
+        """(B, n_in, H, W), sides even -> (B, n_out, H, W)."""
+        wide = F.leaky_relu(self.first(draft), 0.2)
+        x = F.avg_pool2d(wide, 2)
+        for conv in self.deep:
+            x = F.leaky_relu(conv(x), 0.2)
+        x = torch.cat([wide, F.interpolate(x, scale_factor=2, mode="bilinear")], 1)
+        said: Tensor = self.last(F.leaky_relu(self.back(x), 0.2))
+        return said
+
+
+def _conv(n_in: int, n_out: int) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, 3, padding=1, padding_mode="replicate")

@@ -129,7 +129,11 @@ def finetune(
     ] = None,
     prior: Annotated[
         str | None,
-        typer.Option(help="Prior to begin from (pretrain).  [default: none]"),
+        typer.Option(help="Prior to begin from (pretrain).  [default: none; s3d: the newest]"),
+    ] = None,
+    refine: Annotated[
+        int | None,
+        typer.Option(help="For s3d: steps that bend what the prior knows to the person."),
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Replace the run of that name.")] = False,
     device: Device = "auto",
@@ -141,12 +145,13 @@ def finetune(
     """Train one person's avatar.  An interrupted run goes on where it was saved last."""
     with speaking(verbose) as report:
         from talkhead_cli.jobs.finetune import finetune as job
+        from talkhead_cli.jobs.finetune import refined
         from talkhead_cli.store import home_folder
 
         made = job(
             home_folder(home), name, report, names=preset or ["lokitalk"],
-            settings=setting or [], run_name=run, prior=prior, device=device, seed=seed,
-            fresh=fresh,
+            settings=[*(setting or []), *refined(preset or [], refine)], run_name=run,
+            prior=prior, device=device, seed=seed, fresh=fresh,
         )  # fmt: skip
         _say([made.root], {"meta": made.meta()}, json)
 
@@ -161,6 +166,9 @@ def pretrain(
     ] = None,
     out: Annotated[str, typer.Option("-o", "--out", help="Name of the prior.")] = "prior",
     preset: Presets = None,
+    expert: Annotated[
+        bool, typer.Option("--expert", help="Learn whether lips go with a sound, for evaluate.")
+    ] = False,
     setting: Settings = None,
     fresh: Annotated[bool, typer.Option(help="Replace the prior of that name.")] = False,
     device: Device = "auto",
@@ -176,8 +184,8 @@ def pretrain(
 
         made = job(
             home_folder(home), _named(ids, ids_from, home_folder(home)), out, report,
-            preset_names=preset or ["lokitalk"], settings=setting or [], device=device, seed=seed,
-            fresh=fresh,
+            preset_names=(["expert", *(preset or [])] if expert else preset or ["lokitalk"]),
+            settings=setting or [], device=device, seed=seed, fresh=fresh,
         )  # fmt: skip
         _say([made.root], {"meta": made.meta()}, json)
 
@@ -203,14 +211,26 @@ def _named(ids: str | None, file: Path | None, home: Path) -> list[str]:
 
 @app.command()
 def render(
-    name: Id,
     audio: Annotated[Path, typer.Option("--audio", help="Speech, in any format.")],
+    name: Annotated[str | None, typer.Option("--id", help="Which identity.")] = None,
+    image: Annotated[
+        Path | None, typer.Option(help="Or one picture of a face, which is not trained on.")
+    ] = None,
+    preset: Annotated[
+        str, typer.Option("-p", "--preset", help="How the picture is made to speak.")
+    ] = "s3d",
+    prior: Annotated[
+        str | None, typer.Option(help="Prior for the picture.  [default: the newest that fits]")
+    ] = None,
+    face: Annotated[
+        str, typer.Option(help="With several faces in the picture: largest, left or right.")
+    ] = "largest",
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Film to write.  [default: ID-SPEECH.mp4]")
     ] = None,
     run: RunName = None,
     pose: Annotated[
-        str, typer.Option(help="footage, still, or a table of 6 columns (file).")
+        str, typer.Option(help="footage, still, auto, or a table of 6 columns (file).")
     ] = "footage",
     blink: Annotated[
         str, typer.Option(help="footage, auto, none, or a table of openness (file).")
@@ -236,7 +256,8 @@ def render(
 ) -> None:
     """Film the avatar saying any speech: the square crop, 25 frames/s, with the sound."""
     with speaking(verbose) as report:
-        from talkhead_cli.jobs.render import Wishes
+        from talkhead_cli.contracts import MisuseError
+        from talkhead_cli.jobs.render import Wishes, render_picture
         from talkhead_cli.jobs.render import render as job
         from talkhead_cli.store import home_folder
 
@@ -244,10 +265,21 @@ def render(
             pose=pose, blink=blink, yaw_deg=yaw, pitch_deg=pitch, orbit=orbit, seed=seed,
             landmarks=landmarks, background=background, alpha=alpha, depth=depth,
         )  # fmt: skip
-        paths = job(
-            home_folder(home), name, audio, report, out=out, run_name=run, wishes=wishes,
-            device=device,
-        )  # fmt: skip
+        if (name is None) == (image is None):
+            raise MisuseError("say who speaks: --id NAME or --image FILE, one of them")
+        if image is not None:
+            if run is not None:
+                raise MisuseError("--run goes with --id; a picture is drawn by --prior")
+            paths = render_picture(
+                image, home_folder(home), audio, report, method=preset, prior=prior,
+                which_face=face, out=out, wishes=wishes, device=device,
+            )  # fmt: skip
+        else:
+            assert name is not None
+            paths = job(
+                home_folder(home), name, audio, report, out=out, run_name=run, wishes=wishes,
+                device=device,
+            )  # fmt: skip
         _say(paths, {}, json)
 
 
@@ -340,11 +372,22 @@ def _table(figures: dict[str, Any]) -> None:
         ("eyes against truth",
          f"{eyes['correlation']['r']:.2f}  ({eyes['blinks_in_truth']} blinks)"),
         ("LMD, mouth", f"{figures['lmd_px_at_512']:.2f} px at 512"),
+        *_sync_rows(figures["sync"]),
         ("jitter against truth's", f"{figures['jitter_px_at_512']['ratio']:.2f}"),
         ("marching", f"{figures['render']['frames_per_second']:.1f} frames/s"),
     ]  # fmt: skip
     for label, value in rows:
         err.print(f"  {label:26}{value}")
+
+
+def _sync_rows(sync: dict[str, Any]) -> list[tuple[str, str]]:
+    if sync["expert"] is None:
+        return []
+    return [
+        (f"lip sync ({name})",
+         f"{judged['confidence']:.3f}, sound {1000 * judged['sound_after_lips_s']:+.0f} ms")
+        for name, judged in ((n, sync[n]) for n in ("render", "truth"))
+    ]  # fmt: skip
 
 
 @app.command("list")

@@ -27,6 +27,10 @@ ORBIT_DEG, ORBIT_S = 30.0, 8.0  # how far a camera swings to either side, and ho
 # Spontaneous blinks in conversation: about 17 a minute, a third of a second each (Bentivoglio
 # et al. 1997), shutting faster than they open.
 BLINK_MEAN_S, BLINK_SPREAD, BLINK_MIN_S = 3.5, 0.5, 1.0
+# A head that listens to itself: slow turns of a few degrees, seldom the same.
+SWAY_DEG = np.array([1.6, 2.4, 1.2])  # standard deviations of pitch, yaw, roll
+SWAY_HZ = (0.07, 0.55)
+N_WAVES = 5
 BLINK_SHAPE = np.array([0.75, 0.35, 0.05, 0.0, 0.15, 0.4, 0.7, 0.9])
 
 
@@ -82,9 +86,12 @@ def make(
 ) -> Drive:
     """The drive of a film of n_frames.
 
-    footage: a run's drive.npz · pose: footage, still or a file · blink: footage, auto, none or
-    a file · orbit: swing ORBIT_DEG to either side in ORBIT_S
+    footage: a run's drive.npz · pose: footage, still, auto or a file · blink: footage, auto, none
+    or a file · orbit: swing ORBIT_DEG to either side in ORBIT_S
     """
+    if len(footage["pose"]) == 1 and pose == "footage":
+        pose = "auto"  # a picture has no motion of its own
+        blink = "auto" if blink == "footage" else blink
     furthest = abs(yaw_deg) + (ORBIT_DEG if orbit else 0)
     if not max(furthest, abs(pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
         raise MisuseError(
@@ -109,6 +116,8 @@ def make(
         moves = from_footage
     elif pose == "still":
         moves = still
+    elif pose == "auto":
+        moves = _sway(middle["pose"], middle["body"], seed)
     else:
         moves = _pose_file(Path(pose), middle["body"], n_frames)
 
@@ -210,6 +219,27 @@ def _eyes(
         return open_by(frames), between(clip["gaze"], at), between(clip["brow"], at)
 
     return eyes
+
+
+def _sway(pose: Array, body: Array, seed: int) -> Callable[[NDArray[Any]], tuple[Array, Array]]:
+    """A head that sways round `pose` (6,) as one does who speaks; shoulders rest."""
+    from scipy.spatial.transform import Rotation
+
+    rng = np.random.default_rng(seed)
+    slow, fast = np.log(SWAY_HZ)
+    hz = np.exp(rng.uniform(slow, fast, (3, N_WAVES)))
+    phase = rng.uniform(0, 2 * np.pi, (3, N_WAVES))
+    size = np.radians(SWAY_DEG) * np.sqrt(2 / N_WAVES)
+    rest = Rotation.from_rotvec(pose[:3])
+
+    def moves(frames: NDArray[Any]) -> tuple[Array, Array]:
+        at = np.asarray(frames, float)[:, None, None] / FPS
+        waves = np.sin(2 * np.pi * hz * at + phase) - np.sin(phase)  # it begins where it rests
+        turn = Rotation.from_rotvec(size * waves.sum(-1)) * rest
+        place = np.tile(pose[3:], (len(frames), 1))
+        return np.concatenate([turn.as_rotvec(), place], 1), np.tile(body, (len(frames), 1))
+
+    return moves
 
 
 def _pose_file(

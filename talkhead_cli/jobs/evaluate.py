@@ -21,7 +21,7 @@ from scipy.stats import bootstrap
 from talkhead_cli import __version__, march, media
 from talkhead_cli.blocks.speech import ridge_by_blocks, ridge_map
 from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
-from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs import expert, footage, player
 from talkhead_cli.jobs import maps as sheets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.player import Player
@@ -107,6 +107,8 @@ def evaluate(
         "lips": _lip_figures(seen_truth, seen, controls, _linear_baseline(clip, sound)),
         "eyes": _eye_figures(seen_truth, seen),
         "lmd_px_at_512": _lmd(seen_truth, seen),
+        "sync": _sync_figures(home, show, space, (truth, seen_truth), (rendered, seen), signals,
+                              progress),
         "jitter_px_at_512": _jitter_figures(seen_truth, seen),
         "face_found": float(seen.found.mean()),
         "render": {
@@ -310,6 +312,29 @@ def jitter(mesh: Array) -> float:
 def _jitter_figures(truth: Measured, seen: Measured) -> dict[str, float]:
     true, made = jitter(truth.mesh), jitter(seen.mesh)
     return {"truth": round(true, 4), "render": round(made, 4), "ratio": round(made / true, 4)}
+
+
+def _sync_figures(
+    home: Path, show: Player, space: Workspace, truth: tuple[NDArray[np.uint8], Measured],
+    rendered: tuple[NDArray[np.uint8], Measured], signals: Signals, progress: Progress,
+) -> dict[str, Any]:  # fmt: skip
+    """What our own lip-sync expert says, where there is one."""
+    found = expert.newest(home, show.run.meta()["speech"])
+    if found is None:
+        return {"expert": None, "note": "no expert of this home; talkhead pretrain --expert"}
+    if found.knows(space):
+        progress.note(f"the lip-sync expert '{found.name}' was trained on '{space.id}'")
+    try:
+        judged = {
+            name: found.judge(pictures, face.to_68(seen.mesh)[..., :2] / MEASURE_PX, signals)
+            for name, (pictures, seen) in {"truth": truth, "render": rendered}.items()
+        }
+    except TalkheadError as error:
+        return {"expert": None, "note": str(error)}
+    return {
+        "expert": found.name, "knew_person": found.knows(space), **judged,
+        "note": "talkhead's own expert; not comparable with SyncNet's LSE-C, LSE-D",
+    }  # fmt: skip
 
 
 def _write_films(

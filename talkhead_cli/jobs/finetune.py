@@ -12,8 +12,9 @@ import torch
 from lightning_fabric import Fabric
 
 from talkhead_cli import __version__, march
-from talkhead_cli.contracts import Progress, TalkheadError
-from talkhead_cli.jobs import fit, footage, player
+from talkhead_cli.avatars import METHODS, avatar_class
+from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
+from talkhead_cli.jobs import fit, footage, player, portraits
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
@@ -42,6 +43,11 @@ def finetune(
     A run that was interrupted continues from its last save; a finished one is left as it is.
     """
     preset = presets.load(names, settings)
+    if preset.method not in METHODS:
+        raise MisuseError(
+            f"preset {preset.method} draws nobody; train it with: talkhead pretrain -p "
+            f"{preset.method}"
+        )
     space = Workspace.open(home, name)
     if not space.manifest()["has_audio"]:
         raise TalkheadError(
@@ -49,7 +55,12 @@ def finetune(
             "preprocess a clip that has sound"
         )
     where = march.device_of(device)
-    hears = priors.speech_facts(space, preset, space.load("voice")["stream"].shape[1])
+    hears = priors.speech_facts(
+        space.manifest()["backends"]["voice"], preset, space.load("voice")["stream"].shape[1]
+    )
+    from_pictures = avatar_class(preset.method).needs_portrait
+    if from_pictures and prior in (None, "none"):
+        prior = priors.newest(home, preset.method, preset)
     start = priors.choose(home, prior, preset.method, space, hears)
     run = Run.named(space.runs, run_name or _run_name(names, settings, start))
     with space.locked():
@@ -71,17 +82,22 @@ def finetune(
         )  # fmt: skip
         fabric.seed_everything(seed, verbose=False)
         clip = footage.load(space, preset.data, progress)
-        aabb = footage.box_of(clip.signals.camera[clip.train])
+        aabb = player.box_for(preset, clip.signals.camera[clip.train])
         n_features = int(clip.signals.audio.shape[2])
         avatar, marcher, why = player.build(preset, n_features, aabb.to(where), where)
         progress.note(f"marching: {why}")
         stages = preset
         if start is not None:
-            priors.begin_from(avatar, start)
+            priors.begin_from(avatar, start.prior)
             stages = presets.slowed(preset, avatar.common_parts())
             progress.note(_introduced(start, name))
         hearing = clip.train[clip.heard[clip.train]]
         avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb.to(where))
+        if from_pictures:
+            likeness = clip.portrait(clip.best_likeness())
+            run.save_portrait(portraits.to_arrays(likeness))
+            speaker = player.person(avatar, run, where)
+            player.discover(speaker, marcher, clip.signals[clip.train].to(where), where)
         place = fit.fit(
             stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
             stop_after=stop_after,
@@ -93,7 +109,8 @@ def finetune(
         avatar.eval()
         marcher.eval()
         if len(clip.held):  # poses that films replay, though training never shows them
-            player.open_views(avatar, marcher, clip.signals[clip.held], where)
+            speaker = player.person(avatar, run, where)
+            player.open_views(speaker, marcher, clip.signals[clip.held], where)
         player.save(run, avatar, marcher)
         run.save_drive(_drive(space, clip))
         shutil.copyfile(space.plate_file, run.plate_file)
@@ -112,6 +129,15 @@ def finetune(
             consent=space.manifest().get("consent", []),
         )  # fmt: skip
     return run
+
+
+def refined(names: Sequence[str], steps: int | None) -> list[str]:
+    """The setting that `--refine` stands for."""
+    if steps is None:
+        return []
+    if not names or "refine" not in presets.load(names).train.stages:
+        raise MisuseError("--refine goes with a preset that enrolls people from pictures: -p s3d")
+    return [f"train.stages.refine.steps={steps}"]
 
 
 def _run_name(names: Sequence[str], settings: Sequence[str], start: Start | None) -> str:

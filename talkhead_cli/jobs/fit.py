@@ -46,10 +46,11 @@ class Step(nn.Module):
                 results.append(StepResult(shot))
                 continue
             assert shot.plate is not None
-            rays = self.avatar.aim(shot.signals, shot.rays)
-            made = self.avatar.condition(shot.signals)
+            speaker = self.avatar.enroll(shot.portrait)
+            rays = speaker.aim(shot.signals, shot.rays)
+            made = speaker.condition(shot.signals)
             rendered = self.marcher.march(made, rays)  # type: ignore[operator]
-            frame = self.avatar.compose(rendered, rays, shot.signals, shot.plate)
+            frame = speaker.compose(rendered, rays, shot.signals, shot.plate)
             results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
             n_points += rendered.n_points
         return self.avatar.losses(results), n_points
@@ -217,7 +218,7 @@ class _StageLoop:
         learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
         if learns_space and place.total % self.preset.march.every == 0:
             with torch.no_grad():
-                made = self.avatar.condition(drawn[0].signals)
+                made = self.avatar.enroll(drawn[0].portrait).condition(drawn[0].signals)
                 self.module.marcher.refresh(made, place.total)  # type: ignore[operator]
         terms, n_points = self.wrapped(drawn)
         loss = sum(self.stage.weights.get(k, 0.0) * v for k, v in terms.items())
@@ -339,8 +340,11 @@ def _to(shot: Shot, device: torch.device) -> Shot:
     if device.type == "cpu":
         return shot
     rays = None if shot.rays is None else shot.rays.to(device)
-    moved = [t if t is None else t.to(device) for t in (shot.target, shot.labels, shot.plate)]
-    return Shot(shot.signals.to(device), rays, *moved)
+    target, labels, plate = (
+        t if t is None else t.to(device) for t in (shot.target, shot.labels, shot.plate)
+    )
+    portrait = None if shot.portrait is None else shot.portrait.to(device)
+    return Shot(shot.signals.to(device), rays, target, labels, plate, portrait)
 
 
 def _shown(losses: dict[str, float]) -> dict[str, float]:

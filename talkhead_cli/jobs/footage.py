@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -13,7 +14,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from talkhead_cli import media
-from talkhead_cli.contracts import FPS, LABELS, Camera, Progress, Signals, TalkheadError, followed
+from talkhead_cli.blocks.regions import head_relief
+from talkhead_cli.contracts import (
+    FPS,
+    LABELS,
+    RELIEF_SIDE,
+    Camera,
+    Portrait,
+    Progress,
+    Signals,
+    TalkheadError,
+    followed,
+)
 from talkhead_cli.jobs.preset import Data
 from talkhead_cli.store import Workspace
 from talkhead_cli.track import voice
@@ -69,6 +81,40 @@ class Footage:
     @property
     def size_px(self) -> int:
         return int(self.plate.shape[0])
+
+    @cached_property
+    def relief(self) -> Tensor:
+        """The rigid face's depth, as portraits have it."""
+        return head_relief(self.mesh, RELIEF_SIDE)
+
+    @cached_property
+    def rare(self) -> Tensor:
+        """Training rows of which random ones hold few: eyes all but shut, mouths wide open."""
+        rows = self.signals[self.train]
+        mouth = rows.landmarks[:, 66, 1] - rows.landmarks[:, 62, 1]
+        n = max(1, len(self.train) // 20)
+        shut, wide = rows.eye.mean(1).argsort()[:n], mouth.argsort(descending=True)[:n]
+        return self.train[torch.cat([shut, wide]).unique()]
+
+    def portrait(self, rows: Tensor) -> Portrait:
+        """Some rows (P,) as pictures that an avatar may be made from."""
+        frames = rows.numpy()
+        return Portrait(
+            pictures=torch.from_numpy(self.pictures[frames]).float() / 255,
+            labels=torch.from_numpy(self.labels[frames]).float() / 255,
+            signals=self.signals[rows],
+            relief=self.relief,
+        )
+
+    def best_likeness(self) -> Tensor:
+        """(1,) the training row that shows the person best: facing the camera, eyes open, the
+        mouth as it usually is."""
+        rows = self.signals[self.train]
+        turned = rows.pose[:, :3].norm(dim=1) / 0.1
+        shut = (1 - rows.eye.mean(1)).clamp_min(0) / 0.2
+        mouth = (rows.landmarks[:, 66, 1] - rows.landmarks[:, 62, 1]).clamp_min(0)
+        unusual = (mouth - mouth.median()).abs() / mouth.std().clamp_min(1e-4)
+        return self.train[(turned + shut + unusual).argmin()][None]
 
 
 def split(n_frames: int, holdout: float) -> int:

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from talkhead_cli import march
 from talkhead_cli.avatars import avatar_class
-from talkhead_cli.avatars.base import Avatar
-from talkhead_cli.contracts import Camera, Frame, Signals, TalkheadError
+from talkhead_cli.avatars.base import Avatar, Speaker
+from talkhead_cli.contracts import Camera, Field, Frame, RayBundle, Signals, TalkheadError
+from talkhead_cli.jobs import footage, portraits
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import SpeechStats, read_plate
 from talkhead_cli.jobs.preset import Preset
@@ -23,6 +24,9 @@ from talkhead_cli.store import Run, Workspace, list_runs
 
 T = TypeVar("T")
 CLOSER = 2  # times the samples per ray, for views that nobody filmed
+WIDE_OPEN = 0.15  # face heights
+LOWER_MOUTH = [*range(5, 12), *range(55, 60), *range(65, 68)]  # of the 68: chin, lower lip
+N_FIRST = 4  # pictures that show it a person
 N_VIEWS = 24  # pictures that show a marcher new poses
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # of one march on a GPU; some 3 GB
 DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new film
@@ -30,11 +34,11 @@ DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new fil
 
 @dataclass
 class Player:
-    """Avatar and marcher of one run, weights loaded, gradients off."""
+    """A run's person and marcher, weights loaded, gradients off."""
 
     run: Run
     preset: Preset
-    avatar: Avatar
+    avatar: Speaker
     marcher: nn.Module
     plate: Tensor
     device: torch.device
@@ -100,18 +104,41 @@ class Player:
 
 
 @torch.no_grad()
-def open_views(avatar: Avatar, marcher: nn.Module, signals: Signals, device: torch.device) -> None:
+def open_views(avatar: Speaker, marcher: nn.Module, signals: Signals, device: torch.device) -> None:
     """Show the marcher at most N_VIEWS of the rows, spread over them."""
+    marcher.reveal(_views(avatar, marcher, signals, device, N_VIEWS))  # type: ignore[operator]
+
+
+@torch.no_grad()
+def discover(avatar: Speaker, marcher: nn.Module, signals: Signals, device: torch.device) -> None:
+    """Show the marcher a person on whom it was not trained, by at most N_FIRST of the rows."""
+    marcher.discover(_views(avatar, marcher, signals, device, N_FIRST))  # type: ignore[operator]
+
+
+def mouthing(speaker: Speaker, signals: Signals) -> Signals:
+    """A row (1) several times, with mouths from shut to wide open."""
+    rest, n = speaker.neutral, N_FIRST
+    assert rest is not None
+    marks = rest.repeat(n, 1, 1)
+    for row, drop in enumerate(torch.linspace(0, WIDE_OPEN, n).tolist()):
+        marks[row, LOWER_MOUTH, 1] += drop
+    rows = signals[torch.zeros(n, dtype=torch.long)]
+    return rows.with_(landmarks=marks.to(signals.landmarks))
+
+
+def _views(
+    avatar: Speaker, marcher: nn.Module, signals: Signals, device: torch.device, n: int
+) -> list[tuple[Field, RayBundle]]:
     grid = getattr(marcher, "occupancy", None)
     if grid is None:
-        return
+        return []
     size_px = 2 * grid.resolution  # a picture about as wide as the box: no cell between rays
     views, alone = [], torch.zeros(1, dtype=torch.long, device=device)
-    for row in dict.fromkeys(np.linspace(0, len(signals) - 1, N_VIEWS).astype(int).tolist()):
+    for row in dict.fromkeys(np.linspace(0, len(signals) - 1, n).astype(int).tolist()):
         one = signals[row].to(device)
         rays = march.picture_rays(one.camera.resized(size_px), alone, avatar.aabb)
         views.append((avatar.condition(one), avatar.aim(one, rays)))
-    marcher.reveal(views)  # type: ignore[operator]
+    return views
 
 
 def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[T]:
@@ -145,6 +172,12 @@ def pick_run(space: Workspace, name: str | None) -> tuple[Run, bool]:
     raise TalkheadError(
         f"'{space.id}' has no finished run '{name}'; it has: {', '.join(r.name for r in runs)}"
     )
+
+
+def box_for(preset: Preset, camera: Camera) -> Tensor:
+    """The box (6,) of the method's field: its own, or what the pictures show of the person."""
+    own = avatar_class(preset.method).box
+    return footage.box_of(camera) if own is None else torch.tensor(own)
 
 
 def build(
@@ -186,7 +219,14 @@ def load(run: Run, device: torch.device) -> Player:
             ) from error
         module.eval()
     plate = read_plate(run.plate_file, preset.data.size_px)
-    return Player(run, preset, avatar, marcher, plate, device, why)
+    return Player(run, preset, person(avatar, run, device), marcher, plate, device, why)
+
+
+@torch.no_grad()
+def person(avatar: Avatar, run: Run, device: torch.device) -> Speaker:
+    """Whom the run is of: who its portrait shows, where it has one."""
+    kept = run.portrait()
+    return avatar.enroll(None if kept is None else portraits.from_arrays(kept).to(device))
 
 
 def still_signals(audio: Tensor, moment: Tensor, camera: Camera, **given: Tensor) -> Signals:

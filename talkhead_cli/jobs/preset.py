@@ -64,6 +64,9 @@ class Stage(_Strict):
     freeze_grid  leave the occupancy grid as it is
     explore      take all samples in occupied cells: where surfaces are is yet to be found
     noise        on the driving signals, as a share of what the method takes for right
+    shown        whether a speech-only step shows its rows' pictures too
+    portraits    pictures of each person that the avatar is made from, where it is (s3d)
+    rare         share of the rows drawn where eyes are shut or mouths wide open
     n_people     people mixed in a step when there are many (0: all of them)
     """
 
@@ -84,6 +87,9 @@ class Stage(_Strict):
     freeze_grid: bool = False
     explore: bool = False
     noise: Annotated[float, Field(ge=0)] = 1.0
+    shown: bool = False
+    rare: Annotated[float, Field(ge=0, le=1)] = 0.0
+    portraits: Annotated[int, Field(ge=0)] = 0
     n_people: Annotated[int, Field(ge=0)] = 0
 
     @model_validator(mode="after")

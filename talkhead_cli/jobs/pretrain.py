@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from lightning_fabric import Fabric
 
@@ -94,7 +95,7 @@ def _train(
     fabric = Fabric(accelerator=where.type, devices=1)
     fabric.seed_everything(seed, verbose=False)
     clips = [clip for _, clip in people]
-    aabb = footage.box_of(clips[0].signals.camera)
+    aabb = player.box_for(preset, clips[0].signals.camera)
     n_features = int(clips[0].signals.audio.shape[2])
     avatar, marcher, _ = player.build(preset, n_features, aabb.to(where), where, len(clips))
     heard = [clip.signals[clip.train[clip.heard[clip.train]]].to(where) for clip in clips]
@@ -108,6 +109,12 @@ def _train(
     if place.stage < len(stages.stages):
         return
     prior.save_weights(avatar.common_state())
+    prior.save_drive(
+        {  # how a voice sounds of which too little is heard
+            f"speech_{name}": np.mean([getattr(clip.stats, name) for clip in clips], 0)
+            for name in ("mean", "std")
+        }
+    )
     prior.write_meta(
         finished=True,
         finished_at=time.time(),
@@ -115,7 +122,7 @@ def _train(
         steps=place.total,
         figures=place.figures,
         method=preset.method,
-        speech=speech_facts(people[0][0], preset, n_features),
+        speech=speech_facts(people[0][0].manifest()["backends"]["voice"], preset, n_features),
         torch=torch.__version__,
     )
 
@@ -146,7 +153,7 @@ def _loaded(
 ) -> list[tuple[Workspace, Footage]]:
     """Footage of each, all of it for training: nobody of a prior is scored."""
     data = preset.data.model_copy(update={"holdout": 0.0, "train_s": 0.0})
-    pictures = any(stage.rays != "none" for stage in stages.stages.values())
+    pictures = any(stage.rays != "none" or stage.shown for stage in stages.stages.values())
     people: list[tuple[Workspace, Footage]] = []
     for space in spaces:
         try:

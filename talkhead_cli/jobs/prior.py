@@ -8,14 +8,15 @@ from typing import Any
 
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, list_runs, priors_folder
 
 
-def speech_facts(space: Workspace, preset: Preset, n_features: int) -> dict[str, Any]:
+def speech_facts(backend: str, preset: Preset, n_features: int) -> dict[str, Any]:
     """What must agree before networks that hear are shared."""
     return {
-        "backend": space.manifest()["backends"]["voice"], "n_features": n_features,
+        "backend": backend, "n_features": n_features,
         "window": preset.data.window, "stored": "10 ms rows", "says": "mouths, in their own size",
     }  # fmt: skip
 
@@ -45,6 +46,31 @@ def choose(
     """The named prior, which must fit; None with "none" or without a name."""
     if wanted in (None, "none"):
         return None
+    prior = fitting(home, wanted, method, speech)
+    return Start(prior, space.manifest()["source"]["sha256"] in prior.meta()["people"].values())
+
+
+def finished(home: Path, method: str) -> list[Run]:
+    """Finished priors of a method, newest first."""
+    known = list_runs(priors_folder(home))
+    return [p for p in known if p.is_finished and p.meta()["method"] == method]
+
+
+def newest(home: Path, method: str, preset: Preset | None = None) -> str:
+    """The name of the newest finished prior of a method; with a preset, one of its size."""
+    for prior in finished(home, method):
+        theirs = presets.from_yaml(prior.preset_text() or "")
+        if preset is None or (theirs.data, theirs.avatar) == (preset.data, preset.avatar):
+            return prior.name
+    small = "" if preset is not None and preset.avatar.size == "full" else " -p tiny"
+    raise TalkheadError(
+        f"preset {method} draws people by what it learnt of others, and {home} has no such prior; "
+        f"preprocess some people and make one with: talkhead pretrain -p {method}{small} -o NAME"
+    )
+
+
+def fitting(home: Path, wanted: str, method: str, speech: dict[str, Any] | None = None) -> Run:
+    """The finished prior of that name, refused if it is of another method or hears otherwise."""
     known = {p.name: p for p in list_runs(priors_folder(home)) if p.is_finished}
     if wanted not in known:
         raise TalkheadError(
@@ -55,17 +81,17 @@ def choose(
     for what, has, wants in (
         ("its method", meta["method"], method), ("what it hears", meta["speech"], speech),
     ):  # fmt: skip
-        if has != wants:
+        if wants is not None and has != wants:
             raise TalkheadError(f"prior '{wanted}' does not fit: {what} is {has}, not {wants}")
-    return Start(known[wanted], space.manifest()["source"]["sha256"] in meta["people"].values())
+    return known[wanted]
 
 
-def begin_from(avatar: Avatar, start: Start) -> None:
+def begin_from(avatar: Avatar, prior: Run) -> None:
     """Load what a prior holds into a fresh avatar."""
     try:
-        avatar.take_common(start.prior.weights())
+        avatar.take_common(prior.weights())
     except ValueError as error:
         raise TalkheadError(
-            f"prior '{start.prior.name}' is of another version of talkhead ({error}); pretrain it "
+            f"prior '{prior.name}' is of another version of talkhead ({error}); pretrain it "
             "again with --fresh, or pass --prior none"
         ) from error

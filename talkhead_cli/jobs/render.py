@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import Tensor
 from talkhead_cli import __version__, march, media
 from talkhead_cli.contracts import FPS, Frame, MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import player, script
+from talkhead_cli.jobs.enroll import enroll
 from talkhead_cli.jobs.footage import read_plate
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.script import Moves
@@ -103,6 +105,25 @@ def render(
         "frames_per_second": round(n_frames / max(seconds, 1e-9), 2),
     })  # fmt: skip
     return [*made, sidecar]
+
+
+def render_picture(
+    image: Path, priors_home: Path, speech: Path, progress: Progress, *, method: str = "s3d",
+    prior: str | None = None, which_face: str = "largest", out: Path | None = None,
+    wishes: Wishes | None = None, device: str = "auto",
+) -> list[Path]:  # fmt: skip
+    """Film the person of a picture saying `speech`; nothing of it is kept but the film."""
+    if not media.probe(speech).has_audio:
+        raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
+    with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
+        space, run = enroll(
+            image, priors_home, Path(folder), method, progress, prior=prior,
+            which_face=which_face, device=device,
+        )  # fmt: skip
+        return render(
+            Path(folder), space.id, speech, progress, out=out, run_name=run.name, wishes=wishes,
+            device=device,
+        )  # fmt: skip
 
 
 def _pixels(frame: Frame, alpha: bool) -> NDArray[np.uint8]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,23 +25,33 @@ def draw(
     """One person's share of a training step; whole pictures march `magnification` times smaller."""
     if stage.rays == "none":
         rows = footage.train[footage.heard[footage.train]]
-        return Shot(footage.signals[_in_sequence(rows, stage, rng)])
+        rows = _in_sequence(rows, stage, rng)
+        if not stage.shown:
+            return Shot(footage.signals[rows])
+        seen = torch.from_numpy(footage.pictures[rows.numpy()]).float() / 255
+        return Shot(footage.signals[rows], target=seen)
     n_frames = min(stage.n_frames, max(1, n_rays // 16))
     if stage.rays == "patch":
         n_frames = max(1, min(n_frames, n_rays // stage.patch_px**2))
     if stage.rays == "picture":
         n_frames = stage.n_frames
     rows = _pick(footage.train, n_frames, rng)
+    if stage.rare:
+        n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
+        rows = torch.cat([_pick(footage.rare, n_rare, rng), rows])[: len(rows)]
     signals = footage.signals[rows]
     if footage.said is not None:
         mouths = torch.rand(len(rows), 1, 1, generator=rng) < stage.listen
         signals = signals.with_(
             landmarks=torch.where(mouths, footage.said[rows], signals.landmarks)
         )
+    others = None
+    if stage.portraits:
+        others = footage.portrait(_pick(footage.train, stage.portraits, rng))
     if stage.rays == "picture":
         camera = signals.camera.smaller(magnification)
         rays = picture_rays(camera, torch.arange(n_frames), aabb)
-        return with_truth(footage, rows, Shot(signals, rays))
+        return with_truth(footage, rows, Shot(signals, rays, portrait=others))
     if stage.rays == "patch":
         row, pixel = _patches(signals, stage, rng)
         layout = (n_frames, stage.patch_px, stage.patch_px)
@@ -47,7 +59,7 @@ def draw(
         row, pixel = _pixels(signals, n_rays, rng)
         layout = None
     rays = pixel_rays(signals.camera, row, pixel, aabb, layout=layout)
-    return with_truth(footage, rows, Shot(signals, rays))
+    return with_truth(footage, rows, Shot(signals, rays, portrait=others))
 
 
 def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
@@ -69,7 +81,7 @@ def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
     scale = footage.labels.shape[-1] / footage.size_px
     at = (np.floor((y + 0.5) * scale).astype(int), np.floor((x + 0.5) * scale).astype(int))
     labels = torch.from_numpy(footage.labels[frame, :, at[0], at[1]]).float() / 255
-    return Shot(shot.signals, rays, target, labels, footage.plate[line, column])
+    return replace(shot, target=target, labels=labels, plate=footage.plate[line, column])
 
 
 def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:

@@ -77,5 +77,8 @@ class DenseMarcher(nn.Module):
     def refresh(self, field: Field, step: int) -> None:
         """Nothing to learn: no cell is skipped."""
 
+    def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+        """Nothing to learn: it looks everywhere."""
+
     def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Nothing to learn either."""

@@ -49,6 +49,10 @@ class GuidedMarcher(nn.Module):
         """Update the grid when it is due."""
         self.lattice.refresh(field, step)
 
+    def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+        """Learn from nothing where a field is, by marching the lattice once."""
+        self.lattice.discover(views)
+
     def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Learn of new poses and views by marching the lattice once."""
         self.lattice.reveal(views)

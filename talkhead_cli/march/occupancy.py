@@ -152,7 +152,6 @@ class OccupancyGrid(nn.Module):
         Only cells that are still shut are looked into, so a familiar pose costs one pass
         and a grid that is still full costs nothing.
         """
-        limit = self._limit(threshold)
         for row in (int(r) for r in rows):
             cells = (~self.occupied.view(-1)).nonzero().squeeze(1)
             if not len(cells):
@@ -161,8 +160,14 @@ class OccupancyGrid(nn.Module):
             flat = self.density.view(-1)
             flat[cells] = torch.maximum(flat[cells], new)
             fresh = torch.zeros_like(self.occupied)
-            fresh.view(-1)[cells] = self._alpha(new) > limit
+            fresh.view(-1)[cells] = self._alpha(new) > self._limit(threshold)
             self.occupied |= _dilate(fresh)
+
+    def forget(self) -> None:
+        """Shut every cell; all that comes after is noted."""
+        for grid in (self.density, self.seen, self.occupied):
+            grid.zero_()
+        self.watched.fill_(True)
 
     @torch.no_grad()
     def close_unseen(self, spared: Tensor) -> None:

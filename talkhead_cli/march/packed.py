@@ -122,13 +122,30 @@ class PackedMarcher(nn.Module):
             grid.extend(field, [0])
         if not grid.watched:
             return
+        self._watch(views)
+        grid.close_unseen(known)
+
+    @torch.no_grad()
+    def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+        """Learn from nothing where a field is that nobody trained on, each view one row of it.
+
+        What the views fill is opened, and what no ray of theirs reaches is closed again.
+        """
+        grid = self.occupancy
+        grid.forget()
+        for field, _ in views:
+            grid.extend(field, [0])
+        self._watch(views)
+        grid.close_unseen(torch.zeros_like(grid.occupied))
+
+    def _watch(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+        """March views, and note what every sample adds to its pixel."""
         self.watching = True
         try:
             for field, rays in views:
                 self.march(field, rays)
         finally:
             self.watching = False
-        grid.close_unseen(known)
 
     @torch.no_grad()
     def sample(self, rays: RayBundle) -> Packed:

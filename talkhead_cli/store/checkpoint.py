@@ -5,6 +5,7 @@ runs/lokitalk+tiny/
     avatar.safetensors   weights, identity, occupancy
     meta.json            versions, what it was trained on, figures; written last: "finished"
     drive.npz  plate.png what rendering needs of the footage
+    portrait.npz         pictures that the avatar is made from, where it is (s3d)
     optim.pt             for resuming only
     evaluate/            figures and films
 """
@@ -110,6 +111,13 @@ class Run:
 
     def save_drive(self, arrays: dict[str, NDArray[Any]]) -> None:
         write_arrays(self.root / "drive.npz", arrays)
+
+    def save_portrait(self, arrays: dict[str, NDArray[Any]]) -> None:
+        write_arrays(self.root / "portrait.npz", arrays)
+
+    def portrait(self) -> dict[str, NDArray[Any]] | None:
+        path = self.root / "portrait.npz"
+        return read_arrays(path) if path.exists() else None
 
     def drive(self) -> dict[str, NDArray[Any]]:
         return read_arrays(self.root / "drive.npz")

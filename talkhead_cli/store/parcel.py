@@ -22,6 +22,7 @@ from talkhead_cli.store.workspace import Workspace, check_id
 
 SUFFIX = ".talkhead"
 FORMAT = "talkhead-avatar/1"
+EXTRA_FILES = ("portrait.npz",)  # of avatars that are made from pictures
 RUN_FILES = ("preset.yaml", "avatar.safetensors", "meta.json", "drive.npz", "plate.png")
 MAX_FILE = 4 << 30  # bytes; a claim of more is refused before anything is unpacked
 MAX_RECORD = 1 << 20  # of parcel.json
@@ -35,7 +36,8 @@ def pack(space: Workspace, run: Run, out: Path) -> Path:
         raise TalkheadError(f"{out} is there already; give another -o")
     files = {"manifest.json": space.root / "manifest.json"}
     files |= {f"consent/{name}": space.root / "consent" / name for name in space.consents()}
-    files |= {f"runs/{run.name}/{name}": run.root / name for name in RUN_FILES}
+    kept = (*RUN_FILES, *(name for name in EXTRA_FILES if (run.root / name).exists()))
+    files |= {f"runs/{run.name}/{name}": run.root / name for name in kept}
     absent = [name for name, path in files.items() if not path.is_file()]
     if absent:
         raise TalkheadError(f"'{space.id}' lacks {', '.join(absent)}; run finetune again")
@@ -114,10 +116,11 @@ def _record(archive: zipfile.ZipFile) -> dict[str, Any]:
     needed = {"manifest.json", *(f"runs/{record['run']}/{name}" for name in RUN_FILES)}
     if missing := needed - set(files):
         raise _Wrong(f"it lacks {', '.join(sorted(missing))}")
+    allowed = needed | {f"runs/{record['run']}/{name}" for name in EXTRA_FILES}
     for name, facts in files.items():
         place = PurePosixPath(name)
         consent = len(place.parts) == 2 and place.parts[0] == "consent"
-        if name not in needed and not (consent and place.name not in ("", ".", "..")):
+        if name not in allowed and not (consent and place.name not in ("", ".", "..")):
             raise _Wrong(f"'{name}' has no place in an avatar")
         if not isinstance(facts, dict) or not isinstance(facts.get("size"), int):
             raise _Wrong(f"it does not say the size of '{name}'")

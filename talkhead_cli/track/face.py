@@ -124,17 +124,23 @@ class FaceDetector:
 
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
         """rgb (H, W, 3) -> boxes (n, 4) x0 y0 x1 y1 in pixels, largest first."""
+        return self.scored(rgb)[0]
+
+    def scored(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The boxes, and how sure (n,) each is to be a face, in [0, 1]."""
         height, width = rgb.shape[:2]
         found = self._detector.process(rgb).detections or []
-        boxes = []
+        boxes, scores = [], []
         for detection in found:
             b = detection.location_data.relative_bounding_box
             boxes.append((b.xmin, b.ymin, b.xmin + b.width, b.ymin + b.height))
+            scores.append(detection.score[0])
         array = np.array(boxes, np.float32).reshape(-1, 4) * np.array(
             [width, height, width, height], np.float32
         )
         area = (array[:, 2] - array[:, 0]) * (array[:, 3] - array[:, 1])
-        return array[np.argsort(-area)]
+        order = np.argsort(-area)
+        return array[order], np.array(scores, np.float32)[order]
 
 
 def to_68(mesh: Array) -> Array:

@@ -1,0 +1,128 @@
+"""A picture of a face -> planes of features at several scales, and a few vectors that say it all.
+
+After S3D-NeRF (Li et al., ECCV 2024): its hierarchical facial appearance encoder, the slots that
+gather what it sees, and the attention by which those hear what drives the face.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+N_GROUPS = 4
+N_HEADS = 4
+ROUNDS = 3  # of slot attention
+
+
+class AppearanceEncoder(nn.Module):
+    """Convolutions downwards, sums upwards (a feature pyramid); each level becomes three planes.
+
+    The first plane lies in the picture: what it says of a point is what the picture shows there.
+    The other two stand on it, and can only be guessed.
+    """
+
+    def __init__(self, n_in: int, widths: Sequence[int], channels: int, n_scales: int) -> None:
+        """widths: of the levels, from half the picture's size downwards · channels: of a plane ·
+        n_scales: levels, from the largest on, that become planes."""
+        super().__init__()
+        ins = (n_in, *widths[:-1])
+        self.down = nn.ModuleList(_halving(a, b) for a, b in zip(ins, widths, strict=True))
+        self.across = nn.ModuleList(nn.Conv2d(w, widths[-1], 1) for w in widths)
+        self.planes = nn.ModuleList(
+            nn.Sequential(_padded(widths[-1], widths[-1]), nn.LeakyReLU(0.2),
+                          nn.Conv2d(widths[-1], 3 * channels, 1))
+            for _ in range(n_scales)
+        )  # fmt: skip
+        self.n_out = channels * n_scales
+        self.n_deep = widths[-1]
+
+    def forward(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
+        """pictures (P, n_in, H, W) -> planes (P, 3, C, s, s) of each scale, the largest first, and
+        what the deepest level says (P, n, n_deep) of n places."""
+        levels = []
+        x = pictures
+        for layer in self.down:
+            x = layer(x)
+            levels.append(x)
+        seen = self.across[-1](levels[-1])
+        tops = [seen]
+        for level, layer in zip(levels[-2::-1], list(self.across)[-2::-1], strict=True):
+            up = F.interpolate(tops[-1], scale_factor=2, mode="bilinear")
+            tops.append(layer(level) + up)
+        tops.reverse()
+        planes = [head(top).unflatten(1, (3, -1)) for head, top in zip(self.planes, tops)]  # noqa: B905
+        return planes, seen.flatten(2).transpose(1, 2)
+
+
+def _padded(n_in: int, n_out: int, stride: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(n_in, n_out, 3, stride=stride, padding=1, padding_mode="replicate")
+
+
+def _halving(n_in: int, n_out: int) -> nn.Sequential:
+    return nn.Sequential(
+        _padded(n_in, n_out, stride=2), nn.GroupNorm(N_GROUPS, n_out), nn.LeakyReLU(0.2),
+        _padded(n_out, n_out), nn.GroupNorm(N_GROUPS, n_out), nn.LeakyReLU(0.2),
+    )  # fmt: skip
+
+
+class Slots(nn.Module):
+    """A few slots that share out what an encoder saw (slot attention, Locatello et al. 2020).
+
+    They start from learnt vectors rather than from noise: one picture, one answer.
+    """
+
+    def __init__(self, n_in: int, n_slots: int, width: int) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.randn(n_slots, width) / width**0.5)
+        self.enter, self.between, self.after = (
+            nn.LayerNorm(n) for n in (n_in, width, width)
+        )  # fmt: skip
+        self.ask, self.key, self.value = (
+            nn.Linear(width, width, bias=False), nn.Linear(n_in, width, bias=False),
+            nn.Linear(n_in, width, bias=False),
+        )  # fmt: skip
+        self.update = nn.GRUCell(width, width)
+        self.think = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)
+        )
+
+    def forward(self, seen: Tensor) -> Tensor:
+        """seen (P, n, n_in) -> slots (P, n_slots, width)."""
+        seen = self.enter(seen)
+        key, value = self.key(seen), self.value(seen)
+        slots = self.start.expand(len(seen), -1, -1)
+        for _ in range(ROUNDS):
+            asked = self.ask(self.between(slots))
+            odds = torch.einsum("psw,pnw->psn", asked, key) / asked.shape[-1] ** 0.5
+            share = odds.softmax(1) + 1e-6  # slots compete for places
+            share = share / share.sum(2, keepdim=True)
+            told = torch.einsum("psn,pnw->psw", share, value)
+            slots = self.update(told.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
+            slots = slots + self.think(self.after(slots))
+        return slots
+
+
+class CrossModal(nn.Module):
+    """What slots of appearance hear of what drives a face: multi-head cross-attention.
+
+    Every driving number is a token of its own, the sum of what it is and how much of it there is;
+    were all of them one token, there would be nothing to attend to.
+    """
+
+    def __init__(self, n_numbers: int, n_slots: int, width: int, n_out: int) -> None:
+        super().__init__()
+        self.what = nn.Parameter(torch.randn(n_numbers, width) / width**0.5)
+        self.much = nn.Parameter(torch.randn(n_numbers, width) / width**0.5)
+        self.attend = nn.MultiheadAttention(width, N_HEADS, batch_first=True)
+        self.last = nn.Linear(n_slots * width, n_out)
+
+    def forward(self, slots: Tensor, driving: Tensor) -> Tensor:
+        """slots (n_slots, width), driving (T, n_numbers) -> (T, n_out)."""
+        tokens = self.what + driving[..., None] * self.much
+        asked = slots.expand(len(driving), -1, -1)
+        heard, _ = self.attend(asked, tokens, tokens, need_weights=False)
+        said: Tensor = self.last((asked + heard).flatten(1))
+        return said

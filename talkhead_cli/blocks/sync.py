@@ -1,0 +1,120 @@
+"""Do these lips go with this sound: a picture branch and a sound branch that meet on a sphere.
+
+The idea is SyncNet's (Chung and Zisserman 2016), with the cosine of Wav2Lip's expert (Prajwal et
+al. 2020) and a softmax over other moments of the same film in place of a margin.  The weights
+are trained here, on whoever is at hand; figures are no one else's.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+N_FRAMES = 5  # of lips that are looked at together
+CROP_PX = 32
+REACH = 0.8  # half a crop's side, in distances from the nose's base to the chin
+MARGIN = 0.15  # how much more of the picture is drawn, so that crops can shift in training
+TEMPERATURE = 0.07
+GREY = (0.299, 0.587, 0.114)
+
+
+class SyncExpert(nn.Module):
+    """Crops of lips and windows of speech -> unit vectors; in sync they point the same way."""
+
+    def __init__(self, n_steps: int, n_features: int, width: int = 32, n_out: int = 64) -> None:
+        super().__init__()
+        self.look = nn.Sequential(
+            nn.Conv2d(2 * N_FRAMES - 1, width, 5, stride=2, padding=2), nn.GELU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GELU(), nn.Dropout2d(0.1),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1), nn.GELU(), nn.Flatten(),
+            nn.Dropout(0.3), nn.Linear(2 * width * (CROP_PX // 8) ** 2, n_out),
+        )  # fmt: skip
+        self.hear = nn.Sequential(
+            nn.Conv1d(n_features, width, 5, padding=2), nn.GELU(),
+            nn.Conv1d(width, width, 5, stride=2, padding=2), nn.GELU(), nn.Dropout(0.2),
+            nn.Conv1d(width, width, 5, stride=2, padding=2), nn.GELU(), nn.Flatten(),
+            nn.Dropout(0.3), nn.Linear(width * ((n_steps + 3) // 4), n_out),
+        )  # fmt: skip
+
+    def seen(self, crops: Tensor) -> Tensor:
+        """crops (N, N_FRAMES, CROP_PX, CROP_PX) grey -> (N, n_out).
+
+        What stands still says who it is; what counts is the shape and its change.
+        """
+        middle = crops.mean((1, 2, 3), keepdim=True)
+        crops = (crops - middle) / crops.std((1, 2, 3), keepdim=True).clamp_min(0.02)
+        return F.normalize(self.look(torch.cat([crops, 4 * crops.diff(dim=1)], 1)), dim=1)
+
+    def heard(self, audio: Tensor) -> Tensor:
+        """Standardised windows of speech (N, W, A) round the middle frame -> (N, n_out)."""
+        audio = audio.transpose(1, 2)
+        if self.training:
+            audio = audio + 0.5 * torch.randn_like(audio) + 0.15 * torch.randn_like(audio[..., :1])
+        return F.normalize(self.hear(audio), dim=1)
+
+
+def lip_boxes(marks_px: Tensor) -> Tensor:
+    """Where crops lie in pictures whose landmarks are at marks_px (T, 68, 2): (T, 3) x, y of the
+    middle and half the side, all in [0, 1]."""
+    nose, chin = marks_px[:, 33], marks_px[:, 8]
+    lips = marks_px[:, 48:68].mean(1)
+    return torch.cat([lips, REACH * (chin - nose).norm(dim=1, keepdim=True)], 1)
+
+
+def lip_crops(pictures: Tensor, boxes: Tensor) -> Tensor:
+    """pictures (T, H, W, 3), boxes (T, 3) -> grey crops (T, CROP_PX, CROP_PX)."""
+    grey = (pictures * pictures.new_tensor(GREY)).sum(-1)[:, None]
+    line = (torch.arange(CROP_PX, device=boxes.device) + 0.5) * 2 / CROP_PX - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    at = boxes[:, None, None, :2] + boxes[:, None, None, 2:] * torch.stack([x, y], -1)
+    return F.grid_sample(grey, 2 * at - 1, padding_mode="border", align_corners=False)[:, 0]
+
+
+def runs_of(crops: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
+    """Crops (T, s, s) of rows at `moments` (T,) -> every N_FRAMES that follow each other (N,
+    N_FRAMES, s, s), and the row in the middle of each (N,)."""
+    half = N_FRAMES // 2
+    if len(crops) < N_FRAMES:
+        return crops.new_zeros(0, N_FRAMES, *crops.shape[1:]), moments.new_zeros(0)
+    runs = crops.unfold(0, N_FRAMES, 1).movedim(-1, 1)
+    whole = moments[N_FRAMES - 1 :] - moments[: 1 - N_FRAMES] == N_FRAMES - 1
+    middle = torch.arange(half, len(crops) - half, device=crops.device)
+    return runs[whole], middle[whole]
+
+
+def agreement(seen: Tensor, heard: Tensor, moments: Tensor, near: int = 2) -> dict[str, Tensor]:
+    """How well lips (N, D) and sounds (N, D) of one film's moments (N,) find each other.
+
+    contrast: cross-entropy, both ways · found: share of pairs in which the true sound fits
+    better than another moment's.  Moments within `near` frames are neither right nor wrong.
+    """
+    odds = seen @ heard.T
+    apart = (moments[:, None] - moments).abs() > near
+    own = odds.diagonal()
+    masked = (odds / TEMPERATURE).masked_fill(~apart & ~torch.eye(len(odds)).bool().to(odds.device),
+                                              -torch.inf)  # fmt: skip
+    target = torch.arange(len(odds), device=odds.device)
+    contrast = (F.cross_entropy(masked, target) + F.cross_entropy(masked.T, target)) / 2
+    found = (own[:, None] > odds)[apart].float()
+    return {"contrast": contrast, "found": found.mean() if len(found) else own.new_tensor(0.5)}
+
+
+def offset_of(seen: Tensor, heard: Tensor, reach: int = 15) -> tuple[float, float]:
+    """By how many frames the sound comes after the lips, and how sure that is.
+
+    seen, heard (T, D) of consecutive frames.  The mean cosine is taken at every shift; the
+    answer is the peak, between frames by a parabola; confidence is the peak over the median.
+    """
+    reach = min(reach, len(seen) - 2)
+    shifts = range(-reach, reach + 1)
+    scores = torch.stack([
+        (seen[max(0, -d) : len(seen) - max(0, d)] * heard[max(0, d) : len(heard) - max(0, -d)])
+        .sum(1).mean() for d in shifts
+    ])  # fmt: skip
+    peak = int(scores.argmax())
+    best = float(shifts[peak])
+    if 0 < peak < len(scores) - 1:
+        a, b, c = (float(s) for s in scores[peak - 1 : peak + 2])
+        best += 0.5 * (a - c) / min(a - 2 * b + c, -1e-9)
+    return best, float(scores.max() - scores.median())

@@ -1,0 +1,198 @@
+"""A picture file as people have it -> a portrait, and what lies behind the person."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from scipy.spatial.transform import Rotation
+
+from talkhead_cli.blocks.regions import head_relief
+from talkhead_cli.contracts import RELIEF_SIDE, Portrait, Progress, Signals, TalkheadError
+from talkhead_cli.jobs.footage import N_SKIN, STORED_PX, head_camera
+from talkhead_cli.track import face, matte, pose
+from talkhead_cli.track.crop import choose_crop
+from talkhead_cli.track.scout import scout
+
+MAX_SIDE = 4096  # pixels; larger pictures are made smaller first
+MESH_SIDE = 1280
+SURE = 0.88  # a detector's word that people's faces get and animals' do not
+TURNED_DEG, AWAY_DEG = 25.0, 50.0  # a head turned further is drawn badly; cannot be drawn
+PAPER = 235  # what transparent pictures are laid on, grey level
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One picture of a person, tracked.
+
+    portrait at `size_px` · plate (STORED_PX, STORED_PX, 3) uint8 what is behind · k (3, 3) at
+    STORED_PX
+    """
+
+    portrait: Portrait
+    plate: NDArray[np.uint8]
+    k: NDArray[np.float32]
+
+
+def read(path: Path) -> NDArray[np.uint8]:
+    """The picture (H, W, 3), upright as EXIF says, transparency laid on paper."""
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    if not path.is_file():
+        raise TalkheadError(f"there is no picture {path}")
+    try:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture)
+            upright.thumbnail((MAX_SIDE, MAX_SIDE))
+            if upright.mode.startswith(("I", "F")):  # 16 bits and more a channel
+                grey = np.asarray(upright, np.float64)
+                upright = Image.fromarray((255 * grey / max(grey.max(), 1)).astype(np.uint8))
+            layers = upright.convert("RGBA")
+    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+        raise TalkheadError(
+            f"{path.name} cannot be read as a picture ({error}); give a JPEG or PNG"
+        ) from error
+    paper = Image.new("RGBA", layers.size, (PAPER,) * 3 + (255,))
+    return np.asarray(Image.alpha_composite(paper, layers).convert("RGB")).copy()
+
+
+def portrait_of(
+    path: Path, size_px: int, progress: Progress, *, which_face: str = "largest"
+) -> Photo:
+    """Find the person in a picture, and what drives and hides them.
+
+    `which_face` is largest, left or right, as seen in the picture.
+    """
+    rgb = read(path)
+    mesh, rgb = _mesh(path, rgb, which_face, progress)
+    height, width = rgb.shape[:2]
+    points, found = mesh[None], np.array([True])
+    head = pose.fit_head(points, found, (width, height))
+    _look_at_turn(path, head.rotation[0], progress)
+    crop = choose_crop(points, found, (width, height))
+    if crop.side < size_px:
+        progress.note(
+            f"the head's square is {crop.side} px in {path.name}; it is enlarged to {size_px} px"
+        )
+    cut = rgb[crop.y : crop.y + crop.side, crop.x : crop.x + crop.side]
+    way = cv2.INTER_AREA if crop.side > STORED_PX else cv2.INTER_CUBIC
+    square = cv2.resize(cut, (STORED_PX, STORED_PX), interpolation=way)
+    in_crop = ((mesh[:, :2] - [crop.x, crop.y]) / crop.side).astype(np.float32)
+    labels, plate = _regions(square, in_crop)
+    scale = crop.scale(STORED_PX)
+    k = np.array([
+        [head.focal_px * scale, 0, (head.centre_px[0] - crop.x) * scale],
+        [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
+        [0, 0, 1],
+    ], np.float32)  # fmt: skip
+    small = cv2.resize(square, (size_px, size_px), interpolation=cv2.INTER_AREA)
+    portrait = Portrait(
+        pictures=torch.from_numpy(small)[None].float() / 255,
+        labels=torch.from_numpy(labels)[None].float() / 255,
+        signals=_signals(mesh, in_crop, head, torch.from_numpy(k), size_px),
+        relief=head_relief(torch.from_numpy(head.shape[:N_SKIN]).float(), RELIEF_SIDE),
+    )
+    return Photo(portrait, plate, k)
+
+
+def _mesh(
+    path: Path, rgb: NDArray[np.uint8], which: str, progress: Progress
+) -> tuple[NDArray[Any], NDArray[np.uint8]]:
+    """The mesh (478, 3) in pixels of the part of the picture that holds the chosen person, and
+    that part."""
+    height, width = rgb.shape[:2]
+    scene = scout([rgb], (width, height), which)
+    if scene.n_faces > 1:
+        progress.note(
+            f"{scene.n_faces} faces are in {path.name}; the {which} one speaks "
+            "(--face left|right|largest chooses)"
+        )
+    x, y, w, h = scene.roi
+    part = np.ascontiguousarray(rgb[y : y + h, x : x + w])
+    with face.FaceDetector() as detect:
+        boxes, scores = detect.scored(part)
+    mesh = _seen(part)
+    if mesh is None and len(boxes):  # too small for a mesh of the whole: look closer
+        x0, y0, x1, y1 = boxes[0]
+        grow = 0.75 * max(x1 - x0, y1 - y0)
+        a, b = max(0, int(y0 - grow)), max(0, int(x0 - grow))
+        close = np.ascontiguousarray(part[a : int(y1 + grow), b : int(x1 + grow)])
+        mesh = _seen(close)
+        if mesh is not None:
+            mesh = mesh + np.array([b, a, 0], np.float32)
+    if mesh is None:
+        raise TalkheadError(
+            f"no face is found in {path.name}; give a picture of one person who faces the camera"
+        )
+    if not len(scores) or scores[0] < SURE:
+        progress.note(f"{path.name} may not show a person's face; what comes of it may look wrong")
+    return mesh, part
+
+
+def _seen(rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+    height, width = rgb.shape[:2]
+    shrink = MESH_SIDE / max(height, width)
+    size = (max(2, round(width * shrink)), max(2, round(height * shrink)))
+    way = cv2.INTER_AREA if shrink < 1 else cv2.INTER_CUBIC
+    small = cv2.resize(rgb, size, interpolation=way)
+    with face.FaceMesh() as mesh:
+        found = mesh(small)
+        again = mesh(small)  # the second look begins from the first
+    found = again if again is not None else found
+    return None if found is None else found / np.float32(shrink)
+
+
+def _look_at_turn(path: Path, rotation: NDArray[Any], progress: Progress) -> None:
+    yaw, pitch, _ = Rotation.from_matrix(rotation).as_euler("yxz", degrees=True)
+    turned = max(abs(yaw), abs(pitch) - 10)  # meshes of single pictures nod
+    if turned > AWAY_DEG:
+        raise TalkheadError(
+            f"the head in {path.name} is turned away by {turned:.0f} degrees; give a picture in "
+            f"which it faces the camera (up to {TURNED_DEG:.0f} degrees looks right)"
+        )
+    if turned > TURNED_DEG:
+        progress.note(
+            f"the head in {path.name} is turned by {turned:.0f} degrees; what the picture does "
+            "not show is guessed, and shows when it turns back"
+        )
+
+
+def _regions(
+    square: NDArray[np.uint8], mesh: NDArray[np.float32]
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Soft labels (6, 128, 128) and the background (STORED_PX, STORED_PX, 3)."""
+    with matte.Segmenter() as segment:
+        mask = segment(square)
+    colours = matte.skin_samples(square, mesh * STORED_PX)
+    skin = matte.SkinModel.fit(colours)(square)
+    maps = matte.RegionMaps(matte.torso_prior(mesh), mesh)
+    hair, torso = maps.moved(mesh, np.zeros(3), matte.body_pivot(mesh))
+    plate, _ = matte.make_plate([square], [mask])
+    return matte.label_maps(mesh, mask, skin, hair, torso), plate
+
+
+def _signals(
+    mesh: NDArray[Any], in_crop: NDArray[Any], head: pose.HeadTrack, k: torch.Tensor, size_px: int
+) -> Signals:
+    """One row; eyes count as open as they are, since one picture cannot tell."""
+    points = np.arange(face.N_MESH)
+    lifted = head.lift(mesh[None, :, :2].astype(np.float64), points)
+    stance = torch.from_numpy(head.pose).float()
+    return Signals(
+        audio=torch.zeros(1, 0, 0),
+        eye=torch.ones(1, 2),
+        gaze=torch.from_numpy(face.gaze(mesh[None])).float(),
+        brow=torch.zeros(1, 2),
+        landmarks=torch.from_numpy(face.to_68(lifted)).float(),
+        landmarks_px=torch.from_numpy(in_crop[face.MESH_TO_68])[None].float(),
+        pose=stance,
+        body=torch.zeros(1, 4),
+        camera=head_camera(stance, k, size_px),
+        person=torch.zeros(1, dtype=torch.long),
+        moment=torch.zeros(1, dtype=torch.long),
+    )

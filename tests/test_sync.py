@@ -1,0 +1,127 @@
+"""The lip-sync expert: what it looks at, and what it makes of films whose truth is known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from talkhead_cli.blocks.sync import (
+    CROP_PX,
+    N_FRAMES,
+    SyncExpert,
+    agreement,
+    lip_boxes,
+    lip_crops,
+    offset_of,
+    runs_of,
+)
+from talkhead_cli.contracts import SilentProgress
+from talkhead_cli.jobs import expert, footage, shots
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.fit import Step
+from talkhead_cli.march import DenseMarcher
+from talkhead_cli.store import Workspace
+
+
+def walk(n: int, seed: int = 0) -> torch.Tensor:
+    """Unit vectors (n, 16) that wander: neighbours are alike, strangers are not."""
+    steps = torch.randn(n, 16, generator=torch.Generator().manual_seed(seed))
+    kernel = torch.ones(16, 1, 3) / 3
+    smooth = F.conv1d(steps.T[None], kernel, padding=1, groups=16)[0].T
+    return F.normalize(smooth, dim=1)
+
+
+def test_a_crop_is_the_box_of_the_picture() -> None:
+    """A ramp is read where the box lies: its value says its place."""
+    px = 256
+    ramp = (torch.arange(px) + 0.5) / px
+    pictures = torch.stack([ramp.expand(px, px), ramp[:, None].expand(px, px)])[..., None]
+    box = torch.tensor([[0.4, 0.6, 0.1]]).expand(2, 3)
+    crops = lip_crops(pictures.expand(-1, -1, -1, 3), box)
+    line = (torch.arange(CROP_PX) + 0.5) * 2 / CROP_PX - 1
+    assert torch.allclose(crops[0], (0.4 + 0.1 * line).expand(CROP_PX, -1), atol=1e-4)
+    assert torch.allclose(crops[1], (0.6 + 0.1 * line)[:, None].expand(-1, CROP_PX), atol=1e-4)
+
+
+def test_boxes_move_and_grow_with_the_face() -> None:
+    marks = torch.rand(3, 68, 2)
+    boxes = lip_boxes(marks)
+    assert torch.allclose(lip_boxes(0.5 * marks + 0.1)[:, :2], 0.5 * boxes[:, :2] + 0.1)
+    assert torch.allclose(lip_boxes(0.5 * marks + 0.1)[:, 2], 0.5 * boxes[:, 2])
+
+
+def test_runs_never_cross_a_gap() -> None:
+    moments = torch.tensor([0, 1, 2, 3, 4, 5, 9, 10, 11, 12, 13])
+    crops = moments.float()[:, None, None].expand(-1, 2, 2)
+    runs, middle = runs_of(crops, moments)
+    assert moments[middle].tolist() == [2, 3, 11]
+    assert runs[:, :, 0, 0].tolist() == [[0, 1, 2, 3, 4], [1, 2, 3, 4, 5], [9, 10, 11, 12, 13]]
+    few, none = runs_of(crops[: N_FRAMES - 1], moments[: N_FRAMES - 1])
+    assert len(few) == len(none) == 0
+
+
+@pytest.mark.parametrize("late", [-7, 0, 4])
+def test_the_offset_is_found(late: int) -> None:
+    lips = walk(200)
+    sound = lips.roll(late, 0)
+    shift, confidence = offset_of(lips, sound)
+    assert abs(shift - late) < 0.2 and confidence > 0.5
+    _, doubt = offset_of(lips, walk(200, seed=1))
+    assert doubt < 0.2 < confidence
+
+
+def test_agreement_of_equals_and_of_strangers() -> None:
+    moments = torch.arange(120)
+    same = agreement(walk(120), walk(120), moments)
+    strange = agreement(walk(120), walk(120, seed=1), moments)
+    assert float(same["found"]) > 0.99 and float(same["contrast"]) < 0.2
+    assert abs(float(strange["found"]) - 0.5) < 0.1
+    assert float(strange["contrast"]) > math.log(120) - 1.5
+
+
+def test_near_moments_are_neither_right_nor_wrong() -> None:
+    lips = F.normalize(torch.ones(6, 4), dim=1)  # all alike: every other moment is a tie
+    assert float(agreement(lips, lips, torch.arange(6), near=9)["contrast"]) == pytest.approx(0)
+    found = agreement(lips, lips, torch.arange(6), near=0)["contrast"]
+    assert float(found) == pytest.approx(math.log(6))
+
+
+def test_what_it_sees_does_not_hang_on_the_light() -> None:
+    torch.manual_seed(0)
+    net = SyncExpert(33, 12).eval()
+    crops = torch.rand(2, N_FRAMES, CROP_PX, CROP_PX)
+    seen = net.seen(crops)
+    assert torch.allclose(seen.norm(dim=1), torch.ones(2), atol=1e-5)
+    assert torch.allclose(net.seen(0.6 * crops + 0.2), seen, atol=1e-4)
+
+
+def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
+    """On the synthetic speaker, whose voice and lips are one: better than chance in a few steps."""
+    preset = presets.load(["expert", "tiny"], ["data.size_px=128"])
+    assert preset.pretrain is not None
+    stage = preset.pretrain.stages["sync"]
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    torch.manual_seed(0)
+    net = expert.Expert.build("tiny", n_steps=preset.data.window,
+                              n_features=clip.signals.audio.shape[2], px=128)  # fmt: skip
+    step = Step(net, DenseMarcher(net.aabb, 2)).train()
+    optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
+    rng = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        terms, n_points = step([shots.draw(clip, stage, 0, net.aabb, rng)])
+        optimizer.zero_grad()
+        terms["contrast"].backward()
+        optimizer.step()
+    assert n_points == 0
+    net.eval()
+    rows = clip.held
+    with torch.no_grad():
+        shown = torch.from_numpy(clip.pictures[rows.numpy()]).float() / 255
+        signals = clip.signals[rows]
+        seen, heard, middle = net.embedded(shown, signals.landmarks_px, signals)
+        found = agreement(seen, heard, signals.moment[middle])["found"]
+    assert float(found) > 0.6, float(found)
