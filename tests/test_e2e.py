@@ -23,7 +23,7 @@ from talkhead_cli.jobs import render as render_job
 SMALL = ["data.size_px=64", "march.resolution=32", "march.n_steps=32"]
 STEPS = {
     "speech": 150, "speech_all": 20, "shape": 150, "detail": 150, "torso": 40, "still": 100,
-    "speak": 150, "upscale": 30, "pairs": 120, "finish": 20, "refine": 10,
+    "speak": 150, "upscale": 30, "pairs": 120, "finish": 20, "refine": 10, "sync": 3,
 }  # fmt: skip
 
 
@@ -366,7 +366,7 @@ def test_a_picture_is_refused_in_one_sentence(
 
 def test_an_expert_is_trained_and_heard(home: Path) -> None:
     ok("pretrain", "--expert", "-p", "tiny", "--ids", "speaker,twin", "-o", "ear", "--home", home,
-       "-s", "pretrain.stages.sync.steps=40", "-s", "data.size_px=128")  # fmt: skip
+       "-s", "pretrain.stages.match.steps=40", "-s", "data.size_px=128")  # fmt: skip
     result = talkhead("evaluate", "--id", "speaker", "--run", "lokitalk+tiny", "--home", home,
                       "--json")  # fmt: skip
     assert result.exit_code == 0, result.stderr

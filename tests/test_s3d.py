@@ -13,7 +13,15 @@ import torch
 
 from talkhead_cli import march
 from talkhead_cli.avatars.base import StepResult
-from talkhead_cli.avatars.s3d import DEFORMATIONS, S3D, S3DField, S3DSpeaker, _projected, filled
+from talkhead_cli.avatars.s3d import (
+    DEFORMATIONS,
+    S3D,
+    S3DField,
+    S3DSpeaker,
+    _between_lips,
+    _projected,
+    filled,
+)
 from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
 from talkhead_cli.blocks.mouth import N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import RELIEF, head_relief
@@ -215,6 +223,19 @@ def test_eyes_are_mirror_images_of_each_other(avatar: S3D, clip: Footage) -> Non
         left, right = field.displaced(x, where)[0], field.displaced(x * mirror, where)[0]
     assert torch.allclose(left * mirror, right, atol=1e-5)
     assert (left - x).norm(dim=1).max() > 1e-4
+
+
+def test_a_point_knows_whether_it_lies_between_the_lips() -> None:
+    """A mouth like a lens: corners at -0.2 and 0.2, open by 0.1 in the middle."""
+    knots = torch.linspace(-0.2, 0.2, 5)
+    bow = 0.05 * (1 - (knots / 0.2) ** 2)
+    lips = torch.stack([torch.stack([knots, -bow], 1), torch.stack([knots, bow], 1)])
+    shut = torch.stack([torch.stack([knots, 0 * bow], 1)] * 2)
+    lips = torch.stack([lips, shut])
+    x = torch.tensor([[0.0, 0.0, 0], [0.0, 0.07, 0], [0.1, 0.0, 0], [0.3, 0.0, 0], [0.0, 0.0, 0]])
+    inside, along = _between_lips(x, lips, torch.tensor([0, 0, 0, 0, 1])).unbind(1)
+    assert torch.allclose(inside / 20, torch.tensor([0.05, -0.02, 0.0375, -0.1, 0]), atol=1e-4)
+    assert torch.allclose(along, torch.tensor([0, 0, 0.5, 1.5, 0]), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", DEFORMATIONS)

@@ -103,7 +103,7 @@ def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
     """On the synthetic speaker, whose voice and lips are one: better than chance in a few steps."""
     preset = presets.load(["expert", "tiny"], ["data.size_px=128"])
     assert preset.pretrain is not None
-    stage = preset.pretrain.stages["sync"]
+    stage = preset.pretrain.stages["match"]
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     torch.manual_seed(0)
     net = expert.Expert.build("tiny", n_steps=preset.data.window,

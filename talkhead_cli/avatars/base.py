@@ -48,6 +48,8 @@ class Avatar(nn.Module):
     `aabb` (6,) is the box of head space that holds the person.  In training, methods put noise
     on the driving signals; `noise` is the stage's share of it.  `common` names what people share
     and a prior consists of, by the beginnings of its names in the state.
+    `judges` are frozen networks that a job hands in for their word in the losses; a list, so
+    that they are neither trained nor saved with the avatar.
     One that `needs_portrait` learns to draw people whom it never met (`enroll`), within `box`.
     `past` is how many rows before a row `listen` has to be given for it to hear the row as in
     the whole speech.  Whole pictures are marched `magnification` times smaller than they come out
@@ -68,6 +70,7 @@ class Avatar(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.judges: list[nn.Module] = []
         self.register_buffer("aabb", torch.tensor([-1.0, -1, -1, 1, 1, 1]))
 
     @classmethod

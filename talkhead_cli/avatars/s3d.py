@@ -44,6 +44,7 @@ from talkhead_cli.blocks.planes import RowPlanes, frequencies
 from talkhead_cli.blocks.regions import EYES, region_masks
 from talkhead_cli.blocks.rigid import shoulders_in_picture
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
+from talkhead_cli.blocks.sync import SyncExpert, lip_boxes, lip_crops, runs_of
 from talkhead_cli.blocks.upscale import Retoucher
 from talkhead_cli.contracts import (
     RELIEF_SIDE,
@@ -60,6 +61,8 @@ RIDGES = (1e3, 3e3, 1e4, 3e4, 1e5)
 LIP_NOISE, EYE_NOISE = 0.1, 0.03  # on what drives, in training
 N_HIDDEN = 8  # numbers that the deformation tells the decoder about a point
 N_OCTAVES = 5
+N_CUES = 2  # see `_between_lips`
+UPPER_LIP, LOWER_LIP = [60, 61, 62, 63, 64], [60, 67, 66, 65, 64]  # their inner edges
 SOLID = 17.0  # density of what is solid, per face height: most of the light stops within .06
 SOFT = 0.02  # face heights over which the face's surface begins
 DEPTH = 0.8  # half of the depth that planes cover round the ears, face heights
@@ -111,9 +114,9 @@ class _Face:
 class Deformation(nn.Module):
     """Where points of a region lie in the picture's face: an hourglass net with skip sums."""
 
-    def __init__(self, width: int, n_told: int) -> None:
+    def __init__(self, width: int, n_told: int, n_cues: int = 0) -> None:
         super().__init__()
-        n_in = 3 * (1 + 2 * N_OCTAVES)
+        n_in = 3 * (1 + 2 * N_OCTAVES) + n_cues
         self.first, self.told = nn.Linear(n_in, width), nn.Linear(n_told, width, bias=False)
         self.narrow = nn.Linear(width, width // 2)
         self.wide = nn.Linear(width // 2, width)
@@ -121,11 +124,13 @@ class Deformation(nn.Module):
         nn.init.zeros_(self.last.weight)
         nn.init.zeros_(self.last.bias)
 
-    def forward(self, place: Tensor, told: Tensor, row: Tensor) -> Tensor:
-        """place (N, 3) in the region's own measure, told (M, n_told), row (N,) into it ->
-        (N, 3 + N_HIDDEN): displacement in that measure, and what the decoder is told."""
+    def forward(self, place: Tensor, told: Tensor, row: Tensor, cues: Tensor) -> Tensor:
+        """place (N, 3) in the region's own measure, told (M, n_told), row (N,) into it, cues
+        (N, n_cues) -> (N, 3 + N_HIDDEN): displacement in that measure, and what the decoder is
+        told."""
         told = self.told(told).index_select(0, row)
-        wide = (self.first(frequencies(0.5 * place, N_OCTAVES)) + told).relu()
+        seen = torch.cat([frequencies(0.5 * place, N_OCTAVES), cues], 1)
+        wide = (self.first(seen) + told).relu()
         x = self.narrow(wide).relu()
         said: Tensor = self.last((self.wide(x) + wide).relu())
         return said
@@ -166,9 +171,9 @@ class S3D(Avatar):
         self.slots = Slots(self.encoder.n_deep, n_slots, n_slot)
         n_drives = N_MOUTH_DRIVES + 2 * N_EYE_DRIVES
         self.cross = CrossModal(n_drives, n_slots, n_slot, n_slot)
-        self.mouth_net = Deformation(widths.deformation, N_MOUTH_DRIVES + n_slot)
+        self.mouth_net = Deformation(widths.deformation, N_MOUTH_DRIVES + n_slot, N_CUES)
         self.eye_net = Deformation(widths.deformation // 2, N_EYE_DRIVES + n_slot)
-        n_in = self.encoder.n_out + 6 + 2 + N_HIDDEN
+        n_in = self.encoder.n_out + 6 + 2 + N_HIDDEN + N_CUES
         # depth, strength, share of its own colour, that colour, features
         self.decoder = Mlp(n_in, widths.decoder, 2 + 1 + 3 + widths.features, 3, last_scale=0.3)
         n_draft = N_FIXED - 2 + 1 + widths.features + 3 + 4
@@ -233,7 +238,8 @@ class S3D(Avatar):
         head = labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
         shoulders = _behind_the_head(picture, labels, portrait.signals)
         # pixels of the rim are half background: the head's own colour is that of its inside
-        sure = (head - 0.9).clamp_min(0) * 10
+        person = 1 - labels[:, 5:6]
+        sure = (10 * (person - 0.9)).clamp_min(0) * (5 * (head - 0.2)).clamp(0, 1)
         inside = filled(picture, sure)
         colour = torch.lerp(inside, picture, sure)
         seen = torch.cat([colour, labels[:, :3]], 1)
@@ -305,11 +311,27 @@ class S3D(Avatar):
         at = torch.stack([column, line], -1).view(-1, 2) + 0.5
         alive = region_masks(shot.signals, at, row.flatten(), labels.flatten(0, 2))[:, :2]
         alive = alive.amax(1).view_as(error)
-        return {
-            "whole": error.mean(),
-            "mouth": (error * alive).sum() / alive.sum().clamp_min(1),
-            "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
-        } | patch_losses(frame.rgb, truth, "whole_")
+        return (
+            self._sync_losses(result)
+            | {
+                "whole": error.mean(),
+                "mouth": (error * alive).sum() / alive.sum().clamp_min(1),
+                "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
+            }
+            | patch_losses(frame.rgb, truth, "whole_")
+        )
+
+    def _sync_losses(self, result: StepResult) -> dict[str, Tensor]:
+        """1 - cosine of drawn lips and their sound, as a lip-sync expert sees and hears them."""
+        signals, frame = result.shot.signals, result.frame
+        assert frame is not None
+        judges = [judge for judge in self.judges if isinstance(judge, SyncExpert)]
+        crops = lip_crops(frame.rgb.float(), lip_boxes(signals.landmarks_px))
+        runs, middle = runs_of(crops, signals.moment)
+        if not judges or not len(runs):
+            return {}
+        heard = [(j.seen(runs) * j.heard(signals.audio[middle])).sum(1) for j in judges]
+        return {"sync": 1 - torch.stack(heard).mean()}
 
     # -- parts -----------------------------------------------------------------------------
 
@@ -416,6 +438,7 @@ class S3DField:
         self._eyes = [(marks[eye].mean(0), (marks[eye][0] - marks[eye][3]).norm())
                       for eye in EYES]  # fmt: skip
         self._told_mouth, self._told_eyes = self._told(signals)
+        self._lips = signals.landmarks[:, [UPPER_LIP, LOWER_LIP], :2]  # (T, 2, 5, 2)
 
     def _told(self, signals: Signals) -> tuple[Tensor, Tensor]:
         """What regions are told of each row: (T, n), and (2 T, n) of both eyes, mirrored."""
@@ -462,34 +485,38 @@ class S3DField:
 
     def displaced(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """Points (N, 3) of rows (N,) -> where they lie in the picture's face (N, 3), and what the
-        decoder is told of them (N, N_HIDDEN)."""
+        decoder is told of them (N, N_HIDDEN + N_CUES)."""
         avatar = self.avatar
-        shift = x.new_zeros(len(x), 3 + N_HIDDEN)
+        shift = x.new_zeros(len(x), 3 + N_HIDDEN + N_CUES)
         if avatar.deformation == "none":
             return x, shift[:, 3:]
         middle, unit = self._mouth
         shift = self._region(avatar.mouth_net, shift, (x - middle) / unit, self._mouth_radii,
-                             self._told_mouth, row, unit)  # fmt: skip
+                             self._told_mouth, row, unit, x, self._lips)  # fmt: skip
         radii = x.new_tensor([0.9, 0.9])
         for side, (middle, unit) in enumerate(self._eyes):
             mirror = x.new_tensor([1.0 if side == 0 else -1.0, 1.0, 1.0])
             local = mirror * (x - middle) / unit
             shift = self._region(avatar.eye_net, shift, local, radii, self._told_eyes,
-                                 row + side * self.n_rows, unit * mirror)  # fmt: skip
+                                 row + side * self.n_rows, unit * mirror, x)  # fmt: skip
         return x + shift[:, :3], shift[:, 3:]
 
     @staticmethod
     def _region(
         net: nn.Module, shift: Tensor, local: Tensor, radii: Tensor, told: Tensor, row: Tensor,
-        unit: Tensor,
+        unit: Tensor, x: Tensor, lips: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Add what a net says of the points (N,) that lie in its region to `shift` (N, ...)."""
         off = ((local[:, :2] / radii).square().sum(1).sqrt() - 1).clamp_min(0)
         weight = (-30 * off.square()).exp()
         near = (weight > 0.01).nonzero().squeeze(1)
-        said = net(local[near], told, row[near]).float()
-        unit = unit.expand(3)
-        said = torch.cat([0.3 * said[:, :3] * unit, said[:, 3:]], 1) * weight[near, None]
+        cues = (
+            x.new_zeros(len(near), 0) if lips is None else _between_lips(x[near], lips, row[near])
+        )
+        said = net(local[near], told, row[near], cues).float()
+        rest = cues if lips is not None else said.new_zeros(len(near), N_CUES)
+        said = torch.cat([0.3 * said[:, :3] * unit.expand(3), said[:, 3:], rest], 1)
+        said = said * weight[near, None]
         return shift.index_add(0, near, said)
 
     def _decoded(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -542,6 +569,26 @@ def _eye_drives(signals: Signals, home: Signals, side: int) -> Tensor:
                       gaze, brow], 1)  # fmt: skip
 
 
+def _between_lips(x: Tensor, lips: Tensor, row: Tensor) -> Tensor:
+    """How far points x (N, 3) lie between the inner edges of the lips of their rows (N,), twenty
+    to the face height and negative outside; and where along the mouth, from -1 to 1: (N, 2).
+
+    lips (T, 2, 5, 2): x, y of either edge from corner to corner, taken as evenly spaced
+    """
+    left, right = lips[:, 0, 0, 0], lips[:, 0, 4, 0]
+    along = 4 * (x[:, 0] - left[row]) / (right - left).clamp_min(1e-3)[row]
+    at = along.clamp(0, 4 - 1e-4)
+    knot = at.long()
+    edges = lips[..., 1].flatten(0, 1)  # (2 T, 5)
+    upper, lower = (
+        torch.lerp(edges[2 * row + k, knot], edges[2 * row + k, knot + 1], at - knot)
+        for k in (0, 1)
+    )
+    beyond = (along - at).abs() * (right - left)[row] / 4
+    inside = torch.minimum(x[:, 1] - upper, lower - x[:, 1]) - beyond
+    return torch.stack([(20 * inside).clamp(-3, 3), (along / 2 - 1).clamp(-2, 2)], 1)
+
+
 def _projected(x: Tensor, camera: Camera) -> Tensor:
     """Head space (N, 3) -> the first picture's place in [-1, 1] and depth round the ears over
     DEPTH, (N, 3)."""
@@ -579,7 +626,7 @@ def _behind_the_head(picture: Tensor, labels: Tensor, signals: Signals) -> Tenso
     # lying behind a head that lets some of it through, together they are as solid as the person
     alpha = torch.maximum((body / (1 - head).clamp_min(0.05)).clamp_max(1), throat[:, None])
     alpha = alpha * (body + head).clamp(0, 1)
-    sure = (body - 0.8).clamp_min(0) * 5 * (1 - head)
+    sure = (10 * (body + head - 0.9)).clamp(0, 1) * (5 * (body - 0.2)).clamp(0, 1)
     colour = torch.lerp(filled(picture, sure), picture, sure)
     return torch.cat([alpha * colour, alpha], 1)
 

@@ -55,7 +55,7 @@ class Stage(_Strict):
     n_points     samples sent to the field per step; sets the number of rays
     patch_px     side of a patch · region: where patches lie
     n_frames     rows mixed in a step · batch: rows of a speech-only step · in_sequence: how many
-                 of those follow each other
+                 of them follow each other
     learn        parts of the avatar that move · rates: their learning rates
     fall         share of the rates that is left at the end
     weights      of the losses

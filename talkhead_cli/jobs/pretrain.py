@@ -6,6 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from lightning_fabric import Fabric
 
 from talkhead_cli import __version__, march
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import fit, footage, player
+from talkhead_cli.jobs import expert, fit, footage, player
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset, Train
@@ -82,7 +83,12 @@ def _train(
         )
     sources = {space.id: space.manifest()["source"]["sha256"] for space, _ in people}
     text = preset.model_copy(update={"train": stages, "pretrain": None}).to_yaml()
-    key = digest({"people": sources, "preset": text, "seed": seed})
+    clips = [clip for _, clip in people]
+    n_features = int(clips[0].signals.audio.shape[2])
+    hears = speech_facts(people[0][0].manifest()["backends"]["voice"], preset, n_features)
+    judge = _judge(home, stages, hears, progress)
+    told = None if judge is None else judge.prior.meta()["key"]
+    key = digest({"people": sources, "preset": text, "seed": seed, "judge": told})
     if prior.meta().get("key", key) != key:
         raise TalkheadError(
             f"prior '{prior.name}' was begun with other people or settings; pass --fresh to "
@@ -94,10 +100,10 @@ def _train(
     where = march.device_of(device)
     fabric = Fabric(accelerator=where.type, devices=1)
     fabric.seed_everything(seed, verbose=False)
-    clips = [clip for _, clip in people]
     aabb = player.box_for(preset, clips[0].signals.camera)
-    n_features = int(clips[0].signals.audio.shape[2])
     avatar, marcher, _ = player.build(preset, n_features, aabb.to(where), where, len(clips))
+    if judge is not None:
+        avatar.judges.append(judge.net.sync.to(where).requires_grad_(False))
     heard = [clip.signals[clip.train[clip.heard[clip.train]]].to(where) for clip in clips]
     avatar.survey(heard)
     for clip, signals in zip(clips, heard, strict=True):
@@ -122,9 +128,28 @@ def _train(
         steps=place.total,
         figures=place.figures,
         method=preset.method,
-        speech=speech_facts(people[0][0].manifest()["backends"]["voice"], preset, n_features),
+        speech=hears,
+        expert=None if judge is None else judge.name,
         torch=torch.__version__,
     )
+
+
+def _judge(
+    home: Path, stages: Train, hears: dict[str, Any], progress: Progress
+) -> expert.Judge | None:
+    """The lip-sync expert, for stages that ask for its word."""
+    asked = [name for name, stage in stages.stages.items() if stage.weights.get("sync")]
+    if not asked:
+        return None
+    judge = expert.newest(home, hears)
+    if judge is None:
+        progress.note(
+            f"stage '{asked[0]}' does without a lip-sync expert, since this home has none; lips will "
+            "follow speech a little less (train one first: talkhead pretrain --expert)"
+        )
+    else:
+        progress.note(f"lip-sync expert: {judge.name}")
+    return judge
 
 
 def _openable(home: Path, names: Sequence[str], progress: Progress) -> list[Workspace]:

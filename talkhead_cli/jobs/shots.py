@@ -25,7 +25,7 @@ def draw(
     """One person's share of a training step; whole pictures march `magnification` times smaller."""
     if stage.rays == "none":
         rows = footage.train[footage.heard[footage.train]]
-        rows = _in_sequence(rows, stage, rng)
+        rows = _in_sequence(rows, stage.batch, stage.in_sequence, rng)
         if not stage.shown:
             return Shot(footage.signals[rows])
         seen = torch.from_numpy(footage.pictures[rows.numpy()]).float() / 255
@@ -36,12 +36,16 @@ def draw(
     if stage.rays == "picture":
         n_frames = stage.n_frames
     rows = _pick(footage.train, n_frames, rng)
+    if stage.in_sequence > 1:
+        rows = _in_sequence(footage.train, n_frames, stage.in_sequence, rng)
     if stage.rare:
         n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
         rows = torch.cat([_pick(footage.rare, n_rare, rng), rows])[: len(rows)]
     signals = footage.signals[rows]
     if footage.said is not None:
-        mouths = torch.rand(len(rows), 1, 1, generator=rng) < stage.listen
+        # rows that follow each other are all of one kind: lips do not jump
+        n_draws = len(rows) if stage.in_sequence == 1 else 1
+        mouths = torch.rand(n_draws, 1, 1, generator=rng) < stage.listen
         signals = signals.with_(
             landmarks=torch.where(mouths, footage.said[rows], signals.landmarks)
         )
@@ -91,12 +95,12 @@ def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=rng)[:n]]
 
 
-def _in_sequence(rows: Tensor, stage: Stage, rng: torch.Generator) -> Tensor:
-    """`batch` of the rows, in runs of `in_sequence` that begin anywhere."""
-    length = min(stage.in_sequence, len(rows))
+def _in_sequence(rows: Tensor, n: int, length: int, rng: torch.Generator) -> Tensor:
+    """n of the rows, in runs of `length` that begin anywhere."""
+    length = min(length, len(rows))
     if length == 1:
-        return _pick(rows, stage.batch, rng)
-    n_runs = max(1, stage.batch // length)
+        return _pick(rows, n, rng)
+    n_runs = max(1, n // length)
     first = torch.randint(len(rows) - length + 1, (n_runs, 1), generator=rng)
     return rows[(first + torch.arange(length)).flatten()]
 
