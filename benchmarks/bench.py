@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
-    "hearing", "coding", "views", "tokens",
+    "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert",
 )  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
@@ -356,6 +356,34 @@ def part_tokens(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return talk3d.tokens(work / "home", options.ids, options.scale)
 
 
+def part_strangers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """S3D on people whom it never met, --ids in groups of two."""
+    import s3d
+
+    groups = [options.ids[i : i + 2] for i in range(0, len(options.ids), 2)]
+    return s3d.strangers(work / "home", _others(work, options), groups)
+
+
+def part_deformations(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """S3D with less and less of its deformation, on --ids, whom it never met."""
+    import s3d
+
+    everybody = _others(work, options)
+    return s3d.deformations(work / "home", everybody, options.ids, scale=options.scale)
+
+
+def part_expert(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The lip-sync expert on people whom it never met, --ids in groups of two."""
+    import s3d
+
+    groups = [options.ids[i : i + 2] for i in range(0, len(options.ids), 2)]
+    return s3d.ears(work / "home", _others(work, options), groups)
+
+
+def _others(work: Path, options: argparse.Namespace) -> list[str]:
+    return [name for name in _usable(work) if name not in options.without]
+
+
 def _usable(work: Path) -> list[str]:
     """Everybody of the private clips who can be tracked."""
     found = sorted(p.stem for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4"))
@@ -418,6 +446,9 @@ def main() -> None:
         "parts", nargs="*", choices=[*PARTS, "parity", []], help="parts to run; default all"
     )
     parser.add_argument("--ids", default="alice,carl", type=_listed)
+    parser.add_argument(
+        "--without", default="", type=_listed, help="people whom no prior may know, beside --ids"
+    )
     parser.add_argument("--presets", default="lokitalk,tiny", type=_listed)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)

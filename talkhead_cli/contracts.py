@@ -251,8 +251,8 @@ class Portrait:
     """P pictures of one person, for avatars that are made from pictures; the first is the main one.
 
     pictures (P, H, W, 3) · labels (P, 6, h, w) soft, in the order of LABELS · signals P rows: how
-    each picture's face stands and what it does · relief (n, n, 2) depth z of the rigid face and
-    the trust in it over x, y in [-RELIEF_SIDE, RELIEF_SIDE] of head space
+    each picture's face stands and what it does · relief (P, n, n, 2) depth z of the rigid face
+    and the trust in it over x, y in [-RELIEF_SIDE, RELIEF_SIDE] of head space
     """
 
     pictures: Tensor

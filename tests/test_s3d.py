@@ -13,15 +13,9 @@ import torch
 
 from talkhead_cli import march
 from talkhead_cli.avatars.base import StepResult
-from talkhead_cli.avatars.s3d import (
-    DEFORMATIONS,
-    S3D,
-    S3DField,
-    S3DSpeaker,
-    _between_lips,
-    _projected,
-    filled,
-)
+from talkhead_cli.avatars.s3d import DEFORMATIONS, S3D, S3DField, S3DSpeaker
+from talkhead_cli.avatars.s3d.face import filled
+from talkhead_cli.avatars.s3d.field import _projected, between_lips
 from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
 from talkhead_cli.blocks.mouth import N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import RELIEF, head_relief
@@ -196,7 +190,7 @@ def test_the_mouth_moves_the_mouth_alone(avatar: S3D, clip: Footage) -> None:
         where = torch.zeros(len(x), dtype=torch.long)
         fields = [speaker.condition(r) for r in (row, wide)]
         assert all(isinstance(f, S3DField) for f in fields)
-        one, two = (f.displaced(x, where)[0] for f in fields)  # type: ignore[union-attr]
+        one, two = (f.views[0].displaced(x, where)[0] for f in fields)  # type: ignore[union-attr]
     moved = (one - two).norm(dim=1)
     assert float(moved[:20].max()) > 1e-3, "lips"
     assert torch.allclose(one[-2:], x[-2:]) and torch.allclose(two[-2:], x[-2:]), "forehead, hair"
@@ -220,7 +214,10 @@ def test_eyes_are_mirror_images_of_each_other(avatar: S3D, clip: Footage) -> Non
         x = marks[0, 36:42] + torch.tensor([0.01, 0.02, 0])
         mirror = torch.tensor([-1.0, 1, 1])
         where = torch.zeros(6, dtype=torch.long)
-        left, right = field.displaced(x, where)[0], field.displaced(x * mirror, where)[0]
+        left, right = (
+            field.views[0].displaced(x, where)[0],
+            field.views[0].displaced(x * mirror, where)[0],
+        )
     assert torch.allclose(left * mirror, right, atol=1e-5)
     assert (left - x).norm(dim=1).max() > 1e-4
 
@@ -233,9 +230,34 @@ def test_a_point_knows_whether_it_lies_between_the_lips() -> None:
     shut = torch.stack([torch.stack([knots, 0 * bow], 1)] * 2)
     lips = torch.stack([lips, shut])
     x = torch.tensor([[0.0, 0.0, 0], [0.0, 0.07, 0], [0.1, 0.0, 0], [0.3, 0.0, 0], [0.0, 0.0, 0]])
-    inside, along = _between_lips(x, lips, torch.tensor([0, 0, 0, 0, 1])).unbind(1)
+    inside, along = between_lips(x, lips, torch.tensor([0, 0, 0, 0, 1])).unbind(1)
     assert torch.allclose(inside / 20, torch.tensor([0.05, -0.02, 0.0375, -0.1, 0]), atol=1e-4)
     assert torch.allclose(along, torch.tensor([0, 0, 0.5, 1.5, 0]), atol=1e-6)
+
+
+def test_of_several_pictures_the_one_most_like_the_row_has_its_say(
+    avatar: S3D, clip: Footage, preset: Preset
+) -> None:
+    order = clip.signals.pose[clip.train][:, 1].argsort()
+    rows = clip.train[order[[0, -1]]]  # as far to either side as she looks
+    both = clip.portrait(rows)
+    with torch.no_grad():
+        speaker = avatar.enroll(both)
+        assert isinstance(speaker, S3DSpeaker) and len(speaker.faces) == 2
+        told = speaker.condition(clip.signals[rows]).likeness
+        assert torch.allclose(told.sum(1), torch.ones(2)) and told.argmax(1).tolist() == [0, 1]
+        alone = avatar.enroll(clip.portrait(rows[:1]))
+        twice = avatar.enroll(clip.portrait(rows[[0, 0]]))
+    row = clip.signals[rows[:1]]
+    one, same = (picture(who, row, clip, preset)[0].rgb for who in (alone, twice))
+    assert torch.allclose(one, same, atol=2e-2), "the same picture twice says nothing new"
+    true = torch.from_numpy(clip.pictures[int(rows[1])]).float() / 255
+    face = torch.from_numpy(clip.labels[int(rows[1]), 0] > 250)[::2, ::2]
+    errors = [
+        float((picture(who, clip.signals[rows[1:]], clip, preset)[0].rgb[0] - true)[face]
+              .square().mean()) for who in (alone, speaker)
+    ]  # fmt: skip
+    assert errors[1] < errors[0], errors
 
 
 @pytest.mark.parametrize("kind", DEFORMATIONS)
@@ -253,7 +275,7 @@ def test_deformations_hear_what_they_say_they_hear(avatar: S3D, clip: Footage, k
         for face in faces:
             field = avatar.enroll(face).condition(row)
             assert isinstance(field, S3DField)
-            shifts.append(field.displaced(x, where)[0] - x)
+            shifts.append(field.views[0].displaced(x, where)[0] - x)
     looks = not torch.allclose(shifts[0], shifts[1], atol=1e-6)
     assert looks == (kind in ("concatenated", "cross-modal"))
     assert bool(shifts[0].abs().max() > 1e-5) == (kind != "none")
@@ -309,7 +331,7 @@ def test_shoulders_and_head_together_are_as_solid_as_the_person(clip: Footage, a
     labels[:, 2], labels[:, 4], labels[:, 5] = 0.5, 0.4, 0.1  # half hair, nearly half torso
     speaker = avatar.enroll(replace(portrait, labels=labels))
     assert isinstance(speaker, S3DSpeaker)
-    behind = speaker.face.shoulders[0, 3]
+    behind = speaker.main.shoulders[0, 3]
     assert torch.allclose(0.5 + 0.5 * behind[-4:, :4], torch.tensor(0.9), atol=0.06)
 
 
@@ -474,7 +496,7 @@ def test_a_run_is_not_made_from_a_picture_by_a_method_that_wants_footage(
 
     face = save(tmp_path / "face.png", likeness)
     with pytest.raises(MisuseError, match="lokitalk learns a person from footage"):
-        enroll(face, tmp_path, tmp_path, "lokitalk", SilentProgress())
+        enroll([face], tmp_path, tmp_path, "lokitalk", SilentProgress())
     with pytest.raises(TalkheadError, match="talkhead pretrain -p s3d"):
-        enroll(face, tmp_path, tmp_path, "s3d", SilentProgress())
+        enroll([face], tmp_path, tmp_path, "s3d", SilentProgress())
     assert shutil.rmtree is not None and not list(tmp_path.glob("face/*"))

@@ -214,7 +214,8 @@ def render(
     audio: Annotated[Path, typer.Option("--audio", help="Speech, in any format.")],
     name: Annotated[str | None, typer.Option("--id", help="Which identity.")] = None,
     image: Annotated[
-        Path | None, typer.Option(help="Or one picture of a face, which is not trained on.")
+        list[Path] | None,
+        typer.Option(help="Or a picture of a face, without training; repeat it for several."),
     ] = None,
     preset: Annotated[
         str, typer.Option("-p", "--preset", help="How the picture is made to speak.")
@@ -265,9 +266,9 @@ def render(
             pose=pose, blink=blink, yaw_deg=yaw, pitch_deg=pitch, orbit=orbit, seed=seed,
             landmarks=landmarks, background=background, alpha=alpha, depth=depth,
         )  # fmt: skip
-        if (name is None) == (image is None):
+        if (name is None) == (not image):
             raise MisuseError("say who speaks: --id NAME or --image FILE, one of them")
-        if image is not None:
+        if image:
             if run is not None:
                 raise MisuseError("--run goes with --id; a picture is drawn by --prior")
             paths = render_picture(

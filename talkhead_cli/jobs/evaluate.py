@@ -106,6 +106,7 @@ def evaluate(
         "pasted": None if heads is None else _pasted_figures(clip, held, truth, heads, boxes),
         "lips": _lip_figures(seen_truth, seen, controls, _linear_baseline(clip, sound)),
         "eyes": _eye_figures(seen_truth, seen),
+        "likeness": _likeness_figures(clip, held, truth, rendered, seen_truth, seen),
         "lmd_px_at_512": _lmd(seen_truth, seen),
         "sync": _sync_figures(home, show, space, (truth, seen_truth), (rendered, seen), signals,
                               progress),
@@ -295,6 +296,31 @@ def _eye_figures(truth: Measured, seen: Measured) -> dict[str, Any]:
     shut = true < 0.5 * np.median(true)
     n_blinks = int((np.diff(np.concatenate([[False], shut]).astype(int)) == 1).sum())
     return {"correlation": correlation(true, made), "blinks_in_truth": n_blinks}
+
+
+def _likeness_figures(
+    clip: Footage, held: NDArray[np.int64], truth: NDArray[np.uint8],
+    rendered: NDArray[np.uint8], seen_truth: Measured, seen: Measured,
+) -> dict[str, Any]:  # fmt: skip
+    """Whether it is still the person: the face's geometry and its colour, both on average."""
+    shapes = []
+    for measured in (seen_truth, seen):
+        flat = measured.mesh[..., :2]
+        rigid = flat[:, RIGID]
+        middle, size = rigid.mean(1, keepdims=True), np.linalg.norm(
+            flat[:, face.TOP] - flat[:, face.CHIN], axis=-1)[:, None, None]  # fmt: skip
+        shapes.append(((flat - middle) / size).mean(0))
+    geometry = float(np.linalg.norm(shapes[0] - shapes[1], axis=-1).mean())
+    colours = []
+    for pictures in (truth, rendered):
+        small = np.stack([cv2.resize(p, clip.labels.shape[2:], interpolation=cv2.INTER_AREA)
+                          for p in pictures])  # fmt: skip
+        skin = clip.labels[held, 0].astype(np.float64)[..., None]
+        colours.append((small * skin).sum((0, 1, 2)) / skin.sum())
+    return {
+        "geometry_percent_of_face_height": round(100 * geometry, 3),
+        "colour_of_255": round(float(np.abs(colours[0] - colours[1]).mean()), 2),
+    }
 
 
 def _lmd(truth: Measured, seen: Measured) -> float:

@@ -103,7 +103,7 @@ class Footage:
             pictures=torch.from_numpy(self.pictures[frames]).float() / 255,
             labels=torch.from_numpy(self.labels[frames]).float() / 255,
             signals=self.signals[rows],
-            relief=self.relief,
+            relief=self.relief.expand(len(rows), -1, -1, -1),
         )
 
     def best_likeness(self) -> Tensor:

@@ -95,7 +95,7 @@ def portrait_of(
         pictures=torch.from_numpy(small)[None].float() / 255,
         labels=torch.from_numpy(labels)[None].float() / 255,
         signals=_signals(mesh, in_crop, head, torch.from_numpy(k), size_px),
-        relief=head_relief(torch.from_numpy(head.shape[:N_SKIN]).float(), RELIEF_SIDE),
+        relief=head_relief(torch.from_numpy(head.shape[:N_SKIN]).float(), RELIEF_SIDE)[None],
     )
     return Photo(portrait, plate, k)
 

@@ -144,8 +144,8 @@ def _judge(
     judge = expert.newest(home, hears)
     if judge is None:
         progress.note(
-            f"stage '{asked[0]}' does without a lip-sync expert, since this home has none; lips will "
-            "follow speech a little less (train one first: talkhead pretrain --expert)"
+            f"stage '{asked[0]}' does without a lip-sync expert, since this home has none; lips "
+            "will follow speech a little less (train one first: talkhead pretrain --expert)"
         )
     else:
         progress.note(f"lip-sync expert: {judge.name}")

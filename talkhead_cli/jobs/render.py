@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -108,16 +109,16 @@ def render(
 
 
 def render_picture(
-    image: Path, priors_home: Path, speech: Path, progress: Progress, *, method: str = "s3d",
-    prior: str | None = None, which_face: str = "largest", out: Path | None = None,
+    images: Sequence[Path], priors_home: Path, speech: Path, progress: Progress, *,
+    method: str = "s3d", prior: str | None = None, which_face: str = "largest", out: Path | None = None,
     wishes: Wishes | None = None, device: str = "auto",
 ) -> list[Path]:  # fmt: skip
-    """Film the person of a picture saying `speech`; nothing of it is kept but the film."""
+    """Film the person of some pictures saying `speech`; nothing is kept but the film."""
     if not media.probe(speech).has_audio:
         raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         space, run = enroll(
-            image, priors_home, Path(folder), method, progress, prior=prior,
+            images, priors_home, Path(folder), method, progress, prior=prior,
             which_face=which_face, device=device,
         )  # fmt: skip
         return render(

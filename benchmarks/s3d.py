@@ -1,0 +1,176 @@
+"""What S3D-NeRF and the lip-sync expert are worth on people whom they never met.
+
+`strangers` learns from everybody but a group and draws each of the group from one frame;
+`deformations` does it with less and less of the deformation; `expert` asks the lip-sync expert
+of a group that it never saw.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from talkhead_cli.avatars import s3d
+from talkhead_cli.contracts import SilentProgress
+from talkhead_cli.jobs import expert, footage, player
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.evaluate import evaluate
+from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.store import Workspace
+from talkhead_cli.store.checkpoint import Run
+
+SHIFTS = (-8, -4, -2, 2, 4, 8)  # frames by which sound is moved
+PIECE_S = 10.0  # of footage that one offset is read from
+PRESETS = ["s3d", "tiny"]
+
+
+def strangers(
+    home: Path, everybody: Sequence[str], groups: Sequence[Sequence[str]], *, scale: float = 1.0
+) -> dict[str, Any]:  # fmt: skip
+    """Figures of each person of `groups` by a prior of everybody else."""
+    rows: dict[str, Any] = {}
+    for group in groups:
+        others = _others(everybody, group)
+        ear = _expert(home, others, "-".join(group))
+        prior = _pretrained(home, others, "-".join(["strangers", *group]), scale)
+        for name in group:
+            rows[name] = {"expert": ear.name} | _scored(home, name, prior)
+    return {"groups": [list(g) for g in groups], "people": len(everybody), "rows": rows}
+
+
+def deformations(
+    home: Path, everybody: Sequence[str], group: Sequence[str], *, scale: float
+) -> dict[str, Any]:  # fmt: skip
+    """Strangers drawn with each kind of deformation, and without the expert's word, `scale` of
+    the steps each."""
+    others = _others(everybody, group)
+    _expert(home, others, "-".join(group))
+    rows: dict[str, Any] = {}
+    for kind in s3d.DEFORMATIONS:
+        with _built_of(kind):
+            prior = _pretrained(home, others, kind, scale)
+            rows[kind] = {name: _scored(home, name, prior) for name in group}
+    prior = _pretrained(home, others, "unjudged", scale, "pretrain.stages.sync.weights.sync=0")
+    rows["without the expert's word"] = {name: _scored(home, name, prior) for name in group}
+    table = {
+        kind: {key: _mean([_at(person["figures"], path) for person in people.values()])
+               for key, path in _KEYS.items()}
+        for kind, people in rows.items()
+    }  # fmt: skip
+    return {"left_out": list(group), "scale": scale, "table": table, "rows": rows}
+
+
+_KEYS = {
+    "lmd_px_at_512": ("lmd_px_at_512",), "lips_r": ("lips", "correlation", "r"),
+    "control_r": ("lips", "mismatched_control", "r"),
+    "sync_confidence": ("sync", "render", "confidence"),
+    "sync_pairs_found": ("sync", "render", "pairs_found"),
+    "psnr_face_db": ("picture", "face_box", "psnr_db"),
+}  # fmt: skip
+
+
+def ears(home: Path, everybody: Sequence[str], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
+    """The expert on people it never met: share of pairs in which a moment's own sound fits better
+    than another's, and by how many frames it misses sound that was moved by a known number, as
+    against the same piece unmoved."""
+    rows: dict[str, Any] = {}
+    for group in groups:
+        judge = _expert(home, _others(everybody, group), "-".join(group))
+        for name in group:
+            rows[name] = _judged(judge, home, name)
+    misses = [m for row in rows.values() for m in row["misses_frames"]]
+    return {
+        "pairs_found": _mean([row["pairs_found"] for row in rows.values()]),
+        "within_one_frame": _mean([abs(m) <= 1 for m in misses]), "n_shifts": len(misses),
+        "rows": rows,
+    }  # fmt: skip
+
+
+def _judged(judge: expert.Judge, home: Path, name: str) -> dict[str, Any]:
+    data = presets.load(["expert", "tiny"]).data.model_copy(update={"holdout": 0.0})
+    clip = footage.load(Workspace.open(home, name), data, SilentProgress())
+    rows = clip.train[clip.heard[clip.train]]
+    n = int(PIECE_S * 25)
+    misses, offsets = [], []
+    for first in range(0, max(1, len(rows) - n // 2), n):
+        piece = rows[first : first + n]
+        margin = max(SHIFTS)
+        inner = piece[margin:-margin]
+        if len(inner) < 50:
+            continue
+
+        def shift(by: int, inner: torch.Tensor = inner) -> float:
+            signals = clip.signals[inner]
+            moved = signals.with_(audio=clip.signals.audio[(inner + by).clamp(0, len(rows) - 1)])
+            marks = signals.landmarks_px.numpy()
+            said = judge.judge(clip.pictures[inner.numpy()], marks, moved)
+            return said["sound_after_lips_s"] * 25
+
+        here = shift(0)
+        offsets.append(round(here, 2))
+        # sound taken from later comes earlier
+        misses += [round(shift(by) - here + by, 2) for by in SHIFTS]
+    signals = clip.signals[rows]
+    whole = judge.judge(clip.pictures[rows.numpy()], signals.landmarks_px.numpy(), signals)
+    return {"seconds": len(rows) / 25, **whole, "offsets_frames": offsets, "misses_frames": misses}
+
+
+def _built_of(kind: str) -> Any:
+    """Avatars that are built have this kind of deformation."""
+
+    class Method(s3d.S3D):
+        @classmethod
+        def build(cls, size: Any, **named: Any) -> s3d.S3D:  # type: ignore[override]
+            made = s3d.S3D.build(size, **named)
+            made.deformation = kind
+            return made
+
+    return mock.patch.object(player, "avatar_class", lambda _: Method)
+
+
+def _others(everybody: Sequence[str], group: Sequence[str]) -> list[str]:
+    return [name for name in everybody if name not in group]
+
+
+def _expert(home: Path, others: Sequence[str], name: str) -> expert.Judge:
+    made = pretrain(
+        home, others, f"ear-{name}", SilentProgress(), preset_names=["expert", "tiny"],
+        device="cpu",
+    )  # fmt: skip
+    made.write_meta(finished_at=time.time())  # the newest one is asked
+    return expert.opened(made)
+
+
+def _pretrained(home: Path, others: Sequence[str], name: str, scale: float, *more: str) -> Run:
+    return pretrain(
+        home, others, name, SilentProgress(), preset_names=PRESETS,
+        settings=[f"pretrain.scale={scale}", *more], device="cpu",
+    )  # fmt: skip
+
+
+def _scored(home: Path, name: str, prior: Run) -> dict[str, Any]:
+    run = finetune(
+        home, name, SilentProgress(), names=PRESETS, prior=prior.name, device="cpu",
+        run_name=f"s3d-from-{prior.name}", fresh=True,
+    )  # fmt: skip
+    figures, _ = evaluate(home, name, SilentProgress(), run_name=run.name, device="cpu")
+    return {"prior": {k: prior.meta()[k] for k in ("seconds", "steps")}, "figures": figures}
+
+
+def _at(figures: dict[str, Any], path: Sequence[str]) -> Any:
+    found: Any = figures
+    for key in path:
+        found = None if found is None else found.get(key)
+    return found
+
+
+def _mean(values: Sequence[Any]) -> float | None:
+    some = [float(v) for v in values if v is not None]
+    return round(float(np.mean(some)), 4) if some else None

@@ -1,0 +1,283 @@
+"""The field of one person: where points lie in the pictures, and what is there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talkhead_cli.avatars.s3d.face import Face
+from talkhead_cli.blocks.mouth import INNER_LIPS, MOUTH, N_CODES
+from talkhead_cli.blocks.planes import frequencies
+from talkhead_cli.blocks.regions import EYES
+from talkhead_cli.contracts import RELIEF_SIDE, Camera, Signals
+
+if TYPE_CHECKING:
+    from talkhead_cli.avatars.s3d.method import S3D
+
+LIP_NOISE, EYE_NOISE = 0.1, 0.03  # on what drives, in training
+N_HIDDEN = 8  # numbers that the deformation tells the decoder about a point
+N_OCTAVES = 5
+N_CUES = 2  # see `between_lips`
+UPPER_LIP, LOWER_LIP = [60, 61, 62, 63, 64], [60, 67, 66, 65, 64]  # their inner edges
+ANCHORS = torch.cat([MOUTH, torch.arange(36, 48)])  # landmarks that teach where points lie
+MOUTH_REACH, EYE_REACH = (0.5, 0.7), (0.9, 0.9)  # radii, see `_View`
+FADE = 30.0  # how soon a region ends beyond its radii
+MOVED = 0.3  # displacements are learnt on this scale, in the region's measure
+SOLID = 17.0  # density of what is solid, per face height: most of the light stops within .06
+SOFT = 0.02  # face heights over which the face's surface begins
+DEPTH = 0.8  # half of the depth that planes cover round the ears, face heights
+NEAR_POSE, NEAR_MOUTH = 0.1, 0.05  # how alike rows and pictures are: radians, face heights
+N_MOUTH_DRIVES, N_EYE_DRIVES = N_CODES + 4, 8
+# What the field says of a point, in this order; then features, then for each picture how much it
+# has to say there and the place (N_PLACE).
+OWN, SOURCE, SHARE = slice(0, 3), slice(3, 6), slice(6, 7)
+N_COLOURS, N_PLACE = 7, 3
+
+
+class Deformation(nn.Module):
+    """Where points of a region lie in the picture's face: an hourglass net with skip sums."""
+
+    def __init__(self, width: int, n_told: int, n_cues: int = 0) -> None:
+        super().__init__()
+        n_in = 3 * (1 + 2 * N_OCTAVES) + n_cues
+        self.first, self.told = nn.Linear(n_in, width), nn.Linear(n_told, width, bias=False)
+        self.narrow = nn.Linear(width, width // 2)
+        self.wide = nn.Linear(width // 2, width)
+        self.last = nn.Linear(width, 3 + N_HIDDEN)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def forward(self, place: Tensor, told: Tensor, row: Tensor, cues: Tensor) -> Tensor:
+        """place (N, 3) in the region's own measure, told (M, n_told), row (N,) into it, cues
+        (N, n_cues) -> (N, 3 + N_HIDDEN): displacement in that measure, and what the decoder is
+        told."""
+        told = self.told(told).index_select(0, row)
+        seen = torch.cat([frequencies(0.5 * place, N_OCTAVES), cues], 1)
+        wide = (self.first(seen) + told).relu()
+        x = self.narrow(wide).relu()
+        said: Tensor = self.last((self.wide(x) + wide).relu())
+        return said
+
+
+class S3DField:
+    """The field of one person, closed over T rows; of several pictures, each has a say by how much
+    it is like the row."""
+
+    n_detached = 0
+
+    def __init__(self, avatar: S3D, faces: Sequence[Face], signals: Signals) -> None:
+        self.aabb, self.n_rows = avatar.aabb, len(signals)
+        self.channels = N_COLOURS + avatar.n_features + N_PLACE * len(faces)
+        rest = faces[0].mouth.neutral
+        self.views = [
+            # mouths of another picture rest where that picture's does
+            _View(avatar, face, signals.with_(
+                landmarks=signals.landmarks + face.mouth.neutral - rest) if i else signals)
+            for i, face in enumerate(faces)
+        ]  # fmt: skip
+        self.likeness = likeness(signals, faces)
+
+    def density(self, x: Tensor, row: Tensor) -> Tensor:
+        parts = [view.decoded(x, row)[0] for view in self.views]
+        if len(parts) == 1:
+            return parts[0]
+        return (torch.stack(parts, 1) * self.likeness[row]).sum(1)
+
+    def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        densities, colours, places = zip(*(view.coloured(x, row) for view in self.views),
+                                         strict=True)  # fmt: skip
+        if len(densities) == 1:
+            one = torch.ones_like(densities[0])[:, None]
+            return densities[0], torch.cat([colours[0], one, places[0]], 1)
+        each = torch.stack(densities, 1) * self.likeness[row]
+        density = each.sum(1)
+        part = each / density.clamp_min(1e-6)[:, None]
+        mixed = (part[..., None] * torch.stack(colours, 1)).sum(1)
+        told = torch.cat([part[..., None], part[..., None] * torch.stack(places, 1)], 2)
+        return density, torch.cat([mixed, told.flatten(1)], 1)
+
+    def losses(self, signals: Signals) -> dict[str, Tensor]:
+        """How far landmarks are carried from where the main picture has them (anchor), in face
+        heights times ten; size of the displacements there (deform)."""
+        view = self.views[0]
+        home = view.face.signals.landmarks[0, ANCHORS]
+        x = signals.landmarks[:, ANCHORS]
+        row = torch.arange(len(x), device=x.device).repeat_interleave(len(ANCHORS))
+        at, _ = view.displaced(x.flatten(0, 1), row)
+        gap = 10 * (at.view_as(x) - home)
+        return {
+            "anchor": F.smooth_l1_loss(gap, torch.zeros_like(gap), beta=0.1),
+            "deform": (at.view_as(x) - x).square().sum(-1).mean(),
+        }
+
+
+def likeness(signals: Signals, faces: Sequence[Face]) -> Tensor:
+    """How much each picture has to say in each row, (T, P), adding up to 1: by how alike poses of
+    the head and openings of the mouth are."""
+    far = []
+    for face in faces:
+        turn = (signals.pose[:, :3] - face.signals.pose[:, :3]).norm(dim=1) / NEAR_POSE
+        mouths = [s.landmarks[:, INNER_LIPS, 1].diff(dim=1)[:, 0] for s in (signals, face.signals)]
+        far.append(turn + (mouths[0] - mouths[1]).abs() / NEAR_MOUTH)
+    return (-torch.stack(far, 1)).softmax(1)
+
+
+class _View:
+    """What one picture says of the points of T rows."""
+
+    def __init__(self, avatar: S3D, face: Face, signals: Signals) -> None:
+        self.avatar, self.face, self.n_rows = avatar, face, len(signals)
+        marks = face.signals.landmarks[0]
+        # each region's middle and unit of length; radii are in that unit, the mouth's across in
+        # widths of the jaw
+        nose, chin, jaw = marks[33], marks[8], (marks[4] - marks[12]).norm()
+        self._mouth = (nose + chin) / 2, (chin - nose).norm()
+        across, down = MOUTH_REACH
+        self._mouth_radii = torch.stack([across * jaw / self._mouth[1], down + 0 * jaw])
+        self._eyes = [(marks[eye].mean(0), (marks[eye][0] - marks[eye][3]).norm())
+                      for eye in EYES]  # fmt: skip
+        self._told_mouth, self._told_eyes = self._told(signals)
+        self._lips = signals.landmarks[:, [UPPER_LIP, LOWER_LIP], :2]  # (T, 2, 5, 2)
+
+    def _told(self, signals: Signals) -> tuple[Tensor, Tensor]:
+        """What regions are told of each row: (T, n), and (2 T, n) of both eyes, mirrored."""
+        avatar, home = self.avatar, self.face.signals
+        drives = self._mouth_drives(signals.landmarks, home.landmarks)
+        eyes = torch.stack([_eye_drives(signals, home, side) for side in (0, 1)])
+        if avatar.training:
+            drives = drives + avatar.noise * LIP_NOISE * torch.randn_like(drives)
+            eyes = eyes + avatar.noise * EYE_NOISE * torch.randn_like(eyes)
+        n, slots = len(signals), self.face.slots
+        if avatar.deformation == "cross-modal":
+            heard = avatar.cross(slots, torch.cat([drives, *eyes], 1))
+        elif avatar.deformation == "concatenated":
+            heard = slots.mean(0).expand(n, -1)
+        else:
+            heard = slots.new_zeros(n, slots.shape[1])
+        mouth = torch.cat([drives, heard], 1)
+        return mouth, torch.cat([eyes, heard.expand(2, -1, -1)], 2).flatten(0, 1)
+
+    def _mouth_drives(self, marks: Tensor, home: Tensor) -> Tensor:
+        """The mouth against the picture's, in shapes; opening and width of both: (T, n)."""
+        avatar = self.avatar
+        shift = (marks - home)[:, MOUTH].flatten(1) @ avatar.mouth_basis
+        scale = avatar.mouth_scale.clamp_min(1e-4)
+
+        def opened(m: Tensor) -> Tensor:
+            upper, lower = m[:, INNER_LIPS, 1].unbind(1)
+            return torch.stack([10 * (lower - upper), 5 * (m[:, 54] - m[:, 48]).norm(dim=1)], 1)
+
+        there = opened(home).expand(len(marks), -1)
+        return torch.cat([(shift / scale).clamp(-6, 6), opened(marks), there], 1)
+
+    def coloured(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (N, 3), row (N,) -> density (N,), colours and features (N, N_COLOURS + F), the place
+        in the picture (N, 2)."""
+        density, said, seen, place = self.decoded(x, row)
+        share = (said[:, :1] - 3.0).sigmoid()
+        own = share * said[:, 1:4].sigmoid()
+        source = (1 - share) * seen[:, :3]
+        return density, torch.cat([own, source, share, said[:, 4:]], 1), place
+
+    def displaced(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Points (N, 3) of rows (N,) -> where they lie in the picture's face (N, 3), and what the
+        decoder is told of them (N, N_HIDDEN + N_CUES)."""
+        avatar = self.avatar
+        shift = x.new_zeros(len(x), 3 + N_HIDDEN + N_CUES)
+        if avatar.deformation == "none":
+            return x, shift[:, 3:]
+        middle, unit = self._mouth
+        shift = self._region(avatar.mouth_net, shift, (x - middle) / unit, self._mouth_radii,
+                             self._told_mouth, row, unit, x, self._lips)  # fmt: skip
+        radii = x.new_tensor(EYE_REACH)
+        for side, (middle, unit) in enumerate(self._eyes):
+            mirror = x.new_tensor([1.0 if side == 0 else -1.0, 1.0, 1.0])
+            local = mirror * (x - middle) / unit
+            shift = self._region(avatar.eye_net, shift, local, radii, self._told_eyes,
+                                 row + side * self.n_rows, unit * mirror, x)  # fmt: skip
+        return x + shift[:, :3], shift[:, 3:]
+
+    @staticmethod
+    def _region(
+        net: nn.Module, shift: Tensor, local: Tensor, radii: Tensor, told: Tensor, row: Tensor,
+        unit: Tensor, x: Tensor, lips: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Add what a net says of the points (N,) that lie in its region to `shift` (N, ...)."""
+        off = ((local[:, :2] / radii).square().sum(1).sqrt() - 1).clamp_min(0)
+        weight = (-FADE * off.square()).exp()
+        near = (weight > 0.01).nonzero().squeeze(1)
+        cues = x.new_zeros(len(near), 0) if lips is None else between_lips(x[near], lips, row[near])
+        said = net(local[near], told, row[near], cues).float()
+        rest = cues if lips is not None else said.new_zeros(len(near), N_CUES)
+        said = torch.cat([MOVED * said[:, :3] * unit.expand(3), said[:, 3:], rest], 1)
+        said = said * weight[near, None]
+        return shift.index_add(0, near, said)
+
+    def decoded(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (N, 3), row (N,) -> density (N,), share and own colour and features (N, 4 + F), what
+        the picture shows (N, 6), the place in the picture (N, 2) in [-1, 1]."""
+        face = self.face
+        at, hidden = self.displaced(x, row)
+        place = _projected(at, face.signals.camera)
+        read = torch.cat([plane(place, torch.zeros_like(row)) for plane in face.planes], 1)
+        seen = F.grid_sample(
+            face.seen, place[None, :, None, :2], padding_mode="border", align_corners=False
+        )[0, :, :, 0].T
+        relief = F.grid_sample(
+            face.relief, at[None, :, None, :2] / RELIEF_SIDE, padding_mode="border",
+            align_corners=True,
+        )[0, 0, :, 0]  # fmt: skip
+        behind = at[:, 2] - relief
+        head = seen[:, 3:].sum(1).clamp(0, 1)
+        depth = torch.stack([(behind / 0.1).clamp(-3, 3), head], 1)
+        said = self.avatar.decoder(torch.cat([read, seen, depth, hidden], 1)).float()
+        surface = ((behind + 0.1 * said[:, 0].tanh()) / SOFT).sigmoid()
+        # a ray that runs through what is solid loses as much light as the picture's matte says
+        thick = -(1 - 0.999 * head).log() / 0.4
+        density = surface * thick.clamp_max(SOLID) * (0.5 * said[:, 1].tanh()).exp()
+        return density, said[:, 2:], seen, place[:, :2]
+
+
+def _eye_drives(signals: Signals, home: Signals, side: int) -> Tensor:
+    """What drives an eye (T, N_EYE_DRIVES), as if it were the picture's left one."""
+    there = home.eye[:, side : side + 1].expand(len(signals), 1)
+    eye = signals.eye[:, side : side + 1]
+    mirror = signals.gaze.new_tensor([1.0 if side == 0 else -1.0, 1.0])
+    gaze = 4 * (signals.gaze - home.gaze) * mirror
+    brow = 10 * (signals.brow - home.brow)[:, side : side + 1]
+    return torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos(), there, eye - there,
+                      gaze, brow], 1)  # fmt: skip
+
+
+def between_lips(x: Tensor, lips: Tensor, row: Tensor) -> Tensor:
+    """How far points x (N, 3) lie between the inner edges of the lips of their rows (N,), twenty
+    to the face height and negative outside; and where along the mouth, from -1 to 1: (N, 2).
+
+    lips (T, 2, 5, 2): x, y of either edge from corner to corner, taken as evenly spaced
+    """
+    left, right = lips[:, 0, 0, 0], lips[:, 0, 4, 0]
+    along = 4 * (x[:, 0] - left[row]) / (right - left).clamp_min(1e-3)[row]
+    at = along.clamp(0, 4 - 1e-4)
+    knot = at.long()
+    edges = lips[..., 1].flatten(0, 1)  # (2 T, 5)
+    upper, lower = (
+        torch.lerp(edges[2 * row + k, knot], edges[2 * row + k, knot + 1], at - knot)
+        for k in (0, 1)
+    )
+    beyond = (along - at).abs() * (right - left)[row] / 4
+    inside = torch.minimum(x[:, 1] - upper, lower - x[:, 1]) - beyond
+    return torch.stack([(20 * inside).clamp(-3, 3), (along / 2 - 1).clamp(-2, 2)], 1)
+
+
+def _projected(x: Tensor, camera: Camera) -> Tensor:
+    """Head space (N, 3) -> the first picture's place in [-1, 1] and depth round the ears over
+    DEPTH, (N, 3)."""
+    c2w, k = camera.c2w[0], camera.k[0]
+    seen = (x - c2w[:3, 3]) @ c2w[:3, :3]
+    pixel = seen[:, :2] / seen[:, 2:] * torch.stack([k[0, 0], k[1, 1]]) + k[:2, 2]
+    ears = (-c2w[:3, 3]) @ c2w[:3, 2]
+    return torch.cat([2 * pixel / camera.size_px - 1, (seen[:, 2:] - ears) / DEPTH], 1)

@@ -1,0 +1,299 @@
+"""S3D-NeRF (Li et al., ECCV 2024): a face whom nobody filmed speaks, from one picture of it.
+
+    x' = x + D(x, a, F)      where a point of the row's face lies in the picture's face
+    p  = the place of x' in the picture's camera
+    density, colour = decoder(planes(p), ...)     planes: of an encoder of the picture
+    film = retouched(marched head, over the picture's shoulders, over the background)
+
+D is told a, what drives the face, and F, what slots of the picture's appearance hear of a by
+cross-attention.  All of it learns from pairs of frames of many people; a new face is one forward
+pass of the encoder (`enroll`).
+
+The paper's text leaves sizes and much else open (only its outline is known to us).  Where we go
+our own way, it is because a handful of people is all that a small training set has:
+* What a picture shows is carried, not painted: besides features the first plane holds the
+  picture itself, and colours of the field's own have to be asked for (`own`: teeth, lids).
+* The depth of the face is the tracked mesh's; learnt is what is to be changed of it.
+* a is the mouth's shape, which the speech encoder says and is supervised on directly, against
+  the picture's own; and lids, gaze and brows.  Learnt from pixels alone, the link from speech to
+  lips is lost.  D is supervised too, where landmarks are: they say what lies where.
+* D works in the regions that speak and blink, each in its own measure of length (so that faces
+  are alike), and is zero elsewhere; both eyes share one, mirrored.
+* Hair is marched with the face, since it turns with it.  Finishing carries the picture itself
+  along the marched places, at its full size, and lays it over shoulders that follow `body`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from typing_extensions import Self
+
+from talkhead_cli.avatars.base import Avatar, Speaker, StepResult
+from talkhead_cli.avatars.s3d.face import Face, Layers
+from talkhead_cli.avatars.s3d.field import (
+    N_COLOURS,
+    N_CUES,
+    N_EYE_DRIVES,
+    N_HIDDEN,
+    N_MOUTH_DRIVES,
+    OWN,
+    SHARE,
+    SOURCE,
+    Deformation,
+    S3DField,
+)
+from talkhead_cli.avatars.s3d.speaker import MAPS, S3DSpeaker
+from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
+from talkhead_cli.blocks.loss import patch_losses, solid_losses
+from talkhead_cli.blocks.mlp import Mlp
+from talkhead_cli.blocks.mouth import MOUTH, N_CODES, Mouth, principal_shapes
+from talkhead_cli.blocks.planes import RowPlanes
+from talkhead_cli.blocks.regions import region_masks
+from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
+from talkhead_cli.blocks.sync import SyncExpert, lip_boxes, lip_crops, runs_of
+from talkhead_cli.blocks.upscale import Retoucher
+from talkhead_cli.contracts import Portrait, Signals
+
+DEFORMATIONS = ("none", "naive", "concatenated", "cross-modal")
+RIDGES = (1e3, 3e3, 1e4, 3e4, 1e5)
+
+
+@dataclass(frozen=True)
+class _Widths:
+    encoder: tuple[int, ...]
+    channels: int
+    n_scales: int
+    slots: tuple[int, int]
+    deformation: int
+    decoder: int
+    features: int
+    magnification: int
+    retoucher: int
+    picture_px: int  # side of the picture that is encoded
+
+
+SIZES = {
+    "tiny": _Widths((24, 32, 48, 64), 8, 3, (8, 48), 48, 48, 8, 1, 24, 128),
+    "full": _Widths((64, 128, 256, 512), 32, 3, (16, 128), 128, 64, 32, 4, 64, 256),
+}
+
+
+class S3D(Avatar):
+    """The network that draws whom it is shown.  For comparisons: `deformation`, one of
+    DEFORMATIONS (naive: told what drives alone; concatenated: and what the picture looks like)."""
+
+    needs_portrait = True
+    maps = MAPS
+    box = (-1.0, -1.1, -0.75, 1.0, 1.1, 0.45)
+    common = ("",)  # nothing is a single person's
+    mouth_basis: Tensor
+    mouth_scale: Tensor
+    mouth_rest: Tensor
+    mouth_gain: Tensor
+
+    def __init__(
+        self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1
+    ) -> None:
+        super().__init__()
+        widths = SIZES[size]
+        self.aabb.copy_(torch.tensor(self.box))
+        self.magnification, self.picture_px = widths.magnification, widths.picture_px
+        self.n_features = widths.features
+        self.deformation = DEFORMATIONS[-1]
+        for name, shape in {
+            "mouth_basis": (3 * len(MOUTH), N_CODES), "mouth_scale": (N_CODES,),
+            "mouth_rest": (), "mouth_gain": (),
+        }.items():  # fmt: skip
+            self.register_buffer(name, torch.zeros(shape))
+        self.mouths = [Mouth() for _ in range(n_people)]  # measured, and not part of the state
+        self._gains: list[Tensor] = []
+        self.speech = SpeechEncoder.of_windows(n_steps, n_features, N_CODES)
+        self.encoder = AppearanceEncoder(8, widths.encoder, widths.channels, widths.n_scales)
+        n_slots, n_slot = widths.slots
+        self.slots = Slots(self.encoder.n_deep, n_slots, n_slot)
+        n_drives = N_MOUTH_DRIVES + 2 * N_EYE_DRIVES
+        self.cross = CrossModal(n_drives, n_slots, n_slot, n_slot)
+        self.mouth_net = Deformation(widths.deformation, N_MOUTH_DRIVES + n_slot, N_CUES)
+        self.eye_net = Deformation(widths.deformation // 2, N_EYE_DRIVES + n_slot)
+        n_in = self.encoder.n_out + 6 + 2 + N_HIDDEN + N_CUES
+        # depth, strength, share of its own colour, that colour, features
+        self.decoder = Mlp(n_in, widths.decoder, 2 + 1 + 3 + widths.features, 3, last_scale=0.3)
+        n_draft = N_COLOURS + widths.features + 1 + 3 + 4
+        self.retoucher = Retoucher(n_draft, widths.retoucher, 4)
+
+    @classmethod
+    def build(
+        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        n_people: int = 1,
+    ) -> Self:  # fmt: skip
+        return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
+
+    # -- what is measured ------------------------------------------------------------------
+
+    @torch.no_grad()
+    def survey(self, people: Sequence[Signals]) -> None:
+        """Shapes of mouths, how far they go and how wide they stand on average; the linear map
+        of speech, of all people together."""
+        self.mouth_basis.copy_(principal_shapes(people))
+        self.mouths = [Mouth().to(s.pose.device) for s in people]
+        for mouth, signals in zip(self.mouths, people, strict=True):
+            mouth.measure(signals, self.mouth_basis)
+        self.mouth_scale.copy_(torch.stack([m.scale for m in self.mouths]).median(0).values)
+        nothing = torch.zeros(1, N_CODES).to(self.mouth_basis)
+        rests = torch.stack([m.opening(nothing)[0] for m in self.mouths])
+        self.mouth_rest.copy_(rests.median())
+        self.mouth_gain.fill_(1.0)
+        audio = torch.cat([s.audio.flatten(1) for s in people])
+        said = torch.cat([m.to_say(s) for m, s in zip(self.mouths, people, strict=True)])
+        every = -(-len(audio) // 3000)
+        audio, said = audio[::every], said[::every]
+        ridge, _ = ridge_by_blocks(audio, said, RIDGES)
+        weight, bias = ridge_map(audio, said, ridge)
+        self.speech.linear.weight.copy_(weight.T)
+        self.speech.linear.bias.copy_(bias)
+
+    def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
+        """Nothing: all that is known of a person is in the portrait."""
+
+    @torch.no_grad()
+    def settle(self, kept: Signals) -> None:
+        """The gain of heard mouths: what suits people in the middle."""
+        mouth = self._mouth(kept)
+        mouth.settle(kept, self.speech(kept))
+        self._gains.append(mouth.gain.clone())
+        self.mouth_gain.copy_(torch.stack(self._gains).median())
+
+    def _mouth(self, signals: Signals) -> Mouth:
+        return self.mouths[int(signals.person[0]) if len(self.mouths) > 1 else 0]
+
+    def listen(self, signals: Signals) -> Signals:
+        """Landmarks of one of the people that it learns from."""
+        return self._mouth(signals).heard(signals, self.speech(signals))
+
+    # -- a person --------------------------------------------------------------------------
+
+    def enroll(self, portrait: Portrait | None) -> Speaker:
+        assert portrait is not None, "s3d draws whom it is shown"
+        layers = Layers.of(portrait, self.picture_px)
+        planes, deep = self.encoder(layers.encoded)
+        slots, relief = self.slots(deep), portrait.relief[..., 0]
+        faces = []
+        for p in range(len(portrait)):
+            only = slice(p, p + 1)
+            signals = portrait.signals[p]
+            mouth = Mouth().to(slots.device)
+            mouth.presume(signals.landmarks[0], self.mouth_basis, self.mouth_scale,
+                          self.mouth_rest, self.mouth_gain)  # fmt: skip
+            faces.append(Face(
+                planes=[RowPlanes(level[only]) for level in planes],
+                seen=layers.seen[only], picture=layers.picture[only],
+                shoulders=layers.shoulders[only], signals=signals, slots=slots[p],
+                relief=relief[only, None], mouth=mouth,
+            ))  # fmt: skip
+        return S3DSpeaker(self, faces)
+
+    # -- losses ----------------------------------------------------------------------------
+
+    def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
+        terms: dict[str, list[Tensor]] = {}
+        for result in results:
+            found = self._speech_losses if result.rendered is None else self._picture_losses
+            for name, value in found(result).items():
+                terms.setdefault(name, []).append(value)
+        return {name: torch.stack(values).mean() for name, values in terms.items()}
+
+    def _speech_losses(self, result: StepResult) -> dict[str, Tensor]:
+        signals = result.shot.signals
+        told = self._mouth(signals).to_say(signals)
+        votes = self.speech.votes(signals)
+        return {"speech": F.smooth_l1_loss(votes, told.expand_as(votes))}
+
+    def _picture_losses(self, result: StepResult) -> dict[str, Tensor]:
+        shot, frame, rendered = result.shot, result.frame, result.rendered
+        field, rays = result.field, shot.rays
+        assert frame is not None and rendered is not None and rays is not None
+        assert isinstance(field, S3DField)
+        assert shot.target is not None and shot.labels is not None and shot.plate is not None
+        losses = field.losses(shot.signals)
+        whole = rays.whole
+        labels, target, plate = shot.labels, shot.target, shot.plate
+        if whole and self.magnification > 1:
+            labels, target, plate = (
+                _smaller(x, rays.layout, self.magnification) for x in (labels, target, plate)
+            )
+        head = labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
+        marched = rendered.feature[:, OWN] + rendered.feature[:, SOURCE]
+        over = marched + (1 - rendered.opacity) * plate
+        alive = region_masks(shot.signals, rays.pixel, rays.row, labels)[:, :2].amax(1)
+        losses |= solid_losses(rendered, head, labels[:, :1]) | {
+            "colour": F.mse_loss(over, head * target + (1 - head) * plate),
+            "own": ((1 - alive) * rendered.feature[:, SHARE.start]).mean(),
+        }
+        if whole:
+            losses |= self._whole_losses(result)
+        return losses
+
+    def _whole_losses(self, result: StepResult) -> dict[str, Tensor]:
+        shot, frame = result.shot, result.frame
+        assert frame is not None and shot.target is not None and shot.labels is not None
+        shape = frame.rgb.shape
+        truth, labels = shot.target.view(shape), shot.labels.view(*shape[:3], -1)
+        error = F.smooth_l1_loss(frame.rgb, truth, beta=0.1, reduction="none").mean(-1)
+        row, line, column = torch.meshgrid(
+            *(torch.arange(n, device=error.device) for n in shape[:3]), indexing="ij"
+        )
+        at = torch.stack([column, line], -1).view(-1, 2) + 0.5
+        alive = region_masks(shot.signals, at, row.flatten(), labels.flatten(0, 2))[:, :2]
+        alive = alive.amax(1).view_as(error)
+        return (
+            self._sync_losses(result)
+            | {
+                "whole": error.mean(),
+                "mouth": (error * alive).sum() / alive.sum().clamp_min(1),
+                "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
+            }
+            | patch_losses(frame.rgb, truth, "whole_")
+        )
+
+    def _sync_losses(self, result: StepResult) -> dict[str, Tensor]:
+        """1 - cosine of drawn lips and their sound, as a lip-sync expert sees and hears them."""
+        signals, frame = result.shot.signals, result.frame
+        assert frame is not None
+        judges = [judge for judge in self.judges if isinstance(judge, SyncExpert)]
+        crops = lip_crops(frame.rgb.float(), lip_boxes(signals.landmarks_px))
+        runs, middle = runs_of(crops, signals.moment)
+        if not judges or not len(runs):
+            return {}
+        heard = [(j.seen(runs) * j.heard(signals.audio[middle])).sum(1) for j in judges]
+        return {"sync": 1 - torch.stack(heard).mean()}
+
+    # -- parts -----------------------------------------------------------------------------
+
+    def _parts(self) -> dict[str, list[nn.Module]]:
+        return {
+            "speech": [self.speech.nets],
+            "encoder": [self.encoder],
+            "deformation": [self.slots, self.cross, self.mouth_net, self.eye_net],
+            "decoder": [self.decoder],
+            "retoucher": [self.retoucher],
+        }
+
+    def parts(self) -> list[str]:
+        return list(self._parts())
+
+    def part(self, name: str) -> list[nn.Parameter]:
+        return [p for module in self._parts()[name] for p in module.parameters()]
+
+
+def _smaller(values: Tensor, layout: tuple[int, int, int] | None, times: int) -> Tensor:
+    """Pixels (B H W, C) of finished pictures -> of marched ones of `layout`."""
+    assert layout is not None
+    b, h, w = layout
+    pictures = values.view(b, h * times, w * times, -1).permute(0, 3, 1, 2)
+    return F.avg_pool2d(pictures, times).permute(0, 2, 3, 1).flatten(0, 2)
