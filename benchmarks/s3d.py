@@ -1,7 +1,7 @@
 """What S3D-NeRF and the lip-sync expert are worth on people whom they never met.
 
 `strangers` learns from everybody but a group and draws each of the group from one frame;
-`deformations` does it with less and less of the deformation; `expert` asks the lip-sync expert
+`deformations` does it with less and less of the deformation; `ears` asks the lip-sync expert
 of a group that it never saw.
 """
 
@@ -53,11 +53,14 @@ def deformations(
     others = _others(everybody, group)
     _expert(home, others, "-".join(group))
     rows: dict[str, Any] = {}
+    left_out = "-".join(group)
     for kind in s3d.DEFORMATIONS:
         with _built_of(kind):
-            prior = _pretrained(home, others, kind, scale)
+            prior = _pretrained(home, others, f"{kind}-{left_out}", scale)
             rows[kind] = {name: _scored(home, name, prior) for name in group}
-    prior = _pretrained(home, others, "unjudged", scale, "pretrain.stages.sync.weights.sync=0")
+    prior = _pretrained(
+        home, others, f"unjudged-{left_out}", scale, "pretrain.stages.sync.weights.sync=0"
+    )
     rows["without the expert's word"] = {name: _scored(home, name, prior) for name in group}
     table = {
         kind: {key: _mean([_at(person["figures"], path) for person in people.values()])
@@ -97,20 +100,22 @@ def _judged(judge: expert.Judge, home: Path, name: str) -> dict[str, Any]:
     data = presets.load(["expert", "tiny"]).data.model_copy(update={"holdout": 0.0})
     clip = footage.load(Workspace.open(home, name), data, SilentProgress())
     rows = clip.train[clip.heard[clip.train]]
+    last = len(clip.signals) - 1
     n = int(PIECE_S * 25)
     misses, offsets = [], []
     for first in range(0, max(1, len(rows) - n // 2), n):
         piece = rows[first : first + n]
         margin = max(SHIFTS)
         inner = piece[margin:-margin]
-        if len(inner) < 50:
-            continue
+        if len(inner) < 50 or int(inner[-1] - inner[0]) != len(inner) - 1:
+            continue  # too short, or not in one piece
 
         def shift(by: int, inner: torch.Tensor = inner) -> float:
             signals = clip.signals[inner]
-            moved = signals.with_(audio=clip.signals.audio[(inner + by).clamp(0, len(rows) - 1)])
+            moved = signals.with_(audio=clip.signals.audio[(inner + by).clamp(0, last)])
             marks = signals.landmarks_px.numpy()
-            said = judge.judge(clip.pictures[inner.numpy()], marks, moved)
+            shown = clip.pictures[inner.numpy()]
+            said = judge.judge(shown, marks, moved.audio, moved.moment)
             return said["sound_after_lips_s"] * 25
 
         here = shift(0)
@@ -118,7 +123,8 @@ def _judged(judge: expert.Judge, home: Path, name: str) -> dict[str, Any]:
         # sound taken from later comes earlier
         misses += [round(shift(by) - here + by, 2) for by in SHIFTS]
     signals = clip.signals[rows]
-    whole = judge.judge(clip.pictures[rows.numpy()], signals.landmarks_px.numpy(), signals)
+    marks = signals.landmarks_px.numpy()
+    whole = judge.judge(clip.pictures[rows.numpy()], marks, signals.audio, signals.moment)
     return {"seconds": len(rows) / 25, **whole, "offsets_frames": offsets, "misses_frames": misses}
 
 
@@ -150,7 +156,7 @@ def _expert(home: Path, others: Sequence[str], name: str) -> expert.Judge:
 
 def _pretrained(home: Path, others: Sequence[str], name: str, scale: float, *more: str) -> Run:
     return pretrain(
-        home, others, name, SilentProgress(), preset_names=PRESETS,
+        home, others, f"{name}-x{scale:g}", SilentProgress(), preset_names=PRESETS,
         settings=[f"pretrain.scale={scale}", *more], device="cpu",
     )  # fmt: skip
 

@@ -68,9 +68,9 @@ def test_runs_never_cross_a_gap() -> None:
 def test_the_offset_is_found(late: int) -> None:
     lips = walk(200)
     sound = lips.roll(late, 0)
-    shift, confidence = offset_of(lips, sound)
+    shift, confidence = offset_of(lips, sound, torch.arange(200))
     assert abs(shift - late) < 0.2 and confidence > 0.5
-    _, doubt = offset_of(lips, walk(200, seed=1))
+    _, doubt = offset_of(lips, walk(200, seed=1), torch.arange(200))
     assert doubt < 0.2 < confidence
 
 
@@ -122,6 +122,7 @@ def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
     with torch.no_grad():
         shown = torch.from_numpy(clip.pictures[rows.numpy()]).float() / 255
         signals = clip.signals[rows]
-        seen, heard, middle = net.embedded(shown, signals.landmarks_px, signals)
+        crops = net.crops(shown, signals.landmarks_px)
+        seen, heard, middle = net.embedded(crops, signals.audio, signals.moment)
         found = agreement(seen, heard, signals.moment[middle])["found"]
     assert float(found) > 0.6, float(found)

@@ -48,6 +48,7 @@ class Avatar(nn.Module):
     `aabb` (6,) is the box of head space that holds the person.  In training, methods put noise
     on the driving signals; `noise` is the stage's share of it.  `common` names what people share
     and a prior consists of, by the beginnings of its names in the state.
+    One that `heeds` an expert takes its word as a loss, by the loss's name.
     `judges` are frozen networks that a job hands in for their word in the losses; a list, so
     that they are neither trained nor saved with the avatar.
     One that `needs_portrait` learns to draw people whom it never met (`enroll`), within `box`.
@@ -64,6 +65,7 @@ class Avatar(nn.Module):
     common: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     noise = 1.0
+    heeds: frozenset[str] = frozenset()
     needs_portrait = False
     box: tuple[float, ...] | None = None
     hears_speech = True  # whether the method can be driven by sound alone

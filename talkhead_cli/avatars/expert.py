@@ -40,27 +40,36 @@ class Expert(Avatar):
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
         """Nothing is measured."""
 
+    def crops(self, pictures: Tensor, marks_px: Tensor) -> Tensor:
+        """What is looked at of pictures (T, H, W, 3) whose landmarks are at marks_px (T, 68, 2), in
+        [0, 1]."""
+        boxes = lip_boxes(marks_px)
+        return _varied(pictures, boxes) if self.training else lip_crops(pictures, boxes)
+
     def embedded(
-        self, pictures: Tensor, marks_px: Tensor, signals: Signals
+        self, crops: Tensor, audio: Tensor, moment: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Lips and sounds of rows as unit vectors (N, D), and the rows (N,) they are of.
 
-        pictures (T, H, W, 3) · marks_px (T, 68, 2) where landmarks are in them, in [0, 1]
+        crops of T rows · audio (T, W, A) standardised windows · moment (T,) numbers of the frames
         """
-        boxes = lip_boxes(marks_px)
-        crops = _varied(pictures, boxes) if self.training else lip_crops(pictures, boxes)
-        runs, middle = runs_of(crops, signals.moment)
-        return self.sync.seen(runs), self.sync.heard(signals.audio[middle]), middle
+        runs, middle = runs_of(crops, moment)
+        return self.sync.seen(runs), self.sync.heard(audio[middle]), middle
 
     def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
         terms: dict[str, list[Tensor]] = {}
         for result in results:
             shot = result.shot
             assert shot.target is not None, "the expert's stages show their rows"
-            marks = shot.signals.landmarks_px
-            seen, heard, middle = self.embedded(shot.target, marks, shot.signals)
-            for name, value in agreement(seen, heard, shot.signals.moment[middle]).items():
+            rows = shot.signals
+            crops = self.crops(shot.target, rows.landmarks_px)
+            seen, heard, middle = self.embedded(crops, rows.audio, rows.moment)
+            if not len(middle):  # no five rows of this person follow each other
+                continue
+            for name, value in agreement(seen, heard, rows.moment[middle]).items():
                 terms.setdefault(name, []).append(value)
+        if not terms:
+            return {"contrast": 0 * self.sync.heard(results[0].shot.signals.audio[:1]).sum()}
         return {name: torch.stack(values).mean() for name, values in terms.items()}
 
     def part(self, name: str) -> list[nn.Parameter]:

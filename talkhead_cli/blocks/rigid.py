@@ -92,6 +92,7 @@ def shoulders_in_head(pose: Tensor, body: Tensor, rest: Tensor) -> Tensor:
     return torch.cat([back @ still, (at_rest @ back.T)[..., None]], 2)
 
 
+@exact
 def shoulders_in_picture(body: Tensor, camera: Camera, rest: Tensor) -> Tensor:
     """Carry the picture's places, in [-1, 1], from where rows show shoulders to where they rest.
 

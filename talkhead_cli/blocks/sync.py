@@ -14,7 +14,6 @@ from torch import Tensor, nn
 N_FRAMES = 5  # of lips that are looked at together
 CROP_PX = 32
 REACH = 0.8  # half a crop's side, in distances from the nose's base to the chin
-MARGIN = 0.15  # how much more of the picture is drawn, so that crops can shift in training
 TEMPERATURE = 0.07
 GREY = (0.299, 0.587, 0.114)
 
@@ -65,6 +64,9 @@ def lip_boxes(marks_px: Tensor) -> Tensor:
 def lip_crops(pictures: Tensor, boxes: Tensor) -> Tensor:
     """pictures (T, H, W, 3), boxes (T, 3) -> grey crops (T, CROP_PX, CROP_PX)."""
     grey = (pictures * pictures.new_tensor(GREY)).sum(-1)[:, None]
+    # large pictures are averaged down first: fine detail is not to be mistaken for coarse one
+    finer = int(2 * float(boxes[:, 2].mean()) * grey.shape[-1] / CROP_PX)
+    grey = F.avg_pool2d(grey, finer) if finer > 1 else grey
     line = (torch.arange(CROP_PX, device=boxes.device) + 0.5) * 2 / CROP_PX - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     at = boxes[:, None, None, :2] + boxes[:, None, None, 2:] * torch.stack([x, y], -1)
@@ -100,18 +102,23 @@ def agreement(seen: Tensor, heard: Tensor, moments: Tensor, near: int = 2) -> di
     return {"contrast": contrast, "found": found.mean() if len(found) else own.new_tensor(0.5)}
 
 
-def offset_of(seen: Tensor, heard: Tensor, reach: int = 15) -> tuple[float, float]:
+def offset_of(seen: Tensor, heard: Tensor, moments: Tensor, reach: int = 15) -> tuple[float, float]:
     """By how many frames the sound comes after the lips, and how sure that is.
 
-    seen, heard (T, D) of consecutive frames.  The mean cosine is taken at every shift; the
-    answer is the peak, between frames by a parabola; confidence is the peak over the median.
+    seen, heard (N, D) at moments (N,), ascending.  The mean cosine is taken at every shift that
+    pairs half of the moments; the answer is the peak, between frames by a parabola; confidence is
+    the peak over the median.
     """
-    reach = min(reach, len(seen) - 2)
-    shifts = range(-reach, reach + 1)
-    scores = torch.stack([
-        (seen[max(0, -d) : len(seen) - max(0, d)] * heard[max(0, d) : len(heard) - max(0, -d)])
-        .sum(1).mean() for d in shifts
-    ])  # fmt: skip
+    at = torch.full((int(moments[-1] - moments[0]) + 1 + 2 * reach,), -1, device=moments.device)
+    at[moments - moments[0] + reach] = torch.arange(len(moments), device=moments.device)
+    shifts, means = [], []
+    for d in range(-reach, reach + 1):
+        other = at[moments - moments[0] + reach + d]
+        paired = other >= 0
+        if 2 * int(paired.sum()) >= len(moments):
+            shifts.append(d)
+            means.append((seen[paired] * heard[other[paired]]).sum(1).mean())
+    scores = torch.stack(means)
     peak = int(scores.argmax())
     best = float(shifts[peak])
     if 0 < peak < len(scores) - 1:

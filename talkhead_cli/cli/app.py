@@ -120,6 +120,30 @@ def preprocess(
 
 
 @app.command()
+def check(
+    video: Annotated[Path, typer.Argument(help="A film of one person talking.")],
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say whether a film is worth training on, point by point, and what to do about it."""
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.check import check as job
+        from talkhead_cli.store import home_folder
+
+        found = job(video, report, home=home_folder(home))
+        if json:
+            answer(jsonlib.dumps(found.facts()))
+        else:
+            for point in found.findings:
+                cure = f"  -> {point.cure}" if point.cure else ""
+                answer(f"{point.verdict:8}{point.name:14}{point.found}{cure}")
+            answer(f"{found.verdict:8}all in all")
+    if found.verdict == "fail":
+        raise SystemExit(1)
+
+
+@app.command()
 def finetune(
     name: Id,
     preset: Presets = None,
@@ -164,7 +188,10 @@ def pretrain(
     ids_from: Annotated[
         Path | None, typer.Option("--ids-from", help="File with one identity per line.")
     ] = None,
-    out: Annotated[str, typer.Option("-o", "--out", help="Name of the prior.")] = "prior",
+    out: Annotated[
+        str | None,
+        typer.Option("-o", "--out", help="Name of the prior.  [default: prior, s3d or expert]"),
+    ] = None,
     preset: Presets = None,
     expert: Annotated[
         bool, typer.Option("--expert", help="Learn whether lips go with a sound, for evaluate.")
@@ -179,12 +206,17 @@ def pretrain(
 ) -> None:
     """Learn what many people share; new people begin from it (finetune --prior)."""
     with speaking(verbose) as report:
+        from talkhead_cli.contracts import MisuseError
+        from talkhead_cli.jobs.preset import load
         from talkhead_cli.jobs.pretrain import pretrain as job
         from talkhead_cli.store import home_folder
 
+        names = ["expert", *(preset or [])] if expert else preset or ["lokitalk"]
+        if expert and load(names).method != "expert":
+            raise MisuseError("--expert is a preset of its own; only overlays go with it (-p tiny)")
         made = job(
             home_folder(home), _named(ids, ids_from, home_folder(home)), out, report,
-            preset_names=(["expert", *(preset or [])] if expert else preset or ["lokitalk"]),
+            preset_names=names,
             settings=setting or [], device=device, seed=seed, fresh=fresh,
         )  # fmt: skip
         _say([made.root], {"meta": made.meta()}, json)
@@ -218,14 +250,16 @@ def render(
         typer.Option(help="Or a picture of a face, without training; repeat it for several."),
     ] = None,
     preset: Annotated[
-        str, typer.Option("-p", "--preset", help="How the picture is made to speak.")
-    ] = "s3d",
+        list[str] | None,
+        typer.Option("-p", "--preset", help="How the picture is made to speak.  [default: s3d]"),
+    ] = None,
     prior: Annotated[
         str | None, typer.Option(help="Prior for the picture.  [default: the newest that fits]")
     ] = None,
     face: Annotated[
-        str, typer.Option(help="With several faces in the picture: largest, left or right.")
-    ] = "largest",
+        str | None,
+        typer.Option(help="Of several faces in the picture: largest (default), left, right."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option("-o", "--out", help="Film to write.  [default: ID-SPEECH.mp4]")
     ] = None,
@@ -272,11 +306,13 @@ def render(
             if run is not None:
                 raise MisuseError("--run goes with --id; a picture is drawn by --prior")
             paths = render_picture(
-                image, home_folder(home), audio, report, method=preset, prior=prior,
-                which_face=face, out=out, wishes=wishes, device=device,
+                image, home_folder(home), audio, report, preset_names=preset or ["s3d"],
+                prior=prior, which_face=face or "largest", out=out, wishes=wishes, device=device,
             )  # fmt: skip
         else:
             assert name is not None
+            if preset or prior or face:
+                raise MisuseError("--preset, --prior and --face go with --image; a run has its own")
             paths = job(
                 home_folder(home), name, audio, report, out=out, run_name=run, wishes=wishes,
                 device=device,

@@ -89,9 +89,6 @@ def make(
     footage: a run's drive.npz · pose: footage, still, auto or a file · blink: footage, auto, none
     or a file · orbit: swing ORBIT_DEG to either side in ORBIT_S
     """
-    if len(footage["pose"]) == 1 and pose == "footage":
-        pose = "auto"  # a picture has no motion of its own
-        blink = "auto" if blink == "footage" else blink
     furthest = abs(yaw_deg) + (ORBIT_DEG if orbit else 0)
     if not max(furthest, abs(pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
         raise MisuseError(
@@ -234,7 +231,7 @@ def _sway(pose: Array, body: Array, seed: int) -> Callable[[NDArray[Any]], tuple
 
     def moves(frames: NDArray[Any]) -> tuple[Array, Array]:
         at = np.asarray(frames, float)[:, None, None] / FPS
-        waves = np.sin(2 * np.pi * hz * at + phase) - np.sin(phase)  # it begins where it rests
+        waves = np.sin(2 * np.pi * hz * at + phase) * (1 - np.exp(-at))  # it begins at rest
         turn = Rotation.from_rotvec(size * waves.sum(-1)) * rest
         place = np.tile(pose[3:], (len(frames), 1))
         return np.concatenate([turn.as_rotvec(), place], 1), np.tile(body, (len(frames), 1))

@@ -10,27 +10,36 @@ from typing import Any
 
 import cv2
 import numpy as np
+import torch
 
 from talkhead_cli import __version__, march
 from talkhead_cli.avatars import avatar_class
-from talkhead_cli.contracts import MisuseError, Progress
+from talkhead_cli.contracts import Camera, MisuseError, Portrait, Progress, TalkheadError
+from talkhead_cli.jobs import drive as drives
 from talkhead_cli.jobs import photo, player, portraits
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
+from talkhead_cli.jobs.photo import Photo
+from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, check_id
 from talkhead_cli.store.files import atomic, sha256_of
 
+SIDES_DEG = (-14.0, -5.0, 5.0, 14.0)  # views that show where the person is
+
 
 def enroll(
-    images: Sequence[Path], priors_home: Path, home: Path, method: str, progress: Progress, *,
-    prior: str | None = None, which_face: str = "largest", device: str = "auto",
+    images: Sequence[Path], priors_home: Path, home: Path, preset_names: Sequence[str],
+    progress: Progress, *, prior: str | None = None, which_face: str = "largest",
+    device: str = "auto",
 ) -> tuple[Workspace, Run]:  # fmt: skip
     """Make the person of some pictures an identity of `home`, with a run that renders; the first
     picture is the main one.
 
-    The prior is one of `priors_home`, the newest of the method by default; its preset is the
-    run's.  Nothing is trained.
+    The prior is one of `priors_home`, by default the newest that fits the presets; its preset is
+    the run's.  Nothing is trained.
     """
+    asked = presets.load(preset_names)
+    method = asked.method
     if not avatar_class(method).needs_portrait:
         raise MisuseError(
             f"preset {method} learns a person from footage, not from a picture; use -p s3d, or "
@@ -38,7 +47,8 @@ def enroll(
         )
     began = time.monotonic()
     if prior is None:
-        prior = priors.newest(priors_home, method)
+        # a method alone takes a prior of any size
+        prior = priors.newest(priors_home, method, asked if len(preset_names) > 1 else None)
         progress.note(f"prior: {prior}")
     start = priors.fitting(priors_home, prior, method)
     text = start.preset_text()
@@ -48,40 +58,70 @@ def enroll(
         photo.portrait_of(image, preset.data.size_px, progress, which_face=which_face)
         for image in images
     ]
-    main, portrait = seen[0], portraits.joined([one.portrait for one in seen])
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", images[0].stem).strip("-")[:64]
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", images[0].stem).strip("-_")[:64]
     space = Workspace(home, check_id(name or "person"))
+    if (space.root / "manifest.json").exists():
+        raise TalkheadError(f"there is somebody '{space.id}' already; rename the picture")
     run = Run.named(space.runs, f"{method}+from-{start.name}")
-    where = march.device_of(device)
-    speech = start.meta()["speech"]
-    aabb = player.box_for(preset, portrait.signals.camera)
-    avatar, marcher, _ = player.build(preset, speech["n_features"], aabb.to(where), where)
-    priors.begin_from(avatar, start)
     run.write_preset(text)
-    run.save_portrait(portraits.to_arrays(portrait))
-    avatar.eval()
-    marcher.eval()
-    speaker = player.person(avatar, run, where)
-    signals = main.portrait.signals
-    player.discover(speaker, marcher, player.mouthing(speaker, signals), where)
-    player.save(run, avatar, marcher)
+    _keep(run, seen, start)
+    where = march.device_of(device)
+    _build(run, preset, start, [one.portrait for one in seen], where)
+    source = _source(images)
+    run.write_meta(
+        identity=space.id, version=__version__, method=method, speech=start.meta()["speech"],
+        prior={"name": start.name, "key": start.meta()["key"],
+               "n_people": len(start.meta()["people"]), "knew_person": None},
+        source=source, consent=[], steps=0, finished=True, finished_at=time.time(),
+        seconds=round(time.monotonic() - began, 2), device=march.device_name(where),
+    )  # fmt: skip
+    space.note(finished=True, version=__version__, source=source, has_audio=False)
+    return space, run
+
+
+def _keep(run: Run, seen: Sequence[Photo], start: Run) -> None:
+    """The pictures, what is behind the person, and what films replay: one frame."""
+    main, signals = seen[0], seen[0].portrait.signals
+    run.save_portrait(portraits.to_arrays(portraits.joined([one.portrait for one in seen])))
     with atomic(run.plate_file) as part:
         cv2.imwrite(str(part), main.plate[..., ::-1])
     run.save_drive({
         **{key: getattr(signals, key).numpy() for key in player.DRIVEN},
         "k": main.k, "usable": np.array([True]), **start.drive(),
     })  # fmt: skip
-    source: dict[str, Any] = {
-        "name": images[0].name,
-        "sha256": sha256_of(images[0]),
-        "seconds": 0.0,
-    }
-    if len(images) > 1:
-        source["further"] = [{"name": i.name, "sha256": sha256_of(i)} for i in images[1:]]
-    run.write_meta(
-        identity=space.id, version=__version__, prior=start.name, method=method, speech=speech,
-        source=source, consent=[], steps=0, finished=True, finished_at=time.time(),
-        seconds=round(time.monotonic() - began, 2), device=march.device_name(where),
-    )  # fmt: skip
-    space.note(finished=True, version=__version__, source=source, has_audio=False)
-    return space, run
+
+
+def _build(
+    run: Run, preset: Preset, start: Run, seen: Sequence[Portrait], where: torch.device
+) -> None:
+    """The prior's network, and a marcher that has seen the person: mouths from shut to wide open,
+    from either side, and as further pictures show them."""
+    signals = seen[0].signals
+    aabb = player.box_for(preset, signals.camera)
+    n_features = start.meta()["speech"]["n_features"]
+    avatar, marcher, _ = player.build(preset, n_features, aabb.to(where), where)
+    priors.begin_from(avatar, start)
+    avatar.eval()
+    marcher.eval()
+    speaker = player.person(avatar, run, where)
+    rows = player.mouthing(speaker, signals, len(SIDES_DEG))
+    cameras = [
+        drives.make(run.drive(), 1, pose="still", yaw_deg=yaw)
+        .camera(signals.pose.numpy(), preset.data.size_px, np.zeros(1)) for yaw in SIDES_DEG
+    ]  # fmt: skip
+    player.discover(speaker, marcher, rows.with_(camera=_together(cameras)), where)
+    if further := [one.signals.camera for one in seen[1:]]:
+        rows = player.mouthing(speaker, signals, len(further))
+        player.open_views(speaker, marcher, rows.with_(camera=_together(further)), where)
+    player.save(run, avatar, marcher)
+
+
+def _together(cameras: Sequence[Camera]) -> Camera:
+    return Camera(
+        torch.cat([c.c2w for c in cameras]), torch.cat([c.k for c in cameras]), cameras[0].size_px
+    )
+
+
+def _source(images: Sequence[Path]) -> dict[str, Any]:
+    first, *further = [{"name": i.name, "sha256": sha256_of(i)} for i in images]
+    return {**first, "seconds": 0.0, "further": further}

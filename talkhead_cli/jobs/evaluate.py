@@ -76,6 +76,7 @@ def evaluate(
     clip = footage.load(space, show.preset.data, progress)
     if len(clip.held) < 2 * BLOCK:
         raise TalkheadError("fewer than a second of held-out frames has a face; nothing to score")
+    judge = expert.newest(home, run.meta()["speech"])
     held = clip.held.numpy()
     truth = np.ascontiguousarray(clip.pictures[held])
     signals = clip.signals[clip.held]
@@ -108,7 +109,7 @@ def evaluate(
         "eyes": _eye_figures(seen_truth, seen),
         "likeness": _likeness_figures(clip, held, truth, rendered, seen_truth, seen),
         "lmd_px_at_512": _lmd(seen_truth, seen),
-        "sync": _sync_figures(home, show, space, (truth, seen_truth), (rendered, seen), signals,
+        "sync": _sync_figures(judge, space, (truth, seen_truth), (rendered, seen), signals,
                               progress),
         "jitter_px_at_512": _jitter_figures(seen_truth, seen),
         "face_found": float(seen.found.mean()),
@@ -341,21 +342,26 @@ def _jitter_figures(truth: Measured, seen: Measured) -> dict[str, float]:
 
 
 def _sync_figures(
-    home: Path, show: Player, space: Workspace, truth: tuple[NDArray[np.uint8], Measured],
+    found: expert.Judge | None, space: Workspace, truth: tuple[NDArray[np.uint8], Measured],
     rendered: tuple[NDArray[np.uint8], Measured], signals: Signals, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
     """What our own lip-sync expert says, where there is one."""
-    found = expert.newest(home, show.run.meta()["speech"])
     if found is None:
         return {"expert": None, "note": "no expert of this home; talkhead pretrain --expert"}
     if found.knows(space):
         progress.note(f"the lip-sync expert '{found.name}' was trained on '{space.id}'")
     try:
         judged = {
-            name: found.judge(pictures, face.to_68(seen.mesh)[..., :2] / MEASURE_PX, signals)
+            name: found.judge(
+                pictures,
+                face.to_68(seen.mesh)[..., :2] / MEASURE_PX,
+                signals.audio,
+                signals.moment,
+            )
             for name, (pictures, seen) in {"truth": truth, "render": rendered}.items()
         }
     except TalkheadError as error:
+        progress.note(f"the lip-sync expert '{found.name}' says nothing: {error}")
         return {"expert": None, "note": str(error)}
     return {
         "expert": found.name, "knew_person": found.knows(space), **judged,

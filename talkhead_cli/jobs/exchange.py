@@ -46,8 +46,8 @@ HEAD = (0, 0, WHITE)
 def export_avatar(
     home: Path, name: str, out: Path, progress: Progress, *, run_name: str | None = None
 ) -> Path:
-    """Write a finished run of identity `name`, and nothing of the footage's pictures but its
-    background, into the file `out`."""
+    """Write a finished run of identity `name` into the file `out`: of the footage's pictures
+    nothing but the background, and the portrait where an avatar is made from one."""
     space = Workspace.open(home, name)
     run, by_default = player.pick_run(space, run_name)
     if by_default:

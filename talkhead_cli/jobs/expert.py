@@ -9,13 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
+from talkhead_cli.avatars import avatar_class
+from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.avatars.expert import Expert
 from talkhead_cli.blocks.sync import agreement, offset_of
-from talkhead_cli.contracts import FPS, Signals, TalkheadError
+from talkhead_cli.contracts import FPS, MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
+from talkhead_cli.jobs.preset import Train
 from talkhead_cli.store import Run, Workspace
+
+CHUNK = 100  # frames
 
 
 @dataclass(frozen=True)
@@ -29,30 +35,65 @@ class Judge:
     def name(self) -> str:
         return self.prior.name
 
+    def sits_by(self, avatar: Avatar, device: torch.device) -> None:
+        """Hand the frozen network to an avatar that learns."""
+        avatar.judges.append(self.net.sync.to(device).requires_grad_(False))
+
     def knows(self, space: Workspace) -> bool:
         """Whether the person's footage was among what it learnt from."""
         return space.manifest()["source"]["sha256"] in self.prior.meta()["people"].values()
 
     @torch.no_grad()
     def judge(
-        self, pictures: NDArray[np.uint8], marks_px: NDArray[Any], signals: Signals
+        self, pictures: NDArray[np.uint8], marks_px: NDArray[Any], audio: Tensor, moment: Tensor
     ) -> dict[str, float]:
-        """Rows of a film, with where landmarks are in them (T, 68, 2), in [0, 1].
+        """Rows of a film, with where landmarks are in them (T, 68, 2), in [0, 1], what is heard
+        (T, W, A) and the numbers of the frames (T,).
 
         confidence: mean cosine at the best shift over the median of all · sound_after_lips_s ·
         pairs_found: share of pairs in which a moment's own sound fits better than another's
         """
-        shown = torch.from_numpy(pictures).float() / 255
         marks = torch.from_numpy(marks_px).float()
-        seen, heard, middle = self.net.embedded(shown, marks, signals)
+        # crops first, piece by piece: whole films of pictures would not fit
+        crops = torch.cat([
+            self.net.crops(torch.from_numpy(pictures[a : a + CHUNK]).float() / 255,
+                           marks[a : a + CHUNK]) for a in range(0, len(marks), CHUNK)
+        ])  # fmt: skip
+        seen, heard, middle = self.net.embedded(crops, audio, moment)
         if len(seen) < FPS:
             raise TalkheadError("less than a second in a row shows a face; sync needs that much")
-        shift, confidence = offset_of(seen, heard)
-        found = agreement(seen, heard, signals.moment[middle])["found"]
+        shift, confidence = offset_of(seen, heard, moment[middle])
+        found = agreement(seen, heard, moment[middle])["found"]
         return {
             "confidence": round(confidence, 4), "sound_after_lips_s": round(shift / FPS, 4),
             "pairs_found": round(float(found), 4),
         }  # fmt: skip
+
+
+def asked(
+    home: Path, method: str, train: Train, speech: dict[str, Any], progress: Progress, *,
+    wanted: str | None = None,
+) -> Judge | None:  # fmt: skip
+    """The expert for stages that weigh its word: the wanted one, else the newest; None if nobody
+    asks, or, with a word, if the home has none."""
+    stages = [name for name, stage in train.stages.items()
+              if stage.steps and stage.weights.get("sync")]  # fmt: skip
+    if not stages:
+        return None
+    if "sync" not in avatar_class(method).heeds:
+        raise MisuseError(f"preset {method} has no loss 'sync'; stage '{stages[0]}' weighs it")
+    judge = newest(home, speech)
+    for prior in priors.finished(home, "expert"):
+        if prior.name == wanted:
+            judge = opened(prior)
+    if judge is None:
+        progress.note(
+            f"stage '{stages[0]}' does without a lip-sync expert, since this home has none; lips "
+            "will follow speech a little less (train one first: talkhead pretrain --expert)"
+        )
+    else:
+        progress.note(f"lip-sync expert: {judge.name}")
+    return judge
 
 
 def newest(home: Path, speech: dict[str, Any]) -> Judge | None:

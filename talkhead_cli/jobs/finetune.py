@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 from talkhead_cli import __version__, march
 from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import fit, footage, player, portraits
+from talkhead_cli.jobs import expert, fit, footage, player, portraits
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
@@ -59,7 +59,9 @@ def finetune(
         space.manifest()["backends"]["voice"], preset, space.load("voice")["stream"].shape[1]
     )
     from_pictures = avatar_class(preset.method).needs_portrait
-    if from_pictures and prior in (None, "none"):
+    if from_pictures and prior == "none":
+        raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
+    if from_pictures and prior is None:
         prior = priors.newest(home, preset.method, preset)
     start = priors.choose(home, prior, preset.method, space, hears)
     run = Run.named(space.runs, run_name or _run_name(names, settings, start))
@@ -91,13 +93,18 @@ def finetune(
             priors.begin_from(avatar, start.prior)
             stages = presets.slowed(preset, avatar.common_parts())
             progress.note(_introduced(start, name))
+        judge = expert.asked(home, preset.method, preset.train, hears, progress)
+        if judge is not None:
+            judge.sits_by(avatar, where)
         hearing = clip.train[clip.heard[clip.train]]
         avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb.to(where))
         if from_pictures:
             likeness = clip.portrait(clip.best_likeness())
             run.save_portrait(portraits.to_arrays(likeness))
+            avatar.eval()
+            marcher.eval()
             speaker = player.person(avatar, run, where)
-            player.discover(speaker, marcher, clip.signals[clip.train].to(where), where)
+            player.discover(speaker, marcher, clip.signals[clip.train], where)
         place = fit.fit(
             stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
             stop_after=stop_after,
@@ -111,6 +118,8 @@ def finetune(
         if len(clip.held):  # poses that films replay, though training never shows them
             speaker = player.person(avatar, run, where)
             player.open_views(speaker, marcher, clip.signals[clip.held], where)
+            if from_pictures:  # nor did training show it any others
+                player.open_views(speaker, marcher, clip.signals[clip.train], where)
         player.save(run, avatar, marcher)
         run.save_drive(_drive(space, clip))
         shutil.copyfile(space.plate_file, run.plate_file)

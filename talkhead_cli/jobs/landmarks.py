@@ -47,7 +47,6 @@ def landmarks(
     for option, gain in (("--lips", lips), ("--jaw", jaw)):
         if not 0 <= gain <= MAX_GAIN:  # nan is refused too
             raise MisuseError(f"{option} must lie between 0 and {MAX_GAIN:.0f}")
-    moves = moves or Moves()
     space = Workspace.open(home, name)
     run, by_default = player.pick_run(space, run_name)
     if by_default:
@@ -56,6 +55,7 @@ def landmarks(
     if out.suffix != ".npz":
         raise MisuseError(f"{out}: a landmark track is a .npz file")
     show = player.load(run, march.device_of(device))
+    moves = script.settled(show, moves or Moves(), progress)
     neutral = script.neutral_of(show)
     marks, eyes = [], []
     with script.written(show, speech, moves, progress) as told:

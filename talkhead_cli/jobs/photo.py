@@ -16,12 +16,13 @@ from talkhead_cli.blocks.regions import head_relief
 from talkhead_cli.contracts import RELIEF_SIDE, Portrait, Progress, Signals, TalkheadError
 from talkhead_cli.jobs.footage import N_SKIN, STORED_PX, head_camera
 from talkhead_cli.track import face, matte, pose
-from talkhead_cli.track.crop import choose_crop
+from talkhead_cli.track.crop import MIN_FACE_PX, choose_crop
 from talkhead_cli.track.scout import scout
 
 MAX_SIDE = 4096  # pixels; larger pictures are made smaller first
 MESH_SIDE = 1280
-SURE = 0.88  # a detector's word that people's faces get and animals' do not
+DETECT_PX = 320
+SURE = 0.6  # a detector's word that people's faces get (.67 and more) and animals' do not
 TURNED_DEG, AWAY_DEG = 25.0, 50.0  # a head turned further is drawn badly; cannot be drawn
 PAPER = 235  # what transparent pictures are laid on, grey level
 
@@ -74,6 +75,12 @@ def portrait_of(
     points, found = mesh[None], np.array([True])
     head = pose.fit_head(points, found, (width, height))
     _look_at_turn(path, head.rotation[0], progress)
+    tall = float(np.linalg.norm(mesh[face.TOP, :2] - mesh[face.CHIN, :2]))
+    if tall < MIN_FACE_PX:
+        raise TalkheadError(
+            f"the face in {path.name} is only {tall:.0f} pixels tall; give a larger picture, in "
+            f"which it has at least {MIN_FACE_PX} (150 or more looks good)"
+        )
     crop = choose_crop(points, found, (width, height))
     if crop.side < size_px:
         progress.note(
@@ -115,7 +122,7 @@ def _mesh(
     x, y, w, h = scene.roi
     part = np.ascontiguousarray(rgb[y : y + h, x : x + w])
     with face.FaceDetector() as detect:
-        boxes, scores = detect.scored(part)
+        boxes = detect(part)
     mesh = _seen(part)
     if mesh is None and len(boxes):  # too small for a mesh of the whole: look closer
         x0, y0, x1, y1 = boxes[0]
@@ -129,9 +136,26 @@ def _mesh(
         raise TalkheadError(
             f"no face is found in {path.name}; give a picture of one person who faces the camera"
         )
-    if not len(scores) or scores[0] < SURE:
+    if _doubt(part, mesh):
         progress.note(f"{path.name} may not show a person's face; what comes of it may look wrong")
     return mesh, part
+
+
+def _doubt(rgb: NDArray[np.uint8], mesh: NDArray[np.float32]) -> bool:
+    """Whether the detector is less sure than people's faces make it.  It is shown the face at one
+    size, since its word depends on that."""
+    middle = mesh[:, :2].mean(0)
+    half = 1.1 * float(np.linalg.norm(mesh[face.TOP, :2] - mesh[face.CHIN, :2]))
+    scale = DETECT_PX / (2 * half)
+    place = np.array(
+        [[scale, 0, scale * (half - middle[0])], [0, scale, scale * (half - middle[1])]]
+    )
+    way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
+    shown = cv2.warpAffine(rgb, place, (DETECT_PX, DETECT_PX), flags=way,
+                           borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
+    with face.FaceDetector() as detect:
+        _, scores = detect.scored(shown)
+    return not len(scores) or float(scores[0]) < SURE
 
 
 def _seen(rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None:

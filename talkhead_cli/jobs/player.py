@@ -115,9 +115,9 @@ def discover(avatar: Speaker, marcher: nn.Module, signals: Signals, device: torc
     marcher.discover(_views(avatar, marcher, signals, device, N_FIRST))  # type: ignore[operator]
 
 
-def mouthing(speaker: Speaker, signals: Signals) -> Signals:
-    """A row (1) several times, with mouths from shut to wide open."""
-    rest, n = speaker.neutral, N_FIRST
+def mouthing(speaker: Speaker, signals: Signals, n: int) -> Signals:
+    """A row (1) n times, with mouths from shut to wide open."""
+    rest = speaker.neutral
     assert rest is not None
     marks = rest.repeat(n, 1, 1)
     for row, drop in enumerate(torch.linspace(0, WIDE_OPEN, n).tolist()):
@@ -226,6 +226,9 @@ def load(run: Run, device: torch.device) -> Player:
 def person(avatar: Avatar, run: Run, device: torch.device) -> Speaker:
     """Whom the run is of: who its portrait shows, where it has one."""
     kept = run.portrait()
+    if (kept is not None) != avatar.needs_portrait:
+        lacks = "lacks the pictures it is made from" if kept is None else "holds a stray portrait"
+        raise TalkheadError(f"run '{run.name}' {lacks} (portrait.npz); make it again")
     return avatar.enroll(None if kept is None else portraits.from_arrays(kept).to(device))
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import Camera, Portrait, Signals
+from talkhead_cli.contracts import Camera, Portrait, Signals, TalkheadError
 
 _SIGNALS = [f.name for f in fields(Signals) if f.name not in ("camera", "audio")]
 
@@ -42,7 +42,8 @@ def to_arrays(portrait: Portrait) -> dict[str, NDArray[Any]]:
 
 
 def from_arrays(arrays: dict[str, NDArray[Any]]) -> Portrait:
-    """The inverse, but for rounding; its rows hear nothing."""
+    """The inverse, but for rounding; its rows hear nothing.  Damaged ones raise TalkheadError."""
+    _checked(arrays)
     held = {name: torch.from_numpy(value) for name, value in arrays.items()}
     camera = Camera(held["c2w"], held["k"], int(arrays["size_px"]))
     signals = Signals(
@@ -51,3 +52,27 @@ def from_arrays(arrays: dict[str, NDArray[Any]]) -> Portrait:
     return Portrait(
         held["pictures"].float() / 255, held["labels"].float() / 255, signals, held["relief"]
     )
+
+
+def _checked(arrays: dict[str, NDArray[Any]]) -> None:
+    """Refuse arrays that another program wrote, or that were damaged."""
+    n, px = (arrays[k].shape[i] if k in arrays and arrays[k].ndim == 4 else 0
+             for k, i in (("pictures", 0), ("pictures", 1)))  # fmt: skip
+    byte, real, whole = np.uint8, np.float32, np.int64
+    wanted: dict[str, tuple[Any, tuple[int | None, ...]]] = {
+        "pictures": (byte, (n, px, px, 3)), "labels": (byte, (n, 6, None, None)),
+        "relief": (real, (n, None, None, 2)), "c2w": (real, (n, 4, 4)), "k": (real, (n, 3, 3)),
+        "size_px": (whole, ()), "eye": (real, (n, 2)), "gaze": (real, (n, 2)),
+        "brow": (real, (n, 2)), "landmarks": (real, (n, 68, 3)), "landmarks_px": (real, (n, 68, 2)),
+        "pose": (real, (n, 6)), "body": (real, (n, 4)), "person": (whole, (n,)),
+        "moment": (whole, (n,)),
+    }  # fmt: skip
+    for name, (kind, shape) in wanted.items():
+        found = arrays.get(name)
+        fits = found is not None and found.dtype == kind and len(found.shape) == len(shape) and all(
+            w is None or w == f for w, f in zip(shape, found.shape, strict=True)
+        )  # fmt: skip
+        if not fits or not n or not np.isfinite(found).all():  # type: ignore[arg-type]
+            raise TalkheadError(f"the run's portrait.npz is damaged ({name}); enroll it again")
+    if extra := set(arrays) - set(wanted):
+        raise TalkheadError(f"the run's portrait.npz holds what it should not: {', '.join(extra)}")

@@ -29,7 +29,7 @@ from talkhead_cli.store.workspace import PIECE
 from talkhead_cli.track import face, matte, pose, voice
 from talkhead_cli.track.crop import Crop, choose_crop
 from talkhead_cli.track.pose import HeadTrack
-from talkhead_cli.track.scout import Scene, scout
+from talkhead_cli.track.scout import FACES, Scene, scout
 
 MIN_SECONDS = 3.0
 SIZE_PX = 512
@@ -67,8 +67,8 @@ def preprocess(
     or changed.  `which_face` is largest, left or right, as seen in the picture;
     `speech_features` is auto, mel, hubert or wav2vec2.
     """
-    if which_face not in ("largest", "left", "right"):
-        raise MisuseError(f"--face must be largest, left or right, not '{which_face}'")
+    if which_face not in FACES:
+        raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which_face}'")
     if consent is not None and not consent.is_file():
         raise TalkheadError(f"the consent file {consent} does not exist")
     backend = hearing.choose(speech_features)

@@ -6,7 +6,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ MIN_PEOPLE = 2
 def pretrain(
     home: Path,
     names: Sequence[str],
-    out: str,
+    out: str | None,
     progress: Progress,
     *,
     preset_names: Sequence[str] = ("lokitalk",),
@@ -38,7 +37,8 @@ def pretrain(
     fresh: bool = False,
     stop_after: Callable[[fit.Place], bool] | None = None,
 ) -> Run:
-    """Train what identities `names` share into the prior `out` of the home.
+    """Train what identities `names` share into the prior `out` of the home, by default "prior", and
+    for a method that lives by priors the method's name.
 
     An identity that is missing, damaged or without sound is left out with a word.  A prior that
     was interrupted continues from its last save; a finished one is left as it is.
@@ -50,10 +50,17 @@ def pretrain(
             "as lokitalk"
         )
     stages = preset.pretrain
+    hears_alone = "speech" in preset.train.stages  # people learn their own pictures
+    out = out or ("prior" if hears_alone else preset.method)
     prior = Run.named(priors_folder(home), out)
     with prior.locked():
         if fresh:
             prior.clear()
+        if prior.is_finished and prior.meta()["method"] != preset.method:
+            raise MisuseError(
+                f"prior '{out}' is there already, of {prior.meta()['method']}; give another -o, or "
+                "--fresh to replace it"
+            )
         if prior.is_finished:
             progress.note(f"prior '{out}' is finished already; --fresh trains it anew")
         else:
@@ -86,7 +93,9 @@ def _train(
     clips = [clip for _, clip in people]
     n_features = int(clips[0].signals.audio.shape[2])
     hears = speech_facts(people[0][0].manifest()["backends"]["voice"], preset, n_features)
-    judge = _judge(home, stages, hears, progress)
+    judge = expert.asked(
+        home, preset.method, stages, hears, progress, wanted=prior.meta().get("expert")
+    )
     told = None if judge is None else judge.prior.meta()["key"]
     key = digest({"people": sources, "preset": text, "seed": seed, "judge": told})
     if prior.meta().get("key", key) != key:
@@ -95,7 +104,10 @@ def _train(
             "replace it"
         )
     prior.write_preset(text)
-    prior.write_meta(version=__version__, people=sources, seed=seed, key=key)
+    prior.write_meta(
+        version=__version__, people=sources, seed=seed, key=key,
+        expert=None if judge is None else judge.name,
+    )  # fmt: skip
 
     where = march.device_of(device)
     fabric = Fabric(accelerator=where.type, devices=1)
@@ -103,7 +115,7 @@ def _train(
     aabb = player.box_for(preset, clips[0].signals.camera)
     avatar, marcher, _ = player.build(preset, n_features, aabb.to(where), where, len(clips))
     if judge is not None:
-        avatar.judges.append(judge.net.sync.to(where).requires_grad_(False))
+        judge.sits_by(avatar, where)
     heard = [clip.signals[clip.train[clip.heard[clip.train]]].to(where) for clip in clips]
     avatar.survey(heard)
     for clip, signals in zip(clips, heard, strict=True):
@@ -129,27 +141,8 @@ def _train(
         figures=place.figures,
         method=preset.method,
         speech=hears,
-        expert=None if judge is None else judge.name,
         torch=torch.__version__,
     )
-
-
-def _judge(
-    home: Path, stages: Train, hears: dict[str, Any], progress: Progress
-) -> expert.Judge | None:
-    """The lip-sync expert, for stages that ask for its word."""
-    asked = [name for name, stage in stages.stages.items() if stage.weights.get("sync")]
-    if not asked:
-        return None
-    judge = expert.newest(home, hears)
-    if judge is None:
-        progress.note(
-            f"stage '{asked[0]}' does without a lip-sync expert, since this home has none; lips "
-            "will follow speech a little less (train one first: talkhead pretrain --expert)"
-        )
-    else:
-        progress.note(f"lip-sync expert: {judge.name}")
-    return judge
 
 
 def _openable(home: Path, names: Sequence[str], progress: Progress) -> list[Workspace]:

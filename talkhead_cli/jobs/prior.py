@@ -59,8 +59,7 @@ def finished(home: Path, method: str) -> list[Run]:
 def newest(home: Path, method: str, preset: Preset | None = None) -> str:
     """The name of the newest finished prior of a method; with a preset, one of its size."""
     for prior in finished(home, method):
-        theirs = presets.from_yaml(prior.preset_text() or "")
-        if preset is None or (theirs.data, theirs.avatar) == (preset.data, preset.avatar):
+        if preset is None or _size(presets.from_yaml(prior.preset_text() or "")) == _size(preset):
             return prior.name
     small = "" if preset is not None and preset.avatar.size == "full" else " -p tiny"
     raise TalkheadError(
@@ -69,13 +68,18 @@ def newest(home: Path, method: str, preset: Preset | None = None) -> str:
     )
 
 
+def _size(preset: Preset) -> tuple[Any, ...]:
+    """What must agree before networks are shared."""
+    return preset.data.size_px, preset.data.window, preset.avatar
+
+
 def fitting(home: Path, wanted: str, method: str, speech: dict[str, Any] | None = None) -> Run:
     """The finished prior of that name, refused if it is of another method or hears otherwise."""
     known = {p.name: p for p in list_runs(priors_folder(home)) if p.is_finished}
     if wanted not in known:
         raise TalkheadError(
             f"there is no finished prior '{wanted}' in {home} (known: {', '.join(known) or 'none'})"
-            f"; make one with: talkhead pretrain --out {wanted}"
+            f"; make one with: talkhead pretrain -p {method} --out {wanted}"
         )
     meta = known[wanted].meta()
     for what, has, wants in (
@@ -93,5 +97,5 @@ def begin_from(avatar: Avatar, prior: Run) -> None:
     except ValueError as error:
         raise TalkheadError(
             f"prior '{prior.name}' is of another version of talkhead ({error}); pretrain it "
-            "again with --fresh, or pass --prior none"
+            "again with --fresh"
         ) from error

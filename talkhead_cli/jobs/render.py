@@ -64,6 +64,7 @@ def render(
         raise MisuseError("the output would overwrite the speech file; give another -o")
     show = player.load(run, march.device_of(device))
     progress.note(f"marching: {show.note}")
+    wishes = script.settled(show, wishes, progress)
     size = show.preset.data.size_px
     plate = _background(wishes.background, show.plate, size)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -110,15 +111,15 @@ def render(
 
 def render_picture(
     images: Sequence[Path], priors_home: Path, speech: Path, progress: Progress, *,
-    method: str = "s3d", prior: str | None = None, which_face: str = "largest", out: Path | None = None,
-    wishes: Wishes | None = None, device: str = "auto",
+    preset_names: Sequence[str] = ("s3d",), prior: str | None = None, which_face: str = "largest",
+    out: Path | None = None, wishes: Wishes | None = None, device: str = "auto",
 ) -> list[Path]:  # fmt: skip
     """Film the person of some pictures saying `speech`; nothing is kept but the film."""
     if not media.probe(speech).has_audio:
         raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         space, run = enroll(
-            images, priors_home, Path(folder), method, progress, prior=prior,
+            images, priors_home, Path(folder), preset_names, progress, prior=prior,
             which_face=which_face, device=device,
         )  # fmt: skip
         return render(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ class Moves:
     orbit: bool = False
     seed: int = 0
     landmarks: Path | None = None
+
+
+M = TypeVar("M", bound=Moves)
 
 
 @dataclass(frozen=True)
@@ -88,6 +91,17 @@ class Script:
         """All frames in order, CHUNK at a time."""
         for first in range(0, self.n_frames, CHUNK):
             yield self.signals(np.arange(first, min(first + CHUNK, self.n_frames)))
+
+
+def settled(show: Player, moves: M, progress: Progress) -> M:
+    """The moves as they can be had: a picture has no motion of its own to replay."""
+    if len(show.run.drive()["pose"]) > 1:
+        return moves
+    instead = {k: "auto" for k in ("pose", "blink") if getattr(moves, k) == "footage"}
+    if instead:
+        what = " and ".join({"pose": "head", "blink": "lids"}[k] for k in instead)
+        progress.note(f"one picture has no motion to replay: {what} move by --seed")
+    return replace(moves, **instead)  # type: ignore[arg-type]
 
 
 @contextmanager

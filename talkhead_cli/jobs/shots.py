@@ -37,7 +37,9 @@ def draw(
         n_frames = stage.n_frames
     rows = _pick(footage.train, n_frames, rng)
     if stage.in_sequence > 1:
-        rows = _in_sequence(footage.train, n_frames, stage.in_sequence, rng)
+        heard = footage.train[footage.heard[footage.train]]
+        rows = _in_sequence(heard, n_frames, min(stage.in_sequence, n_frames), rng)
+        n_frames = len(rows)
     if stage.rare:
         n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
         rows = torch.cat([_pick(footage.rare, n_rare, rng), rows])[: len(rows)]
@@ -101,7 +103,10 @@ def _in_sequence(rows: Tensor, n: int, length: int, rng: torch.Generator) -> Ten
     if length == 1:
         return _pick(rows, n, rng)
     n_runs = max(1, n // length)
-    first = torch.randint(len(rows) - length + 1, (n_runs, 1), generator=rng)
+    begins = torch.arange(len(rows) - length + 1)
+    whole = begins[rows[begins + length - 1] - rows[begins] == length - 1]
+    begins = whole if len(whole) else begins  # else runs that leap over what cannot be used
+    first = begins[torch.randint(len(begins), (n_runs, 1), generator=rng)]
     return rows[(first + torch.arange(length)).flatten()]
 
 

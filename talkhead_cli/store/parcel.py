@@ -1,8 +1,9 @@
 """An avatar in one file, to carry from the machine that trains to the machine that renders.
 
 A `.talkhead` file is a zip of plain files: `parcel.json` (who, which run, size and sha256 of each
-file), the manifest, consent records, and the run.  No footage travels but its background and what
-drives a film (drive.npz), and nothing in it is code: weights are safetensors, arrays plain.
+file), the manifest, consent records, and the run.  No footage travels but its background, what
+drives a film (drive.npz), and the pictures that an avatar is made from (portrait.npz).  Nothing in
+it is code: weights are safetensors, arrays plain.
 """
 
 from __future__ import annotations

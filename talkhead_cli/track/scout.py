@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.contracts import MisuseError, TalkheadError
 from talkhead_cli.track.face import FaceDetector
+
+FACES = ("largest", "left", "right")
 
 
 @dataclass(frozen=True)
@@ -23,10 +25,12 @@ class Scene:
 def scout(
     frames: Iterable[NDArray[np.uint8]], size: tuple[int, int], which: str = "largest"
 ) -> Scene:
-    """Look at a few frames (of any one size) of a film of `size` (width, height).
+    """Look at a few frames (of any one size) of a film of `size` (width, height), or at a picture.
 
     Faces are linked between frames by place.  `which`: largest, left or right.
     """
+    if which not in FACES:
+        raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which}'")
     tracks: list[list[NDArray[np.float32]]] = []
     n_frames = 0
     with FaceDetector() as detect:
@@ -84,7 +88,8 @@ def _region(
             left = max(left, (low[0] + boxes[:, 2].max()) / 2)
     if right - left < 0.8 * (high[0] - low[0]):
         raise TalkheadError(
-            "two faces cross each other in the film; cut a part in which they stay apart"
+            "two faces cover each other; use a part, of the film or of the picture, in which they "
+            "stay apart"
         )
     x, y = int(left * size[0]), int(top * size[1])
     return x, y, int(right * size[0]) - x, int(bottom * size[1]) - y

@@ -21,7 +21,7 @@ class Face:
     planes by scale · seen (1, 6, s, s): colour, and labels of face, mouth, hair, at the size that
     is encoded · picture (1, 3, H, W) the head's colours, going on beyond its rim · shoulders
     (1, 4, H, W) premultiplied · signals of one row · slots (n, width) · relief (1, 1, n, n) ·
-    mouth at rest, as it is presumed
+    mouth at rest, as it is presumed · skin (3,) the face's mean colour
     """
 
     planes: list[RowPlanes]
@@ -32,6 +32,7 @@ class Face:
     slots: Tensor
     relief: Tensor
     mouth: Mouth
+    skin: Tensor
 
 
 @dataclass(frozen=True)

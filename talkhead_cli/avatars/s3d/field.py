@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from talkhead_cli.avatars.s3d.face import Face
 from talkhead_cli.blocks.mouth import INNER_LIPS, MOUTH, N_CODES
 from talkhead_cli.blocks.planes import frequencies
+from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import EYES
 from talkhead_cli.contracts import RELIEF_SIDE, Camera, Signals
 
@@ -116,11 +117,13 @@ class S3DField:
 
 
 def likeness(signals: Signals, faces: Sequence[Face]) -> Tensor:
-    """How much each picture has to say in each row, (T, P), adding up to 1: by how alike poses of
+    """How much each picture has to say in each row, (T, P), adding up to 1: by how alike views of
     the head and openings of the mouth are."""
     far = []
     for face in faces:
-        turn = (signals.pose[:, :3] - face.signals.pose[:, :3]).norm(dim=1) / NEAR_POSE
+        # which way the camera looks at the head, whoever of the two has turned
+        ahead, there = (s.camera.c2w[:, :3, 2] for s in (signals, face.signals))
+        turn = (ahead - there).norm(dim=1) / NEAR_POSE
         mouths = [s.landmarks[:, INNER_LIPS, 1].diff(dim=1)[:, 0] for s in (signals, face.signals)]
         far.append(turn + (mouths[0] - mouths[1]).abs() / NEAR_MOUTH)
     return (-torch.stack(far, 1)).softmax(1)
@@ -179,7 +182,8 @@ class _View:
         in the picture (N, 2)."""
         density, said, seen, place = self.decoded(x, row)
         share = (said[:, :1] - 3.0).sigmoid()
-        own = share * said[:, 1:4].sigmoid()
+        # teeth and lids are as bright as the light on the face makes them
+        own = share * (2 * self.face.skin * said[:, 1:4].sigmoid())
         source = (1 - share) * seen[:, :3]
         return density, torch.cat([own, source, share, said[:, 4:]], 1), place
 
@@ -253,6 +257,7 @@ def _eye_drives(signals: Signals, home: Signals, side: int) -> Tensor:
                       gaze, brow], 1)  # fmt: skip
 
 
+@exact
 def between_lips(x: Tensor, lips: Tensor, row: Tensor) -> Tensor:
     """How far points x (N, 3) lie between the inner edges of the lips of their rows (N,), twenty
     to the face height and negative outside; and where along the mouth, from -1 to 1: (N, 2).
@@ -273,6 +278,7 @@ def between_lips(x: Tensor, lips: Tensor, row: Tensor) -> Tensor:
     return torch.stack([(20 * inside).clamp(-3, 3), (along / 2 - 1).clamp(-2, 2)], 1)
 
 
+@exact
 def _projected(x: Tensor, camera: Camera) -> Tensor:
     """Head space (N, 3) -> the first picture's place in [-1, 1] and depth round the ears over
     DEPTH, (N, 3)."""

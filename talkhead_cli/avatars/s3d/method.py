@@ -89,6 +89,7 @@ class S3D(Avatar):
     DEFORMATIONS (naive: told what drives alone; concatenated: and what the picture looks like)."""
 
     needs_portrait = True
+    heeds = frozenset({"sync"})
     maps = MAPS
     box = (-1.0, -1.1, -0.75, 1.0, 1.1, 0.45)
     common = ("",)  # nothing is a single person's
@@ -173,8 +174,12 @@ class S3D(Avatar):
         return self.mouths[int(signals.person[0]) if len(self.mouths) > 1 else 0]
 
     def listen(self, signals: Signals) -> Signals:
-        """Landmarks of one of the people that it learns from."""
-        return self._mouth(signals).heard(signals, self.speech(signals))
+        """Mouths of one of the people that it learns from; eyes and brows stay as they are."""
+        mouth = self._mouth(signals)
+        mouth.gain.copy_(self.mouth_gain)
+        marks = signals.landmarks.clone()
+        marks[:, MOUTH] = mouth.heard(signals, self.speech(signals)).landmarks[:, MOUTH]
+        return signals.with_(landmarks=marks)
 
     # -- a person --------------------------------------------------------------------------
 
@@ -194,7 +199,7 @@ class S3D(Avatar):
                 planes=[RowPlanes(level[only]) for level in planes],
                 seen=layers.seen[only], picture=layers.picture[only],
                 shoulders=layers.shoulders[only], signals=signals, slots=slots[p],
-                relief=relief[only, None], mouth=mouth,
+                relief=relief[only, None], mouth=mouth, skin=_mean_colour(layers.seen[p]),
             ))  # fmt: skip
         return S3DSpeaker(self, faces)
 
@@ -230,9 +235,12 @@ class S3D(Avatar):
         head = labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
         marched = rendered.feature[:, OWN] + rendered.feature[:, SOURCE]
         over = marched + (1 - rendered.opacity) * plate
-        alive = region_masks(shot.signals, rays.pixel, rays.row, labels)[:, :2].amax(1)
+        at = rays.pixel * (self.magnification if whole else 1)  # masks count finished pixels
+        alive = region_masks(shot.signals, at, rays.row, labels)[:, :2].amax(1)
+        error = (over - head * target - (1 - head) * plate).square().mean(1)
         losses |= solid_losses(rendered, head, labels[:, :1]) | {
-            "colour": F.mse_loss(over, head * target + (1 - head) * plate),
+            "colour": error.mean(),
+            "lively": (error * alive).sum() / alive.sum().clamp_min(1),
             "own": ((1 - alive) * rendered.feature[:, SHARE.start]).mean(),
         }
         if whole:
@@ -297,3 +305,9 @@ def _smaller(values: Tensor, layout: tuple[int, int, int] | None, times: int) ->
     b, h, w = layout
     pictures = values.view(b, h * times, w * times, -1).permute(0, 3, 1, 2)
     return F.avg_pool2d(pictures, times).permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def _mean_colour(seen: Tensor) -> Tensor:
+    """Of the face in what is seen of a picture (6, s, s): (3,)."""
+    face = seen[3:4]
+    return (seen[:3] * face).sum((1, 2)) / face.sum().clamp_min(1)

@@ -13,6 +13,7 @@ from torch import Tensor
 from talkhead_cli.avatars.base import distance, shaped
 from talkhead_cli.avatars.s3d.face import Face
 from talkhead_cli.avatars.s3d.field import N_COLOURS, N_PLACE, OWN, SHARE, SOURCE, S3DField
+from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.rigid import shoulders_in_picture
 from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
 
@@ -101,8 +102,13 @@ class S3DSpeaker:
         home = self.main.signals
         moved_by = signals.body - home.body
         carry = shoulders_in_picture(moved_by, signals.camera, home.pose[0])
-        grid = F.affine_grid(carry, [len(carry), 1, px, px], align_corners=False)
+        grid = _grid(carry, px)
         return F.grid_sample(
             self.main.shoulders.expand(len(carry), -1, -1, -1), grid, padding_mode="border",
             align_corners=False,
         )  # fmt: skip
+
+
+@exact
+def _grid(carry: Tensor, px: int) -> Tensor:
+    return F.affine_grid(carry, [len(carry), 1, px, px], align_corners=False)
