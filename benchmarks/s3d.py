@@ -29,6 +29,7 @@ from talkhead_cli.store.checkpoint import Run
 SHIFTS = (-8, -4, -2, 2, 4, 8)  # frames by which sound is moved
 PIECE_S = 10.0  # of footage that one offset is read from
 PRESETS = ["s3d", "tiny"]
+EXPERT_SCALE = 1.0  # of the expert's steps
 
 
 def strangers(
@@ -148,7 +149,7 @@ def _others(everybody: Sequence[str], group: Sequence[str]) -> list[str]:
 def _expert(home: Path, others: Sequence[str], name: str) -> expert.Judge:
     made = pretrain(
         home, others, f"ear-{name}", SilentProgress(), preset_names=["expert", "tiny"],
-        device="cpu",
+        settings=[f"pretrain.scale={EXPERT_SCALE}"], device="cpu",
     )  # fmt: skip
     made.write_meta(finished_at=time.time())  # the newest one is asked
     return expert.opened(made)
