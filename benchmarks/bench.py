@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
-    "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert",
+    "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert", "files",
 )  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
@@ -108,6 +108,48 @@ def speech(work: Path, seconds: int) -> Path:
     path = work / f"speech{seconds}.wav"
     media.write_wav(path, np.tile(samples, reps)[:need])
     return path
+
+
+def part_files(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every private clip and every hard file: what `preprocess` makes of it, and what `check` said
+    beforehand."""
+    folders = ("clips", "clips/more", "hard")
+    rows = {}
+    for film in sorted(p for f in folders for p in (CLIPS / f).iterdir() if p.is_file()):
+        name = f"{film.parent.name}-{film.stem}".replace("_", "-")
+        home = str(work / "files")
+        looked = asked("check", str(film), "--home", str(work / "home"), "--json")
+        done = asked("preprocess", str(film), "--id", name, "--home", home, "--fresh", "--json")
+        row = {"check": _verdict(looked), "exit": done["exit"], "seconds": done["seconds"],
+               "notes": done["notes"]}  # fmt: skip
+        if done["exit"] == 0:
+            manifest = json.loads(done["stdout"])["manifest"]
+            row |= {k: manifest[k] for k in ("n_frames", "n_found", "faces_seen", "backends")}
+        rows[f"{film.parent.name}/{film.name}"] = row
+    return {"files": len(rows), "tracked": sum(r["exit"] == 0 for r in rows.values()),
+            "traceback": sum("Traceback" in " ".join(r["notes"]) for r in rows.values()),
+            "rows": rows}  # fmt: skip
+
+
+def asked(*words: str) -> dict[str, Any]:
+    """One command that may well fail: exit code, seconds, stdout, and what it said."""
+    began = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "talkhead_cli.cli.app", *words], capture_output=True, text=True
+    )
+    said = [line for line in done.stderr.splitlines()
+            if line.startswith(("note:", "error:", "Traceback"))]  # fmt: skip
+    return {"exit": done.returncode, "seconds": round(time.perf_counter() - began, 1),
+            "stdout": done.stdout, "notes": said}  # fmt: skip
+
+
+def _verdict(looked: dict[str, Any]) -> dict[str, Any]:
+    if not looked["stdout"]:
+        return {"error": looked["notes"]}
+    facts = json.loads(looked["stdout"])
+    points = {f["name"]: f"{f['verdict']}: {f['found']}" for f in facts["findings"]
+              if f["verdict"] != "pass"}  # fmt: skip
+    return {"verdict": facts["verdict"], "points": points, "figures": facts["figures"]}
 
 
 def part_help(work: Path, options: argparse.Namespace) -> dict[str, Any]:

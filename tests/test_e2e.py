@@ -336,6 +336,15 @@ def test_one_picture_speaks(home: Path, face: Path, speech: Path, tmp_path: Path
     assert np.abs(np.diff(frames[:, :4, :4], axis=0)).max() <= 6, (
         "before a background that does not"
     )
+    # of several pictures, and by presets as finetune takes them
+    twice = tmp_path / "twice.mp4"
+    other = tmp_path / "other.png"
+    last = list(media.frames(home / "speaker" / "video.mp4"))[-30]
+    cv2.imwrite(str(other), last[..., ::-1])
+    ok("render", "-p", "s3d", "--image", face, "--image", other, "--audio", speech, "-o", twice,
+       "--home", home)  # fmt: skip
+    further = json.loads(twice.with_name("twice.mp4.json").read_text())["run_meta"]["source"]
+    assert [f["name"] for f in further["further"]] == ["other.png"]
     again = tmp_path / "again.mp4"
     ok("render", "-p", "s3d", "--prior", "strangers", "--image", face, "--audio", speech, "-o",
        again, "--pose", "still", "--blink", "none", "--home", home)  # fmt: skip
@@ -356,6 +365,9 @@ def test_a_picture_is_refused_in_one_sentence(
         (["--image", face, "--run", "s3d+tiny"], 2, "--prior"),
         (["--image", face, "-p", "lokitalk"], 2, "learns a person from footage"),
         (["--image", face, "--prior", "nobody"], 1, "no finished prior"),
+        (["--image", face, "--face", "middle"], 2, "--face must be"),
+        (["--id", "speaker", "--prior", "strangers"], 2, "go with --image"),
+        (["--image", face, "-p", "s3d", "-p", "tiny"], 1, "talkhead pretrain -p s3d"),
         (["--image", face, "--home", empty], 1, "talkhead pretrain -p s3d"),
     ):
         result = talkhead("render", "--home", home, *words, "--audio", speech, "-o", out)
@@ -373,6 +385,14 @@ def test_an_expert_is_trained_and_heard(home: Path) -> None:
     sync = json.loads(result.stdout)["figures"]["sync"]
     assert sync["expert"] == "ear" and sync["knew_person"] is True
     assert sync["truth"]["pairs_found"] > 0.55
+    refused = talkhead("pretrain", "--expert", "-p", "s3d", "--home", home)
+    assert refused.exit_code == 2 and "only overlays" in refused.stderr
+    refused = talkhead("pretrain", "-p", "s3d", "-p", "tiny", "-o", "ear", "--home", home)
+    assert refused.exit_code == 2 and "there already, of expert" in refused.stderr
+    refused = talkhead(
+        "finetune", "--id", "speaker", "-p", "s3d", "--prior", "none", "--home", home
+    )
+    assert refused.exit_code == 2 and "by a prior" in refused.stderr
     refused = talkhead("finetune", "--id", "speaker", "-p", "expert", "--home", home)
     assert refused.exit_code == 2 and "draws nobody" in refused.stderr
 

@@ -18,8 +18,9 @@ from talkhead_cli.blocks.sync import (
     lip_crops,
     offset_of,
     runs_of,
+    sync_losses,
 )
-from talkhead_cli.contracts import SilentProgress
+from talkhead_cli.contracts import MisuseError, SilentProgress
 from talkhead_cli.jobs import expert, footage, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.fit import Step
@@ -97,6 +98,45 @@ def test_what_it_sees_does_not_hang_on_the_light() -> None:
     seen = net.seen(crops)
     assert torch.allclose(seen.norm(dim=1), torch.ones(2), atol=1e-5)
     assert torch.allclose(net.seen(0.6 * crops + 0.2), seen, atol=1e-4)
+
+
+def test_drawn_lips_are_judged_where_five_rows_follow_each_other(speaker_home: Path) -> None:
+    data = presets.load(["expert", "tiny"], ["data.size_px=128"]).data
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), data, SilentProgress())
+    torch.manual_seed(0)
+    net = SyncExpert(data.window, clip.signals.audio.shape[2]).eval().requires_grad_(False)
+    rows = clip.train[10:16]
+    pictures = torch.from_numpy(clip.pictures[rows.numpy()]).float() / 255
+    drawn = pictures.clone().requires_grad_()
+    found = sync_losses([net], drawn, clip.signals[rows])["sync"]
+    found.backward()
+    assert 0 <= float(found.detach()) <= 2 and drawn.grad is not None
+    lips = clip.signals.landmarks_px[rows, 62] * 128
+    x, y = lips[0].long().tolist()
+    assert drawn.grad[:, y - 2 : y + 3, x - 2 : x + 3].abs().max() > 0
+    assert drawn.grad[:, :10].abs().max() == 0, "the forehead has no say"
+    assert sync_losses([], pictures, clip.signals[rows]) == {}
+    assert sync_losses([net], pictures[:4], clip.signals[rows[:4]]) == {}
+    apart = clip.train[[0, 2, 4, 6, 8, 10]]
+    assert sync_losses([net], pictures, clip.signals[apart]) == {}
+
+
+def test_an_expert_is_asked_only_where_it_can_be_heard(tmp_path: Path) -> None:
+    hears: dict[str, object] = {}
+    five = ["train.stages.upscale.n_frames=5", "train.stages.upscale.in_sequence=5"]
+    weigh = ["train.stages.upscale.weights.sync=0.1"]
+    progress = SilentProgress()
+    plain = presets.load(["talk3d"])
+    assert expert.asked(tmp_path, "talk3d", plain.train, hears, progress) is None
+    assert not progress.notes
+    able = presets.load(["talk3d"], [*five, *weigh])
+    assert expert.asked(tmp_path, "talk3d", able.train, hears, progress) is None
+    assert "pretrain --expert" in progress.notes[0]
+    with pytest.raises(MisuseError, match="frames in a row"):
+        expert.asked(tmp_path, "talk3d", presets.load(["talk3d"], weigh).train, hears, progress)
+    deaf = presets.load(["lokitalk"], ["train.stages.lips.weights.sync=0.1"])
+    with pytest.raises(MisuseError, match="no loss 'sync'"):
+        expert.asked(tmp_path, "lokitalk", deaf.train, hears, progress)
 
 
 def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:

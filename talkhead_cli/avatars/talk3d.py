@@ -46,6 +46,7 @@ from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes, gathered
 from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.blocks.speech import SpeechEncoder
+from talkhead_cli.blocks.sync import sync_losses
 from talkhead_cli.blocks.upscale import Upscaler
 from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
 
@@ -79,6 +80,8 @@ class Talk3D(PersonalAvatar):
 
     For comparisons: `unheard`, names of TOKENS that are silenced · `still`, the identity alone.
     """
+
+    heeds = frozenset({"sync"})
 
     def __init__(
         self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1,
@@ -209,7 +212,9 @@ class Talk3D(PersonalAvatar):
             "whole": error.mean(),
             "mouth": (error * lips).sum() / lips.sum().clamp_min(1),
             "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
-        } | patch_losses(frame.rgb, truth, "whole_")
+        } | patch_losses(frame.rgb, truth, "whole_") | sync_losses(
+            self.judges, frame.rgb, shot.signals
+        )  # fmt: skip
 
     # -- parts -----------------------------------------------------------------------------
 

@@ -7,9 +7,13 @@ are trained here, on whoever is at hand; figures are no one else's.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from talkhead_cli.contracts import Signals
 
 N_FRAMES = 5  # of lips that are looked at together
 CROP_PX = 32
@@ -83,6 +87,23 @@ def runs_of(crops: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
     whole = moments[N_FRAMES - 1 :] - moments[: 1 - N_FRAMES] == N_FRAMES - 1
     middle = torch.arange(half, len(crops) - half, device=crops.device)
     return runs[whole], middle[whole]
+
+
+def sync_losses(
+    judges: Sequence[nn.Module], pictures: Tensor, signals: Signals
+) -> dict[str, Tensor]:
+    """1 - cosine of drawn lips and their sound (sync), as frozen experts see and hear them, of
+    whole pictures (T, H, W, 3) of rows; nothing without experts, or where no N_FRAMES rows follow
+    each other."""
+    experts = [judge for judge in judges if isinstance(judge, SyncExpert)]
+    if not experts or len(pictures) < N_FRAMES:
+        return {}
+    crops = lip_crops(pictures.float(), lip_boxes(signals.landmarks_px))
+    runs, middle = runs_of(crops, signals.moment)
+    if not len(runs):
+        return {}
+    heard = [(e.seen(runs) * e.heard(signals.audio[middle])).sum(1) for e in experts]
+    return {"sync": 1 - torch.stack(heard).mean()}
 
 
 def agreement(seen: Tensor, heard: Tensor, moments: Tensor, near: int = 2) -> dict[str, Tensor]:

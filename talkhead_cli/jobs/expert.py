@@ -14,7 +14,7 @@ from torch import Tensor
 from talkhead_cli.avatars import avatar_class
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.avatars.expert import Expert
-from talkhead_cli.blocks.sync import agreement, offset_of
+from talkhead_cli.blocks.sync import N_FRAMES, agreement, offset_of
 from talkhead_cli.contracts import FPS, MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
@@ -82,6 +82,13 @@ def asked(
         return None
     if "sync" not in avatar_class(method).heeds:
         raise MisuseError(f"preset {method} has no loss 'sync'; stage '{stages[0]}' weighs it")
+    for name in stages:
+        stage = train.stages[name]
+        if stage.rays != "picture" or min(stage.in_sequence, stage.n_frames) < N_FRAMES:
+            raise MisuseError(
+                f"stage '{name}' weighs 'sync', which needs whole pictures of {N_FRAMES} frames in "
+                f"a row: rays picture, n_frames and in_sequence {N_FRAMES}"
+            )
     judge = newest(home, speech)
     for prior in priors.finished(home, "expert"):
         if prior.name == wanted:

@@ -199,12 +199,19 @@ def _for_method(layer: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
         return layer
     layer = copy.deepcopy(layer)
     for part in ("train", "pretrain"):
-        known = (under.get(part) or {}).get("stages", {})
-        stages = (layer.get(part) or {}).get("stages", {})
+        known, stages = _stages(under, part), _stages(layer, part)
         for name in set(stages) - set(known):
-            if "learn" not in stages[name]:  # nor is it a stage of its own
+            # nor is it a stage of its own
+            if not isinstance(stages[name], dict) or "learn" not in stages[name]:
                 del stages[name]
     return layer
+
+
+def _stages(layer: dict[str, Any], part: str) -> dict[str, Any]:
+    """The stages of a layer's part, if it has any; validation answers whatever else stands there."""
+    held = layer.get(part)
+    found = held.get("stages") if isinstance(held, dict) else None
+    return found if isinstance(found, dict) else {}
 
 
 def from_yaml(text: str) -> Preset:

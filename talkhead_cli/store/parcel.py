@@ -13,6 +13,7 @@ import json
 import shutil
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -79,7 +80,7 @@ def unpack(file: Path, home: Path, name: str | None = None) -> tuple[Workspace, 
                 if is_new:
                     shutil.rmtree(space.root, ignore_errors=True)
                 raise
-    except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as error:
+    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise _damaged(file, str(error)) from error
     except _Wrong as error:
         raise _damaged(file, str(error)) from error

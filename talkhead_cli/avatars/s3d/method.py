@@ -56,7 +56,7 @@ from talkhead_cli.blocks.mouth import MOUTH, N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.planes import RowPlanes
 from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
-from talkhead_cli.blocks.sync import SyncExpert, lip_boxes, lip_crops, runs_of
+from talkhead_cli.blocks.sync import sync_losses
 from talkhead_cli.blocks.upscale import Retoucher
 from talkhead_cli.contracts import Portrait, Signals
 
@@ -260,7 +260,7 @@ class S3D(Avatar):
         alive = region_masks(shot.signals, at, row.flatten(), labels.flatten(0, 2))[:, :2]
         alive = alive.amax(1).view_as(error)
         return (
-            self._sync_losses(result)
+            sync_losses(self.judges, frame.rgb, shot.signals)
             | {
                 "whole": error.mean(),
                 "mouth": (error * alive).sum() / alive.sum().clamp_min(1),
@@ -268,18 +268,6 @@ class S3D(Avatar):
             }
             | patch_losses(frame.rgb, truth, "whole_")
         )
-
-    def _sync_losses(self, result: StepResult) -> dict[str, Tensor]:
-        """1 - cosine of drawn lips and their sound, as a lip-sync expert sees and hears them."""
-        signals, frame = result.shot.signals, result.frame
-        assert frame is not None
-        judges = [judge for judge in self.judges if isinstance(judge, SyncExpert)]
-        crops = lip_crops(frame.rgb.float(), lip_boxes(signals.landmarks_px))
-        runs, middle = runs_of(crops, signals.moment)
-        if not judges or not len(runs):
-            return {}
-        heard = [(j.seen(runs) * j.heard(signals.audio[middle])).sum(1) for j in judges]
-        return {"sync": 1 - torch.stack(heard).mean()}
 
     # -- parts -----------------------------------------------------------------------------
 
