@@ -208,7 +208,7 @@ def _for_method(layer: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
 
 
 def _stages(layer: dict[str, Any], part: str) -> dict[str, Any]:
-    """The stages of a layer's part, if it has any; validation answers whatever else stands there."""
+    """The stages of a layer's part, if it has any; validation answers what else may stand there."""
     held = layer.get(part)
     found = held.get("stages") if isinstance(held, dict) else None
     return found if isinstance(found, dict) else {}
