@@ -49,7 +49,7 @@ def test_a_sound_film_passes_but_for_its_length(sound_one: Report) -> None:
         ("sharpness", {"warn", "fail"}, ["-vf", "gblur=sigma=9"]),
         ("light", {"warn", "fail"}, ["-vf", "eq=brightness=-0.45"]),
         ("head", {"warn"}, ["-vf", "scale=160:160"]),
-        ("clipping", {"warn", "fail"}, ["-af", "volume=40dB"]),
+        ("clipping", {"warn", "fail"}, ["-af", "volume=40dB", "-c:a", "pcm_s16le"]),
         ("sound", {"warn", "fail"}, ["-af", "volume=-40dB"]),
         ("background", {"warn", "fail"},
          ["-vf", "crop=iw-120:ih-120:60+55*sin(n/5):60+55*cos(n/7)"]),
@@ -59,7 +59,7 @@ def test_what_is_spoilt_is_named(
     speaker_clip: Path, sound_one: Report, tmp_path: Path, name: str, worse: set[str],
     filters: list[str],
 ) -> None:  # fmt: skip
-    film = spoilt(speaker_clip, tmp_path / "spoilt.mp4", *filters)
+    film = spoilt(speaker_clip, tmp_path / "spoilt.mov", *filters)
     said = verdicts(check(film, SilentProgress()))
     assert said[name] in worse and verdicts(sound_one)[name] == "pass"
 
