@@ -14,7 +14,7 @@ from talkhead_cli import march
 from talkhead_cli.avatars.base import StepResult
 from talkhead_cli.avatars.s3d import DEFORMATIONS, S3D, S3DField, S3DSpeaker
 from talkhead_cli.avatars.s3d.face import filled
-from talkhead_cli.avatars.s3d.field import _projected, between_lips
+from talkhead_cli.avatars.s3d.field import LIP_CUE, _projected, between
 from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
 from talkhead_cli.blocks.mouth import N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import RELIEF, head_relief
@@ -229,7 +229,8 @@ def test_a_point_knows_whether_it_lies_between_the_lips() -> None:
     shut = torch.stack([torch.stack([knots, 0 * bow], 1)] * 2)
     lips = torch.stack([lips, shut])
     x = torch.tensor([[0.0, 0.0, 0], [0.0, 0.07, 0], [0.1, 0.0, 0], [0.3, 0.0, 0], [0.0, 0.0, 0]])
-    inside, along = between_lips(x, lips, torch.tensor([0, 0, 0, 0, 1])).unbind(1)
+    row = torch.tensor([0, 0, 0, 0, 1])
+    inside, along = between(x, lips, torch.arange(5), row, scale=LIP_CUE).unbind(1)
     assert torch.allclose(inside / 20, torch.tensor([0.05, -0.02, 0.0375, -0.1, 0]), atol=1e-4)
     assert torch.allclose(along, torch.tensor([0, 0, 0.5, 1.5, 0]), atol=1e-6)
 
@@ -257,6 +258,20 @@ def test_of_several_pictures_the_one_most_like_the_row_has_its_say(
               .square().mean()) for who in (alone, speaker)
     ]  # fmt: skip
     assert errors[1] < errors[0], errors
+
+
+def test_lids_are_where_openness_puts_them(avatar: S3D, clip: Footage) -> None:
+    speaker = avatar.enroll(clip.portrait(clip.best_likeness()))
+    row = clip.signals[clip.best_likeness()]
+    marks = row.landmarks[0]
+    iris = (marks[[37, 38]].mean(0) + marks[[40, 41]].mean(0)) / 2
+    other = (marks[[43, 44]].mean(0) + marks[[46, 47]].mean(0)) / 2
+    x, where = torch.stack([iris, other]), torch.zeros(2, dtype=torch.long)
+    for eye, inside in ((row.eye, True), (0 * row.eye, False)):
+        field = speaker.condition(row.with_(eye=eye))
+        assert isinstance(field, S3DField)
+        cue = field.views[0].displaced(x, where)[1][:, -2]
+        assert bool((cue > 0.1).all() if inside else (cue < -0.1).all()), cue
 
 
 @pytest.mark.parametrize("kind", DEFORMATIONS)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,11 @@ if TYPE_CHECKING:
 LIP_NOISE, EYE_NOISE = 0.1, 0.03  # on what drives, in training
 N_HIDDEN = 8  # numbers that the deformation tells the decoder about a point
 N_OCTAVES = 5
-N_CUES = 2  # see `between_lips`
+N_CUES = 2  # see `between`; of the mouth and of the eyes each
 UPPER_LIP, LOWER_LIP = [60, 61, 62, 63, 64], [60, 67, 66, 65, 64]  # their inner edges
+# Lids from corner to corner, of the picture's left eye, and of its right one as in a mirror.
+UPPER_LID, LOWER_LID = ([36, 37, 38, 39], [45, 44, 43, 42]), ([36, 41, 40, 39], [45, 46, 47, 42])
+LIP_CUE, LID_CUE = 20.0, 20.0 / 4  # how fine cues are: per face height, per eye width
 ANCHORS = torch.cat([MOUTH, torch.arange(36, 48)])  # landmarks that teach where points lie
 MOUTH_REACH, EYE_REACH = (0.5, 0.7), (0.9, 0.9)  # radii, see `_View`
 FADE = 30.0  # how soon a region ends beyond its radii
@@ -145,6 +149,18 @@ class _View:
                       for eye in EYES]  # fmt: skip
         self._told_mouth, self._told_eyes = self._told(signals)
         self._lips = signals.landmarks[:, [UPPER_LIP, LOWER_LIP], :2]  # (T, 2, 5, 2)
+        self._lids = torch.cat([self._lids_of(signals, side) for side in (0, 1)])  # (2 T, 2, 4, 2)
+
+    def _lids_of(self, signals: Signals, side: int) -> Tensor:
+        """Where an eye's lids are in each row, in its own measure, by how open it is against the
+        picture's: (T, 2, 4, 2)."""
+        home, (middle, unit) = self.face.signals, self._eyes[side]
+        mirror = middle.new_tensor([1.0 if side == 0 else -1.0, 1.0])
+        seen = home.landmarks[0, [UPPER_LID[side], LOWER_LID[side]], :2]
+        upper, lower = mirror * (seen - middle[:2]) / unit
+        share = signals.eye[:, side] / home.eye[0, side].clamp_min(0.3)
+        drawn = lower + share.clamp(0, 1.3)[:, None, None] * (upper - lower)
+        return torch.stack([drawn, lower.expand_as(drawn)], 1)
 
     def _told(self, signals: Signals) -> tuple[Tensor, Tensor]:
         """What regions are told of each row: (T, n), and (2 T, n) of both eyes, mirrored."""
@@ -189,37 +205,39 @@ class _View:
 
     def displaced(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """Points (N, 3) of rows (N,) -> where they lie in the picture's face (N, 3), and what the
-        decoder is told of them (N, N_HIDDEN + N_CUES)."""
+        decoder is told of them (N, N_HIDDEN + 2 N_CUES)."""
         avatar = self.avatar
-        shift = x.new_zeros(len(x), 3 + N_HIDDEN + N_CUES)
+        shift = x.new_zeros(len(x), 3 + N_HIDDEN + 2 * N_CUES)
         if avatar.deformation == "none":
             return x, shift[:, 3:]
         middle, unit = self._mouth
+        cues = partial(between, x, self._lips, scale=LIP_CUE)
         shift = self._region(avatar.mouth_net, shift, (x - middle) / unit, self._mouth_radii,
-                             self._told_mouth, row, unit, x, self._lips)  # fmt: skip
+                             self._told_mouth, row, unit, cues, 0)  # fmt: skip
         radii = x.new_tensor(EYE_REACH)
         for side, (middle, unit) in enumerate(self._eyes):
             mirror = x.new_tensor([1.0 if side == 0 else -1.0, 1.0, 1.0])
             local = mirror * (x - middle) / unit
+            cues = partial(between, local, self._lids, scale=LID_CUE)
             shift = self._region(avatar.eye_net, shift, local, radii, self._told_eyes,
-                                 row + side * self.n_rows, unit * mirror, x)  # fmt: skip
+                                 row + side * self.n_rows, unit * mirror, cues, N_CUES)  # fmt: skip
         return x + shift[:, :3], shift[:, 3:]
 
     @staticmethod
     def _region(
         net: nn.Module, shift: Tensor, local: Tensor, radii: Tensor, told: Tensor, row: Tensor,
-        unit: Tensor, x: Tensor, lips: Tensor | None = None,
+        unit: Tensor, cues: Callable[[Tensor, Tensor], Tensor], place: int,
     ) -> Tensor:  # fmt: skip
-        """Add what a net says of the points (N,) that lie in its region to `shift` (N, ...)."""
+        """Add what a net says of the points (N,) that lie in its region to `shift` (N, ...), and
+        the region's cues, of points by number and row, at their place among cues."""
         off = ((local[:, :2] / radii).square().sum(1).sqrt() - 1).clamp_min(0)
         weight = (-FADE * off.square()).exp()
         near = (weight > 0.01).nonzero().squeeze(1)
-        cues = x.new_zeros(len(near), 0) if lips is None else between_lips(x[near], lips, row[near])
-        said = net(local[near], told, row[near], cues).float()
-        rest = cues if lips is not None else said.new_zeros(len(near), N_CUES)
-        said = torch.cat([MOVED * said[:, :3] * unit.expand(3), said[:, 3:], rest], 1)
-        said = said * weight[near, None]
-        return shift.index_add(0, near, said)
+        cue = cues(near, row[near])
+        said = net(local[near], told, row[near], cue).float()
+        told_of = F.pad(cue, (place, N_CUES - place))
+        said = torch.cat([MOVED * said[:, :3] * unit.expand(3), said[:, 3:], told_of], 1)
+        return shift.index_add(0, near, said * weight[near, None])
 
     def decoded(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (N, 3), row (N,) -> density (N,), share and own colour and features (N, 4 + F), what
@@ -258,24 +276,27 @@ def _eye_drives(signals: Signals, home: Signals, side: int) -> Tensor:
 
 
 @exact
-def between_lips(x: Tensor, lips: Tensor, row: Tensor) -> Tensor:
-    """How far points x (N, 3) lie between the inner edges of the lips of their rows (N,), twenty
-    to the face height and negative outside; and where along the mouth, from -1 to 1: (N, 2).
+def between(x: Tensor, edges: Tensor, near: Tensor, row: Tensor, *, scale: float) -> Tensor:
+    """How far points x (N, 2 or 3), those of the numbers `near` (M,), lie between the upper and the
+    lower edge of their rows (M,), times scale and negative outside; and where along, from -1 to 1:
+    (M, 2).
 
-    lips (T, 2, 5, 2): x, y of either edge from corner to corner, taken as evenly spaced
+    edges (T, 2, K, 2): x, y of either from corner to corner, taken as evenly spaced
     """
-    left, right = lips[:, 0, 0, 0], lips[:, 0, 4, 0]
-    along = 4 * (x[:, 0] - left[row]) / (right - left).clamp_min(1e-3)[row]
-    at = along.clamp(0, 4 - 1e-4)
+    x, last = x[near], edges.shape[2] - 1
+    left, right = edges[:, 0, 0, 0], edges[:, 0, last, 0]
+    along = last * (x[:, 0] - left[row]) / (right - left).clamp_min(1e-3)[row]
+    at = along.clamp(0, last - 1e-4)
     knot = at.long()
-    edges = lips[..., 1].flatten(0, 1)  # (2 T, 5)
+    lines = edges[..., 1].flatten(0, 1)  # (2 T, K)
     upper, lower = (
-        torch.lerp(edges[2 * row + k, knot], edges[2 * row + k, knot + 1], at - knot)
+        torch.lerp(lines[2 * row + k, knot], lines[2 * row + k, knot + 1], at - knot)
         for k in (0, 1)
     )
-    beyond = (along - at).abs() * (right - left)[row] / 4
+    beyond = (along - at).abs() * (right - left)[row] / last
     inside = torch.minimum(x[:, 1] - upper, lower - x[:, 1]) - beyond
-    return torch.stack([(20 * inside).clamp(-3, 3), (along / 2 - 1).clamp(-2, 2)], 1)
+    where = (2 * along / last - 1).clamp(-2, 2)
+    return torch.stack([(scale * inside).clamp(-3, 3), where], 1)
 
 
 @exact

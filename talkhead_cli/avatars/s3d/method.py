@@ -121,8 +121,8 @@ class S3D(Avatar):
         n_drives = N_MOUTH_DRIVES + 2 * N_EYE_DRIVES
         self.cross = CrossModal(n_drives, n_slots, n_slot, n_slot)
         self.mouth_net = Deformation(widths.deformation, N_MOUTH_DRIVES + n_slot, N_CUES)
-        self.eye_net = Deformation(widths.deformation // 2, N_EYE_DRIVES + n_slot)
-        n_in = self.encoder.n_out + 6 + 2 + N_HIDDEN + N_CUES
+        self.eye_net = Deformation(widths.deformation // 2, N_EYE_DRIVES + n_slot, N_CUES)
+        n_in = self.encoder.n_out + 6 + 2 + N_HIDDEN + 2 * N_CUES
         # depth, strength, share of its own colour, that colour, features
         self.decoder = Mlp(n_in, widths.decoder, 2 + 1 + 3 + widths.features, 3, last_scale=0.3)
         n_draft = N_COLOURS + widths.features + 1 + 3 + 4
