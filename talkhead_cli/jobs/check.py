@@ -32,8 +32,8 @@ FACE_PX = 220  # height of a face at which sharpness is judged: what training at
 LIP_PX = 160  # side of the pictures that the lip-sync expert is shown
 MIN_SYNC_S = 8.0  # shorter films cannot say whether lips and sound agree
 THUMB = (64, 36)
-# What counts, and from where on: (warn, fail).  Sharpness, light and motion were set on clips of
-# twenty-one people and on blurred, darkened and shaken copies of them.
+# What counts, and from where on: (warn, fail).  Looked at on a handful of clips that track well,
+# and on the synthetic speaker blurred, darkened and shaken; not fitted to outcomes of training.
 LIMITS = {
     "seconds": (12.0, 3.0), "head": (150.0, 48.0), "found": (0.95, 0.5), "sharp": (0.045, 0.02),
     "dark": (55.0, 30.0), "burnt": (0.05, 0.25), "turn": (25.0, 45.0), "lips": (0.03, 0.008),
