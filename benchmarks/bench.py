@@ -36,7 +36,7 @@ RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
-    "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert", "files",
+    "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert", "files", "photo",
 )  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
@@ -108,6 +108,40 @@ def speech(work: Path, seconds: int) -> Path:
     path = work / f"speech{seconds}.wav"
     media.write_wav(path, np.tile(samples, reps)[:need])
     return path
+
+
+def part_photo(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """From a picture to its first frame, and to half a minute of film, by the newest s3d prior of
+    the work folder's home (made of --ids where there is none); starting Python included."""
+    home = work / "home"
+    if not any((home / ".priors").glob("*/avatar.safetensors")):
+        for name in options.ids:
+            _preprocessed(name, work)
+        words = ["-p", "s3d", "-p", "tiny", "--home", str(home)]
+        talkhead("pretrain", *words, "--ids", ",".join(options.ids))
+    face = CLIPS / "photos" / "portrait_b.png"
+    if not face.exists():
+        import cv2
+
+        face = work / "face.png"
+        cv2.imwrite(str(face), cv2.VideoCapture(str(clip("speaker", work))).read()[1])
+    spoken = speech(work, 30)
+    blip = work / "blip.wav"
+    from talkhead_cli import media
+
+    media.write_wav(blip, media.sound(spoken)[:640])
+
+    def film(sound: Path) -> dict[str, Any]:
+        made = talkhead("render", "--image", str(face), "--audio", str(sound), "-o",
+                        str(work / "photo.mp4"), "--home", str(home))  # fmt: skip
+        made.pop("stdout")
+        return made
+
+    first = [film(blip) for _ in range(3)]
+    whole = film(spoken)
+    best = min(row["seconds"] for row in first)
+    rate = round((30 * 25 - 1) / (whole["seconds"] - best), 2)
+    return {"first_frame_s": best, "frames_per_second": rate, "first": first, "film": whole}
 
 
 def part_files(work: Path, options: argparse.Namespace) -> dict[str, Any]:
