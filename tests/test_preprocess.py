@@ -96,7 +96,7 @@ def test_an_id_that_could_escape_is_misuse(tmp_path: Path, speaker_clip: Path, n
 
 
 def test_unknown_words_are_misuse(tmp_path: Path, speaker_clip: Path) -> None:
-    with pytest.raises(MisuseError, match="largest, left or right"):
+    with pytest.raises(MisuseError, match="largest, left, right"):
         job.preprocess(speaker_clip, tmp_path, SilentProgress(), which_face="middle")
     with pytest.raises(TalkheadError, match="consent file"):
         job.preprocess(speaker_clip, tmp_path, SilentProgress(), consent=tmp_path / "no.pdf")
