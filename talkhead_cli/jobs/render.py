@@ -73,7 +73,7 @@ def render(
     tags = _marks(space, show, speech)
     with script.written(show, speech, wishes, progress) as film_script:
         n_frames = film_script.n_frames
-        if wishes.pose not in ("footage", "still") or film_script.moves.looks_elsewhere:
+        if wishes.pose not in script.familiar(show) or film_script.moves.looks_elsewhere:
             at = film_script.moves.telling(player.N_VIEWS, n_frames)
             show.open_views(film_script.signals(at))
         behind = torch.zeros_like(plate) if wishes.alpha else plate

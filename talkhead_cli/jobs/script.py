@@ -104,6 +104,13 @@ def settled(show: Player, moves: M, progress: Progress) -> M:
     return replace(moves, **instead)  # type: ignore[arg-type]
 
 
+def familiar(show: Player) -> tuple[str, ...]:
+    """Poses by word that the marcher has seen: those of footage; of a picture's person, who was
+    discovered from either side, also those of a head that sways."""
+    alone = len(show.run.drive()["pose"]) == 1
+    return ("footage", "still", "auto") if alone else ("footage", "still")
+
+
 @contextmanager
 def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Iterator[Script]:
     """The script of a film that says `speech` (any file with sound), in constant memory."""
