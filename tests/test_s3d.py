@@ -315,6 +315,29 @@ def test_a_step_teaches_every_part_that_learns(clip: Footage, avatar: S3D, prese
             assert any(g is not None and g.abs().max() > 0 for g in gradients), (name, part)
 
 
+def test_the_full_size_counts_places_in_finished_pixels(clip: Footage, preset: Preset) -> None:
+    """It marches a quarter of the side; a mouth's own colours must not be paid for there."""
+    assert preset.pretrain is not None
+    torch.manual_seed(0)
+    n_features = clip.signals.audio.shape[2]
+    avatar = S3D("full", n_steps=preset.data.window, n_features=n_features).eval()
+    avatar.survey([clip.signals[clip.train]])
+    rows = clip.train[:1]
+    camera = clip.signals[rows].camera.smaller(avatar.magnification)
+    rays = march.picture_rays(camera, torch.zeros(1, dtype=torch.long), avatar.aabb)
+    shot = shots.with_truth(clip, rows, shots.Shot(clip.signals[rows], rays,
+                            portrait=clip.portrait(rows)))  # fmt: skip
+    step = Step(avatar, march.DenseMarcher(avatar.aabb, 12))
+    with torch.no_grad():
+        terms, _ = step([shot])
+        speaker = avatar.enroll(shot.portrait)
+        rendered = step.marcher.march(speaker.condition(shot.signals), rays)  # type: ignore[operator]
+        share = rendered.feature[:, 6].mean()
+    finish = preset.pretrain.stages["finish"].weights
+    assert set(finish) <= set(terms) and all(bool(v.isfinite()) for v in terms.values())
+    assert 0 < float(terms["own"]) < 0.97 * float(share), "mouth and eyes are spared"
+
+
 def test_landmarks_teach_where_points_lie(clip: Footage, avatar: S3D) -> None:
     """The anchor is zero where displacements carry each landmark to the picture's own."""
     portrait = clip.portrait(clip.best_likeness())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal, Protocol
@@ -167,6 +167,15 @@ class Avatar(nn.Module):
     def parts(self) -> list[str]:
         """Names that `part` knows."""
         raise NotImplementedError
+
+
+def averaged(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Losses of several shots, by name -> the mean of each name over the shots that have it."""
+    terms: dict[str, list[Tensor]] = {}
+    for losses in found:
+        for name, value in losses.items():
+            terms.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean() for name, values in terms.items()}
 
 
 def shaped(tensor: Tensor, rays: RayBundle) -> Tensor:

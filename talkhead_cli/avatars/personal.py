@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talkhead_cli.avatars.base import Avatar, StepResult
+from talkhead_cli.avatars.base import Avatar, StepResult, averaged
 from talkhead_cli.blocks.mouth import (
     MOUTH,
     N_CODES,
@@ -139,12 +139,10 @@ class PersonalAvatar(Avatar):
         raise NotImplementedError
 
     def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
-        terms: dict[str, list[Tensor]] = {}
-        for result in results:
-            found = self.speech_losses if result.rendered is None else self.picture_losses
-            for name, value in found(result).items():
-                terms.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in terms.items()}
+        return averaged(
+            (self.speech_losses if result.rendered is None else self.picture_losses)(result)
+            for result in results
+        )
 
     # -- pose ------------------------------------------------------------------------------
 

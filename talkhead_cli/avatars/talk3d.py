@@ -43,7 +43,7 @@ from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
 from talkhead_cli.blocks.plane_unet import PlaneUNet
 from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes, gathered
-from talkhead_cli.blocks.regions import region_masks
+from talkhead_cli.blocks.regions import picture_masks
 from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.sync import sync_losses
@@ -205,7 +205,7 @@ class Talk3D(PersonalAvatar):
         labels = shot.labels.view(*shape[:3], -1)
         raw = frame.parts["raw"]
         small, behind = (_smaller(x, self.magnification) for x in (truth, plate))
-        lips = _lips(shot.signals, labels)
+        lips = picture_masks(shot.signals, labels)[..., 0]
         error = F.smooth_l1_loss(frame.rgb, truth, beta=0.1, reduction="none").mean(-1)
         return {
             "raw": F.mse_loss(raw[..., :3] + (1 - raw[..., -1:]) * behind, small),
@@ -277,13 +277,3 @@ class Talk3DField:
 def _smaller(pictures: Tensor, times: int) -> Tensor:
     """Means of (B, H, W, C) over squares of `times` pixels."""
     return F.avg_pool2d(pictures.permute(0, 3, 1, 2), times).permute(0, 2, 3, 1)
-
-
-def _lips(signals: Signals, labels: Tensor) -> Tensor:
-    """The soft mask (B, H, W) of the lips in whole pictures; labels (B, H, W, 6)."""
-    b, h, w, _ = labels.shape
-    row, line, column = torch.meshgrid(
-        *(torch.arange(n, device=labels.device) for n in (b, h, w)), indexing="ij"
-    )
-    at = torch.stack([column, line], -1).view(-1, 2) + 0.5
-    return region_masks(signals, at, row.flatten(), labels.flatten(0, 2))[:, 0].view(b, h, w)

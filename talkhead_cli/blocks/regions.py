@@ -40,6 +40,16 @@ def region_masks(signals: Signals, at: Tensor, row: Tensor, labels: Tensor) -> T
     return torch.stack([mouth, eyes, torso], 1)
 
 
+def picture_masks(signals: Signals, labels: Tensor) -> Tensor:
+    """The same for every pixel of rows' whole pictures: labels (B, H, W, 6) -> (B, H, W, 3)."""
+    shape = labels.shape[:3]
+    row, line, column = torch.meshgrid(
+        *(torch.arange(n, device=labels.device) for n in shape), indexing="ij"
+    )
+    at = torch.stack([column, line], -1).view(-1, 2) + 0.5
+    return region_masks(signals, at, row.flatten(), labels.flatten(0, 2)).view(*shape, 3)
+
+
 def _ellipse(at: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
     """1 inside the ellipse, falling off like a Gaussian outside, (R,)."""
     distance = ((at - centre) / radius).square().sum(1).sqrt()

@@ -34,7 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.avatars.base import Avatar, Speaker, StepResult
+from talkhead_cli.avatars.base import Avatar, Speaker, StepResult, averaged
 from talkhead_cli.avatars.s3d.face import Face, Layers
 from talkhead_cli.avatars.s3d.field import (
     N_COLOURS,
@@ -54,7 +54,7 @@ from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MOUTH, N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.planes import RowPlanes
-from talkhead_cli.blocks.regions import region_masks
+from talkhead_cli.blocks.regions import picture_masks, region_masks
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
 from talkhead_cli.blocks.sync import sync_losses
 from talkhead_cli.blocks.upscale import Retoucher
@@ -206,12 +206,10 @@ class S3D(Avatar):
     # -- losses ----------------------------------------------------------------------------
 
     def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
-        terms: dict[str, list[Tensor]] = {}
-        for result in results:
-            found = self._speech_losses if result.rendered is None else self._picture_losses
-            for name, value in found(result).items():
-                terms.setdefault(name, []).append(value)
-        return {name: torch.stack(values).mean() for name, values in terms.items()}
+        return averaged(
+            (self._speech_losses if result.rendered is None else self._picture_losses)(result)
+            for result in results
+        )
 
     def _speech_losses(self, result: StepResult) -> dict[str, Tensor]:
         signals = result.shot.signals
@@ -253,12 +251,7 @@ class S3D(Avatar):
         shape = frame.rgb.shape
         truth, labels = shot.target.view(shape), shot.labels.view(*shape[:3], -1)
         error = F.smooth_l1_loss(frame.rgb, truth, beta=0.1, reduction="none").mean(-1)
-        row, line, column = torch.meshgrid(
-            *(torch.arange(n, device=error.device) for n in shape[:3]), indexing="ij"
-        )
-        at = torch.stack([column, line], -1).view(-1, 2) + 0.5
-        alive = region_masks(shot.signals, at, row.flatten(), labels.flatten(0, 2))[:, :2]
-        alive = alive.amax(1).view_as(error)
+        alive = picture_masks(shot.signals, labels)[..., :2].amax(-1)
         return (
             sync_losses(self.judges, frame.rgb, shot.signals)
             | {
