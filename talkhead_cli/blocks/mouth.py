@@ -15,7 +15,7 @@ INNER_LIPS = [62, 66]  # middle of the upper and of the lower one
 N_CODES = 8
 SPREAD = 0.9  # share of the true spread of the opening that heard mouths are given
 GAINS = (1.0, 2.0)
-LEAN_RIDGE = 0.05  # per row
+LEAN_RIDGE = 1.0  # per row: half of what a pose seems to say of a mouth holds elsewhere
 MAX_POSE = 2.5  # standard deviations; further out, codes are held where training ended
 
 
@@ -50,8 +50,8 @@ class Mouth(nn.Module):
     """One person's mouth; all of it is measured, nothing is learnt.
 
     neutral (68, 3) mean landmarks · basis (87, K), scale (K,) shapes of mouth and jaw, and how
-    far they go · gain () that heard codes are widened by · lean (6, K) what the pose alone says
-    of the code · pose_mean, pose_scale (6,) of the head
+    far they go · gain () that the opening is widened by where speech says it · lean (6, K) what
+    the pose alone says of the code · pose_mean, pose_scale (6,) of the head
 
     A mouth is a code, standardised coordinate by coordinate, for the field; for speech it is
     coordinates in units of the mouth's whole size, so that an error counts by what it moves.
@@ -102,7 +102,7 @@ class Mouth(nn.Module):
         self.pose_scale.fill_(1.0)
         self.neutral.copy_(seen)
         nothing = torch.zeros(1, N_CODES).to(seen)
-        slope = self.opening(torch.eye(N_CODES).to(seen)) - self.opening(nothing)
+        slope = self.slope(nothing)
         code = slope * (rest - self.opening(nothing)) / slope.square().sum().clamp_min(1e-9)
         self.neutral.copy_(self.landmarks(code[None])[0])
 
@@ -111,9 +111,7 @@ class Mouth(nn.Module):
         """Set the gain of heard mouths, on rows that the encoder was not trained on.
 
         said (T, K): what it says of them.  A regression says the mean of what may be meant,
-        which mumbles: it is widened until the mouth opens by SPREAD of its true spread.  One
-        gain for all codes keeps the proportions, and with them the course of the opening, that
-        regression found.
+        which mumbles: it is widened until the mouth opens by SPREAD of its true spread.
         """
         true, heard = (  # shut is shut: what is heard below it is not seen
             self.opening(self.coded(s)).clamp_min(0).std() for s in (self.to_say(kept), said)
@@ -142,6 +140,20 @@ class Mouth(nn.Module):
         """The code (T, K) of what was said."""
         return said / self._share
 
+    def widened(self, code: Tensor) -> Tensor:
+        """The code (T, K) with the opening, and what goes with it, `gain` times as far.
+
+        Codes are as good as uncorrelated, each of deviation 1: what lies across the slope of the
+        opening goes its own way, and is left as the regression said it.
+        """
+        slope = self.slope(code)
+        along = slope / slope.square().sum().clamp_min(1e-9)
+        return code + (self.gain - 1) * (code @ slope)[:, None] * along
+
+    def slope(self, like: Tensor) -> Tensor:
+        """How much each code (K,) opens the mouth, face heights."""
+        return self.opening(torch.eye(N_CODES).to(like)) - self.opening(torch.zeros_like(like[:1]))
+
     @property
     def _share(self) -> Tensor:
         """How far each shape goes (K,), in units of the mouth's size."""
@@ -167,5 +179,5 @@ class Mouth(nn.Module):
 
     def heard(self, signals: Signals, said: Tensor) -> Signals:
         """The signals with the mouth that was said (T, K); the rest of the face is neutral."""
-        code = self.coded(said) * self.gain + self.leant(signals)
+        code = self.widened(self.coded(said)) + self.leant(signals)
         return signals.with_(landmarks=self.landmarks(code))

@@ -25,7 +25,10 @@ Home = Annotated[
     Path | None,
     typer.Option("--home", help="Folder of the avatars.  [default: $TALKHEAD_HOME or ./avatars]"),
 ]
-Verbose = Annotated[bool, typer.Option("-v", "--verbose", help="Add the traceback to an error.")]
+Verbose = Annotated[
+    bool,
+    typer.Option("-v", "--verbose", help="Show the traceback of an error, and native chatter."),
+]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
@@ -81,6 +84,11 @@ def preprocess(
     voice: Annotated[
         str, typer.Option(help="Speech features: auto, mel, hubert or wav2vec2.")
     ] = "auto",
+    offset: Annotated[
+        str,
+        typer.Option(help="Seconds the sound comes after the lips, to be undone: auto, none, or "
+                     "a number (negative: before)."),
+    ] = "auto",
     consent: Annotated[
         Path | None, typer.Option(help="The person's consent; kept with the identity.")
     ] = None,
@@ -101,7 +109,7 @@ def preprocess(
 
         options: dict[str, Any] = {
             "which_face": face, "with_audio": not no_audio, "speech_features": voice,
-            "consent": consent, "fresh": fresh,
+            "offset": offset, "consent": consent, "fresh": fresh,
         }  # fmt: skip
         where, found = home_folder(home), videos_of(videos)
         if len(found) == 1 and not videos[0].is_dir():
@@ -122,16 +130,14 @@ def preprocess(
 @app.command()
 def check(
     video: Annotated[Path, typer.Argument(help="A film of one person talking.")],
-    home: Home = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Say whether a film is worth training on, point by point, and what to do about it."""
     with speaking(verbose) as report:
         from talkhead_cli.jobs.check import check as job
-        from talkhead_cli.store import home_folder
 
-        found = job(video, report, home=home_folder(home))
+        found = job(video, report)
         if json:
             answer(jsonlib.dumps(found.facts()))
         else:

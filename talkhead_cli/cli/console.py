@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -106,11 +107,11 @@ def _escaped(text: str) -> str:
 def speaking(verbose: bool) -> Iterator[Reporter]:
     """Run a job: report progress, turn errors into one sentence and an exit code.
 
-    0 done, 1 failed, 2 misused, 130 interrupted.
+    0 done, 1 failed, 2 misused, 130 interrupted.  `verbose` lets native libraries speak, too.
     """
     code, words = 0, ""
     try:
-        with Reporter() as reporter:
+        with contextlib.nullcontext() if verbose else _chatter_unheard(), Reporter() as reporter:
             yield reporter
     except MisuseError as error:
         code, words = 2, str(error)
@@ -128,6 +129,35 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     if code:
         err.print(f"[bold red]error:[/] {_escaped(words)}", soft_wrap=True)
         raise SystemExit(code)
+
+
+@contextlib.contextmanager
+def _chatter_unheard() -> Iterator[None]:
+    """C++ libraries print start-up chatter, from threads of their own, that no flag turns off.
+
+    File descriptor 2 leads nowhere meanwhile; Python's own stderr goes where it went.
+    """
+    python = sys.stderr
+    try:
+        ours = python.fileno() == 2
+    except (OSError, ValueError):  # a test's buffer
+        ours = False
+    heard = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    python.flush()
+    if ours:
+        sys.stderr = os.fdopen(os.dup(heard), "w", buffering=1, encoding=python.encoding,
+                               errors=python.errors)  # fmt: skip
+    os.dup2(nowhere, 2)
+    os.close(nowhere)
+    try:
+        yield
+    finally:
+        os.dup2(heard, 2)
+        os.close(heard)
+        if ours:
+            sys.stderr.close()
+            sys.stderr = python
 
 
 def _trace(verbose: bool) -> None:

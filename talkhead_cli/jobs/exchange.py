@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from talkhead_cli import media
 from talkhead_cli.contracts import FPS, LABELS, Progress, TalkheadError, followed
 from talkhead_cli.jobs import player
-from talkhead_cli.jobs.footage import STORED_PX, SpeechStats, head_camera, split
+from talkhead_cli.jobs.footage import STORED_PX, SpeechStats, head_camera, split_rows
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.parcel import pack
 from talkhead_cli.track import voice
@@ -97,10 +97,9 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
         shut = 1 - tracks["eye"].mean(1).clip(0, 1)
         rows.writerows([i + 1, f"{2 * s:.3f}"] for i, s in enumerate(shut))
     poses = transforms(tracks["pose"], tracks["k"])
-    n_train = n_frames - split(n_frames, holdout)
-    usable = np.flatnonzero(tracks["usable"])
+    train, held = split_rows(tracks["usable"], holdout)
     focal = float(tracks["k"][0, 0]) * size / STORED_PX
-    for label, frames in (("train", usable[usable < n_train]), ("val", usable[usable >= n_train])):
+    for label, frames in (("train", train.tolist()), ("val", held.tolist())):
         text = json.dumps({
             "focal_len": focal, "cx": size / 2, "cy": size / 2,
             "frames": [{"img_id": int(i), "aud_id": int(i),

@@ -124,6 +124,23 @@ def split(n_frames: int, holdout: float) -> int:
     return min(max(round(holdout * n_frames), MIN_HOLDOUT), n_frames // 4)
 
 
+def split_rows(
+    usable: NDArray[np.bool_], holdout: float, train_s: float = 0
+) -> tuple[Tensor, Tensor]:
+    """The usable rows to learn from and those held out, (n,) long each.
+
+    Counted between the first usable row and the last: what was cut away at either end of a film
+    is no part of it.
+    """
+    rows = torch.from_numpy(np.flatnonzero(usable))
+    if not len(rows):
+        return rows, rows
+    first, end = int(rows[0]), int(rows[-1]) + 1
+    n_train = end - first - split(end - first, holdout)
+    n_learn = min(n_train, round(train_s * FPS) or n_train)
+    return rows[rows < first + n_learn], rows[rows >= first + n_train]
+
+
 def load(
     space: Workspace, data: Data, progress: Progress, *, person: int = 0, pictures: bool = True
 ) -> Footage:
@@ -134,19 +151,14 @@ def load(
     """
     tracks, sound = space.load("tracks"), space.load("voice")
     n_frames = len(tracks["pose"])
-    n_held = split(n_frames, data.holdout)
-    n_train = n_frames - n_held
-    n_learn = min(n_train, round(data.train_s * FPS) or n_train)
-    usable = torch.from_numpy(tracks["usable"])
     heard = torch.from_numpy(sound["heard"])
-    rows = torch.arange(n_frames)
-    train, held = rows[usable & (rows < n_learn)], rows[usable & (rows >= n_train)]
+    train, held = split_rows(tracks["usable"], data.holdout, data.train_s)
     if len(train) < 2 * FPS:
         raise TalkheadError(
             f"'{space.id}' has only {len(train) / FPS:.1f} s with a face to learn from; at least "
             "2 s are needed"
         )
-    stats = SpeechStats.of(sound["stream"][: n_learn * voice.RATE_HZ // FPS])
+    stats = SpeechStats.of(sound["stream"][: (int(train[-1]) + 1) * voice.RATE_HZ // FPS])
     signals = make_signals(tracks, sound["stream"], stats, data)
     n_seen = n_frames if pictures else 0
     return Footage(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 import time
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from talkhead_cli import __version__, media
 from talkhead_cli.contracts import (
     FPS,
+    SAMPLE_RATE_HZ,
     SAMPLES_PER_FRAME,
     MisuseError,
     Progress,
@@ -26,10 +28,11 @@ from talkhead_cli.jobs import hearing
 from talkhead_cli.store import Workspace, check_id
 from talkhead_cli.store.files import atomic, digest, sha256_of
 from talkhead_cli.store.workspace import PIECE
-from talkhead_cli.track import face, matte, pose, voice
+from talkhead_cli.track import face, lipsync, matte, pose, voice
 from talkhead_cli.track.crop import Crop, choose_crop
 from talkhead_cli.track.pose import HeadTrack
 from talkhead_cli.track.scout import FACES, Scene, scout
+from talkhead_cli.track.shots import Shots
 
 MIN_SECONDS = 3.0
 SIZE_PX = 512
@@ -38,8 +41,10 @@ SKIN_EVERY = 10  # frames
 BLOCK = 2048  # frames that are worked on at once
 N_PLATE = 25  # frames behind the background's median
 N_EVIDENCE = 40  # frames that tell hair from torso by motion
+MAX_OFFSET_S = 10.0
+MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 1, "mesh": 1, "film": 1, "tracks": 1, "labels": 1}
+VERSIONS = {"sound": 2, "mesh": 2, "film": 1, "tracks": 1, "labels": 1}
 
 
 def id_from(video: Path) -> str:
@@ -57,6 +62,7 @@ def preprocess(
     which_face: str = "largest",
     with_audio: bool = True,
     speech_features: str = "auto",
+    offset: str = "auto",
     consent: Path | None = None,
     size_px: int = SIZE_PX,
     fresh: bool = False,
@@ -65,12 +71,14 @@ def preprocess(
 
     Stages are keyed by the content of their inputs: a second call does only what is missing
     or changed.  `which_face` is largest, left or right, as seen in the picture;
-    `speech_features` is auto, mel, hubert or wav2vec2.
+    `speech_features` is auto, mel, hubert or wav2vec2.  `offset` is how many seconds the sound
+    comes after the lips, which is undone: a number, none, or auto, which measures it.
     """
     if which_face not in FACES:
         raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which_face}'")
     if consent is not None and not consent.is_file():
         raise TalkheadError(f"the consent file {consent} does not exist")
+    known_offset = _offset_from(offset)
     backend = hearing.choose(speech_features)
     space = Workspace(home, id_from(video) if name is None else check_id(name))
     began = time.monotonic()
@@ -98,9 +106,10 @@ def preprocess(
         n_frames = len(faces.found)
         work.do(
             "sound",
-            lambda: work.sound(n_frames, backend, with_audio=with_audio),
+            lambda: work.sound(faces, backend, known_offset, with_audio=with_audio),
             with_audio,
             backend,
+            known_offset,
             needs=("mesh",),
         )
         crop = choose_crop(faces.points, faces.found, (probe.width, probe.height))
@@ -112,7 +121,7 @@ def preprocess(
         work.do("film", lambda: work.film(faces, crop, size_px), place, needs=("mesh",))
         work.do("tracks", lambda: work.tracks(faces, head, crop, size_px), needs=("film",))
         work.do("labels", lambda: work.labels(n_frames), needs=("tracks",))
-        missing = _ranges(~faces.found)
+        missing = _ranges(~faces.found & space.load("mesh")["kept"])
         if missing:
             progress.note("no face in frames " + ", ".join(missing) + "; training leaves them out")
         if consent is not None:
@@ -126,6 +135,7 @@ def preprocess(
             size_px=size_px,
             n_frames=n_frames,
             n_found=int(faces.found.sum()),
+            n_cut_away=int((~space.load("mesh")["kept"]).sum()),
             crop={"x": crop.x, "y": crop.y, "side": crop.side},
             focal_px=head.focal_px * crop.scale(size_px),
             backends={
@@ -135,6 +145,7 @@ def preprocess(
                 "voice": backend if with_audio else "none",
             },
             has_audio=with_audio,
+            offset=work.offset() if with_audio else None,
             faces_seen=n_faces,
             consent=space.consents(),
         )
@@ -142,6 +153,22 @@ def preprocess(
             rate = n_frames / max(seconds, 1e-6)
             space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
     return space
+
+
+def _offset_from(text: str) -> float | None:
+    """auto -> None, none -> 0.0, else the seconds it says."""
+    if text in ("auto", "none"):
+        return None if text == "auto" else 0.0
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not abs(seconds) <= MAX_OFFSET_S:
+        raise MisuseError(
+            f"--offset must be auto, none, or seconds up to {MAX_OFFSET_S:.0f} by which the sound "
+            f"comes after the lips (negative: before), not '{text}'"
+        )
+    return seconds
 
 
 def _ranges(flags: NDArray[np.bool_]) -> list[str]:
@@ -185,9 +212,7 @@ class _Work:
                 f"{scene.n_faces} faces are in the film; following the {which_face} one "
                 "(--face left|right|largest chooses)"
             )
-        points, found, skin = self._follow(scene)
-        arrays = {"points": points, "found": found, "skin": skin}
-        self.space.save("mesh", arrays | {"n_faces": np.array(scene.n_faces)})
+        self.space.save("mesh", self._follow(scene) | {"n_faces": np.array(scene.n_faces)})
 
     def faces(self) -> tuple[face.Faces, int]:
         """The mesh with its gaps bridged, and how many faces the film shows."""
@@ -202,15 +227,22 @@ class _Work:
                 f"only {len(found) / FPS:.1f} s of {self.video.name} could be read; at least "
                 f"{MIN_SECONDS:.0f} s of talking are needed"
             )
+        n_kept = int(stored["kept"].sum())
+        if n_kept < MIN_SECONDS * FPS:
+            raise TalkheadError(
+                f"only {n_kept / FPS:.1f} s of {self.video.name} show one person in one picture, "
+                f"between cuts; at least {MIN_SECONDS:.0f} s of talking are needed"
+            )
         return face.Faces(face.fill_gaps(stored["points"], found), found), int(stored["n_faces"])
 
-    def _follow(self, scene: Scene) -> tuple[Any, Any, Any]:
+    def _follow(self, scene: Scene) -> dict[str, NDArray[Any]]:
+        """The face in every frame, and which frames belong to the one picture that is kept."""
         x, y, width, height = scene.roi
         shrink = min(1.0, MESH_MAX_SIDE / max(width, height))
         size = (max(2, round(width * shrink)), max(2, round(height * shrink)))
         scale = np.array([width / size[0], height / size[1], width / size[0]], np.float32)
         offset = np.array([x, y, 0], np.float32)
-        skin = []
+        skin, shots = {}, Shots()
         total = max(1, round(self.probe.duration_s * FPS))
         self.progress.stage("face mesh", total)
         blank = np.full((face.N_MESH, 3), np.nan, np.float32)
@@ -222,24 +254,46 @@ class _Work:
             for index, rgb in enumerate(followed(self.progress, stream)):
                 seen = mesh(rgb)
                 spool.write((blank if seen is None else seen * scale + offset).tobytes())
+                shots.see(rgb, seen)
                 if seen is not None and index % SKIN_EVERY == 0:
-                    skin.append(matte.skin_samples(rgb, seen))
+                    skin[index] = matte.skin_samples(rgb, seen)
             spool.seek(0)
             points = np.fromfile(spool, np.float32).reshape(-1, face.N_MESH, 3)
         found = ~np.isnan(points[:, 0, 0])
-        colours = np.concatenate(skin) if skin else np.zeros((0, 3), np.float32)
-        return points, found, colours
+        kept = shots.kept()
+        if not kept.all():
+            self.progress.note(
+                f"the film is cut: frames {', '.join(_ranges(~kept))} show another picture than "
+                f"the one with most of the face, and are left out; {kept.sum() / FPS:.1f} of "
+                f"{len(kept) / FPS:.1f} s remain"
+            )
+        colours = [skin[index] for index in skin if kept[index]]
+        return {
+            "points": points, "found": found & kept, "kept": kept,
+            "skin": np.concatenate(colours) if colours else np.zeros((0, 3), np.float32),
+        }  # fmt: skip
 
     def pose(self, faces: face.Faces) -> HeadTrack:
         self.progress.stage("head pose", None)
         return pose.fit_head(faces.points, faces.found, self.size)
 
-    def sound(self, n_frames: int, backend: str, *, with_audio: bool) -> None:
-        """16 kHz sound and its features on the video's clock."""
+    def sound(
+        self, faces: face.Faces, backend: str, offset_s: float | None, *, with_audio: bool
+    ) -> None:
+        """16 kHz sound, in step with the lips, and its features on the video's clock."""
         self.progress.stage("sound", None)
+        n_frames = len(faces.found)
         n_samples = n_frames * SAMPLES_PER_FRAME
+        found = {}
         if with_audio:
             samples = media.sound(self.video, n_samples=n_samples)
+            measured = self._offset(samples, faces)
+            if offset_s is None:
+                offset_s = self._worth_undoing(measured)
+            if offset_s:
+                samples = self._undone(offset_s, n_samples)
+            if measured is not None:
+                found = {"found": np.array([measured.sound_after_lips_s, measured.margin])}
         else:
             samples = np.zeros(n_samples, np.float32)
         heard = voice.heard(samples, n_frames)
@@ -257,19 +311,59 @@ class _Work:
             )
         media.write_wav(self.space.audio, samples)
         listener = hearing.voice_of(backend)
-        self.space.save("voice", {"stream": listener.features(samples), "heard": heard})
+        self.space.save("voice", {
+            "stream": listener.features(samples), "heard": heard,
+            "undone_s": np.array(offset_s or 0.0), **found,
+        })  # fmt: skip
+
+    def _offset(
+        self, samples: NDArray[np.float32], faces: face.Faces
+    ) -> lipsync.Offset | None:
+        """How late the sound is; None where lips or sound are too short, or dead, to tell."""
+        heard = voice.heard(samples, len(faces.found))
+        frames = np.flatnonzero(faces.found & heard)
+        lips = lipsync.lip_motion(faces.points)[frames]
+        return lipsync.measure(voice.features(samples), frames, lips)
+
+    def _worth_undoing(self, found: lipsync.Offset | None) -> float:
+        """Seconds to undo, to the 10 ms; 0 where the sound is in step, or nobody can tell."""
+        if found is None or not found.is_sure or abs(found.sound_after_lips_s) < MIN_OFFSET_S:
+            return 0.0
+        self.progress.note(
+            f"the sound comes {found}; it was shifted into step (--offset none leaves it as it is)"
+        )
+        return round(found.sound_after_lips_s, 2)
+
+    def _undone(self, offset_s: float, n_samples: int) -> NDArray[np.float32]:
+        """The film's sound (n_samples,), earlier by `offset_s`; what was never there is silent."""
+        late = round(offset_s * SAMPLE_RATE_HZ)
+        if late >= 0:
+            return media.sound(self.video, n_samples=n_samples + late)[late:]
+        samples = media.sound(self.video, n_samples=max(0, n_samples + late))
+        return np.pad(samples, (n_samples - len(samples), 0))
+
+    def offset(self) -> dict[str, float | None]:
+        """What is known of sound and lips, for the manifest."""
+        stored = self.space.load("voice")
+        late, margin = stored["found"].tolist() if "found" in stored else (None, None)
+        return {
+            "sound_after_lips_s": None if late is None else round(late, 4),
+            "margin": None if margin is None else round(margin, 4),
+            "sure_from": lipsync.SURE, "corrected_s": round(float(stored["undone_s"]), 4),
+        }  # fmt: skip
 
     def film(self, faces: face.Faces, crop: Crop, size_px: int) -> None:
         """The cropped video, mattes, skin, shoulders' registration, plate."""
         n_frames = len(faces.found)
+        stored = self.space.load("mesh")
+        kept = np.flatnonzero(stored["kept"])
         mesh = self._mesh_in_crop(faces, crop)
         reference = _reference_frame(mesh, faces.found)
         cut = (crop.x, crop.y, crop.side, crop.side)
         size = (size_px, size_px)
-        skin_model = matte.SkinModel.fit(self.space.load("mesh")["skin"])
-        wanted = set(np.linspace(0, n_frames - 1, min(N_PLATE, n_frames)).astype(int).tolist())
-        thumbs_at = np.linspace(0, n_frames - 1, min(N_EVIDENCE, n_frames)).astype(int)
-        thumbs_at = np.unique(np.append(thumbs_at, reference))
+        skin_model = matte.SkinModel.fit(stored["skin"])
+        wanted = set(_spread(kept, N_PLATE).tolist())
+        thumbs_at = np.unique(np.append(_spread(kept, N_EVIDENCE), reference))
         plate_frames, plate_mattes, thumbs = [], [], []
         warps = np.tile(np.eye(2, 3), (n_frames, 1, 1))
         tracked = np.zeros(n_frames, bool)
@@ -294,7 +388,7 @@ class _Work:
                 piece["matte"].append(mask)
                 piece["skin"].append(skin_model(rgb))
                 warp = shoulders(rgb)
-                if warp is not None:
+                if warp is not None and stored["kept"][index]:
                     warps[index], tracked[index] = warp, True
                 if index in wanted:
                     plate_frames.append(rgb)
@@ -335,7 +429,7 @@ class _Work:
         ])  # fmt: skip
         seen = _face_signals(faces, head)
         eyes = face.fit_eye_scale(seen["gap"][faces.found])
-        lost = 1 - float(film["tracked"].mean())
+        lost = 1 - float(film["tracked"][self.space.load("mesh")["kept"]].mean())
         if lost > 0.2:
             self.progress.note(
                 f"the shoulders could not be followed in {lost:.0%} of the frames; "
@@ -418,6 +512,11 @@ def _face_signals(faces: face.Faces, head: HeadTrack) -> dict[str, NDArray[Any]]
         }.items():
             parts.setdefault(name, []).append(value.astype(np.float32))
     return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _spread(rows: NDArray[np.integer[Any]], n: int) -> NDArray[np.integer[Any]]:
+    """At most n of the rows, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
 
 
 def _reference_frame(mesh: NDArray[np.float32], found: NDArray[np.bool_]) -> int:

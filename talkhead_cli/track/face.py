@@ -6,9 +6,6 @@ The mesh is MediaPipe's attention mesh (468 points and 10 of the irises).  Names
 
 from __future__ import annotations
 
-import contextlib
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +17,6 @@ from talkhead_cli.contracts import TalkheadError
 Array = NDArray[np.floating[Any]]
 
 N_MESH = 478
-CHATTY = 3  # first frames during which MediaPipe's threads still talk
 # Mesh points that stand for the 68 iBUG landmarks, in iBUG order.
 MESH_TO_68 = np.array(
     [162, 234, 93, 58, 172, 136, 149, 148, 152, 377, 378, 365, 397, 288, 323, 454, 389]  # jaw
@@ -59,31 +55,15 @@ class Faces:
     found: NDArray[np.bool_]
 
 
-@contextlib.contextmanager
-def _quiet_stderr() -> Iterator[None]:
-    """MediaPipe's C++ side prints start-up chatter that no flag turns off."""
-    saved = os.dup(2)
-    null = os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(null, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(null)
-
-
 class FaceMesh:
     """Follows one face through consecutive frames. Use as a context manager."""
 
     def __init__(self) -> None:
-        with _quiet_stderr():
-            import mediapipe as mp
+        import mediapipe as mp
 
-            self._n_seen = 0
-            self._mesh = mp.solutions.face_mesh.FaceMesh(
-                max_num_faces=1, refine_landmarks=True, min_tracking_confidence=0.5
-            )
+        self._mesh = mp.solutions.face_mesh.FaceMesh(
+            max_num_faces=1, refine_landmarks=True, min_tracking_confidence=0.5
+        )
 
     def __enter__(self) -> FaceMesh:
         return self
@@ -94,9 +74,7 @@ class FaceMesh:
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None:
         """rgb (H, W, 3) -> mesh (478, 3) in pixels, or None where no face is found."""
         height, width = rgb.shape[:2]
-        self._n_seen += 1
-        with _quiet_stderr() if self._n_seen <= CHATTY else contextlib.nullcontext():
-            result = self._mesh.process(rgb)
+        result = self._mesh.process(rgb)
         if not result.multi_face_landmarks:
             return None
         points = np.array(
@@ -109,12 +87,11 @@ class FaceDetector:
     """Boxes of all faces in a picture, largest first."""
 
     def __init__(self) -> None:
-        with _quiet_stderr():
-            import mediapipe as mp
+        import mediapipe as mp
 
-            self._detector = mp.solutions.face_detection.FaceDetection(
-                model_selection=1, min_detection_confidence=0.5
-            )
+        self._detector = mp.solutions.face_detection.FaceDetection(
+            model_selection=1, min_detection_confidence=0.5
+        )
 
     def __enter__(self) -> FaceDetector:
         return self

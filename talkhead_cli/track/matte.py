@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from scipy.linalg import solveh_banded
 
 from talkhead_cli.contracts import FPS, LABELS
-from talkhead_cli.track.face import CHIN, FACE_OVAL, INNER_LIPS, TOP, _quiet_stderr
+from talkhead_cli.track.face import CHIN, FACE_OVAL, INNER_LIPS, TOP
 
 Array = NDArray[np.floating[Any]]
 Picture = NDArray[np.uint8]
@@ -30,10 +30,9 @@ class Segmenter:
     """Person against background. Use as a context manager."""
 
     def __init__(self) -> None:
-        with _quiet_stderr():
-            import mediapipe as mp
+        import mediapipe as mp
 
-            self._net = mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=0)
+        self._net = mp.solutions.selfie_segmentation.SelfieSegmentation(model_selection=0)
 
     def __enter__(self) -> Segmenter:
         return self

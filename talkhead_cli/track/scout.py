@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,57 +31,74 @@ def scout(
     """
     if which not in FACES:
         raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which}'")
-    tracks: list[list[NDArray[np.float32]]] = []
+    tracks: list[_Face] = []
     n_frames = 0
     with FaceDetector() as detect:
         for rgb in frames:
             n_frames += 1
             shape = np.array([rgb.shape[1], rgb.shape[0]] * 2, np.float32)
             for box in detect(rgb):
-                _link(tracks, box / shape)
+                _link(tracks, box / shape, n_frames)
     whole = (0, 0, size[0], size[1])
     if not tracks:
         # the mesh has a detector of its own and gets the last word
         return Scene(0, whole)
-    area = [sum(float((b[2] - b[0]) * (b[3] - b[1])) for b in t) for t in tracks]
-    lasting = [
-        t for t, a in zip(tracks, area, strict=True)
-        if len(t) >= 0.3 * n_frames and a >= 0.1 * max(area)
-    ] or [tracks[int(np.argmax(area))]]  # fmt: skip
-    middle = [float(np.median([b[0] + b[2] for b in t])) for t in lasting]
-    pick = {
-        "largest": int(np.argmax([sum((b[2] - b[0]) * (b[3] - b[1]) for b in t) for t in lasting])),
-        "left": int(np.argmin(middle)),
-        "right": int(np.argmax(middle)),
+    most = max(track.area for track in tracks)
+    lasting = [t for t in tracks if len(t.boxes) >= 0.3 * n_frames and t.area >= 0.1 * most]
+    lasting = lasting or [max(tracks, key=lambda track: track.area)]
+    chosen = {
+        "largest": max(lasting, key=lambda track: track.area),
+        "left": min(lasting, key=lambda track: track.middle),
+        "right": max(lasting, key=lambda track: track.middle),
     }[which]
-    if len(lasting) == 1:
+    # faces of other shots stand in nobody's way
+    others = [t for t in lasting if t is not chosen and t.frames & chosen.frames]
+    if not others:
         return Scene(1, whole)
-    return Scene(len(lasting), _region(lasting, pick, size))
+    return Scene(1 + len(others), _region(chosen, others, size))
 
 
-def _link(tracks: list[list[NDArray[np.float32]]], box: NDArray[np.float32]) -> None:
+@dataclass
+class _Face:
+    """One face: where it was (x0, y0, x1, y1) in shares of the picture, in which frames."""
+
+    boxes: list[NDArray[np.float32]] = field(default_factory=list)
+    frames: set[int] = field(default_factory=set)
+
+    @property
+    def area(self) -> float:
+        return sum(float((b[2] - b[0]) * (b[3] - b[1])) for b in self.boxes)
+
+    @property
+    def middle(self) -> float:
+        return float(np.median([b[0] + b[2] for b in self.boxes]))
+
+    def add(self, box: NDArray[np.float32], frame: int) -> None:
+        self.boxes.append(box)
+        self.frames.add(frame)
+
+
+def _link(tracks: list[_Face], box: NDArray[np.float32], frame: int) -> None:
     centre, width = box[[0, 1]] + box[[2, 3]], box[2] - box[0]
     for track in tracks:
-        last = track[-1]
+        last = track.boxes[-1]
         if np.abs(last[[0, 1]] + last[[2, 3]] - centre).max() < 1.2 * max(width, last[2] - last[0]):
-            track.append(box)
+            track.add(box, frame)
             return
-    tracks.append([box])
+    tracks.append(_Face([box], {frame}))
 
 
 def _region(
-    tracks: list[list[NDArray[np.float32]]], pick: int, size: tuple[int, int]
+    face: _Face, others: list[_Face], size: tuple[int, int]
 ) -> tuple[int, int, int, int]:
     """The chosen face's surroundings, cut half-way to its neighbours, in pixels."""
-    chosen = np.stack(tracks[pick])
+    chosen = np.stack(face.boxes)
     low, high = chosen[:, :2].min(0), chosen[:, 2:].max(0)
     grow = 1.2 * (chosen[:, 2:] - chosen[:, :2]).max(0)
     left, top = np.maximum(low - grow, 0)
     right, bottom = np.minimum(high + grow, 1)
-    for index, other in enumerate(tracks):
-        if index == pick:
-            continue
-        boxes = np.stack(other)
+    for other in others:
+        boxes = np.stack(other.boxes)
         if boxes[:, 0].mean() > chosen[:, 0].mean():
             right = min(right, (high[0] + boxes[:, 0].min()) / 2)
         else:
