@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,12 @@ from typer.testing import CliRunner
 from talkhead_cli import media
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import SilentProgress, TalkheadError
-from talkhead_cli.jobs import check as job
-from talkhead_cli.jobs.check import Report, _cuts, _Piece, _spread, check
+from talkhead_cli.jobs.check import Report, check, page
+from talkhead_cli.jobs.check.judge import _best_part, _cuts, _segments
+from talkhead_cli.jobs.check.look import MAX_PIECES, Piece, spread
+from talkhead_cli.jobs.check.report import Curve, Finding, Segment
 from talkhead_cli.media import ffmpeg
+from talkhead_cli.track.face import CHIN, LOWER_LIP, TOP
 
 
 def spoilt(clip: Path, out: Path, *filters: str) -> Path:
@@ -108,17 +113,100 @@ def test_cuts_are_found_where_they_are() -> None:
     scenes = [rng.uniform(0, 255, (36, 64, 3)) for _ in range(3)]
     frames = [scenes[0]] * 20 + [scenes[1]] * 11 + [scenes[2]] * 5
     thumbs = np.stack(frames) + rng.normal(0, 2, (36, 36, 64, 3))
-    empty = np.zeros((36, 0, 3))
-    every = np.ones(36, bool)
-    piece = _Piece(0, empty, every, np.zeros(36), np.zeros((36, 2)), thumbs)
-    assert _cuts(piece) == [20, 31]
+    assert _cuts(piece_of(36, thumbs=thumbs)) == [20, 31]
+
+
+def piece_of(n: int, **parts: Any) -> Piece:
+    """n frames of a face that does not move, in a grey picture."""
+    whole: dict[str, Any] = {
+        "first": 0, "mesh": np.zeros((n, 478, 3)), "found": np.ones(n, bool),
+        "angles": np.zeros((n, 3)), "sharpness": np.full(n, 0.2), "light": np.full((n, 2), 100.0),
+        "thumbs": np.zeros((n, 36, 64, 3)), "shown": np.zeros((18, 32, 3), np.uint8),
+    }  # fmt: skip
+    whole["mesh"][:, TOP, 1], whole["mesh"][:, CHIN, 1] = -50, 50
+    return Piece(**{**whole, **parts})
+
+
+def talking(n: int, first: int, opening: float, turn: float) -> Piece:
+    mesh = piece_of(n).mesh
+    wave = np.sin(np.arange(n))
+    mesh[:, LOWER_LIP, 1] = 100 * opening * (1 + wave)
+    angles = np.zeros((n, 3))
+    angles[:, 0] = turn * wave
+    return piece_of(n, first=first, mesh=mesh, angles=angles)
+
+
+def test_the_part_that_shows_most_comes_first() -> None:
+    still, lively = talking(250, 0, 0.01, 1), talking(250, 250, 0.05, 8)
+    assert [s.start_s for s in _segments([still, lively], None)] == [10, 0]
+    lost = talking(250, 500, 0.05, 8)
+    lost.found[:200] = False
+    ranked = _segments([still, lively, lost], None)
+    assert ranked[0].start_s == 10 and ranked[0].score > 0.9
+    assert all(0 <= s.score <= 1 for s in ranked)
+
+
+def test_of_a_long_film_a_minute_is_named_that_lies_in_it() -> None:
+    for start, expected in ((0.0, 0.0), (100.0, 75.0), (290.0, 240.0)):
+        report = Report(segments=[Segment(start, start + 10, 0.05, 1.0, 8.0, 1.0, 1.0)])
+        _best_part(report, 300.0)
+        assert report.figures["best_from_s"] == expected
+        assert f"--from {expected:.0f} --to {expected + 60:.0f}" in report.findings[0].cure
+    short = Report(segments=[Segment(0, 10, 0.05, 1.0, 8.0, 1.0, 1.0)])
+    _best_part(short, 60.0)
+    assert not short.findings
 
 
 def test_long_films_are_looked_at_in_pieces() -> None:
-    assert _spread(9.0) == [(0, 225)]
-    assert _spread(25.0) == [(0, 250), (250, 250), (500, 125)]
-    pieces = _spread(3600.0)
-    assert len(pieces) == job.MAX_PIECES and pieces[-1] == (3600 * 25 - 250, 250)
+    assert spread(9.0) == [(0, 225)]
+    assert spread(25.0) == [(0, 250), (250, 250), (500, 125)]
+    pieces = spread(3600.0)
+    assert len(pieces) == MAX_PIECES and pieces[-1] == (3600 * 25 - 250, 250)
+
+
+class Balance(HTMLParser):
+    """Which elements are open; closing another than the last is an error."""
+
+    EMPTY = ("meta", "img")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.links: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.links += [v or "" for k, v in attrs if k in ("src", "href")]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """<polyline/> opens nothing."""
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_needs_nothing_beside_it(sound_one: Report) -> None:
+    text = page(sound_one, "<b>evil & film</b>.mp4")
+    seen = Balance()
+    seen.feed(text)
+    assert not seen.open and "<b>" not in text
+    assert seen.links and all(link.startswith("data:image/jpeg;base64,") for link in seen.links)
+    assert text.count("<svg") == len(sound_one.curves) == 6
+    assert all(f.name in text for f in sound_one.findings)
+
+
+def test_a_curve_breaks_where_nothing_was_seen() -> None:
+    values = np.sin(np.arange(100) / 5)
+    values[40:50] = np.nan
+    seconds = np.arange(100) / 25
+    seconds[70:] += 60
+    curve = Curve("c", "u", seconds, values, (0.5, 9))
+    text = page(Report([Finding("x", "pass", "y")], curves=[curve]), "f")
+    assert text.count('stroke="#2a5db0"') == 3, "two breaks"
+    assert text.count("stroke-dasharray") == 1, "a limit far away is not drawn"
+    nothing = page(Report(curves=[Curve("c", "u", seconds, values * np.nan)]), "f")
+    assert "nothing seen" in nothing
 
 
 def test_the_command_says_it_in_words_and_in_json(speaker_clip: Path, tmp_path: Path) -> None:
@@ -127,6 +215,9 @@ def test_the_command_says_it_in_words_and_in_json(speaker_clip: Path, tmp_path: 
     assert plain.exit_code == 0 and "all in all" in plain.stdout
     answer = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)
     assert answer["verdict"] == "warn" and answer["figures"]["found"] == 1.0
+    out = tmp_path / "report.html"
+    assert CliRunner().invoke(app, [*words, "--page", str(out)]).exit_code == 0
+    assert out.read_text().startswith("<!doctype html>")
     silent = spoilt(speaker_clip, tmp_path / "silent.mp4", "-an")
     assert CliRunner().invoke(app, ["check", str(silent)]).exit_code == 1
     text = tmp_path / "text.mp4"

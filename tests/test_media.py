@@ -373,3 +373,28 @@ def test_hard_clips(clip: Path) -> None:
         samples = media.sound(clip)
         assert about.audio_start_s > 0.15
         assert not samples[: int(0.17 * SAMPLE_RATE_HZ)].any() and samples.any()
+
+
+# -- parts ---------------------------------------------------------------------------------------
+
+
+def test_a_part_is_the_film_from_where_it_begins(speaker_clip: Path) -> None:
+    whole = list(media.frames(speaker_clip, size=(64, 64)))
+    sound = media.sound(speaker_clip)
+    part = media.Part(speaker_clip, 50, 100)
+    seen = list(part.frames(size=(64, 64)))
+    assert np.array_equal(seen, whole[50:150])
+    later = list(part.frames(first=90, n_frames=30, size=(64, 64)))
+    assert len(later) == 10 and np.array_equal(later[0], whole[140])
+    assert len(list(part.frames(stride=12, size=(64, 64)))) == 9, "0, 12 ... 96"
+    assert np.array_equal(part.sound(8000), sound[32_000:40_000])
+    assert np.array_equal(part.sound(8000, late_s=0.1), sound[33_600:41_600])
+    assert np.array_equal(part.sound(8000, late_s=-0.1), sound[30_400:38_400])
+
+
+def test_before_and_after_a_film_it_is_silent(speaker_clip: Path) -> None:
+    sound = media.sound(speaker_clip)
+    early = media.Part(speaker_clip).sound(8000, late_s=-0.25)
+    assert not early[:4000].any() and np.array_equal(early[4000:], sound[:4000])
+    late = media.Part(speaker_clip).sound(len(sound), late_s=0.25)
+    assert not late[-4000:].any() and np.array_equal(late[:-4000], sound[4000:])

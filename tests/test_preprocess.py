@@ -355,3 +355,34 @@ def test_two_jobs_do_not_write_at_once(home: Path, speaker_clip: Path, idle: Non
     with Workspace(home, "speaker").locked():
         result = talkhead("preprocess", speaker_clip, "--id", "speaker", "--home", home)
     assert result.exit_code == 1 and "another talkhead" in error_of(result)
+
+
+# ---------------------------------------------------------------- parts
+
+
+def test_a_part_of_a_film_is_tracked_as_if_it_were_all(
+    speaker_clip: Path, speaker_home: Path, tmp_path: Path
+) -> None:
+    words = ["preprocess", str(speaker_clip), "--from", "2", "--to", "6.4", "--home", str(tmp_path)]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    part, whole = Workspace.open(tmp_path, "speaker"), Workspace.open(speaker_home, "speaker")
+    about = part.manifest()
+    assert about["n_frames"] == 110 and about["source"]["first_frame"] == 50
+    seen, known = part.load("mesh")["points"], whole.load("mesh")["points"][50:160]
+    assert np.abs(seen - known)[..., :2].mean() < 1
+    assert np.array_equal(part.load("voice")["stream"][10:-10],
+                          whole.load("voice")["stream"][210:630])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "second"),
+    [("--from", "7"), ("--from", "-1"), ("--from", "9"), ("--from", "nan"), ("--to", "2"),
+     ("--to", "nan")],
+)  # fmt: skip
+def test_a_part_that_is_none_is_refused(
+    speaker_clip: Path, tmp_path: Path, option: str, second: str
+) -> None:
+    words = ["preprocess", str(speaker_clip), option, second, "--home", str(tmp_path / "home")]
+    said = CliRunner().invoke(app, words)
+    assert said.exit_code == 2 and "--from and --to must lie in the 8.0 s" in said.stderr
+    assert not (tmp_path / "home").exists()

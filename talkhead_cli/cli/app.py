@@ -89,6 +89,12 @@ def preprocess(
         typer.Option(help="Seconds the sound comes after the lips, to be undone: auto, none, or "
                      "a number (negative: before)."),
     ] = "auto",
+    start: Annotated[
+        float, typer.Option("--from", help="Second of the film from which on it counts.")
+    ] = 0.0,
+    end: Annotated[
+        float | None, typer.Option("--to", help="Second up to which it counts.  [default: its end]")
+    ] = None,
     consent: Annotated[
         Path | None, typer.Option(help="The person's consent; kept with the identity.")
     ] = None,
@@ -113,11 +119,13 @@ def preprocess(
         }  # fmt: skip
         where, found = home_folder(home), videos_of(videos)
         if len(found) == 1 and not videos[0].is_dir():
-            space = job(found[0], where, report, name=name, **options)
+            space = job(
+                found[0], where, report, name=name, start_s=start, end_s=end, **options
+            )
             _say([space.root], {"manifest": space.manifest()}, json)
             return
-        if name is not None or consent is not None:
-            raise MisuseError("--id and --consent are for one video, not for many")
+        if name is not None or consent is not None or start or end is not None:
+            raise MisuseError("--id, --consent, --from and --to are for one video, not for many")
         outcomes = preprocess_many(found, where, report, jobs=jobs, **options)
         made = [Workspace(where, o.id).root for o in outcomes if o.error is None]
         failed = len(outcomes) - len(made)
@@ -130,14 +138,22 @@ def preprocess(
 @app.command()
 def check(
     video: Annotated[Path, typer.Argument(help="A film of one person talking.")],
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Also write a page of HTML with plots.")
+    ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
     """Say whether a film is worth training on, point by point, and what to do about it."""
     with speaking(verbose) as report:
         from talkhead_cli.jobs.check import check as job
+        from talkhead_cli.jobs.check import page as page_of
+        from talkhead_cli.store.files import atomic
 
         found = job(video, report)
+        if page is not None:
+            with atomic(page) as part:
+                part.write_text(page_of(found, video.name))
         if json:
             answer(jsonlib.dumps(found.facts()))
         else:
@@ -573,7 +589,9 @@ def export(
 
 @app.command("import")
 def import_(
-    file: Annotated[Path, typer.Argument(help="An avatar that export wrote (.talkhead).")],
+    file: Annotated[
+        Path, typer.Argument(help="An avatar (.talkhead), or a dataset in RAD-NeRF's layout.")
+    ],
     name: Annotated[
         str | None, typer.Option("--id", help="Name it is to have here.  [default: its own]")
     ] = None,
@@ -581,11 +599,17 @@ def import_(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Bring an avatar from another machine; it renders here without the footage."""
-    with speaking(verbose):
+    """Bring an avatar from another machine, or track the pictures and sound of a dataset."""
+    with speaking(verbose) as report:
         from talkhead_cli.store import home_folder
         from talkhead_cli.store.parcel import unpack
 
+        if file.is_dir():
+            from talkhead_cli.jobs.dataset import import_dataset
+
+            space = import_dataset(file, home_folder(home), report, name=name)
+            _say([space.root], {"manifest": space.manifest()}, json)
+            return
         _, run = unpack(file, home_folder(home), name)
         _say([run.root], {"meta": run.meta()}, json)
 

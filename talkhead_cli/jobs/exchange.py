@@ -1,6 +1,7 @@
 """A workspace in the dataset layout that RAD-NeRF began and ER-NeRF, SyncTalk and others read.
 
     ID.mp4  aud.wav  bc.jpg  au.csv  transforms_train.json  transforms_val.json
+    transforms.json       the same cameras for nerfstudio
     aud.npy aud_ds.npy    speech features (N, 16, 29)
     ori_imgs/{i}.jpg {i}.lms   gt_imgs/{i}.jpg   parsing/{i}.png   torso_imgs/{i}.png
 
@@ -106,6 +107,7 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
                         "transform_matrix": poses[i].tolist()} for i in frames],
         })  # fmt: skip
         (out / f"transforms_{label}.json").write_text(text)
+    _write_nerfstudio(out, tracks, usable=torch.cat([train, held]).tolist(), focal=focal, size=size)
     marks = tracks["mesh_px"][:, MESH_TO_68] * size + shift
     progress.stage("export", n_frames)
     stream = media.frames(space.video, size=(size, size), n_frames=n_frames)
@@ -113,6 +115,22 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
         labels = _shifted(_grown(space.labels(i), size), shift).transpose(2, 0, 1)
         _write_frame(out, i, _shifted(rgb[..., ::-1], shift), labels, plate)
         np.savetxt(out / "ori_imgs" / f"{i}.lms", marks[i], fmt="%.3f")
+
+
+def _write_nerfstudio(
+    out: Path, tracks: dict[str, NDArray[Any]], *, usable: list[int], focal: float, size: int
+) -> None:
+    """transforms.json: cameras round the head, OpenGL axes, z up, face heights."""
+    pose, k = torch.from_numpy(tracks["pose"]), torch.from_numpy(tracks["k"])
+    c2w = head_camera(pose, k, STORED_PX).c2w.double().numpy() @ TURNED
+    stands = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
+    poses = stands @ c2w
+    (out / "transforms.json").write_text(json.dumps({
+        "camera_model": "OPENCV", "fl_x": focal, "fl_y": focal, "cx": size / 2, "cy": size / 2,
+        "w": size, "h": size,
+        "frames": [{"file_path": f"ori_imgs/{i}.jpg", "transform_matrix": poses[i].tolist()}
+                   for i in usable],
+    }))  # fmt: skip
 
 
 def _write_frame(

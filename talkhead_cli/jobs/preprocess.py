@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 from talkhead_cli import __version__, media
 from talkhead_cli.contracts import (
     FPS,
-    SAMPLE_RATE_HZ,
     SAMPLES_PER_FRAME,
     MisuseError,
     Progress,
@@ -25,6 +24,7 @@ from talkhead_cli.contracts import (
     followed,
 )
 from talkhead_cli.jobs import hearing
+from talkhead_cli.media import Part
 from talkhead_cli.store import Workspace, check_id
 from talkhead_cli.store.files import atomic, digest, sha256_of
 from talkhead_cli.store.workspace import PIECE
@@ -63,6 +63,8 @@ def preprocess(
     with_audio: bool = True,
     speech_features: str = "auto",
     offset: str = "auto",
+    start_s: float = 0.0,
+    end_s: float | None = None,
     consent: Path | None = None,
     size_px: int = SIZE_PX,
     fresh: bool = False,
@@ -72,7 +74,8 @@ def preprocess(
     Stages are keyed by the content of their inputs: a second call does only what is missing
     or changed.  `which_face` is largest, left or right, as seen in the picture;
     `speech_features` is auto, mel, hubert or wav2vec2.  `offset` is how many seconds the sound
-    comes after the lips, which is undone: a number, none, or auto, which measures it.
+    comes after the lips, which is undone: a number, none, or auto, which measures it.  `start_s`
+    and `end_s` say which part of the film counts.
     """
     if which_face not in FACES:
         raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which_face}'")
@@ -95,12 +98,14 @@ def preprocess(
             f"{video.name} has no sound track; film with sound, or pass --no-audio to track "
             "the pictures alone"
         )
+    part = _part(video, probe.duration_s, start_s, end_s)
     source = sha256_of(video)
     with space.locked():
         if fresh:
             space.clear()
-        work = _Work(space, video, source, probe, progress)
-        work.do("mesh", lambda: work.mesh(which_face), source, which_face)
+        work = _Work(space, part, probe, progress)
+        place = [part.first, part.n_frames]
+        work.do("mesh", lambda: work.mesh(which_face), source, which_face, place)
         faces, n_faces = work.faces()
         head = work.pose(faces)
         n_frames = len(faces.found)
@@ -130,7 +135,8 @@ def preprocess(
         space.note(
             finished=True,
             version=__version__,
-            source={"name": video.name, "sha256": source, "seconds": probe.duration_s},
+            source={"name": video.name, "sha256": source, "seconds": probe.duration_s,
+                    "first_frame": part.first},
             fps=FPS,
             size_px=size_px,
             n_frames=n_frames,
@@ -153,6 +159,18 @@ def preprocess(
             rate = n_frames / max(seconds, 1e-6)
             space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
     return space
+
+
+def _part(video: Path, seconds: float, start_s: float, end_s: float | None) -> Part:
+    """The part from start to end, checked against the film's length."""
+    end = seconds if end_s is None else end_s
+    if not 0 <= start_s < seconds or not end - start_s >= MIN_SECONDS:
+        raise MisuseError(
+            f"--from and --to must lie in the {seconds:.1f} s of {video.name}, at least "
+            f"{MIN_SECONDS:.0f} s apart, not {start_s:g} and {end:g}"
+        )
+    first = round(start_s * FPS)
+    return Part(video, first, None if end_s is None else round(end_s * FPS) - first)
 
 
 def _offset_from(text: str) -> float | None:
@@ -181,9 +199,9 @@ class _Work:
     """The stages, in order; each is skipped when its key says it is done."""
 
     def __init__(
-        self, space: Workspace, video: Path, source: str, probe: media.Probe, progress: Progress
+        self, space: Workspace, part: Part, probe: media.Probe, progress: Progress
     ) -> None:
-        self.space, self.video, self.source = space, video, source
+        self.space, self.part, self.video = space, part, part.path
         self.probe, self.progress = probe, progress
         self.size = (probe.width, probe.height)
         self.n_done = 0
@@ -204,9 +222,7 @@ class _Work:
     def mesh(self, which_face: str) -> None:
         """Find the person, then the mesh in every frame."""
         self.progress.stage("looking for faces")
-        scene = scout(
-            media.frames(self.video, max_side=640, stride=FPS // 2), self.size, which_face
-        )
+        scene = scout(self.part.frames(max_side=640, stride=FPS // 2), self.size, which_face)
         if scene.n_faces > 1:
             self.progress.note(
                 f"{scene.n_faces} faces are in the film; following the {which_face} one "
@@ -243,14 +259,12 @@ class _Work:
         scale = np.array([width / size[0], height / size[1], width / size[0]], np.float32)
         offset = np.array([x, y, 0], np.float32)
         skin, shots = {}, Shots()
-        total = max(1, round(self.probe.duration_s * FPS))
+        total = self.part.n_frames or round(self.probe.duration_s * FPS) - self.part.first
         self.progress.stage("face mesh", total)
         blank = np.full((face.N_MESH, 3), np.nan, np.float32)
         # meshes go through a file: a list of them, joined in the end, would take twice the room
         with face.FaceMesh() as mesh, tempfile.TemporaryFile(dir=self.space.root) as spool:
-            stream = media.frames(
-                self.video, crop=scene.roi, size=size, on_warning=self.progress.note
-            )
+            stream = self.part.frames(crop=scene.roi, size=size, on_warning=self.progress.note)
             for index, rgb in enumerate(followed(self.progress, stream)):
                 seen = mesh(rgb)
                 spool.write((blank if seen is None else seen * scale + offset).tobytes())
@@ -286,12 +300,12 @@ class _Work:
         n_samples = n_frames * SAMPLES_PER_FRAME
         found = {}
         if with_audio:
-            samples = media.sound(self.video, n_samples=n_samples)
+            samples = self.part.sound(n_samples)
             measured = self._offset(samples, faces)
             if offset_s is None:
                 offset_s = self._worth_undoing(measured)
             if offset_s:
-                samples = self._undone(offset_s, n_samples)
+                samples = self.part.sound(n_samples, late_s=offset_s)
             if measured is not None:
                 found = {"found": np.array([measured.sound_after_lips_s, measured.margin])}
         else:
@@ -334,14 +348,6 @@ class _Work:
         )
         return round(found.sound_after_lips_s, 2)
 
-    def _undone(self, offset_s: float, n_samples: int) -> NDArray[np.float32]:
-        """The film's sound (n_samples,), earlier by `offset_s`; what was never there is silent."""
-        late = round(offset_s * SAMPLE_RATE_HZ)
-        if late >= 0:
-            return media.sound(self.video, n_samples=n_samples + late)[late:]
-        samples = media.sound(self.video, n_samples=max(0, n_samples + late))
-        return np.pad(samples, (n_samples - len(samples), 0))
-
     def offset(self) -> dict[str, float | None]:
         """What is known of sound and lips, for the manifest."""
         stored = self.space.load("voice")
@@ -369,7 +375,7 @@ class _Work:
         tracked = np.zeros(n_frames, bool)
         piece: dict[str, list[Any]] = {"matte": [], "skin": []}
         first_picture = next(
-            iter(media.frames(self.video, start_s=reference / FPS, n_frames=1, crop=cut, size=size))
+            self.part.frames(first=reference, n_frames=1, crop=cut, size=size)
         )
         self.progress.stage("crop, matte, shoulders", n_frames)
         with (
@@ -381,7 +387,7 @@ class _Work:
             person = cv2.resize(segment(first_picture), (matte.MAP_PX, matte.MAP_PX))
             prior = matte.torso_prior(mesh[reference])
             shoulders = matte.BodyTracker(first_picture, (person * prior).astype(np.uint8))
-            stream = media.frames(self.video, n_frames=n_frames, crop=cut, size=size)
+            stream = self.part.frames(n_frames=n_frames, crop=cut, size=size)
             for index, rgb in enumerate(followed(self.progress, stream)):
                 out.write(rgb)
                 mask = segment(rgb)

@@ -10,9 +10,11 @@ from talkhead_cli.contracts import Need, TalkheadError
 from talkhead_cli.media import ffmpeg
 from talkhead_cli.media.audio import duration_of_sound, read_wav, sound, sound_to_file, write_wav
 from talkhead_cli.media.ffmpeg import Probe, probe
+from talkhead_cli.media.part import Part
 from talkhead_cli.media.video import VideoWriter, frame_count, frames
 
 __all__ = [
+    "Part",
     "Probe",
     "VideoWriter",
     "check",

@@ -1,0 +1,264 @@
+"""The points a film is judged by."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from talkhead_cli import media
+from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, Progress, TalkheadError
+from talkhead_cli.jobs.check.look import MAX_SIDE, Piece, pieces_of
+from talkhead_cli.jobs.check.report import LIMITS, Array, Curve, Finding, Report, Segment
+from talkhead_cli.track import face, lipsync, voice
+from talkhead_cli.track.scout import scout
+from talkhead_cli.track.shots import THUMB, CutFinder
+
+LONG_S = 60.0  # of a film twice as long as that, a part is enough
+VIEWS = 15.0  # degrees of turning beyond which more is no better
+
+
+def check(video: Path, progress: Progress) -> Report:
+    """Look at a film.
+
+    A file that cannot be read as a film raises; all else is a finding.
+    """
+    about = media.probe(video)
+    if not about.has_video:
+        raise TalkheadError(f"{video.name} has no picture; give a video of somebody talking")
+    report = Report()
+    report.more("length", "seconds", about.duration_s, f"{about.duration_s:.1f} s",
+                "film at least 20 s of talking; a minute looks good")  # fmt: skip
+    if report.verdict == "fail":
+        return report
+    progress.stage("looking for faces")
+    size = (about.width, about.height)
+    scene = scout(media.frames(video, max_side=640, stride=FPS // 2), size)
+    if scene.n_faces > 1:
+        report.findings.append(Finding(
+            "faces", "warn", f"{scene.n_faces} people", "preprocess --face left|right|largest"
+        ))  # fmt: skip
+    pieces = pieces_of(report, video, about.duration_s, scene.roi, progress)
+    scale = max(scene.roi[2], scene.roi[3]) / min(MAX_SIDE, max(scene.roi[2], scene.roi[3]))
+    found = np.concatenate([p.found for p in pieces])
+    report.more("face", "found", float(found.mean()), f"in {found.mean():.0%} of the frames",
+                "film one person who faces the camera all the time")  # fmt: skip
+    if not found.any():
+        return report
+    _picture(report, pieces, scale)
+    _motion(report, pieces)
+    samples = _sound(report, video, about, pieces)
+    report.pictures = [(p.first / FPS, p.shown) for p in pieces]
+    report.segments = _segments(pieces, samples)
+    report.curves = _curves(pieces, samples)
+    _best_part(report, about.duration_s)
+    return report
+
+
+def _picture(report: Report, pieces: list[Piece], scale: float) -> None:
+    """Size, sharpness, light."""
+    points = np.concatenate([p.mesh[p.found] for p in pieces])
+    height = np.linalg.norm(points[:, face.TOP, :2] - points[:, face.CHIN, :2], axis=1) * scale
+    tall = float(np.median(height))
+    report.more(
+        "head", "head", tall, f"face {tall:.0f} px tall", "film closer, or at a larger size"
+    )
+    sharp = float(np.nanmedian(np.concatenate([p.sharpness for p in pieces])))
+    report.more("sharpness", "sharp", sharp, f"{sharp:.3f} at eyes and mouth",
+                "focus on the eyes, hold the camera still, keep the bit rate up")  # fmt: skip
+    light, burnt = np.nanmedian(np.concatenate([p.light for p in pieces]), axis=0)
+    report.more("light", "dark", float(light), f"face at {light:.0f} of 255",
+                "light the face from the front")  # fmt: skip
+    report.less("highlights", "burnt", float(burnt), f"{burnt:.1%} of the face burnt out",
+                "soften the light, or expose less")  # fmt: skip
+
+
+def _motion(report: Report, pieces: list[Piece]) -> None:
+    """Turns of the head, what the mouth does, blinks, cuts, what moves behind."""
+    turns, gaps, cuts, still = [], [], [], []
+    lips = np.concatenate([face.lip_aperture(p.mesh[p.found]) for p in pieces])
+    for piece in pieces:
+        cuts += [piece.first + at for at in _cuts(piece)]
+        still.append(_background_motion(piece))
+        if piece.found.sum() < FPS:
+            continue
+        turns.append(piece.angles)
+        gaps.append(face.lid_gap(piece.mesh[piece.found]).mean(1))
+    if turns:
+        angles = np.concatenate(turns)
+        away = np.percentile(np.abs(angles - np.median(angles, 0))[:, :2].max(1), 98)
+        facing = float(np.abs(np.median(angles[:, 0])))
+        report.less("turns", "turn", max(away, facing),
+                    f"up to {away:.0f} degrees from a middle that is turned by {facing:.0f}",
+                    "face the camera; views beyond 30 degrees are learnt badly")  # fmt: skip
+    spread = float(np.percentile(lips, 95) - np.percentile(lips, 5))
+    report.more("mouth shapes", "lips", spread, f"opens by {spread:.3f} face heights",
+                "talk, clearly and all the time")  # fmt: skip
+    blinks = sum(_blinks(gap) for gap in gaps)
+    minutes = sum(len(gap) for gap in gaps) / FPS / 60
+    rate = blinks / max(minutes, 1e-6)
+    report.figures["blinks_per_minute"] = round(rate, 2)
+    report.findings.append(Finding(
+        "blinks", "pass" if blinks else "warn", f"{rate:.0f} a minute",
+        "" if blinks else "shut eyes are never shown and will be guessed; film longer"
+    ))  # fmt: skip
+    report.figures["cuts"] = len(cuts)
+    where = " at " + ", ".join(f"{cut / FPS:.1f} s" for cut in cuts[:5]) if cuts else ""
+    report.findings.append(Finding(
+        "cuts", "warn" if cuts else "pass", f"{len(cuts)} found{where}",
+        "preprocess keeps the picture that shows most of the face; better film in one go"
+        if cuts else ""
+    ))  # fmt: skip
+    report.less("background", "moving", float(np.median(still)),
+                f"changes by {np.median(still):.1f} of 255 within a second",
+                "put the camera on a stand, before something that does not move")  # fmt: skip
+
+
+def _cuts(piece: Piece) -> list[int]:
+    """Frames that begin a shot."""
+    begins = CutFinder()
+    return [i for i, small in enumerate(piece.thumbs) if begins(small)]
+
+
+def _background_motion(piece: Piece) -> float:
+    """How much the upper corners change within a second, of 255; they rarely hold anybody."""
+    away = min(FPS, len(piece.thumbs) - 1)
+    if away < 1:
+        return 0.0
+    height = THUMB[1] // 3
+    sides = np.concatenate([piece.thumbs[:, :height, :10], piece.thumbs[:, :height, -10:]], 2)
+    return float(np.median(np.abs(sides[away:] - sides[:-away]).mean((1, 2, 3))))
+
+
+def _blinks(gap: Array) -> int:
+    shut = gap < 0.5 * np.median(gap)
+    return int((np.diff(np.concatenate([[False], shut]).astype(int)) == 1).sum())
+
+
+def _sound(
+    report: Report, video: Path, about: media.Probe, pieces: list[Piece]
+) -> NDArray[np.float32] | None:
+    """Level, noise, clipping, and whether it goes with the lips; the samples, if there are any."""
+    if not about.has_audio:
+        report.findings.append(Finding(
+            "sound", "fail", "none", "film with sound; preprocess --no-audio tracks pictures alone"
+        ))  # fmt: skip
+        return None
+    samples = media.sound(video, n_samples=int(about.duration_s * SAMPLE_RATE_HZ))
+    loud = np.sqrt((_blocks(samples) ** 2).mean(1) + 1e-12)
+    level = 20 * np.log10(np.percentile(loud, 90))
+    report.more("sound", "level", float(level), f"{level:.0f} dBFS",
+                "come nearer to the microphone, or raise its gain")  # fmt: skip
+    if level < LIMITS["level"][1]:
+        return samples
+    noise = 20 * np.log10(np.percentile(loud, 90) / max(np.percentile(loud, 5), 1e-6))
+    report.more("noise", "snr", float(noise), f"speech {noise:.0f} dB above the background",
+                "film in a quiet room, without music")  # fmt: skip
+    over = float((np.abs(samples) > 0.985).mean())
+    report.less("clipping", "clipped", over, f"{over:.2%} of the samples", "lower the gain")
+    _lips_and_sound(report, samples, pieces)
+    return samples
+
+
+def _blocks(samples: NDArray[np.float32]) -> Array:
+    """Samples in blocks of 50 ms."""
+    n = SAMPLE_RATE_HZ // 20
+    usable = len(samples) // n * n
+    return samples[:usable].reshape(-1, n).astype(np.float64)
+
+
+def _lips_and_sound(report: Report, samples: NDArray[np.float32], pieces: list[Piece]) -> None:
+    stream = voice.features(samples)
+    frames, lips = [], []
+    for piece in pieces:
+        rows = np.flatnonzero(piece.found)
+        if len(rows) >= FPS:
+            lips.append(lipsync.lip_motion(face.fill_gaps(piece.mesh, piece.found))[rows])
+            frames.append(piece.first + rows)
+    found = lipsync.measure(stream, np.concatenate(frames), np.concatenate(lips)) if lips else None
+    if found is None or not found.is_sure:
+        why = "too short to tell" if found is None else "not clear"
+        report.findings.append(Finding(
+            "lip sync", "unknown", why,
+            "watch whether the lips go with the sound; preprocess --offset SECONDS puts it right"
+        ))  # fmt: skip
+        return
+    late = found.sound_after_lips_s
+    report.figures |= {"sync_margin": round(found.margin, 4), "sound_after_lips_s": round(late, 4)}
+    report.less("lip sync", "late", abs(late), f"sound {found}", "preprocess puts it right")
+
+
+def _segments(pieces: list[Piece], samples: NDArray[np.float32] | None) -> list[Segment]:
+    """The pieces, the one that shows most first.
+
+    What counts is what ISExplore counts (arXiv 2511.07940): how far lips move, how sounds differ,
+    how many views there are; each against the best piece's, and their geometric mean.
+    """
+    mel = None if samples is None else voice.features(samples)[:, : voice.N_MEL]
+    rows = []
+    for piece in pieces:
+        if piece.found.sum() < FPS:
+            continue
+        rate = voice.RATE_HZ // FPS
+        end = piece.first + len(piece.found)
+        heard = None if mel is None else mel[piece.first * rate : end * rate]
+        views = np.linalg.norm([_range(turn) for turn in piece.angles[piece.found, :2].T])
+        rows.append(Segment(
+            start_s=piece.first / FPS, end_s=end / FPS,
+            lips=_range(face.lip_aperture(piece.mesh[piece.found])),
+            speech=0.0 if heard is None or len(heard) < 2 else float(heard.std(0).mean()),
+            views=min(VIEWS, float(views)), found=float(piece.found.mean()),
+        ))  # fmt: skip
+    best = {k: max((getattr(r, k) for r in rows), default=0.0)
+            for k in ("lips", "speech", "views")}  # fmt: skip
+    best = {k: top for k, top in best.items() if top > 0}  # a film without sound differs in none
+    scored = [
+        replace(r, score=round(r.found * float(np.prod(
+            [max(getattr(r, k), 1e-3 * top) / top for k, top in best.items()]
+        )) ** (1 / max(1, len(best))), 3))
+        for r in rows
+    ]  # fmt: skip
+    return sorted(scored, key=lambda r: -r.score)
+
+
+def _curves(pieces: list[Piece], samples: NDArray[np.float32] | None) -> list[Curve]:
+    """What a page shows in the course of time."""
+    seconds = np.concatenate([p.seconds for p in pieces])
+    turns = np.concatenate([np.where(p.found[:, None], p.angles, np.nan) for p in pieces])
+    curves = [
+        Curve("Mouth", "opening in face heights", seconds,
+              np.concatenate([face.lip_aperture(p.mesh) for p in pieces])),
+        Curve("Head, to the side", "degrees", seconds, turns[:, 0],
+              (-LIMITS["turn"][0], LIMITS["turn"][0])),
+        Curve("Head, up and down", "degrees", seconds, turns[:, 1]),
+        Curve("Sharpness at eyes and mouth", "share of fine detail", seconds,
+              np.concatenate([p.sharpness for p in pieces]), LIMITS["sharp"]),
+        Curve("Light on the face", "of 255", seconds,
+              np.concatenate([p.light[:, 0] for p in pieces]), LIMITS["dark"]),
+    ]  # fmt: skip
+    if samples is not None and len(samples) >= SAMPLE_RATE_HZ:
+        loud = 10 * np.log10((_blocks(samples) ** 2).mean(1) + 1e-9)
+        step = max(1, len(loud) // 2000)  # a plot has room for no more
+        curves.append(Curve("Sound", "dBFS", np.arange(len(loud))[::step] / 20, loud[::step],
+                            LIMITS["level"]))  # fmt: skip
+    return curves
+
+
+def _range(values: Array) -> float:
+    low, high = np.percentile(values, (5, 95))
+    return float(high - low)
+
+
+def _best_part(report: Report, seconds: float) -> None:
+    """Of a long film: which minute to take, round the piece that shows most."""
+    if not report.segments or seconds < 2 * LONG_S:
+        return
+    best = report.segments[0]
+    start = min(max(0.0, (best.start_s + best.end_s - LONG_S) / 2), seconds - LONG_S)
+    report.figures |= {"best_from_s": round(start, 1), "best_to_s": round(start + LONG_S, 1)}
+    report.findings.append(Finding(
+        "best part", "pass", f"round {best.start_s:.0f} s, of {len(report.segments)} looked at",
+        f"a minute is enough: preprocess --from {start:.0f} --to {start + LONG_S:.0f}"
+    ))  # fmt: skip

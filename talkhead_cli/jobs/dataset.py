@@ -1,0 +1,207 @@
+"""A dataset in RAD-NeRF's layout (exchange.py has it) as a workspace.
+
+Pictures and sound are the dataset's, tracking is ours: readers of the layout disagree on what its
+speech features, eyes and labels are, and none of them measures what we train on.  The dataset's
+own cameras are put to the test instead: one similarity must carry our rigid face into their world,
+so that each camera sees it where it was seen.  Nothing that could hold code (.pt, .npy) is opened.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import least_squares
+from scipy.spatial.transform import Rotation
+
+from talkhead_cli import media
+from talkhead_cli.contracts import Progress, TalkheadError
+from talkhead_cli.jobs.exchange import TURNED, UNIT
+from talkhead_cli.jobs.preprocess import preprocess
+from talkhead_cli.store import Workspace
+from talkhead_cli.track.pose import RIGID
+
+SPLITS = ("train", "val")
+N_ASKED = 60  # cameras that are put to the test
+MAX_JSON = 200_000_000  # bytes
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """Cameras of a dataset: frames (n,), camera-to-world (n, 4, 4) in its axes, focal length and
+    principal point in pixels of its pictures; how many frames it holds out."""
+
+    frames: NDArray[np.int64]
+    c2w: NDArray[np.float64]
+    focal: float
+    centre: NDArray[np.float64]
+    n_held: int
+
+
+def import_dataset(
+    folder: Path, home: Path, progress: Progress, *, name: str | None = None
+) -> Workspace:
+    """Track the dataset's pictures and sound into `home`, and say how good its cameras are.
+
+    Reads ori_imgs/{i}.jpg (or .png), else ID.mp4; aud.wav; transforms_train.json and _val.json.
+    """
+    cameras = read_cameras(folder)
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=_made(home)) as scratch:
+        film = _film(folder, Path(scratch), progress)
+        space = preprocess(film, home, progress, name=name or film.stem)
+    if cameras is not None:
+        progress.note(
+            f"the dataset holds out {cameras.n_held} of {len(cameras.frames)} frames; "
+            f"talkhead's own split is -s data.holdout={cameras.n_held / len(cameras.frames):.3f}"
+        )
+        theirs, ours = misses(space, cameras)
+        space.note(dataset={"cameras_px": round(theirs, 2), "tracked_px": round(ours, 2)})
+        progress.note(
+            f"the dataset's cameras see rigid landmarks {theirs:.1f} px from where they are (at "
+            f"512 px), talkhead's {ours:.1f} px"
+        )
+    return space
+
+
+def _made(home: Path) -> Path:
+    home.mkdir(parents=True, exist_ok=True)
+    return home
+
+
+def read_cameras(folder: Path) -> Cameras | None:
+    """The cameras of transforms_train.json and transforms_val.json, in the order of their frames;
+    None where there are no such files."""
+    frames: list[tuple[int, NDArray[np.float64]]] = []
+    facts: dict[str, Any] = {}
+    n_held = 0
+    for split in SPLITS:
+        path = folder / f"transforms_{split}.json"
+        if not path.is_file():
+            continue
+        facts = _json(path)
+        try:
+            found = [(int(f["img_id"]), np.array(f["transform_matrix"], np.float64))
+                     for f in facts["frames"]]  # fmt: skip
+            focal = float(facts["focal_len"] if "focal_len" in facts else facts["fl_x"])
+            centre = np.array([facts["cx"], facts["cy"]], np.float64)
+        except (KeyError, TypeError, ValueError) as error:
+            raise TalkheadError(
+                f"{path.name} lacks what the layout has (img_id and transform_matrix of each "
+                f"frame, focal_len, cx, cy): {error}"
+            ) from error
+        for index, matrix in found:
+            if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or index < 0:
+                raise TalkheadError(f"{path.name}: frame {index} has no camera of 4 x 4 numbers")
+        frames += found
+        n_held += len(found) if split == "val" else 0
+    if not frames:
+        return None
+    frames.sort(key=lambda frame: frame[0])
+    if not np.isfinite([focal, *centre]).all() or focal <= 0:
+        raise TalkheadError(f"{path.name}: focal_len, cx and cy must be numbers above 0")
+    return Cameras(
+        np.array([i for i, _ in frames]), np.stack([m for _, m in frames]), focal, centre, n_held
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if path.stat().st_size > MAX_JSON:
+        raise TalkheadError(f"{path.name} is larger than {MAX_JSON // 10**6} MB; is it cameras?")
+    try:
+        found = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise TalkheadError(f"{path.name} cannot be read as JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise TalkheadError(f"{path.name} is no table of cameras")
+    return found
+
+
+def _film(folder: Path, scratch: Path, progress: Progress) -> Path:
+    """The dataset as one film with its sound, named after the folder."""
+    sound = folder / "aud.wav"
+    stem = folder.resolve().name
+    films = [p for p in (folder / f"{stem}.mp4", *sorted(folder.glob("*.mp4"))) if p.is_file()]
+    pictures = _pictures(folder / "ori_imgs")
+    if not pictures and not films:
+        raise TalkheadError(
+            f"{folder} is no dataset: it has neither ori_imgs/0.jpg ... nor ID.mp4 (RAD-NeRF's "
+            "layout; talkhead export writes it)"
+        )
+    if not sound.is_file():
+        if not films:
+            raise TalkheadError(f"{folder} has no sound: neither aud.wav nor ID.mp4")
+        sound = films[0]
+    if not pictures:
+        pictures = films[:1]
+    out = scratch / f"{stem}.mp4"
+    stream = _read(pictures)
+    first = next(stream)
+    height, width = (side // 2 * 2 for side in first.shape[:2])
+    progress.stage("dataset", None)
+    with media.VideoWriter(out, (width, height), audio=sound, crf=6, preset="ultrafast") as video:
+        video.write(first[:height, :width])
+        for picture in stream:
+            video.write(picture[:height, :width])
+            progress.advance()
+    return out
+
+
+def _pictures(folder: Path) -> list[Path]:
+    """ori_imgs/0.jpg, 1.jpg ... without a gap."""
+    numbered = {int(p.stem): p for p in folder.glob("*.*")
+                if p.suffix in (".jpg", ".png") and p.stem.isdecimal()}  # fmt: skip
+    missing = next((i for i in range(len(numbered)) if i not in numbered), None)
+    if missing is not None:
+        raise TalkheadError(f"{folder} lacks picture {missing}; copy the dataset anew")
+    return [numbered[i] for i in range(len(numbered))]
+
+
+def _read(files: list[Path]) -> Iterator[NDArray[np.uint8]]:
+    """(H, W, 3) frames of numbered pictures, or of one film."""
+    if files[0].suffix == ".mp4":
+        yield from media.frames(files[0])
+        return
+    shape: tuple[int, ...] | None = None
+    for file in files:
+        bgr = cv2.imread(str(file))
+        if bgr is None or shape not in (None, bgr.shape):
+            raise TalkheadError(f"{file.name} is damaged, or of another size than the others")
+        shape = bgr.shape
+        yield np.ascontiguousarray(bgr[..., ::-1])
+
+
+def misses(space: Workspace, cameras: Cameras) -> tuple[float, float]:
+    """How far, on average, rigid landmarks are from where the dataset's cameras and our track see
+    the rigid face: pixels at 512."""
+    tracks = space.load("tracks")
+    crop, size = space.manifest()["crop"], int(space.manifest()["size_px"])
+    usable = np.flatnonzero(tracks["usable"])
+    asked = np.intersect1d(cameras.frames, usable)
+    if len(asked) < 10:
+        raise TalkheadError("fewer than ten of the dataset's cameras have a face to be tested on")
+    of = {int(frame): i for i, frame in enumerate(cameras.frames)}
+    asked = asked[np.linspace(0, len(asked) - 1, min(N_ASKED, len(asked))).astype(int)]
+    scale = crop["side"]
+    seen = tracks["mesh_px"][asked][:, RIGID].astype(np.float64) * scale + [crop["x"], crop["y"]]
+    c2w = TURNED @ cameras.c2w[[of[int(i)] for i in asked]] @ TURNED
+    rigid = tracks["shape"][RIGID].astype(np.float64)
+
+    def off(similarity: NDArray[np.float64]) -> NDArray[np.float64]:
+        turn = Rotation.from_rotvec(similarity[:3]).as_matrix()
+        world = np.exp(similarity[6]) * rigid @ turn.T + similarity[3:6]
+        local = (world - c2w[:, None, :3, 3]) @ c2w[:, :3, :3]
+        depth = np.where(np.abs(local[..., 2:]) < 1e-6, 1e-6, local[..., 2:])
+        return (cameras.focal * local[..., :2] / depth + cameras.centre - seen).ravel()
+
+    start = np.array([0, 0, 0, 0, 0, 0, np.log(UNIT)])
+    fitted = least_squares(off, start, loss="soft_l1", f_scale=4.0)
+    theirs = np.linalg.norm(off(fitted.x).reshape(-1, 2), axis=1).mean()
+    ours = float(np.nanmean(tracks["residual_px"][asked]))  # in pixels of the film
+    return float(theirs) * size / scale, ours * size / scale
