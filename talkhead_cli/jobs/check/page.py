@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 from html import escape
 
 import cv2
@@ -72,6 +73,7 @@ def _plot(curve: Curve) -> str:
         if low - (high - low) <= limit <= high + (high - low):
             low, high = min(low, limit), max(high, limit)
     high = max(high, low + 1e-6)
+    digits = max(0, 2 - math.floor(math.log10(high - low)))
     first, last = float(curve.seconds[0]), max(float(curve.seconds[-1]), curve.seconds[0] + 1e-6)
 
     def at(second: float, value: float) -> str:
@@ -98,8 +100,8 @@ def _plot(curve: Curve) -> str:
     )  # fmt: skip
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 20}" role="img" aria-label="{escape(curve.name)}">'
-        f'{dashes}{drawn}<text x="0" y="14">{high:.3g}</text>'
-        f'<text x="0" y="{HEIGHT}">{low:.3g}</text>'
+        f'{dashes}{drawn}<text x="0" y="14">{high:.{digits}f}</text>'
+        f'<text x="0" y="{HEIGHT}">{low:.{digits}f}</text>'
         f'<text x="{MARGIN}" y="{HEIGHT + 16}">{first:.0f} s</text>'
         f'<text x="{WIDTH}" y="{HEIGHT + 16}" text-anchor="end">{last:.0f} s, '
         f"{escape(curve.unit)}</text></svg>"
