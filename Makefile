@@ -22,7 +22,7 @@ demo: setup
 	$(BIN)/python examples/synthetic_speaker.py $(EXAMPLE) --seconds 20
 	$(BIN)/python examples/synthetic_speaker.py --speech-only $(DEMO)/speech.wav --seconds 8
 	$(TALKHEAD) preprocess $(EXAMPLE) --id speaker --home $(DEMO)/avatars
-	$(TALKHEAD) finetune --id speaker -p lokitalk -p tiny -s train.scale=0.6 --home $(DEMO)/avatars
+	$(TALKHEAD) finetune --id speaker -p lokitalk -p tiny -s train.scale=0.6 --fresh --home $(DEMO)/avatars
 	$(TALKHEAD) render --id speaker --audio $(DEMO)/speech.wav -o $(DEMO)/speaker-says.mp4 --home $(DEMO)/avatars
 
 test: setup

@@ -405,6 +405,7 @@ def make(
 
 def main() -> None:
     """Write OUT.mp4 and OUT.truth.npz, or new speech."""
+    from talkhead_cli.cli.console import chatter_unheard
     from talkhead_cli.media import VideoWriter, write_wav
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -422,7 +423,8 @@ def main() -> None:
         if not args.speech_only:
             parser.error("name the video to write, or --speech-only WAV")
         return
-    frames, sound, truth = make(args.seconds, args.size, args.seed)
+    with chatter_unheard():
+        frames, sound, truth = make(args.seconds, args.size, args.seed)
     truth.save(args.out.with_suffix(".truth.npz"))
     with tempfile.TemporaryDirectory() as folder:
         wav = Path(folder) / "speech.wav"

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
+from talkhead_cli.jobs import finetune as job
 from talkhead_cli.jobs import fit, footage, player, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
@@ -53,6 +55,43 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(home: Path) 
     assert whole.keys() == resumed.keys()
     for name, value in whole.items():
         assert torch.allclose(value.float(), resumed[name].float(), atol=1e-5), name
+
+
+@pytest.mark.parametrize("method", ["lokitalk", "landmark", "talk3d"])
+def test_training_bears_half_precision(
+    home: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a GPU trains with, in the CPU's halves: every stage runs, weights stay whole, and the
+    losses are those of full precision."""
+    stages = presets.load([method, "tiny"]).train.stages
+    settings = ["data.size_px=64", "march.resolution=32", "march.n_steps=16"]
+    for name, stage in stages.items():
+        settings += [f"train.stages.{name}.steps={3 if stage.steps else 0}",
+                     f"train.stages.{name}.n_points=2000"]  # fmt: skip
+    losses = {}
+    for precision in ("32-true", "bf16-mixed"):
+        monkeypatch.setitem(job.PRECISION, "cpu", precision)
+        run = finetune(home, "speaker", SilentProgress(), names=[method, "tiny"],
+                       settings=settings, device="cpu", run_name=precision)  # fmt: skip
+        losses[precision] = run.meta()["figures"]["loss"]
+        assert all(w.dtype != torch.bfloat16 for w in run.weights().values())
+    assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.2)
+
+
+def test_half_precision_leaves_places_alone() -> None:
+    """Fabric would halve every tensor in a module's input, cameras among them."""
+    seen: list[torch.dtype] = []
+
+    class Sees(torch.nn.Module):
+        def forward(self, drawn: fit.Drawn) -> torch.Tensor:
+            (shot,) = drawn.shots
+            seen.append(shot.dtype)  # type: ignore[attr-defined]
+            return torch.zeros(())
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
+    module = fabric.setup(Sees())
+    module(fit.Drawn([torch.rand(3)]))  # type: ignore[list-item]
+    assert seen == [torch.float32]
 
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,33 @@ def test_a_folder_of_videos_is_tracked_past_its_bad_files(
     assert alone.keys() == among.keys()
     for name, value in alone.items():
         assert np.array_equal(value, among[name], equal_nan=value.dtype.kind == "f"), name
+
+
+def test_ray_does_the_same(speaker_clip: Path, speaker_home: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install 'talkhead[ray]'")
+    folder, home = tmp_path / "films", tmp_path / "home"
+    folder.mkdir()
+    shutil.copyfile(speaker_clip, folder / "one.mp4")
+    (folder / "broken.mov").write_bytes(b"no film")
+    result = preprocess(folder, "--home", home, "--engine", "ray", "--json")
+    assert result.exit_code == 1 and "1 of 2 videos" in result.stderr, result.stderr
+    outcomes = {Path(v["video"]).name: v for v in json.loads(result.stdout)["videos"]}
+    assert outcomes["one.mp4"]["error"] is None and outcomes["broken.mov"]["error"]
+    alone, among = (Workspace.open(*who).load("tracks")
+                    for who in ((speaker_home, "speaker"), (home, "one")))  # fmt: skip
+    assert np.array_equal(alone["pose"], among["pose"])
+
+
+def test_without_ray_its_engine_says_how_to_get_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.mp4").touch()
+    monkeypatch.setitem(sys.modules, "ray", None)
+    refused = preprocess(tmp_path, "--home", tmp_path / "home", "--engine", "ray")
+    assert refused.exit_code == 1 and "pip install 'talkhead[ray]'" in refused.stderr
+    for words in (["--engine", "cloud"], ["--address", "host:6379"]):
+        refused = preprocess(tmp_path, "--home", tmp_path / "home", *words)
+        assert refused.exit_code == 2 and "--engine" in refused.stderr
 
 
 def test_videos_come_in_order_and_once(tmp_path: Path) -> None:

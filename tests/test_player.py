@@ -14,6 +14,29 @@ from talkhead_cli.jobs.player import Player
 from talkhead_cli.store import Run, Workspace
 
 
+@pytest.mark.parametrize("method", ["lokitalk", "landmark", "talk3d"])
+def test_pictures_bear_half_precision(
+    speaker_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """What a GPU draws with, in the CPU's halves, which are coarser than the GPU's."""
+    preset = presets.load([method, "tiny"], ["data.size_px=64", "march.resolution=32"])
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    box = player.box_for(preset, clip.signals.camera[clip.train])
+    cpu = torch.device("cpu")
+    torch.manual_seed(0)
+    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[2], box, cpu)
+    avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
+    for parameter in avatar.parameters():  # nothing that begins at zero stays there
+        parameter.data += 0.03 * torch.randn_like(parameter)
+    show = Player(Run(tmp_path), preset, avatar.eval(), marcher.eval(), clip.plate, cpu, note)
+    rows = clip.signals[clip.train[:3]]
+    whole = [frame.rgb for frame, _ in show.pictures(rows)]
+    monkeypatch.setitem(player.HALF, "cpu", torch.bfloat16)
+    half = [frame.rgb.float() for frame, _ in show.pictures(rows)]
+    for a, b in zip(whole, half, strict=True):
+        assert a.std() > 0.01 and 10 * torch.log10(1 / (a - b).square().mean()) > 30
+
+
 def test_frames_that_march_together_are_the_same_frames(
     speaker_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,7 +21,7 @@ from talkhead_cli.blocks.regions import RELIEF, head_relief
 from talkhead_cli.contracts import RELIEF_SIDE, SilentProgress, TalkheadError
 from talkhead_cli.jobs import footage, photo, player, portraits, shots
 from talkhead_cli.jobs import preset as presets
-from talkhead_cli.jobs.fit import Step
+from talkhead_cli.jobs.fit import Drawn, Step
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Workspace
@@ -295,7 +295,10 @@ def test_deformations_hear_what_they_say_they_hear(avatar: S3D, clip: Footage, k
     assert bool(shifts[0].abs().max() > 1e-5) == (kind != "none")
 
 
-def test_a_step_teaches_every_part_that_learns(clip: Footage, avatar: S3D, preset: Preset) -> None:
+@pytest.mark.parametrize("half", [False, True])
+def test_a_step_teaches_every_part_that_learns(
+    clip: Footage, avatar: S3D, preset: Preset, half: bool
+) -> None:
     assert preset.pretrain is not None
     rng = torch.Generator().manual_seed(0)
     aabb = torch.tensor(S3D.box)
@@ -307,7 +310,8 @@ def test_a_step_teaches_every_part_that_learns(clip: Footage, avatar: S3D, prese
         drawn = [shots.draw(clip, stage, 400, aabb, rng)]
         assert drawn[0].portrait is not None and len(drawn[0].portrait) == stage.portraits
         avatar.zero_grad()
-        terms, _ = step(drawn)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            terms, _ = step(Drawn(drawn))
         assert set(stage.weights) <= set(terms), set(stage.weights) - set(terms)
         sum(stage.weights.get(k, 0) * v for k, v in terms.items()).backward()  # type: ignore[union-attr]
         for part in stage.learn:
@@ -329,7 +333,7 @@ def test_the_full_size_counts_places_in_finished_pixels(clip: Footage, preset: P
                             portrait=clip.portrait(rows)))  # fmt: skip
     step = Step(avatar, march.DenseMarcher(avatar.aabb, 12))
     with torch.no_grad():
-        terms, _ = step([shot])
+        terms, _ = step(Drawn([shot]))
         speaker = avatar.enroll(shot.portrait)
         rendered = step.marcher.march(speaker.condition(shot.signals), rays)  # type: ignore[operator]
         share = rendered.feature[:, 6].mean()

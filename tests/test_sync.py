@@ -23,7 +23,7 @@ from talkhead_cli.blocks.sync import (
 from talkhead_cli.contracts import MisuseError, SilentProgress
 from talkhead_cli.jobs import expert, footage, shots
 from talkhead_cli.jobs import preset as presets
-from talkhead_cli.jobs.fit import Step
+from talkhead_cli.jobs.fit import Drawn, Step
 from talkhead_cli.march import DenseMarcher
 from talkhead_cli.store import Workspace
 
@@ -152,7 +152,7 @@ def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     rng = torch.Generator().manual_seed(0)
     for _ in range(60):
-        terms, n_points = step([shots.draw(clip, stage, 0, net.aabb, rng)])
+        terms, n_points = step(Drawn([shots.draw(clip, stage, 0, net.aabb, rng)]))
         optimizer.zero_grad()
         terms["contrast"].backward()
         optimizer.step()

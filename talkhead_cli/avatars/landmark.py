@@ -41,6 +41,7 @@ from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES
 from talkhead_cli.blocks.planes import Planes2d, TriPlanes, gathered
+from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.rigid import moved, shoulders_in_picture
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_map
@@ -103,12 +104,13 @@ class Face(Person):
         marks[:, UPPER] = (self.raised(signals) @ self.upper + self.rest).unflatten(1, (-1, 3))
         return signals.with_(landmarks=marks)
 
-    def noise(self, n: int) -> Tensor:
-        """Displacements (n, 68, 3) as mouths, lids and brows make them, of a small size."""
-        device = self.rest.device
-        code = LIP_NOISE * torch.randn(n, N_CODES, device=device)
+    @exact
+    def noise(self, like: Tensor) -> Tensor:
+        """Displacements as mouths, lids and brows make them, of a small size: as many as landmarks
+        `like` (n, 68, 3)."""
+        code = LIP_NOISE * torch.randn(len(like), N_CODES, device=like.device)
         marks = self.mouth.landmarks(code) - self.mouth.neutral
-        raised = torch.randn(n, 4, device=device)
+        raised = torch.randn(len(like), 4, device=like.device)
         raised *= raised.new_tensor([EYE_NOISE, EYE_NOISE, 10 * BROW_NOISE, 10 * BROW_NOISE])
         marks[:, UPPER] = (raised @ self.upper).unflatten(1, (-1, 3))
         return marks
@@ -160,7 +162,7 @@ class Landmark(PersonalAvatar):
         pose, gaze, marks = person.mouth.pose(signals), signals.gaze, signals.landmarks
         if self.training:
             gaze = gaze + self.noise * GAZE_NOISE * torch.randn_like(gaze)
-            marks = marks + self.noise * person.noise(len(signals))
+            marks = marks + self.noise * person.noise(marks)
         return LandmarkField(
             self,
             tables=self.code.tables(marks, signals.camera.c2w[:, :3, 2]),

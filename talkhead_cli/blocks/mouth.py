@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.speech import ridge_map
 from talkhead_cli.contracts import Signals
 
@@ -171,6 +172,7 @@ class Mouth(nn.Module):
         upper, lower = self.landmarks(code)[:, INNER_LIPS, 1].unbind(1)
         return lower - upper
 
+    @exact
     def landmarks(self, code: Tensor) -> Tensor:
         """Landmarks (T, 68, 3) of standardised mouth codes (T, K) on the neutral face."""
         landmarks = self.neutral.expand(len(code), -1, -1).clone()

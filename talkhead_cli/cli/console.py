@@ -111,7 +111,7 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     """
     code, words = 0, ""
     try:
-        with contextlib.nullcontext() if verbose else _chatter_unheard(), Reporter() as reporter:
+        with contextlib.nullcontext() if verbose else chatter_unheard(), Reporter() as reporter:
             yield reporter
     except MisuseError as error:
         code, words = 2, str(error)
@@ -132,7 +132,7 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
 
 
 @contextlib.contextmanager
-def _chatter_unheard() -> Iterator[None]:
+def chatter_unheard() -> Iterator[None]:
     """C++ libraries print start-up chatter, from threads of their own, that no flag turns off.
 
     File descriptor 2 leads nowhere meanwhile; Python's own stderr goes where it went.

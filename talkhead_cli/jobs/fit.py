@@ -31,6 +31,17 @@ WARM_UP = 50  # steps
 START_RAYS, MAX_RAYS = 512, 16_384
 
 
+class Drawn:
+    """The shots of a step, as they are.
+
+    Fabric turns every tensor it finds in a module's input to half precision, where that is asked
+    for: places would come out wrong by a hundredth of a head.  It does not look in here.
+    """
+
+    def __init__(self, shots: list[Shot]) -> None:
+        self.shots = shots
+
+
 class Step(nn.Module):
     """Condition, march, compose and lose, in one forward: what Fabric wraps."""
 
@@ -38,10 +49,10 @@ class Step(nn.Module):
         super().__init__()
         self.avatar, self.marcher = avatar, marcher
 
-    def forward(self, drawn: list[Shot]) -> tuple[dict[str, Tensor], int]:
+    def forward(self, drawn: Drawn) -> tuple[dict[str, Tensor], int]:
         """Losses by name, and how many points the field was asked for."""
         results, n_points = [], 0
-        for shot in drawn:
+        for shot in drawn.shots:
             if shot.rays is None:
                 results.append(StepResult(shot))
                 continue
@@ -220,7 +231,7 @@ class _StageLoop:
             with torch.no_grad():
                 made = self.avatar.enroll(drawn[0].portrait).condition(drawn[0].signals)
                 self.module.marcher.refresh(made, place.total)  # type: ignore[operator]
-        terms, n_points = self.wrapped(drawn)
+        terms, n_points = self.wrapped(Drawn(drawn))
         loss = sum(self.stage.weights.get(k, 0.0) * v for k, v in terms.items())
         assert isinstance(loss, Tensor), f"stage {self.name} weighs none of its losses"
         self.optimizer.zero_grad(set_to_none=True)

@@ -1,7 +1,13 @@
-"""Many videos at once: each in a process of its own, going on past bad ones."""
+"""Many videos at once: each in a process of its own, here or on other machines, going on past bad
+ones.
+
+On other machines Ray runs them (an extra: pip install 'talkhead[ray]').  Videos and home must lie
+under the same paths on all of them, and talkhead of the same version be installed.
+"""
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import time
@@ -18,6 +24,7 @@ VIDEOS = frozenset([
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts",
     ".wmv", ".flv", ".3gp", ".ogv",
 ])  # fmt: skip
+ENGINES = ("processes", "ray")
 GB_PER_JOB = 0.7  # peak of one preprocess of a short clip at 512 px
 
 
@@ -51,12 +58,18 @@ def videos_of(paths: Sequence[Path]) -> list[Path]:
 
 
 def preprocess_many(
-    videos: Sequence[Path], home: Path, progress: Progress, *, jobs: int = 0, **options: Any
-) -> list[Outcome]:
+    videos: Sequence[Path], home: Path, progress: Progress, *, jobs: int = 0,
+    engine: str = "processes", address: str | None = None, **options: Any,
+) -> list[Outcome]:  # fmt: skip
     """Preprocess each of `videos` into `home`; an outcome for each, in their order.
 
-    jobs: how many at a time; 0: as many as cores and memory bear.  options go to `preprocess`.
+    jobs: how many at a time; 0: as many as cores and memory bear.  engine: processes, or ray, with
+    the cluster at `address` (none: this machine alone).  options go to `preprocess`.
     """
+    if engine not in ENGINES:
+        raise MisuseError(f"--engine must be {' or '.join(ENGINES)}, not '{engine}'")
+    if address is not None and engine != "ray":
+        raise MisuseError("--address is for --engine ray")
     if jobs < 0:
         raise MisuseError("--jobs must be 1 or more, or 0 to choose by cores and memory")
     names = [_id_or_nothing(video) for video in videos]
@@ -70,11 +83,14 @@ def preprocess_many(
     def ended(index: int, outcome: Outcome) -> None:
         outcomes[index] = outcome
         told = outcome.error or f"{outcome.n_frames} frames, {outcome.seconds:.1f} s"
-        progress.note(f"{Path(outcome.video).name}: {told}")
+        for said in (told, *outcome.notes):
+            progress.note(f"{Path(outcome.video).name}: {said}")
         progress.advance()
 
     n_jobs = min(len(videos), jobs or _bearable())
-    if n_jobs == 1:
+    if engine == "ray":
+        _by_ray(videos, home, options, jobs, address, ended)
+    elif n_jobs == 1:
         for index, video in enumerate(videos):
             ended(index, one(video, home, options))
     else:
@@ -123,6 +139,46 @@ def _side_by_side(
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _by_ray(
+    videos: Sequence[Path], home: Path, options: dict[str, Any], jobs: int, address: str | None,
+    ended: Callable[[int, Outcome], None],
+) -> None:  # fmt: skip
+    """As many at a time as `jobs` says, or as the cluster has cores for."""
+    try:
+        import ray
+    except ImportError as error:
+        raise TalkheadError("--engine ray needs Ray: pip install 'talkhead[ray]'") from error
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR,
+                 include_dashboard=False if address is None else None)  # fmt: skip
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        where = f" at {address}" if address else ""
+        raise TalkheadError(f"no Ray cluster could be reached{where}: {error}") from error
+    # a process of its own for each: the face mesh keeps its memory to itself
+    remote = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(one)
+    left = list(range(len(videos)))
+    running: dict[Any, int] = {}
+    try:
+        while left or running:
+            while left and len(running) < (jobs or len(videos)):
+                index = left.pop(0)
+                task = remote.remote(videos[index].resolve(), home.resolve(), options)
+                running[task] = index
+            done, _ = ray.wait(list(running), num_returns=1)
+            index = running.pop(done[0])
+            try:
+                outcome = ray.get(done[0])
+            except ray.exceptions.RayTaskError as error:
+                cause = error.cause if isinstance(error.cause, MisuseError) else error
+                raise MisuseError(str(cause)) from error
+            except ray.exceptions.RayError as error:
+                outcome = Outcome(str(videos[index]), _id_or_nothing(videos[index]))
+                outcome.error = f"its worker was lost ({type(error).__name__}); run it again"
+            ended(index, outcome)
+    finally:
+        ray.shutdown()
 
 
 def _id_or_nothing(video: Path) -> str:

@@ -1,0 +1,168 @@
+"""Commands about footage and the identities of a home."""
+
+from __future__ import annotations
+
+import json as jsonlib
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from talkhead_cli.cli.console import answer, err, speaking
+from talkhead_cli.cli.options import Home, Json, Verbose, say
+
+
+def preprocess(
+    videos: Annotated[
+        list[Path], typer.Argument(help="Videos of one person talking each, or folders of them.")
+    ],
+    name: Annotated[
+        str | None, typer.Option("--id", help="Name of the identity.  [default: the file's stem]")
+    ] = None,
+    face: Annotated[
+        str, typer.Option(help="With several faces: largest, left or right.")
+    ] = "largest",
+    no_audio: Annotated[
+        bool, typer.Option("--no-audio", help="Track a film without sound.")
+    ] = False,
+    voice: Annotated[
+        str, typer.Option(help="Speech features: auto, mel, hubert or wav2vec2.")
+    ] = "auto",
+    offset: Annotated[
+        str,
+        typer.Option(help="Seconds the sound comes after the lips, to be undone: auto, none, or "
+                     "a number (negative: before)."),
+    ] = "auto",
+    start: Annotated[
+        float, typer.Option("--from", help="Second of the film from which on it counts.")
+    ] = 0.0,
+    end: Annotated[
+        float | None, typer.Option("--to", help="Second up to which it counts.  [default: its end]")
+    ] = None,
+    consent: Annotated[
+        Path | None, typer.Option(help="The person's consent; kept with the identity.")
+    ] = None,
+    jobs: Annotated[
+        int, typer.Option(help="Videos at a time.  [default: by cores and memory]")
+    ] = 0,
+    engine: Annotated[
+        str, typer.Option(help="What runs many videos: processes, or ray on many machines.")
+    ] = "processes",
+    address: Annotated[
+        str | None, typer.Option(help="Ray's cluster.  [default: this machine alone]")
+    ] = None,
+    fresh: Annotated[bool, typer.Option(help="Forget what was done and begin anew.")] = False,
+    home: Home = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Track the person in a video: landmarks, head pose, eyes, labels, plate, speech features."""
+    with speaking(verbose) as report:
+        from talkhead_cli.contracts import MisuseError
+        from talkhead_cli.jobs.many import preprocess_many, videos_of
+        from talkhead_cli.jobs.preprocess import preprocess as job
+        from talkhead_cli.store import Workspace, home_folder
+
+        options: dict[str, Any] = {
+            "which_face": face, "with_audio": not no_audio, "speech_features": voice,
+            "offset": offset, "consent": consent, "fresh": fresh,
+        }  # fmt: skip
+        where, found = home_folder(home), videos_of(videos)
+        if len(found) == 1 and not videos[0].is_dir() and engine == "processes":
+            space = job(
+                found[0], where, report, name=name, start_s=start, end_s=end, **options
+            )
+            say([space.root], {"manifest": space.manifest()}, json)
+            return
+        if name is not None or consent is not None or start or end is not None:
+            raise MisuseError("--id, --consent, --from and --to are for one video, not for many")
+        outcomes = preprocess_many(
+            found, where, report, jobs=jobs, engine=engine, address=address, **options
+        )
+        made = [Workspace(where, o.id).root for o in outcomes if o.error is None]
+        failed = len(outcomes) - len(made)
+        say(made, {"videos": [o.facts() for o in outcomes]}, json)
+    if failed:
+        err.print(f"{failed} of {len(outcomes)} videos were left out; the notes above say why")
+        raise SystemExit(1)
+
+
+def check(
+    video: Annotated[Path, typer.Argument(help="A film of one person talking.")],
+    page: Annotated[
+        Path | None, typer.Option("--page", help="Also write a page of HTML with plots.")
+    ] = None,
+    json: Json = False,
+    verbose: Verbose = False,
+) -> None:
+    """Say whether a film is worth training on, point by point, and what to do about it."""
+    with speaking(verbose) as report:
+        from talkhead_cli.jobs.check import check as job
+        from talkhead_cli.jobs.check import page as page_of
+        from talkhead_cli.store.files import atomic
+
+        found = job(video, report)
+        if page is not None:
+            with atomic(page) as part:
+                part.write_text(page_of(found, video.name))
+        if json:
+            answer(jsonlib.dumps(found.facts()))
+        else:
+            for point in found.findings:
+                cure = f"  -> {point.cure}" if point.cure else ""
+                answer(f"{point.verdict:8}{point.name:14}{point.found}{cure}")
+            answer(f"{found.verdict:8}all in all")
+    if found.verdict == "fail":
+        raise SystemExit(1)
+
+
+def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> None:
+    """List identities and their runs."""
+    with speaking(verbose):
+        from talkhead_cli.store import Workspace, home_folder, list_ids, list_runs
+
+        folder = home_folder(home)
+        for name in list_ids(folder):
+            space = Workspace(folder, name)
+            manifest = space.manifest()
+            runs = [
+                r.name + ("" if r.is_finished else " (unfinished)") for r in list_runs(space.runs)
+            ]
+            if json:
+                answer(jsonlib.dumps({"id": name, "runs": runs}))
+            else:
+                seconds = manifest.get("n_frames", 0) / 25
+                answer(f"{name}\t{seconds:.1f} s\t{', '.join(runs) or 'no runs'}")
+
+
+def info(
+    name: Annotated[str, typer.Argument(help="Identity.")],
+    home: Home = None,
+    verbose: Verbose = False,
+) -> None:
+    """Say what is known of an identity, as JSON."""
+    with speaking(verbose):
+        from talkhead_cli.store import Workspace, home_folder, list_runs
+
+        space = Workspace.open(home_folder(home), name)
+        runs = {r.name: r.meta() for r in list_runs(space.runs)}
+        answer(jsonlib.dumps({**space.manifest(), "runs": runs}, indent=2))
+
+
+def remove(
+    name: Annotated[str, typer.Argument(help="Identity.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    home: Home = None,
+    verbose: Verbose = False,
+) -> None:
+    """Delete an identity with all its runs."""
+    with speaking(verbose):
+        from talkhead_cli.store import Workspace, home_folder, list_ids
+
+        folder = home_folder(home)
+        space = Workspace(folder, name)
+        if name not in list_ids(folder):
+            Workspace.open(folder, name)
+        if not yes and not typer.confirm(f"Delete {space.root} and all its runs?", err=True):
+            raise typer.Exit(1)
+        space.remove()
