@@ -48,8 +48,12 @@ def leave_one_out(talks: dict[str, Talk]) -> dict[str, Any]:
         )  # fmt: skip
     table = {}
     for seconds in PIECES_S:
-        found = [hit for n, whole in own.items() if whole is not None
-                 for hit in _pieces(talks[n], maps[n], whole.sound_after_lips_s, seconds)]
+        found = [
+            hit
+            for n, whole in own.items()
+            if whole is not None
+            for hit in _pieces(talks[n], maps[n], whole.sound_after_lips_s, seconds)
+        ]
         sure = [right for right, is_sure in found if is_sure]
         table[f"{seconds} s"] = {
             "pieces": len(found) // len(SHIFTS), "shifted": len(found),

@@ -158,9 +158,7 @@ def test_what_was_measured_is_undone_when_it_is_sure(
 
 
 @pytest.mark.parametrize("offset", ["soon", "nan", "11", "", "inf"])
-def test_an_offset_that_is_none_is_refused(
-    speaker_clip: Path, tmp_path: Path, offset: str
-) -> None:
+def test_an_offset_that_is_none_is_refused(speaker_clip: Path, tmp_path: Path, offset: str) -> None:
     with pytest.raises(MisuseError, match="--offset must be auto, none, or seconds"):
         preprocess(speaker_clip, tmp_path, SilentProgress(), offset=offset)
     assert not list(tmp_path.iterdir())

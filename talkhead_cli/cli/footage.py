@@ -30,8 +30,10 @@ def preprocess(
     ] = "auto",
     offset: Annotated[
         str,
-        typer.Option(help="Seconds the sound comes after the lips, to be undone: auto, none, or "
-                     "a number (negative: before)."),
+        typer.Option(
+            help="Seconds the sound comes after the lips, to be undone: auto, none, or "
+            "a number (negative: before)."
+        ),
     ] = "auto",
     start: Annotated[
         float, typer.Option("--from", help="Second of the film from which on it counts.")
@@ -69,9 +71,7 @@ def preprocess(
         }  # fmt: skip
         where, found = home_folder(home), videos_of(videos)
         if len(found) == 1 and not videos[0].is_dir() and engine == "processes":
-            space = job(
-                found[0], where, report, name=name, start_s=start, end_s=end, **options
-            )
+            space = job(found[0], where, report, name=name, start_s=start, end_s=end, **options)
             say([space.root], {"manifest": space.manifest()}, json)
             return
         if name is not None or consent is not None or start or end is not None:

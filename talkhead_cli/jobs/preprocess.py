@@ -135,8 +135,12 @@ def preprocess(
         space.note(
             finished=True,
             version=__version__,
-            source={"name": video.name, "sha256": source, "seconds": probe.duration_s,
-                    "first_frame": part.first},
+            source={
+                "name": video.name,
+                "sha256": source,
+                "seconds": probe.duration_s,
+                "first_frame": part.first,
+            },
             fps=FPS,
             size_px=size_px,
             n_frames=n_frames,
@@ -330,9 +334,7 @@ class _Work:
             "undone_s": np.array(offset_s or 0.0), **found,
         })  # fmt: skip
 
-    def _offset(
-        self, samples: NDArray[np.float32], faces: face.Faces
-    ) -> lipsync.Offset | None:
+    def _offset(self, samples: NDArray[np.float32], faces: face.Faces) -> lipsync.Offset | None:
         """How late the sound is; None where lips or sound are too short, or dead, to tell."""
         heard = voice.heard(samples, len(faces.found))
         frames = np.flatnonzero(faces.found & heard)
@@ -374,9 +376,7 @@ class _Work:
         warps = np.tile(np.eye(2, 3), (n_frames, 1, 1))
         tracked = np.zeros(n_frames, bool)
         piece: dict[str, list[Any]] = {"matte": [], "skin": []}
-        first_picture = next(
-            self.part.frames(first=reference, n_frames=1, crop=cut, size=size)
-        )
+        first_picture = next(self.part.frames(first=reference, n_frames=1, crop=cut, size=size))
         self.progress.stage("crop, matte, shoulders", n_frames)
         with (
             matte.Segmenter() as segment,

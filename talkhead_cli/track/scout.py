@@ -88,9 +88,7 @@ def _link(tracks: list[_Face], box: NDArray[np.float32], frame: int) -> None:
     tracks.append(_Face([box], {frame}))
 
 
-def _region(
-    face: _Face, others: list[_Face], size: tuple[int, int]
-) -> tuple[int, int, int, int]:
+def _region(face: _Face, others: list[_Face], size: tuple[int, int]) -> tuple[int, int, int, int]:
     """The chosen face's surroundings, cut half-way to its neighbours, in pixels."""
     chosen = np.stack(face.boxes)
     low, high = chosen[:, :2].min(0), chosen[:, 2:].max(0)
