@@ -152,13 +152,14 @@ def part_files(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     for film in sorted(p for f in folders for p in (CLIPS / f).iterdir() if p.is_file()):
         name = f"{film.parent.name}-{film.stem}".replace("_", "-")
         home = str(work / "files")
-        looked = asked("check", str(film), "--home", str(work / "home"), "--json")
+        looked = asked("check", str(film), "--json")
         done = asked("preprocess", str(film), "--id", name, "--home", home, "--fresh", "--json")
         row = {"check": _verdict(looked), "exit": done["exit"], "seconds": done["seconds"],
                "notes": done["notes"]}  # fmt: skip
         if done["exit"] == 0:
             manifest = json.loads(done["stdout"])["manifest"]
-            row |= {k: manifest[k] for k in ("n_frames", "n_found", "faces_seen", "backends")}
+            kept = ("n_frames", "n_found", "n_cut_away", "faces_seen", "offset", "backends")
+            row |= {k: manifest[k] for k in kept}
         rows[f"{film.parent.name}/{film.name}"] = row
     return {"files": len(rows), "tracked": sum(r["exit"] == 0 for r in rows.values()),
             "traceback": sum("Traceback" in " ".join(r["notes"]) for r in rows.values()),
