@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import save_file
 
 from talkhead_cli.contracts import FPS
 from talkhead_cli.store import Workspace
@@ -116,7 +115,7 @@ def main() -> None:
     print(json.dumps(leave_one_out(talks), indent=1))
     if options.write:
         weight, _ = lipsync.train(list(talks.values()))
-        save_file({"weight": weight.astype(np.float16)}, lipsync.WEIGHTS)
+        np.save(lipsync.WEIGHTS, weight.astype(np.float16))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
 from scipy.linalg import solve
 from scipy.ndimage import uniform_filter1d
 
@@ -24,7 +23,7 @@ from talkhead_cli.track import face, voice
 
 Array = NDArray[np.floating[Any]]
 
-WEIGHTS = Path(__file__).with_name("lipsync.safetensors")
+WEIGHTS = Path(__file__).with_name("lipsync.npy")
 N_STEPS = 57  # rows of log-mel round a frame's middle: +- 280 ms
 COUNTS = np.array([1.0, 0.5, 0.5])  # how much opening, width and jaw count
 SLOW = 51  # frames; what moves slower than that is not speech
@@ -86,7 +85,7 @@ def windows(stream: Array, frames: NDArray[Any], shift: int = 0) -> Array:
 @lru_cache(maxsize=1)
 def shipped() -> NDArray[np.float32]:
     """The map (57 x 40, 3) that comes with the package."""
-    weight: NDArray[np.float32] = load_file(WEIGHTS)["weight"].astype(np.float32)
+    weight: NDArray[np.float32] = np.load(WEIGHTS, allow_pickle=False).astype(np.float32)
     return weight
 
 
