@@ -172,7 +172,7 @@ def asked(*words: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "talkhead_cli.cli.app", *words], capture_output=True, text=True
     )
-    said = [line for line in done.stderr.splitlines()
+    said = [line.replace(f"{CLIPS}/", "") for line in done.stderr.splitlines()
             if line.startswith(("note:", "error:", "Traceback"))]  # fmt: skip
     return {"exit": done.returncode, "seconds": round(time.perf_counter() - began, 1),
             "stdout": done.stdout, "notes": said}  # fmt: skip

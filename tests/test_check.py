@@ -98,6 +98,14 @@ def test_native_libraries_are_not_heard(speaker_clip: Path, tmp_path: Path) -> N
     assert "looking for faces" in done.stderr and "TensorFlow" not in done.stderr
 
 
+def test_a_closed_stderr_does_no_harm() -> None:
+    done = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -m talkhead_cli.cli.app presets 2>&-"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0 and "lokitalk" in done.stdout
+
+
 def test_a_film_of_nobody_fails_at_once(tmp_path: Path) -> None:
     film = tmp_path / "wall.mp4"
     with media.VideoWriter(film, (128, 128)) as out:
@@ -205,6 +213,9 @@ def test_a_curve_breaks_where_nothing_was_seen() -> None:
     text = page(Report([Finding("x", "pass", "y")], curves=[curve]), "f")
     assert text.count('stroke="#2a5db0"') == 3, "two breaks"
     assert text.count("stroke-dasharray") == 1, "a limit far away is not drawn"
+    hour = np.arange(0, 3600, 1.8)
+    long = page(Report(curves=[Curve("c", "u", hour, np.sin(hour))]), "f")
+    assert long.count('stroke="#2a5db0"') == 1, "sparse, but whole"
     nothing = page(Report(curves=[Curve("c", "u", seconds, values * np.nan)]), "f")
     assert "nothing seen" in nothing
 
@@ -218,6 +229,9 @@ def test_the_command_says_it_in_words_and_in_json(speaker_clip: Path, tmp_path: 
     out = tmp_path / "report.html"
     assert CliRunner().invoke(app, [*words, "--page", str(out)]).exit_code == 0
     assert out.read_text().startswith("<!doctype html>")
+    for wrong in (tmp_path, tmp_path / "nowhere" / "r.html", out / "r.html"):
+        refused = CliRunner().invoke(app, [*words, "--page", str(wrong)])
+        assert refused.exit_code == 2 and "--page" in refused.stderr
     silent = spoilt(speaker_clip, tmp_path / "silent.mp4", "-an")
     assert CliRunner().invoke(app, ["check", str(silent)]).exit_code == 1
     text = tmp_path / "text.mp4"

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from talkhead_cli import media
 from talkhead_cli.cli.app import app
-from talkhead_cli.contracts import SilentProgress, TalkheadError
+from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import dataset as job
 from talkhead_cli.jobs import exchange
 from talkhead_cli.jobs.dataset import import_dataset, misses, read_cameras
@@ -51,20 +51,39 @@ def test_the_datasets_cameras_are_put_to_the_test(exported: Path, brought: Works
     assert about["cameras_px"] < 3 and about["tracked_px"] < 3
     cameras = read_cameras(exported)
     assert cameras is not None and cameras.n_held > 0
-    assert misses(brought, cameras)[0] == pytest.approx(about["cameras_px"], abs=0.01)
+    assert missed(brought, cameras) == pytest.approx(about["cameras_px"], abs=0.01)
+
+
+def missed(space: Workspace, cameras: job.Cameras) -> float:
+    found = misses(space, cameras)
+    assert found is not None
+    return found[0]
+
+
+def test_a_folder_whose_name_is_no_id_gets_one(exported: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "my data"
+    folder.mkdir()
+    shutil.copyfile(exported / "speaker.mp4", folder / "film.mp4")
+    shutil.copyfile(exported / "aud.wav", folder / "aud.wav")
+    assert import_dataset(folder, tmp_path / "home", SilentProgress()).id == "my-data"
+    with pytest.raises(MisuseError):
+        import_dataset(folder, tmp_path / "away", SilentProgress(), name="../x")
+    assert not (tmp_path / "away").exists()
 
 
 def test_cameras_of_other_frames_are_found_out(exported: Path, brought: Workspace) -> None:
     """Cameras that lag behind, or whose axes are another reader's, do not fit the face."""
     cameras = read_cameras(exported)
     assert cameras is not None
-    good, _ = misses(brought, cameras)
+    good = missed(brought, cameras)
     lagging = job.Cameras(cameras.frames, np.roll(cameras.c2w, 40, 0), cameras.focal,
                           cameras.centre, cameras.n_held)  # fmt: skip
     turned = job.Cameras(cameras.frames, np.linalg.inv(cameras.c2w), cameras.focal,
                          cameras.centre, cameras.n_held)  # fmt: skip
-    assert misses(brought, lagging)[0] > 3 * good
-    assert misses(brought, turned)[0] > 3 * good
+    assert missed(brought, lagging) > 3 * good
+    assert missed(brought, turned) > 3 * good
+    few = job.Cameras(cameras.frames[:5], cameras.c2w[:5], cameras.focal, cameras.centre, 0)
+    assert misses(brought, few) is None
 
 
 def copied(exported: Path, tmp_path: Path) -> Path:
@@ -77,7 +96,7 @@ def test_a_film_stands_in_for_pictures(exported: Path, tmp_path: Path) -> None:
     for file in folder.glob("transforms*.json"):
         file.unlink()
     space = import_dataset(folder, tmp_path / "home", SilentProgress(), name="film")
-    assert space.id == "film" and "dataset" not in space.manifest()
+    assert space.id == "film" and space.manifest()["dataset"] is None
 
 
 def break_gap(folder: Path) -> None:

@@ -55,6 +55,13 @@ def test_a_known_shift_is_found_to_a_third_of_a_frame(late_s: float) -> None:
     assert found.sound_after_lips_s == pytest.approx(late_s, abs=0.014)
 
 
+@pytest.mark.parametrize("late_s", [0.6, 0.64, -0.62])
+def test_what_may_lie_beyond_what_is_tried_is_not_believed(late_s: float) -> None:
+    one = talk(12, late_s, seed=3)
+    found = measure(one.stream, one.frames, one.lips, ear())
+    assert found is not None and not found.is_sure
+
+
 def test_missing_frames_do_not_matter() -> None:
     one = talk(14, 0.16, seed=5)
     kept = np.r_[0:100, 150:200, 220:340]

@@ -178,7 +178,7 @@ def test_frames_without_the_face_are_reported(
     film = shared / "hard" / "face_leaves.mp4"
     space = job.preprocess(film, tmp_path, progress, with_audio=False)
     mesh = space.load("mesh")
-    lost, cut_away = ~mesh["found"], ~mesh["kept"]
+    lost, cut_away = ~mesh["found"], ~space.load("shots")["kept"]
     assert 0 < lost.sum() < len(lost) / 2
     assert space.manifest()["n_found"] == len(lost) - lost.sum()
     notes = " ".join(progress.notes)
@@ -377,7 +377,7 @@ def test_a_part_of_a_film_is_tracked_as_if_it_were_all(
 @pytest.mark.parametrize(
     ("option", "second"),
     [("--from", "7"), ("--from", "-1"), ("--from", "9"), ("--from", "nan"), ("--to", "2"),
-     ("--to", "nan")],
+     ("--to", "nan"), ("--to", "inf"), ("--to", "60")],
 )  # fmt: skip
 def test_a_part_that_is_none_is_refused(
     speaker_clip: Path, tmp_path: Path, option: str, second: str

@@ -68,6 +68,12 @@ def test_the_shot_with_most_of_the_face_is_the_one() -> None:
     assert np.flatnonzero(shots.kept()).tolist() == list(range(91, 130))
 
 
+def test_whose_face_is_meant_decides() -> None:
+    shots = film((ROOM, 60, HERE), (STREET, 40, THERE))
+    assert shots.kept()[:59].all() and not shots.kept()[60:].any()
+    assert shots.kept([70, 82, 94])[61:].all() and not shots.kept([70, 82, 94])[:60].any()
+
+
 def test_a_nearer_camera_is_another_picture() -> None:
     nearer = face_at(60, 15, 45)
     shots = film((ROOM, 60, HERE), (np.roll(ROOM, 64, 1), 20, None), (ROOM, 30, nearer))
@@ -130,6 +136,36 @@ def test_shots_too_short_to_learn_from_are_refused(speaker_clip: Path, tmp_path:
     cut = joined(tmp_path / "cut.mp4", (card, 4), (speaker_clip, 1.5), (card, 4))
     with pytest.raises(TalkheadError, match="1.[0-9] s of cut.mp4 show one person in one picture"):
         preprocess(cut, tmp_path / "home", SilentProgress())
+
+
+def test_shares_of_a_film_are_of_what_is_left_of_it() -> None:
+    usable = np.zeros(3000, bool)
+    usable[:50] = usable[2750:] = True
+    train, held = footage.split_rows(usable, 1 / 11)
+    assert len(train) == 225 and len(held) == 75, "a quarter, not all of the end"
+    short, same = footage.split_rows(usable, 1 / 11, train_s=4)
+    assert len(short) == 100 and held.tolist() == same.tolist()
+
+
+@pytest.mark.parametrize(("who", "kept"), [("left", range(20, 95)), ("right", range(106, 190))])
+def test_of_two_people_in_two_shots_the_one_that_is_meant_is_followed(
+    shared: Path, tmp_path: Path, who: str, kept: range
+) -> None:
+    """Two people, one after the other, on either side of the picture."""
+    clips = shared / "clips"
+    out = tmp_path / "both.mp4"
+    graph = (
+        "[0:v]fps=25,scale=400:400,pad=1000:400:0:0,setsar=1[a];"
+        "[1:v]fps=25,scale=400:400,pad=1000:400:600:0,setsar=1[b];[a][b]concat=n=2[v]"
+    )
+    words = ["-loglevel", "error", "-y"]
+    for name in ("alice", "carl"):
+        words += ["-t", "4", "-i", str(clips / f"{name}.mp4")]
+    words += ["-filter_complex", graph, "-map", "[v]", str(out)]
+    subprocess.run([ffmpeg.executable(), *words], check=True)
+    space = preprocess(out, tmp_path / "home", SilentProgress(), which_face=who, with_audio=False)
+    assert space.load("tracks")["usable"][list(kept)].all()
+    assert space.load("tracks")["usable"].sum() < 101
 
 
 def test_a_real_cut_to_another_person(shared: Path, tmp_path: Path) -> None:

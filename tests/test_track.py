@@ -484,7 +484,7 @@ def test_scout_cuts_half_way_between_two_faces(scout: Scout) -> None:
 
 def test_scout_gives_one_person_the_whole_picture(scout: Scout) -> None:
     moving = [[[0.1 + 0.05 * i, 0.2, 0.3 + 0.05 * i, 0.6]] for i in range(10)]
-    assert scout(moving) == scouting.Scene(1, (0, 0, 400, 200))
+    assert scout(moving) == scouting.Scene(1, (0, 0, 400, 200), frozenset(range(10)))
 
 
 def test_scout_overlooks_a_passer_by_and_a_face_on_the_wall(scout: Scout) -> None:

@@ -139,13 +139,17 @@ def chatter_unheard() -> Iterator[None]:
     """
     python = sys.stderr
     try:
-        ours = python.fileno() == 2
+        heard = os.dup(2)
+    except OSError:  # closed, as a daemon's may be: nothing is heard anyway
+        yield
+        return
+    try:
+        ours = python is not None and python.fileno() == 2
     except (OSError, ValueError):  # a test's buffer
         ours = False
-    heard = os.dup(2)
     nowhere = os.open(os.devnull, os.O_WRONLY)
-    python.flush()
     if ours:
+        python.flush()
         sys.stderr = os.fdopen(os.dup(heard), "w", buffering=1, encoding=python.encoding,
                                errors=python.errors)  # fmt: skip
     os.dup2(nowhere, 2)
@@ -156,7 +160,7 @@ def chatter_unheard() -> Iterator[None]:
         os.dup2(heard, 2)
         os.close(heard)
         if ours:
-            sys.stderr.close()
+            sys.stderr.flush()  # and left open: loggers may have taken hold of it
             sys.stderr = python
 
 

@@ -70,7 +70,9 @@ def preprocess(
             "offset": offset, "consent": consent, "fresh": fresh,
         }  # fmt: skip
         where, found = home_folder(home), videos_of(videos)
-        if len(found) == 1 and not videos[0].is_dir() and engine == "processes":
+        if len(found) == 1 and not videos[0].is_dir():
+            if engine != "processes" or address is not None or jobs:
+                raise MisuseError("--jobs, --engine and --address are for many videos, not for one")
             space = job(found[0], where, report, name=name, start_s=start, end_s=end, **options)
             say([space.root], {"manifest": space.manifest()}, json)
             return
@@ -97,14 +99,14 @@ def check(
 ) -> None:
     """Say whether a film is worth training on, point by point, and what to do about it."""
     with speaking(verbose) as report:
+        from talkhead_cli.contracts import MisuseError
         from talkhead_cli.jobs.check import check as job
         from talkhead_cli.jobs.check import page as page_of
         from talkhead_cli.store.files import atomic
 
+        if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
+            raise MisuseError(f"--page {page} must name a file in a folder that is there")
         found = job(video, report)
-        if page is not None:
-            with atomic(page) as part:
-                part.write_text(page_of(found, video.name))
         if json:
             answer(jsonlib.dumps(found.facts()))
         else:
@@ -112,6 +114,9 @@ def check(
                 cure = f"  -> {point.cure}" if point.cure else ""
                 answer(f"{point.verdict:8}{point.name:14}{point.found}{cure}")
             answer(f"{found.verdict:8}all in all")
+        if page is not None:
+            with atomic(page) as part:
+                part.write_text(page_of(found, video.name), encoding="utf-8", errors="replace")
     if found.verdict == "fail":
         raise SystemExit(1)
 

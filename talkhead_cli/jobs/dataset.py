@@ -24,13 +24,14 @@ from scipy.spatial.transform import Rotation
 from talkhead_cli import media
 from talkhead_cli.contracts import Progress, TalkheadError
 from talkhead_cli.jobs.exchange import TURNED, UNIT
-from talkhead_cli.jobs.preprocess import preprocess
-from talkhead_cli.store import Workspace
+from talkhead_cli.jobs.preprocess import id_from, preprocess
+from talkhead_cli.store import Workspace, check_id
 from talkhead_cli.track.pose import RIGID
 
 SPLITS = ("train", "val")
 N_ASKED = 60  # cameras that are put to the test
 MAX_JSON = 200_000_000  # bytes
+MAX_FRAMES = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -52,27 +53,33 @@ def import_dataset(
 
     Reads ori_imgs/{i}.jpg (or .png), else ID.mp4; aud.wav; transforms_train.json and _val.json.
     """
+    name = id_from(folder.resolve()) if name is None else check_id(name)
     cameras = read_cameras(folder)
-    with tempfile.TemporaryDirectory(prefix=".import-", dir=_made(home)) as scratch:
-        film = _film(folder, Path(scratch), progress)
-        space = preprocess(film, home, progress, name=name or film.stem)
-    if cameras is not None:
-        progress.note(
-            f"the dataset holds out {cameras.n_held} of {len(cameras.frames)} frames; "
-            f"talkhead's own split is -s data.holdout={cameras.n_held / len(cameras.frames):.3f}"
-        )
-        theirs, ours = misses(space, cameras)
-        space.note(dataset={"cameras_px": round(theirs, 2), "tracked_px": round(ours, 2)})
-        progress.note(
-            f"the dataset's cameras see rigid landmarks {theirs:.1f} px from where they are (at "
-            f"512 px), talkhead's {ours:.1f} px"
-        )
-    return space
-
-
-def _made(home: Path) -> Path:
+    pictures, sound = _sources(folder)
     home.mkdir(parents=True, exist_ok=True)
-    return home
+    with tempfile.TemporaryDirectory(prefix=".import-", dir=home) as scratch:
+        film = _film(pictures, sound, Path(scratch) / f"{name}.mp4", progress)
+        space = preprocess(film, home, progress, name=name)
+    if cameras is None:
+        return space
+    share = cameras.n_held / len(cameras.frames)
+    if 0 < share < 0.5:
+        progress.note(
+            f"the dataset holds out {cameras.n_held} of {len(cameras.frames)} frames, the same "
+            f"share as finetune -s data.holdout={share:.3f}"
+        )
+    found = misses(space, cameras)
+    if found is None:
+        progress.note("fewer than ten of the dataset's cameras show a face; they were not tested")
+        return space
+    theirs, ours = found
+    with space.locked():
+        space.note(dataset={"cameras_px": round(theirs, 2), "tracked_px": round(ours, 2)})
+    progress.note(
+        f"the dataset's cameras see rigid landmarks {theirs:.1f} px from where they are (RMS, at "
+        f"512 px), talkhead's {ours:.1f} px"
+    )
+    return space
 
 
 def read_cameras(folder: Path) -> Cameras | None:
@@ -91,13 +98,14 @@ def read_cameras(folder: Path) -> Cameras | None:
                      for f in facts["frames"]]  # fmt: skip
             focal = float(facts["focal_len"] if "focal_len" in facts else facts["fl_x"])
             centre = np.array([facts["cx"], facts["cy"]], np.float64)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise TalkheadError(
                 f"{path.name} lacks what the layout has (img_id and transform_matrix of each "
                 f"frame, focal_len, cx, cy): {error}"
             ) from error
         for index, matrix in found:
-            if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or index < 0:
+            known = 0 <= index < MAX_FRAMES
+            if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not known:
                 raise TalkheadError(f"{path.name}: frame {index} has no camera of 4 x 4 numbers")
         frames += found
         n_held += len(found) if split == "val" else 0
@@ -123,11 +131,11 @@ def _json(path: Path) -> dict[str, Any]:
     return found
 
 
-def _film(folder: Path, scratch: Path, progress: Progress) -> Path:
-    """The dataset as one film with its sound, named after the folder."""
+def _sources(folder: Path) -> tuple[list[Path], Path]:
+    """Its numbered pictures, or else its film, and its sound."""
     sound = folder / "aud.wav"
-    stem = folder.resolve().name
-    films = [p for p in (folder / f"{stem}.mp4", *sorted(folder.glob("*.mp4"))) if p.is_file()]
+    own = folder / f"{folder.resolve().name}.mp4"
+    films = [p for p in (own, *sorted(folder.glob("*.mp4"))) if p.is_file()]
     pictures = _pictures(folder / "ori_imgs")
     if not pictures and not films:
         raise TalkheadError(
@@ -138,9 +146,11 @@ def _film(folder: Path, scratch: Path, progress: Progress) -> Path:
         if not films:
             raise TalkheadError(f"{folder} has no sound: neither aud.wav nor ID.mp4")
         sound = films[0]
-    if not pictures:
-        pictures = films[:1]
-    out = scratch / f"{stem}.mp4"
+    return pictures or films[:1], sound
+
+
+def _film(pictures: list[Path], sound: Path, out: Path, progress: Progress) -> Path:
+    """Both as one film."""
     stream = _read(pictures)
     first = next(stream)
     height, width = (side // 2 * 2 for side in first.shape[:2])
@@ -177,15 +187,15 @@ def _read(files: list[Path]) -> Iterator[NDArray[np.uint8]]:
         yield np.ascontiguousarray(bgr[..., ::-1])
 
 
-def misses(space: Workspace, cameras: Cameras) -> tuple[float, float]:
-    """How far, on average, rigid landmarks are from where the dataset's cameras and our track see
-    the rigid face: pixels at 512."""
+def misses(space: Workspace, cameras: Cameras) -> tuple[float, float] | None:
+    """How far (RMS of each frame, on average) rigid landmarks are from where the dataset's cameras
+    and our track see the rigid face: pixels at 512.  None where too few cameras show a face."""
     tracks = space.load("tracks")
     crop, size = space.manifest()["crop"], int(space.manifest()["size_px"])
     usable = np.flatnonzero(tracks["usable"])
     asked = np.intersect1d(cameras.frames, usable)
     if len(asked) < 10:
-        raise TalkheadError("fewer than ten of the dataset's cameras have a face to be tested on")
+        return None
     of = {int(frame): i for i, frame in enumerate(cameras.frames)}
     asked = asked[np.linspace(0, len(asked) - 1, min(N_ASKED, len(asked))).astype(int)]
     scale = crop["side"]
@@ -202,6 +212,7 @@ def misses(space: Workspace, cameras: Cameras) -> tuple[float, float]:
 
     start = np.array([0, 0, 0, 0, 0, 0, np.log(UNIT)])
     fitted = least_squares(off, start, loss="soft_l1", f_scale=4.0)
-    theirs = np.linalg.norm(off(fitted.x).reshape(-1, 2), axis=1).mean()
+    missed = off(fitted.x).reshape(len(asked), -1, 2)
+    theirs = np.sqrt((missed**2).sum(-1).mean(1)).mean()
     ours = float(np.nanmean(tracks["residual_px"][asked]))  # in pixels of the film
     return float(theirs) * size / scale, ours * size / scale

@@ -129,16 +129,12 @@ def split_rows(
 ) -> tuple[Tensor, Tensor]:
     """The usable rows to learn from and those held out, (n,) long each.
 
-    Counted between the first usable row and the last: what was cut away at either end of a film
-    is no part of it.
+    Shares are of usable rows: what was cut away, or shows no face, is no part of the film.
     """
     rows = torch.from_numpy(np.flatnonzero(usable))
-    if not len(rows):
-        return rows, rows
-    first, end = int(rows[0]), int(rows[-1]) + 1
-    n_train = end - first - split(end - first, holdout)
+    n_train = len(rows) - split(len(rows), holdout)
     n_learn = min(n_train, round(train_s * FPS) or n_train)
-    return rows[rows < first + n_learn], rows[rows >= first + n_train]
+    return rows[:n_learn], rows[n_train:]
 
 
 def load(

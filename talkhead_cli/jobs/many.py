@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from talkhead_cli import __version__
 from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
 
 VIDEOS = frozenset([
@@ -63,8 +64,9 @@ def preprocess_many(
 ) -> list[Outcome]:  # fmt: skip
     """Preprocess each of `videos` into `home`; an outcome for each, in their order.
 
-    jobs: how many at a time; 0: as many as cores and memory bear.  engine: processes, or ray, with
-    the cluster at `address` (none: this machine alone).  options go to `preprocess`.
+    jobs: how many at a time; 0: as many as cores and memory bear (Ray counts cores alone).
+    engine: processes, or ray, with the cluster at `address` (none: a new one on this machine).
+    options go to `preprocess`.
     """
     if engine not in ENGINES:
         raise MisuseError(f"--engine must be {' or '.join(ENGINES)}, not '{engine}'")
@@ -151,8 +153,8 @@ def _by_ray(
     except ImportError as error:
         raise TalkheadError("--engine ray needs Ray: pip install 'talkhead[ray]'") from error
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR,
-                 include_dashboard=False if address is None else None)  # fmt: skip
+        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR,
+                 include_dashboard=None if address else False)  # fmt: skip
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f" at {address}" if address else ""
         raise TalkheadError(f"no Ray cluster could be reached{where}: {error}") from error
@@ -170,12 +172,15 @@ def _by_ray(
             index = running.pop(done[0])
             try:
                 outcome = ray.get(done[0])
-            except ray.exceptions.RayTaskError as error:
-                cause = error.cause if isinstance(error.cause, MisuseError) else error
-                raise MisuseError(str(cause)) from error
             except ray.exceptions.RayError as error:
+                cause = getattr(error, "cause", None) or error
+                if isinstance(cause, MisuseError):  # the command is wrong for every video
+                    raise MisuseError(str(cause)) from error
                 outcome = Outcome(str(videos[index]), _id_or_nothing(videos[index]))
-                outcome.error = f"its worker was lost ({type(error).__name__}); run it again"
+                outcome.error = (
+                    f"its worker failed ({type(cause).__name__}); is talkhead {__version__} "
+                    "installed on every machine of the cluster?"
+                )
             ended(index, outcome)
     finally:
         ray.shutdown()

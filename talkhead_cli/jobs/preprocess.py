@@ -40,6 +40,7 @@ MESH_MAX_SIDE = 1280
 SKIN_EVERY = 10  # frames
 BLOCK = 2048  # frames that are worked on at once
 N_PLATE = 25  # frames behind the background's median
+SCOUT_EVERY = FPS // 2  # frames that a first look takes
 N_EVIDENCE = 40  # frames that tell hair from torso by motion
 MAX_OFFSET_S = 10.0
 MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
@@ -126,7 +127,7 @@ def preprocess(
         work.do("film", lambda: work.film(faces, crop, size_px), place, needs=("mesh",))
         work.do("tracks", lambda: work.tracks(faces, head, crop, size_px), needs=("film",))
         work.do("labels", lambda: work.labels(n_frames), needs=("tracks",))
-        missing = _ranges(~faces.found & space.load("mesh")["kept"])
+        missing = _ranges(~faces.found & space.load("shots")["kept"])
         if missing:
             progress.note("no face in frames " + ", ".join(missing) + "; training leaves them out")
         if consent is not None:
@@ -145,7 +146,7 @@ def preprocess(
             size_px=size_px,
             n_frames=n_frames,
             n_found=int(faces.found.sum()),
-            n_cut_away=int((~space.load("mesh")["kept"]).sum()),
+            n_cut_away=int((~space.load("shots")["kept"]).sum()),
             crop={"x": crop.x, "y": crop.y, "side": crop.side},
             focal_px=head.focal_px * crop.scale(size_px),
             backends={
@@ -157,6 +158,7 @@ def preprocess(
             has_audio=with_audio,
             offset=work.offset() if with_audio else None,
             faces_seen=n_faces,
+            dataset=None,
             consent=space.consents(),
         )
         if work.n_done == len(VERSIONS):  # a partial run says nothing about speed
@@ -168,7 +170,8 @@ def preprocess(
 def _part(video: Path, seconds: float, start_s: float, end_s: float | None) -> Part:
     """The part from start to end, checked against the film's length."""
     end = seconds if end_s is None else end_s
-    if not 0 <= start_s < seconds or not end - start_s >= MIN_SECONDS:
+    inside = 0 <= start_s < seconds and end <= seconds + 1 / FPS
+    if not inside or not end - start_s >= MIN_SECONDS:
         raise MisuseError(
             f"--from and --to must lie in the {seconds:.1f} s of {video.name}, at least "
             f"{MIN_SECONDS:.0f} s apart, not {start_s:g} and {end:g}"
@@ -226,7 +229,7 @@ class _Work:
     def mesh(self, which_face: str) -> None:
         """Find the person, then the mesh in every frame."""
         self.progress.stage("looking for faces")
-        scene = scout(self.part.frames(max_side=640, stride=FPS // 2), self.size, which_face)
+        scene = scout(self.part.frames(max_side=640, stride=SCOUT_EVERY), self.size, which_face)
         if scene.n_faces > 1:
             self.progress.note(
                 f"{scene.n_faces} faces are in the film; following the {which_face} one "
@@ -247,7 +250,7 @@ class _Work:
                 f"only {len(found) / FPS:.1f} s of {self.video.name} could be read; at least "
                 f"{MIN_SECONDS:.0f} s of talking are needed"
             )
-        n_kept = int(stored["kept"].sum())
+        n_kept = int(self.space.load("shots")["kept"].sum())
         if n_kept < MIN_SECONDS * FPS:
             raise TalkheadError(
                 f"only {n_kept / FPS:.1f} s of {self.video.name} show one person in one picture, "
@@ -278,18 +281,19 @@ class _Work:
             spool.seek(0)
             points = np.fromfile(spool, np.float32).reshape(-1, face.N_MESH, 3)
         found = ~np.isnan(points[:, 0, 0])
-        kept = shots.kept()
+        kept = shots.kept(n * SCOUT_EVERY for n in scene.seen_in)
         if not kept.all():
             self.progress.note(
                 f"the film is cut: frames {', '.join(_ranges(~kept))} show another picture than "
-                f"the one with most of the face, and are left out; {kept.sum() / FPS:.1f} of "
-                f"{len(kept) / FPS:.1f} s remain"
+                f"the one with most of the face, or lie at a cut, and are left out; "
+                f"{kept.sum() / FPS:.1f} of {len(kept) / FPS:.1f} s remain (--face chooses whose)"
             )
         colours = [skin[index] for index in skin if kept[index]]
-        return {
-            "points": points, "found": found & kept, "kept": kept,
+        self.space.save("shots", {
+            "kept": kept,
             "skin": np.concatenate(colours) if colours else np.zeros((0, 3), np.float32),
-        }  # fmt: skip
+        })  # fmt: skip
+        return {"points": points, "found": found & kept}
 
     def pose(self, faces: face.Faces) -> HeadTrack:
         self.progress.stage("head pose", None)
@@ -343,7 +347,13 @@ class _Work:
 
     def _worth_undoing(self, found: lipsync.Offset | None) -> float:
         """Seconds to undo, to the 10 ms; 0 where the sound is in step, or nobody can tell."""
-        if found is None or not found.is_sure or abs(found.sound_after_lips_s) < MIN_OFFSET_S:
+        if found is None or not found.is_sure:
+            self.progress.note(
+                "whether lips and sound agree could not be told (too little is seen or heard); the "
+                "sound is left as it is (--offset SECONDS shifts it)"
+            )
+            return 0.0
+        if abs(found.sound_after_lips_s) < MIN_OFFSET_S:
             return 0.0
         self.progress.note(
             f"the sound comes {found}; it was shifted into step (--offset none leaves it as it is)"
@@ -363,7 +373,7 @@ class _Work:
     def film(self, faces: face.Faces, crop: Crop, size_px: int) -> None:
         """The cropped video, mattes, skin, shoulders' registration, plate."""
         n_frames = len(faces.found)
-        stored = self.space.load("mesh")
+        stored = self.space.load("shots")
         kept = np.flatnonzero(stored["kept"])
         mesh = self._mesh_in_crop(faces, crop)
         reference = _reference_frame(mesh, faces.found)
@@ -435,7 +445,7 @@ class _Work:
         ])  # fmt: skip
         seen = _face_signals(faces, head)
         eyes = face.fit_eye_scale(seen["gap"][faces.found])
-        lost = 1 - float(film["tracked"][self.space.load("mesh")["kept"]].mean())
+        lost = 1 - float(film["tracked"][self.space.load("shots")["kept"]].mean())
         if lost > 0.2:
             self.progress.note(
                 f"the shoulders could not be followed in {lost:.0%} of the frames; "

@@ -32,13 +32,14 @@ NEAR = 3  # frames round the best shift that are the same peak
 ROWS = 2048  # frames heard at once
 MIN_SECONDS = 8.0  # shorter films cannot say
 MIN_LEARN_SECONDS = 3.0  # of films that the map is trained on
-SURE = 0.1  # margin from which on shifts were right; wrong sound reaches it in 2 % of 8 s
+SURE = 0.1  # margin from which on shifts were right; wrong sound reaches it in 4 % of 8 s
 
 
 @dataclass(frozen=True)
 class Offset:
     """sound_after_lips_s: how late the sound is, negative when early · agreement: weighted mean
-    correlation of lips and sound there · margin: over the best agreement elsewhere."""
+    correlation of lips and sound there · margin: over the best agreement elsewhere, 0 where it is
+    at the end of what was tried and may go on beyond."""
 
     sound_after_lips_s: float
     agreement: float
@@ -114,7 +115,7 @@ def measure(
     return Offset(
         sound_after_lips_s=(best + _between(agreed, best) - REACH) / FPS,
         agreement=float(agreed[best]),
-        margin=float(agreed[best] - agreed[elsewhere].max()),
+        margin=float(agreed[best] - agreed[elsewhere].max()) if 0 < best < 2 * REACH else 0.0,
     )
 
 

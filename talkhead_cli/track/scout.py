@@ -16,10 +16,12 @@ FACES = ("largest", "left", "right")
 
 @dataclass(frozen=True)
 class Scene:
-    """Faces present for a fair part of the film, and the region (x, y, w, h) of the chosen one."""
+    """Faces present for a fair part of the film, the region (x, y, w, h) of the chosen one, and in
+    which of the pictures looked at it was seen."""
 
     n_faces: int
     roi: tuple[int, int, int, int]
+    seen_in: frozenset[int] = frozenset()
 
 
 def scout(
@@ -38,7 +40,7 @@ def scout(
             n_frames += 1
             shape = np.array([rgb.shape[1], rgb.shape[0]] * 2, np.float32)
             for box in detect(rgb):
-                _link(tracks, box / shape, n_frames)
+                _link(tracks, box / shape, n_frames - 1)
     whole = (0, 0, size[0], size[1])
     if not tracks:
         # the mesh has a detector of its own and gets the last word
@@ -54,8 +56,8 @@ def scout(
     # faces of other shots stand in nobody's way
     others = [t for t in lasting if t is not chosen and t.frames & chosen.frames]
     if not others:
-        return Scene(1, whole)
-    return Scene(1 + len(others), _region(chosen, others, size))
+        return Scene(1, whole, frozenset(chosen.frames))
+    return Scene(1 + len(others), _region(chosen, others, size), frozenset(chosen.frames))
 
 
 @dataclass

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,13 +91,19 @@ class Shots:
         """First frame and end of each shot."""
         return [(shot.first, shot.end) for shot in self._shots]
 
-    def kept(self) -> NDArray[np.bool_]:
+    def kept(self, wanted: Iterable[int] = ()) -> NDArray[np.bool_]:
         """(T,) frames of the shot that shows most of the face, and of those that show the same:
         the picture where it was, the face where it was and as large.
 
-        Frames beside a cut are not among them: trackers look across.
+        `wanted` are frames that are known to show the face that is meant.  Frames beside a cut are
+        not kept: trackers look across.
         """
-        main = max(self._shots, key=lambda shot: shot.n_faces)
+        known = np.array(sorted(wanted), int)
+
+        def shows(shot: _Shot) -> tuple[int, int]:
+            return int(((known >= shot.first) & (known < shot.end)).sum()), shot.n_faces
+
+        main = max(self._shots, key=shows)
         flags = np.zeros(self._shots[-1].end, bool)
         for shot in self._shots:
             if shot is main or _alike(shot, main):

@@ -81,7 +81,8 @@ def _motion(report: Report, pieces: list[Piece]) -> None:
     lips = np.concatenate([face.lip_aperture(p.mesh[p.found]) for p in pieces])
     for piece in pieces:
         cuts += [piece.first + at for at in _cuts(piece)]
-        still.append(_background_motion(piece))
+        if len(piece.found) > FPS:
+            still.append(_background_motion(piece))
         if piece.found.sum() < FPS:
             continue
         turns.append(piece.angles)
@@ -111,8 +112,9 @@ def _motion(report: Report, pieces: list[Piece]) -> None:
         "preprocess keeps the picture that shows most of the face; better film in one go"
         if cuts else ""
     ))  # fmt: skip
-    report.less("background", "moving", float(np.median(still)),
-                f"changes by {np.median(still):.1f} of 255 within a second",
+    moving = float(np.median(still)) if still else 0.0
+    report.less("background", "moving", moving,
+                f"changes by {moving:.1f} of 255 within a second",
                 "put the camera on a stand, before something that does not move")  # fmt: skip
 
 
@@ -179,7 +181,7 @@ def _lips_and_sound(report: Report, samples: NDArray[np.float32], pieces: list[P
             frames.append(piece.first + rows)
     found = lipsync.measure(stream, np.concatenate(frames), np.concatenate(lips)) if lips else None
     if found is None or not found.is_sure:
-        why = "too short to tell" if found is None else "not clear"
+        why = "too little to tell by" if found is None else "not clear"
         report.findings.append(Finding(
             "lip sync", "unknown", why,
             "watch whether the lips go with the sound; preprocess --offset SECONDS puts it right"

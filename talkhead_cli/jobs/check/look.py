@@ -90,7 +90,7 @@ def _look(
             seen = mesh(rgb)
             rows["mesh"].append(blank if seen is None else seen)
             rows["thumb"].append(thumb(rgb))
-            if len(rows["thumb"]) == n // 2:
+            if len(rows["thumb"]) in (1, n // 2):
                 width = round(SHOWN_PX * rgb.shape[1] / rgb.shape[0])
                 shown = cv2.resize(rgb, (width, SHOWN_PX), interpolation=cv2.INTER_AREA)
             rows["sharp"].append(np.nan if seen is None else _sharpness(rgb, seen))

@@ -80,11 +80,12 @@ def _plot(curve: Curve) -> str:
         x = MARGIN + (WIDTH - MARGIN) * (second - first) / (last - first)
         return f"{x:.1f},{HEIGHT - (HEIGHT - 8) * (value - low) / (high - low):.1f}"
 
+    gap = max(0.5, 3 * float(np.median(np.diff(curve.seconds)))) if len(curve.seconds) > 1 else 0.5
     lines: list[list[str]] = []
     run: list[str] = []
     before = float("-inf")
     for second, value in zip(curve.seconds.tolist(), curve.values.tolist(), strict=True):
-        if not np.isfinite(value) or second - before > 0.5:
+        if not np.isfinite(value) or second - before > gap:
             lines, run = [*lines, run], []
         if np.isfinite(value):
             run.append(at(second, value))
