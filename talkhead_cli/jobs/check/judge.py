@@ -49,9 +49,12 @@ def check(video: Path, progress: Progress) -> Report:
         return report
     _picture(report, pieces, scale)
     _motion(report, pieces)
-    samples = _sound(report, video, about, pieces)
+    samples = _sound(report, video, about)
+    stream = None if samples is None else voice.features(samples)
+    if stream is not None and report.figures["level"] >= LIMITS["level"][1]:
+        _lips_and_sound(report, stream, pieces)
     report.pictures = [(p.first / FPS, p.shown) for p in pieces]
-    report.segments = _segments(pieces, samples)
+    report.segments = _segments(pieces, stream)
     report.curves = _curves(pieces, samples)
     _best_part(report, about.duration_s)
     return report
@@ -139,10 +142,8 @@ def _blinks(gap: Array) -> int:
     return int((np.diff(np.concatenate([[False], shut]).astype(int)) == 1).sum())
 
 
-def _sound(
-    report: Report, video: Path, about: media.Probe, pieces: list[Piece]
-) -> NDArray[np.float32] | None:
-    """Level, noise, clipping, and whether it goes with the lips; the samples, if there are any."""
+def _sound(report: Report, video: Path, about: media.Probe) -> NDArray[np.float32] | None:
+    """Level, noise, clipping; the samples, if there are any."""
     if not about.has_audio:
         report.findings.append(Finding(
             "sound", "fail", "none", "film with sound; preprocess --no-audio tracks pictures alone"
@@ -160,7 +161,6 @@ def _sound(
                 "film in a quiet room, without music")  # fmt: skip
     over = float((np.abs(samples) > 0.985).mean())
     report.less("clipping", "clipped", over, f"{over:.2%} of the samples", "lower the gain")
-    _lips_and_sound(report, samples, pieces)
     return samples
 
 
@@ -171,8 +171,8 @@ def _blocks(samples: NDArray[np.float32]) -> Array:
     return samples[:usable].reshape(-1, n).astype(np.float64)
 
 
-def _lips_and_sound(report: Report, samples: NDArray[np.float32], pieces: list[Piece]) -> None:
-    stream = voice.features(samples)
+def _lips_and_sound(report: Report, stream: NDArray[np.float32], pieces: list[Piece]) -> None:
+    """Whether speech features (rows, A) of the film go with the lips of its pieces."""
     frames, lips = [], []
     for piece in pieces:
         rows = np.flatnonzero(piece.found)
@@ -192,13 +192,13 @@ def _lips_and_sound(report: Report, samples: NDArray[np.float32], pieces: list[P
     report.less("lip sync", "late", abs(late), f"sound {found}", "preprocess puts it right")
 
 
-def _segments(pieces: list[Piece], samples: NDArray[np.float32] | None) -> list[Segment]:
+def _segments(pieces: list[Piece], stream: NDArray[np.float32] | None) -> list[Segment]:
     """The pieces, the one that shows most first.
 
     What counts is what ISExplore counts (arXiv 2511.07940): how far lips move, how sounds differ,
     how many views there are; each against the best piece's, and their geometric mean.
     """
-    mel = None if samples is None else voice.features(samples)[:, : voice.N_MEL]
+    mel = None if stream is None else stream[:, : voice.N_MEL]
     rows = []
     for piece in pieces:
         if piece.found.sum() < FPS:
