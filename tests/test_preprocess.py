@@ -15,6 +15,7 @@ from talkhead_cli import media
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import preprocess as job
+from talkhead_cli.jobs import stages
 from talkhead_cli.store import Workspace
 from talkhead_cli.track import face, matte
 from talkhead_cli.track.scout import Scene
@@ -129,8 +130,8 @@ def test_an_id_is_made_of_the_files_name(stem: str, name: str) -> None:
 
 def test_ranges_of_frames() -> None:
     flags = np.array([1, 1, 0, 0, 1, 0, 1, 1, 1], bool)
-    assert job._ranges(flags) == ["0-1", "4-4", "6-8"]
-    assert job._ranges(np.zeros(3, bool)) == []
+    assert stages.ranges(flags) == ["0-1", "4-4", "6-8"]
+    assert stages.ranges(np.zeros(3, bool)) == []
 
 
 # ---------------------------------------------------------------- hard films
@@ -140,7 +141,7 @@ def test_ranges_of_frames() -> None:
 def only_faces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the stages out that come after the choice of the crop."""
     for stage in ("film", "tracks", "labels"):
-        monkeypatch.setattr(job._Work, stage, lambda *_, **__: None)
+        monkeypatch.setattr(stages.Stages, stage, lambda *_, **__: None)
 
 
 def beginning(film: Path, n_frames: int, out: Path, sound: Path | None = None) -> Path:
@@ -182,7 +183,7 @@ def test_frames_without_the_face_are_reported(
     assert 0 < lost.sum() < len(lost) / 2
     assert space.manifest()["n_found"] == len(lost) - lost.sum()
     notes = " ".join(progress.notes)
-    for span in [*job._ranges(lost & ~cut_away), *job._ranges(cut_away)]:
+    for span in [*stages.ranges(lost & ~cut_away), *stages.ranges(cut_away)]:
         assert span in notes
 
 
@@ -226,7 +227,7 @@ def short(
     """The speaker's first 3.2 s, in which her face need not be looked for."""
     KnownMesh.points = Workspace(speaker_home, "speaker").load("mesh")["points"]
     monkeypatch.setattr(face, "FaceMesh", KnownMesh)
-    monkeypatch.setattr(job, "scout", lambda _frames, size, _which: Scene(1, (0, 0, *size)))
+    monkeypatch.setattr(stages, "scout", lambda _frames, size, *_: Scene(1, (0, 0, *size)))
     return beginning(speaker_clip, 80, tmp_path / "short.mp4", speaker_clip)
 
 
@@ -261,7 +262,7 @@ def test_what_a_crash_left_is_finished_by_the_same_command(
     done: dict[str, int] = {}
     for stage in STAGES:  # each time, one stage further
         with monkeypatch.context() as patched:
-            patched.setattr(job._Work, stage, crash)
+            patched.setattr(stages.Stages, stage, crash)
             with pytest.raises(RuntimeError):
                 track(short, home)
         with pytest.raises(TalkheadError, match="not preprocessed to the end|no identity"):
@@ -318,7 +319,7 @@ def test_another_size_redoes_the_film_and_keeps_the_faces(tmp_path: Path, short:
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """No picture or sound can be looked at."""
     for stage in STAGES:
-        monkeypatch.setattr(job._Work, stage, crash)
+        monkeypatch.setattr(stages.Stages, stage, crash)
 
 
 def test_the_same_command_again_does_nothing(home: Path, speaker_clip: Path, idle: None) -> None:

@@ -220,11 +220,11 @@ class Landmark(PersonalAvatar):
             "still": (rendered.feature[:, AMBIENT] * (1 - alive)).mean(),
         }
         if rays.layout is not None:
-            losses |= patch_losses(over, target.view(*rays.layout, 3))
+            losses |= patch_losses(over, target.view(*rays.layout, 3), self.judges)
         if frame.rgb is not over:  # the whole person was painted
             picture = shot.target.view(*frame.rgb.shape)
             person = 1 - shot.labels[:, 5:6].view(*frame.alpha.shape)
-            losses |= patch_losses(frame.rgb, picture, "whole_")
+            losses |= patch_losses(frame.rgb, picture, self.judges, "whole_")
             losses["whole"] = F.smooth_l1_loss(frame.rgb, picture, beta=0.1)
             losses["whole_matte"] = (frame.alpha - person).square().mean()
         return losses

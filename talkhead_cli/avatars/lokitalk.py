@@ -177,7 +177,7 @@ class LokiTalk(PersonalAvatar):
             "rough": self.volume.roughness(),
         }
         if rays.layout is not None:
-            losses |= patch_losses(frame.rgb, shot.target.view(*rays.layout, 3))
+            losses |= patch_losses(frame.rgb, shot.target.view(*rays.layout, 3), self.judges)
         return losses
 
     # -- parts ---------------------------------------------------------------------------------

@@ -192,7 +192,7 @@ class Talk3D(PersonalAvatar):
             "symmetry": self.planes.asymmetry(),
         }
         if shot.rays.layout is not None:
-            losses |= patch_losses(frame.rgb, shot.target.view(*shot.rays.layout, 3))
+            losses |= patch_losses(frame.rgb, shot.target.view(*shot.rays.layout, 3), self.judges)
         return losses
 
     def _whole_losses(self, result: StepResult) -> dict[str, Tensor]:
@@ -212,7 +212,7 @@ class Talk3D(PersonalAvatar):
             "whole": error.mean(),
             "mouth": (error * lips).sum() / lips.sum().clamp_min(1),
             "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
-        } | patch_losses(frame.rgb, truth, "whole_") | sync_losses(
+        } | patch_losses(frame.rgb, truth, self.judges, "whole_") | sync_losses(
             self.judges, frame.rgb, shot.signals
         )  # fmt: skip
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
+from talkhead_cli.blocks.perceptual import perceptual_losses
 from talkhead_cli.contracts import Rendered
 
 
@@ -38,11 +41,15 @@ def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(terms).sum()
 
 
-def patch_losses(made: Tensor, target: Tensor, prefix: str = "") -> dict[str, Tensor]:
-    """What the structure of pictures (B, H, W, 3) says, by name: ssim and gradient."""
+def patch_losses(
+    made: Tensor, target: Tensor, judges: Iterable[nn.Module], prefix: str = ""
+) -> dict[str, Tensor]:
+    """What the structure of pictures (B, H, W, 3) says, by name: ssim, gradient, and lpips where
+    one of the judges is its network."""
     return {
         f"{prefix}ssim": 1 - ssim(made, target).mean(),
         f"{prefix}gradient": gradient_difference(made, target),
+        **perceptual_losses(made, target, prefix, judges),
     }
 
 

@@ -73,7 +73,31 @@ def models_list(verbose: Verbose = False) -> None:
 
         for known in weights.KNOWN.values():
             place = weights.find(known.name) or "not here"
-            answer(f"{known.name}\t{known.file}\t{known.licence}\t{known.what_for}\t{place}")
+            size = f"{known.bytes / 1e6:.0f} MB" if known.bytes else "size not published"
+            digest = f"sha256 {known.sha256[:12]}" if known.sha256 else "no sha256 published"
+            answer(
+                f"{known.name}\t{known.file}\t{size}\t{digest}\t{known.licence}\t"
+                f"{known.what_for}\t{place}"
+            )
+
+
+@models.command("pull")
+def models_pull(
+    name: Annotated[str, typer.Argument(help="Which weights.")],
+    source: Annotated[
+        str | None,
+        typer.Option("--from", help="A mirror (https://...) or folder that holds the file.  "
+                     "[default: where it is published]"),
+    ] = None,
+    sha256: Annotated[str, typer.Option(help="The sha256 that the file must have.")] = "",
+    verbose: Verbose = False,
+) -> None:  # fmt: skip
+    """Fetch weights from where they are published, or from a mirror; their sha256 is checked."""
+    with speaking(verbose) as report:
+        from talkhead_cli.store import weights
+
+        report.note(f"licence: {weights.licence(name)}")
+        answer(weights.pull(name, report, source=source, sha256=sha256))
 
 
 @models.command("verify")

@@ -25,9 +25,13 @@ def preprocess(
     no_audio: Annotated[
         bool, typer.Option("--no-audio", help="Track a film without sound.")
     ] = False,
-    voice: Annotated[
-        str, typer.Option(help="Speech features: auto, mel, hubert or wav2vec2.")
-    ] = "auto",
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="What tracks, as kind=name (voice=mel, labels=bisenet ...); repeat it.  "
+            "[default: the best whose weights are there]"
+        ),
+    ] = None,
     offset: Annotated[
         str,
         typer.Option(
@@ -66,7 +70,7 @@ def preprocess(
         from talkhead_cli.store import Workspace, home_folder
 
         options: dict[str, Any] = {
-            "which_face": face, "with_audio": not no_audio, "speech_features": voice,
+            "which_face": face, "with_audio": not no_audio, "wanted": backend or [],
             "offset": offset, "consent": consent, "fresh": fresh,
         }  # fmt: skip
         where, found = home_folder(home), videos_of(videos)

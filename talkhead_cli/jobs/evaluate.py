@@ -8,6 +8,7 @@ measured by the same face mesh on pictures of the same size.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,11 +22,11 @@ from scipy.stats import bootstrap
 from talkhead_cli import __version__, march, media
 from talkhead_cli.blocks.speech import ridge_by_blocks, ridge_map
 from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
-from talkhead_cli.jobs import expert, footage, player
+from talkhead_cli.jobs import backends, expert, footage, player
 from talkhead_cli.jobs import maps as sheets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.player import Player
-from talkhead_cli.store import Workspace
+from talkhead_cli.store import Workspace, weights
 from talkhead_cli.track import face, voice
 from talkhead_cli.track.pose import RIGID
 
@@ -208,9 +209,32 @@ def _picture_figures(
     return {
         "face_box": {"psnr_db": mean["pf"], "ssim": mean["sf"]},
         "full": {"psnr_db": mean["p"], "ssim": mean["s"]},
-        "lpips": None,
-        "lpips_note": "needs the AlexNet backbone, which pip does not bring",
+        **_lpips_figures(truth, rendered, boxes),
     }
+
+
+@torch.no_grad()
+def _lpips_figures(
+    truth: NDArray[np.uint8], rendered: NDArray[np.uint8], boxes: NDArray[np.int64]
+) -> dict[str, Any]:
+    """LPIPS (AlexNet) of face boxes and of whole pictures, where its weights are."""
+    if weights.find("lpips") is None:
+        return {"lpips": None, "lpips_note": "its weights are not here: talkhead models pull lpips"}
+    distance = backends.lpips()
+
+    def mean(cut: Callable[[Array, NDArray[np.int64]], Array]) -> float:
+        pairs = (
+            [torch.from_numpy(cut(x, box)).float()[None] / 255 for x in pair]
+            for *pair, box in zip(truth, rendered, boxes, strict=True)
+        )
+        return round(float(np.mean([float(distance(a, b)) for a, b in pairs])), 4)
+
+    return {
+        "lpips": {
+            "face_box": mean(lambda x, box: x[box[1] : box[3], box[0] : box[2]]),
+            "full": mean(lambda x, box: x), "net": "alex, version 0.1",
+        }
+    }  # fmt: skip
 
 
 def _pasted_figures(

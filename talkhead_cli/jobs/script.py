@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 
 from talkhead_cli import media
 from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
+from talkhead_cli.jobs import backends, landmark_track, player
 from talkhead_cli.jobs import drive as drives
-from talkhead_cli.jobs import hearing, landmark_track, player
+from talkhead_cli.jobs.backends import Voice
 from talkhead_cli.jobs.footage import SpeechStats
-from talkhead_cli.jobs.hearing import Voice
 from talkhead_cli.jobs.landmark_track import LandmarkTrack
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.track import voice
@@ -123,7 +123,7 @@ def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Ite
         if n_frames < 1:
             raise TalkheadError(f"{speech.name} holds no sound to speak of; it is under 40 ms long")
         pcm: NDArray[np.int16] = np.memmap(raw, dtype=np.int16, mode="r", shape=(n_samples,))
-        ear = hearing.voice_of(show.run.meta()["speech"]["backend"])
+        ear = backends.voice_of(show.run.meta()["speech"]["backend"])
         stats, silent = speech_stats(pcm, ear, show.stats)
         if silent:
             progress.note("the speech file is silent: the mouth will stay at rest")

@@ -1,58 +1,110 @@
 """Third-party weights: where they come from, where they lie, whether they are what they claim.
 
 Nothing is downloaded by itself.  A file is found in $TALKHEAD_WEIGHTS (or
-~/.cache/talkhead/weights), or where torch's hub keeps it; `import_file` puts one there.
+~/.cache/talkhead/weights), or where the library that it is made for keeps it; `pull` and
+`import_file` put one into that folder.
 """
 
 from __future__ import annotations
 
+import http.client
+import importlib.util
 import os
+import re
 import shutil
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from talkhead_cli.contracts import MisuseError, TalkheadError
-from talkhead_cli.store.files import atomic, sha256_of, write_json
+from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
+from talkhead_cli.store.files import atomic, read_json, sha256_of, write_json
+
+CHUNK = 1 << 20
+TIMEOUT_S = 30
+FAN = "https://www.adrianbulat.com/downloads/python-fan/"
+FACEXLIB = "https://github.com/xinntao/facexlib/releases/download/"
+TORCH = "https://download.pytorch.org/"
+MEDIAPIPE = "https://storage.googleapis.com/mediapipe-models/"
 
 
 @dataclass(frozen=True)
 class Weights:
-    """One published file. `sha256` None: no hash is published; the first import records one."""
+    """One published file.
+
+    url: the folder it is published in, with / at the end · sha256: all of it, or as much of its
+    beginning as was published (torch's hub puts that into file names); "" where nothing was ·
+    bytes: 0 where not known
+    """
 
     name: str
     file: str
+    url: str
     what_for: str
     licence: str
-    sha256: str | None = None
+    sha256: str = ""
+    bytes: int = 0
 
 
 KNOWN = {
     w.name: w
     for w in (
-        Weights("hubert", "hubert_fairseq_base_ls960.pth",
+        Weights("hubert", "hubert_fairseq_base_ls960.pth", TORCH + "torchaudio/models/",
                 "speech features that carry over between languages", "MIT (fairseq)"),
-        Weights("wav2vec2", "wav2vec2_fairseq_base_ls960_asr_ls960.pth", "speech features",
-                "MIT (fairseq)",
-                "488fd4f16de84438ffc945334278c1b9fb9b7159a806c1080b16111a958c945d"),
+        Weights("wav2vec2", "wav2vec2_fairseq_base_ls960_asr_ls960.pth",
+                TORCH + "torchaudio/models/", "speech features", "MIT (fairseq)",
+                "488fd4f16de84438ffc945334278c1b9fb9b7159a806c1080b16111a958c945d", 377_664_473),
+        Weights("retinaface", "detection_Resnet50_Final.pth", FACEXLIB + "v0.1.0/",
+                "finds faces, also small and turned ones", "MIT (facexlib)",
+                "6d1de9c2944f2ccddca5f5e010ea5ae64a39845a86311af6fdf30841b0a5a16d", 109_497_761),
+        Weights("bisenet", "parsing_bisenet.pth", FACEXLIB + "v0.2.0/",
+                "labels of face, hair, neck and clothes",
+                "MIT (code); trained on CelebAMask-HQ: non-commercial research",
+                "468e13ca13a9b43cc0881a9f99083a430e9c0a38abd935431d1c28ee94b26567", 53_289_463),
+        Weights("face-landmarker", "face_landmarker.task",
+                MEDIAPIPE + "face_landmarker/face_landmarker/float16/1/",
+                "MediaPipe's newer face mesh", "Apache-2.0",
+                "64184e229b263107bc2b804c6625db1341ff2bb731874b0bcc2fe6544e0bc9ff", 3_758_596),
+        Weights("fan2d", "2DFAN4-11f355bf06.pth.tar", FAN,
+                "68 landmarks along the visible outline (face-alignment)", "BSD-3-Clause",
+                "11f355bf0693120222f5955ce3f9dc8fb5763ebb30a47d7906e509490d32e4aa"),
+        Weights("fan3d", "3DFAN4-7835d9f11d.pth.tar", FAN,
+                "68 landmarks of the face in space, as seen (face-alignment)", "BSD-3-Clause",
+                "7835d9f11d"),
+        Weights("lpips", "alexnet-owt-7be5be79.pth", TORCH + "models/",
+                "LPIPS: how alike pictures look, in training and in evaluate", "BSD-3-Clause",
+                "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02", 244_408_911),
     )
 }  # fmt: skip
 
 
 def folder() -> Path:
-    """Where imported weights lie."""
+    """Where weights that were pulled or imported lie."""
     given = os.environ.get("TALKHEAD_WEIGHTS")
     return Path(given) if given else Path.home() / ".cache" / "talkhead" / "weights"
+
+
+def licence(name: str) -> str:
+    """Under what terms known weights are published."""
+    return _known(name).licence
 
 
 def find(name: str) -> Path | None:
     """The file of known weights, or None when it is not on this machine."""
     file = _known(name).file
+    return next((place / file for place in _places() if (place / file).is_file()), None)
+
+
+def _places() -> Iterator[Path]:
+    """Our folder first, then the caches of the libraries: torch's hub, facexlib's own package."""
+    yield folder()
     hub = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch")
-    for place in (folder() / file, hub / "hub" / "checkpoints" / file):
-        if place.is_file():
-            return place
-    return None
+    yield hub / "hub" / "checkpoints"
+    facexlib = importlib.util.find_spec("facexlib")
+    if facexlib is not None and facexlib.origin is not None:
+        yield Path(facexlib.origin).parent / "weights"
 
 
 def need(name: str) -> Path:
@@ -60,21 +112,45 @@ def need(name: str) -> Path:
     found = find(name)
     if found is None:
         raise TalkheadError(
-            f"the weights of {name} ({_known(name).file}) are not on this machine; fetch that file "
-            f"and run: talkhead models import {name} FILE"
+            f"the weights of {name} ({_known(name).file}) are not on this machine; run: talkhead "
+            f"models pull {name}, or fetch that file elsewhere and run: talkhead models import "
+            f"{name} FILE"
         )
     return found
+
+
+def right(name: str) -> Path:
+    """The file of known weights, which is what it claims to be."""
+    path = need(name)
+    if verify(name) == "WRONG":
+        raise TalkheadError(
+            f"{path} is not {name}: its sha256 is another one than was published; delete it and "
+            f"run: talkhead models pull {name}"
+        )
+    return path
 
 
 def load(name: str) -> dict[str, Any]:
     """The state dict of known weights; only tensors are read, never code."""
     import torch
 
-    path = need(name)
+    path = right(name)
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises whatever the torn file provokes
         raise TalkheadError(f"{path} cannot be read ({error}); fetch the file again") from error
+
+
+def fill(module: Any, name: str, state: dict[str, Any], library: str) -> None:
+    """Load a state dict into a library's module, strictly, or say that the file is another one."""
+    try:
+        module.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
+    except (RuntimeError, AttributeError, TypeError) as error:
+        raise TalkheadError(
+            f"the file of {name} ({_known(name).file}) does not hold its weights as {library} lays "
+            "them out; fetch the file again"
+        ) from error
+    module.eval().requires_grad_(False)
 
 
 def verify(name: str) -> str:
@@ -83,27 +159,81 @@ def verify(name: str) -> str:
     if path is None:
         return "missing"
     wanted = _known(name).sha256 or _recorded(path)
-    if wanted is None:
+    if not wanted:
         return "no hash known"
-    return "ok" if sha256_of(path) == wanted else "WRONG"
+    return "ok" if sha256_of(path).startswith(wanted) else "WRONG"
 
 
 def import_file(name: str, file: Path) -> Path:
     """Copy a file into the folder as known weights; refuses one with another hash."""
-    weights = _known(name)
     if not file.is_file():
         raise TalkheadError(f"there is no file {file}")
-    digest = sha256_of(file)
-    if weights.sha256 is not None and digest != weights.sha256:
-        raise TalkheadError(
-            f"{file.name} is not {name}: its sha256 is {digest[:12]}..., {weights.sha256[:12]}... "
-            "was published; fetch it again"
+    target = folder() / _known(name).file
+    with atomic(target) as part:
+        shutil.copyfile(file, part)
+        digest = _checked(name, part, file.name)
+    write_json(_record_of(target), {"sha256": digest, "from": file.name})
+    return target
+
+
+def pull(name: str, progress: Progress, *, source: str | None = None, sha256: str = "") -> Path:
+    """Fetch known weights into the folder, whole and checked, or not at all.
+
+    source: a mirror, a folder or https address that holds the file under its published name; by
+    default where it is published.  sha256: what the file must have; needed where none is published
+    """
+    weights = _known(name)
+    source = weights.url if source is None else source
+    if "://" not in source:
+        place = Path(source) / weights.file
+        if not place.is_file():
+            raise TalkheadError(f"there is no {weights.file} in the folder {source}")
+    elif not source.startswith("https://"):
+        raise MisuseError(f"--from must be a folder or an https:// address, not {source}")
+    if sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise MisuseError("--sha256 must be 64 hexadecimal digits")
+    if not (weights.sha256 or sha256):
+        raise MisuseError(
+            f"no sha256 is published for {weights.file}; say which one the file must have: "
+            f"talkhead models pull {name} --sha256 HEX"
         )
     target = folder() / weights.file
     with atomic(target) as part:
-        shutil.copyfile(file, part)
-    write_json(_record_of(target), {"sha256": digest, "from": file.name})
+        if "://" in source:
+            _download(f"{source.rstrip('/')}/{weights.file}", part, weights, progress)
+        else:
+            shutil.copyfile(place, part)
+        digest = _checked(name, part, weights.file, sha256)
+    write_json(_record_of(target), {"sha256": digest, "from": source})
     return target
+
+
+def _download(address: str, part: Path, weights: Weights, progress: Progress) -> None:
+    progress.stage(weights.file, round(weights.bytes / CHUNK) or None, "MB")
+    try:
+        with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer, part.open("wb") as out:
+            while piece := answer.read(CHUNK):
+                out.write(piece)
+                progress.advance()
+    except (urllib.error.URLError, http.client.HTTPException, TimeoutError,
+            ConnectionError, ValueError) as error:  # fmt: skip
+        reason = getattr(error, "reason", None) or error
+        raise TalkheadError(
+            f"{address} could not be fetched ({reason}); name a mirror or a folder that holds the "
+            "file with --from"
+        ) from error
+
+
+def _checked(name: str, file: Path, called: str, asked: str = "") -> str:
+    """The file's sha256, which is the published one and the one that is asked for."""
+    digest = sha256_of(file)
+    for wanted in filter(None, (_known(name).sha256, asked.lower())):
+        if not digest.startswith(wanted):
+            raise TalkheadError(
+                f"{called} is not {name}: its sha256 is {digest[:12]}..., {wanted[:12]}... was "
+                f"{'published' if wanted == _known(name).sha256 else 'asked for'}; fetch it again"
+            )
+    return digest
 
 
 def _known(name: str) -> Weights:
@@ -116,8 +246,6 @@ def _record_of(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _recorded(path: Path) -> str | None:
-    from talkhead_cli.store.files import read_json
-
+def _recorded(path: Path) -> str:
     record = _record_of(path)
-    return str(read_json(record)["sha256"]) if record.exists() else None
+    return str(read_json(record)["sha256"]) if record.exists() else ""

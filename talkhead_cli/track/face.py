@@ -6,13 +6,15 @@ The mesh is MediaPipe's attention mesh (468 points and 10 of the irises).  Names
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.contracts import FPS, TalkheadError
 
 Array = NDArray[np.floating[Any]]
 
@@ -73,14 +75,42 @@ class FaceMesh:
 
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None:
         """rgb (H, W, 3) -> mesh (478, 3) in pixels, or None where no face is found."""
-        height, width = rgb.shape[:2]
-        result = self._mesh.process(rgb)
-        if not result.multi_face_landmarks:
-            return None
-        points = np.array(
-            [(p.x, p.y, p.z) for p in result.multi_face_landmarks[0].landmark], np.float32
-        )
-        return points * np.array([width, height, width], np.float32)
+        faces = self._mesh.process(rgb).multi_face_landmarks
+        return _in_pixels(faces[0].landmark, rgb) if faces else None
+
+
+class TaskMesh:
+    """The same with the model of MediaPipe's newer tasks, a bundle that the user has."""
+
+    def __init__(self, bundle: Path) -> None:
+        from mediapipe.tasks.python import BaseOptions, vision
+
+        try:
+            # as bytes: the library looks for paths beside its own files
+            self._mesh = vision.FaceLandmarker.create_from_options(vision.FaceLandmarkerOptions(
+                base_options=BaseOptions(model_asset_buffer=bundle.read_bytes()),
+                running_mode=vision.RunningMode.VIDEO,
+            ))  # fmt: skip
+        except (RuntimeError, ValueError) as error:
+            raise TalkheadError(
+                f"{bundle.name} is no face landmarker of MediaPipe; fetch the file again"
+            ) from error
+        self._n_seen = 0
+
+    def __enter__(self) -> TaskMesh:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._mesh.close()
+
+    def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None:
+        """rgb (H, W, 3) -> mesh (478, 3) in pixels, or None where no face is found."""
+        import mediapipe as mp
+
+        picture = mp.Image(mp.ImageFormat.SRGB, np.ascontiguousarray(rgb))
+        result = self._mesh.detect_for_video(picture, round(1000 * self._n_seen / FPS))
+        self._n_seen += 1
+        return _in_pixels(result.face_landmarks[0], rgb) if result.face_landmarks else None
 
 
 class FaceDetector:
@@ -118,6 +148,13 @@ class FaceDetector:
         area = (array[:, 2] - array[:, 0]) * (array[:, 3] - array[:, 1])
         order = np.argsort(-area)
         return array[order], np.array(scores, np.float32)[order]
+
+
+def _in_pixels(points: Iterable[Any], rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """MediaPipe's shares of the picture (x and z of its width, y of its height) -> (478, 3)."""
+    height, width = rgb.shape[:2]
+    found = np.array([(p.x, p.y, p.z) for p in points], np.float32)
+    return found * np.array([width, height, width], np.float32)
 
 
 def to_68(mesh: Array) -> Array:

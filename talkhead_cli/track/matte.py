@@ -283,6 +283,20 @@ def label_maps(
     return np.round(stack * 255).astype(np.uint8)
 
 
+def parsed_labels(parsed: NDArray[np.uint8], own: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Soft labels (len(LABELS), MAP_PX, MAP_PX) whose person is the matte's and whose parts are a
+    parser's.
+
+    parsed: what it says of the picture alone · own: as `label_maps` has them, which decides where
+    the parser knows no part of a person (hands, things that are held)
+    """
+    person = 255 - own[-1].astype(np.float32)
+    share = parsed[:-1].astype(np.float32) + 0.02 * own[:-1]
+    share /= np.maximum(share.sum(0), 1e-6)
+    parts = np.floor(share * person)  # what is lost by rounding goes to the background
+    return np.concatenate([parts, 255 - parts.sum(0, keepdims=True)]).clip(0, 255).astype(np.uint8)
+
+
 def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, Array]:
     """Background (H, W, 3) behind the person, and the share of the frames that saw it (H, W).
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,17 +27,19 @@ class Scene:
 
 
 def scout(
-    frames: Iterable[NDArray[np.uint8]], size: tuple[int, int], which: str = "largest"
-) -> Scene:
+    frames: Iterable[NDArray[np.uint8]], size: tuple[int, int], which: str = "largest",
+    detector: Callable[[], AbstractContextManager[Any]] | None = None,
+) -> Scene:  # fmt: skip
     """Look at a few frames (of any one size) of a film of `size` (width, height), or at a picture.
 
-    Faces are linked between frames by place.  `which`: largest, left or right.
+    Faces are linked between frames by place.  `which`: largest, left or right.  `detector` finds
+    them; by default MediaPipe's.
     """
     if which not in FACES:
         raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which}'")
     tracks: list[_Face] = []
     n_frames = 0
-    with FaceDetector() as detect:
+    with (detector or FaceDetector)() as detect:
         for rgb in frames:
             n_frames += 1
             shape = np.array([rgb.shape[1], rgb.shape[0]] * 2, np.float32)

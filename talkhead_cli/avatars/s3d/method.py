@@ -259,7 +259,7 @@ class S3D(Avatar):
                 "mouth": (error * alive).sum() / alive.sum().clamp_min(1),
                 "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
             }
-            | patch_losses(frame.rgb, truth, "whole_")
+            | patch_losses(frame.rgb, truth, self.judges, "whole_")
         )
 
     # -- parts -----------------------------------------------------------------------------

@@ -1,0 +1,52 @@
+"""How alike pictures look to a network that was trained to name what they show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+LEAST_PX = 64  # AlexNet's strides leave nothing of smaller pictures
+
+
+class Perceptual(nn.Module):
+    """LPIPS (Zhang et al. 2018, version 0.1, AlexNet), as torchmetrics has it.
+
+    Its heads lie in torchmetrics' wheel; the backbone's weights are the user's to bring.
+    """
+
+    def __init__(self, fill: Callable[[nn.Module], None]) -> None:
+        """`fill` loads torchvision's AlexNet strictly, or refuses."""
+        super().__init__()
+        from torchmetrics.functional.image.lpips import _LPIPS
+        from torchvision.models import alexnet
+
+        backbone = alexnet(weights=None)
+        fill(backbone)
+        self._net: Any = _LPIPS(net="alex", pnet_rand=True)
+        for part in self._net.net.children():
+            for number, layer in part.named_children():
+                layer.load_state_dict(backbone.features[int(number)].state_dict())
+        self.eval().requires_grad_(False)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Pictures (B, H, W, 3) in [0, 1] -> distance (B,), 0 for the same picture."""
+        pair = torch.cat([a, b]).permute(0, 3, 1, 2)
+        small = min(pair.shape[2:])
+        if small < LEAST_PX:
+            pair = F.interpolate(pair, scale_factor=LEAST_PX / small, mode="bilinear")
+        found: Tensor = self._net(*pair.chunk(2), normalize=True)
+        return found.flatten()
+
+
+def perceptual_losses(
+    made: Tensor, target: Tensor, prefix: str, judges: Iterable[nn.Module]
+) -> dict[str, Tensor]:
+    """LPIPS of pictures (B, H, W, 3) by a judge that knows it; nothing where none does."""
+    for judge in judges:
+        if isinstance(judge, Perceptual):
+            return {f"{prefix}lpips": judge(made, target).mean()}
+    return {}

@@ -1,0 +1,414 @@
+"""The stages of preprocess: from a film to meshes, sound, crop and maps, signals, labels."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from talkhead_cli import media
+from talkhead_cli.contracts import (
+    FPS,
+    SAMPLES_PER_FRAME,
+    Progress,
+    TalkheadError,
+    followed,
+)
+from talkhead_cli.jobs import backends
+from talkhead_cli.jobs.backends import Chosen
+from talkhead_cli.media import Part
+from talkhead_cli.store import Workspace
+from talkhead_cli.store.files import atomic, digest
+from talkhead_cli.store.workspace import PIECE
+from talkhead_cli.track import face, lipsync, matte, pose, voice
+from talkhead_cli.track.crop import Crop
+from talkhead_cli.track.pose import HeadTrack
+from talkhead_cli.track.scout import Scene, scout
+from talkhead_cli.track.shots import Shots
+
+MIN_SECONDS = 3.0
+MESH_MAX_SIDE = 1280
+SKIN_EVERY = 10  # frames
+BLOCK = 2048  # frames that are worked on at once
+N_PLATE = 25  # frames behind the background's median
+SCOUT_EVERY = FPS // 2  # frames that a first look takes
+N_EVIDENCE = 40  # frames that tell hair from torso by motion
+MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
+# A stage's version is part of its key: raise it when its result changes.
+VERSIONS = {"sound": 2, "mesh": 2, "film": 1, "tracks": 1, "labels": 1}
+
+
+class Stages:
+    """The stages, in order; each is skipped when its key says it is done."""
+
+    def __init__(
+        self, space: Workspace, part: Part, probe: media.Probe, progress: Progress, chosen: Chosen
+    ) -> None:
+        self.space, self.part, self.video = space, part, part.path
+        self.probe, self.progress, self.chosen = probe, progress, chosen
+        self.size = (probe.width, probe.height)
+        self.n_done = 0
+        self._keys: dict[str, str] = {}
+
+    def do(
+        self, stage: str, work: Callable[[], None], *inputs: Any, needs: tuple[str, ...] = ()
+    ) -> None:
+        """Do a stage unless it was done from exactly these inputs and stages."""
+        key = digest(VERSIONS[stage], inputs, [self._keys[n] for n in needs])
+        self._keys[stage] = key
+        if not self.space.is_done(stage, key):
+            self.n_done += 1
+            self.space.note(finished=False)
+            work()
+            self.space.mark_done(stage, key)
+
+    def mesh(self, which_face: str) -> None:
+        """Find the person, then the mesh in every frame."""
+        self.progress.stage("looking for faces")
+        scene = scout(
+            self.part.frames(max_side=640, stride=SCOUT_EVERY), self.size, which_face,
+            lambda: backends.detector_of(self.chosen["detector"]),
+        )  # fmt: skip
+        if scene.n_faces > 1:
+            self.progress.note(
+                f"{scene.n_faces} faces are in the film; following the {which_face} one "
+                "(--face left|right|largest chooses)"
+            )
+        self.space.save("mesh", self._follow(scene) | {"n_faces": np.array(scene.n_faces)})
+
+    def faces(self) -> tuple[face.Faces, int]:
+        """The mesh with its gaps bridged, and how many faces the film shows."""
+        stored = self.space.load("mesh")
+        found = stored["found"]
+        if not found.any():
+            raise TalkheadError(
+                f"no face was found in {self.video.name}; film one person facing the camera"
+            )
+        if len(found) < MIN_SECONDS * FPS:
+            raise TalkheadError(
+                f"only {len(found) / FPS:.1f} s of {self.video.name} could be read; at least "
+                f"{MIN_SECONDS:.0f} s of talking are needed"
+            )
+        n_kept = int(self.space.load("shots")["kept"].sum())
+        if n_kept < MIN_SECONDS * FPS:
+            raise TalkheadError(
+                f"only {n_kept / FPS:.1f} s of {self.video.name} show one person in one picture, "
+                f"between cuts; at least {MIN_SECONDS:.0f} s of talking are needed"
+            )
+        return face.Faces(face.fill_gaps(stored["points"], found), found), int(stored["n_faces"])
+
+    def _follow(self, scene: Scene) -> dict[str, NDArray[Any]]:
+        """The face in every frame, and which frames belong to the one picture that is kept."""
+        x, y, width, height = scene.roi
+        shrink = min(1.0, MESH_MAX_SIDE / max(width, height))
+        size = (max(2, round(width * shrink)), max(2, round(height * shrink)))
+        scale = np.array([width / size[0], height / size[1], width / size[0]], np.float32)
+        offset = np.array([x, y, 0], np.float32)
+        skin, shots = {}, Shots()
+        total = self.part.n_frames or round(self.probe.duration_s * FPS) - self.part.first
+        self.progress.stage("face mesh", total)
+        blank = np.full((face.N_MESH, 3), np.nan, np.float32)
+        mark = backends.landmarks_of(self.chosen["landmarks"])
+        marks = []
+        # meshes go through a file: a list of them, joined in the end, would take twice the room
+        with (
+            backends.mesh_of(self.chosen["mesh"]) as mesh,
+            tempfile.TemporaryFile(dir=self.space.root) as spool,
+        ):
+            stream = self.part.frames(crop=scene.roi, size=size, on_warning=self.progress.note)
+            for index, rgb in enumerate(followed(self.progress, stream)):
+                seen = mesh(rgb)
+                spool.write((blank if seen is None else seen * scale + offset).tobytes())
+                shots.see(rgb, seen)
+                if mark is not None:
+                    at = mark(rgb, seen) if seen is not None else np.full((68, 2), np.nan)
+                    marks.append((at * scale[:2] + offset[:2]).astype(np.float32))
+                if seen is not None and index % SKIN_EVERY == 0:
+                    skin[index] = matte.skin_samples(rgb, seen)
+            spool.seek(0)
+            points = np.fromfile(spool, np.float32).reshape(-1, face.N_MESH, 3)
+        found = ~np.isnan(points[:, 0, 0])
+        kept = shots.kept(n * SCOUT_EVERY for n in scene.seen_in)
+        if not kept.all():
+            self.progress.note(
+                f"the film is cut: frames {', '.join(ranges(~kept))} show another picture than "
+                f"the one with most of the face, or lie at a cut, and are left out; "
+                f"{kept.sum() / FPS:.1f} of {len(kept) / FPS:.1f} s remain (--face chooses whose)"
+            )
+        colours = [skin[index] for index in skin if kept[index]]
+        self.space.save("shots", {
+            "kept": kept,
+            "skin": np.concatenate(colours) if colours else np.zeros((0, 3), np.float32),
+        })  # fmt: skip
+        placed = {"landmarks": np.stack(marks)} if marks else {}
+        return {"points": points, "found": found & kept, **placed}
+
+    def pose(self, faces: face.Faces) -> HeadTrack:
+        self.progress.stage("head pose", None)
+        return pose.fit_head(faces.points, faces.found, self.size)
+
+    def sound(self, faces: face.Faces, offset_s: float | None, *, with_audio: bool) -> None:
+        """16 kHz sound, in step with the lips, and its features on the video's clock."""
+        self.progress.stage("sound", None)
+        n_frames = len(faces.found)
+        n_samples = n_frames * SAMPLES_PER_FRAME
+        found = {}
+        if with_audio:
+            samples = self.part.sound(n_samples)
+            measured = self._offset(samples, faces)
+            if offset_s is None:
+                offset_s = self._worth_undoing(measured)
+            if offset_s:
+                samples = self.part.sound(n_samples, late_s=offset_s)
+            if measured is not None:
+                found = {"found": np.array([measured.sound_after_lips_s, measured.margin])}
+        else:
+            samples = np.zeros(n_samples, np.float32)
+        heard = voice.heard(samples, n_frames)
+        if with_audio and not heard.any():
+            raise TalkheadError(
+                f"the sound of {self.video.name} is silent; film with a working microphone, or "
+                "pass --no-audio to track the pictures alone"
+            )
+        quiet = ranges(~heard)
+        if with_audio and quiet:
+            self.progress.note(
+                "the sound is dead in frames "
+                + ", ".join(quiet)
+                + "; speech is not learnt from them"
+            )
+        media.write_wav(self.space.audio, samples)
+        listener = backends.voice_of(self.chosen["voice"])
+        self.space.save("voice", {
+            "stream": listener.features(samples), "heard": heard,
+            "undone_s": np.array(offset_s or 0.0), **found,
+        })  # fmt: skip
+
+    def _offset(self, samples: NDArray[np.float32], faces: face.Faces) -> lipsync.Offset | None:
+        """How late the sound is; None where lips or sound are too short, or dead, to tell."""
+        heard = voice.heard(samples, len(faces.found))
+        frames = np.flatnonzero(faces.found & heard)
+        lips = lipsync.lip_motion(faces.points)[frames]
+        return lipsync.measure(voice.features(samples), frames, lips)
+
+    def _worth_undoing(self, found: lipsync.Offset | None) -> float:
+        """Seconds to undo, to the 10 ms; 0 where the sound is in step, or nobody can tell."""
+        if found is None or not found.is_sure:
+            self.progress.note(
+                "whether lips and sound agree could not be told (too little is seen or heard); the "
+                "sound is left as it is (--offset SECONDS shifts it)"
+            )
+            return 0.0
+        if abs(found.sound_after_lips_s) < MIN_OFFSET_S:
+            return 0.0
+        self.progress.note(
+            f"the sound comes {found}; it was shifted into step (--offset none leaves it as it is)"
+        )
+        return round(found.sound_after_lips_s, 2)
+
+    def offset(self) -> dict[str, float | None]:
+        """What is known of sound and lips, for the manifest."""
+        stored = self.space.load("voice")
+        late, margin = stored["found"].tolist() if "found" in stored else (None, None)
+        return {
+            "sound_after_lips_s": None if late is None else round(late, 4),
+            "margin": None if margin is None else round(margin, 4),
+            "sure_from": lipsync.SURE, "corrected_s": round(float(stored["undone_s"]), 4),
+        }  # fmt: skip
+
+    def film(self, faces: face.Faces, crop: Crop, size_px: int) -> None:
+        """The cropped video, mattes, skin, shoulders' registration, plate."""
+        n_frames = len(faces.found)
+        stored = self.space.load("shots")
+        kept = np.flatnonzero(stored["kept"])
+        mesh = self._mesh_in_crop(faces, crop)
+        reference = _reference_frame(mesh, faces.found)
+        cut = (crop.x, crop.y, crop.side, crop.side)
+        size = (size_px, size_px)
+        skin_model = matte.SkinModel.fit(stored["skin"])
+        wanted = set(_spread(kept, N_PLATE).tolist())
+        thumbs_at = np.unique(np.append(_spread(kept, N_EVIDENCE), reference))
+        plate_frames, plate_mattes, thumbs = [], [], []
+        warps = np.tile(np.eye(2, 3), (n_frames, 1, 1))
+        tracked = np.zeros(n_frames, bool)
+        parse = backends.parser_of(self.chosen["labels"])
+        piece: dict[str, list[Any]] = {}
+        first_picture = next(self.part.frames(first=reference, n_frames=1, crop=cut, size=size))
+        self.progress.stage("crop, matte, shoulders", n_frames)
+        with (
+            matte.Segmenter() as segment,
+            media.VideoWriter(
+                self.space.video, (size_px, size_px), crf=10, preset="ultrafast", intra=True
+            ) as out,
+        ):
+            person = cv2.resize(segment(first_picture), (matte.MAP_PX, matte.MAP_PX))
+            prior = matte.torso_prior(mesh[reference])
+            shoulders = matte.BodyTracker(first_picture, (person * prior).astype(np.uint8))
+            stream = self.part.frames(n_frames=n_frames, crop=cut, size=size)
+            for index, rgb in enumerate(followed(self.progress, stream)):
+                out.write(rgb)
+                mask = segment(rgb)
+                maps = {"matte": mask, "skin": skin_model(rgb)}
+                if parse is not None:
+                    maps["parsed"] = parse(rgb)
+                for kind, value in maps.items():
+                    piece.setdefault(kind, []).append(value)
+                warp = shoulders(rgb)
+                if warp is not None and stored["kept"][index]:
+                    warps[index], tracked[index] = warp, True
+                if index in wanted:
+                    plate_frames.append(rgb)
+                    plate_mattes.append(mask)
+                if index in thumbs_at:
+                    thumbs.append(
+                        cv2.resize(rgb, (matte.MAP_PX,) * 2, interpolation=cv2.INTER_AREA)
+                    )
+                if len(piece["matte"]) == PIECE or index == n_frames - 1:
+                    self.space.save_piece(
+                        "maps", index // PIECE * PIECE, {k: np.stack(v) for k, v in piece.items()}
+                    )
+                    piece = {}
+        plate, seen = matte.make_plate(plate_frames, plate_mattes)
+        with atomic(self.space.plate_file) as part:
+            cv2.imwrite(str(part), plate[..., ::-1])
+        self.space.save("film", {
+            "warps": warps, "tracked": tracked, "thumbs": np.stack(thumbs),
+            "thumbs_at": thumbs_at, "reference": np.array(reference),
+            "plate_seen": (seen > 0).mean(),
+        })  # fmt: skip
+
+    def _mesh_in_crop(self, faces: face.Faces, crop: Crop) -> NDArray[np.float32]:
+        """Mesh (T, 478, 2) in shares of the crop's side."""
+        mesh = faces.points[..., :2] - np.array([crop.x, crop.y], np.float32)
+        mesh /= np.float32(crop.side)
+        return mesh
+
+    def tracks(self, faces: face.Faces, head: HeadTrack, crop: Crop, size_px: int) -> None:
+        """All per-frame signals."""
+        mesh = self._mesh_in_crop(faces, crop)
+        film = self.space.load("film")
+        scale = crop.scale(size_px)
+        k = np.array([
+            [head.focal_px * scale, 0, (head.centre_px[0] - crop.x) * scale],
+            [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
+            [0, 0, 1],
+        ])  # fmt: skip
+        seen = _face_signals(faces, head, self._marks(faces))
+        eyes = face.fit_eye_scale(seen["gap"][faces.found])
+        lost = 1 - float(film["tracked"][self.space.load("shots")["kept"]].mean())
+        if lost > 0.2:
+            self.progress.note(
+                f"the shoulders could not be followed in {lost:.0%} of the frames; "
+                "there their motion is bridged, and they may swim"
+            )
+        reference = int(film["reference"])
+        pivot = matte.body_pivot(mesh[reference])
+        body = matte.body_motion(film["warps"], film["tracked"], pivot)
+        to_heights = size_px / k[0, 0] * float(np.median(head.translation[:, 2]))
+        near_gap = np.convolve(~faces.found, np.ones(5), "same") > 0
+        self.space.save("tracks", {
+            "pose": head.pose.astype(np.float32),
+            "k": k.astype(np.float32),
+            "eye": eyes.openness(seen["gap"]).astype(np.float32),
+            "eye_scale": np.stack([eyes.shut, eyes.open]),
+            "gaze": seen["gaze"],
+            "brow": seen["brow"] - seen["brow"].mean(0),
+            "landmarks": seen["landmarks"],
+            "mesh_px": mesh,
+            "body": np.concatenate(
+                [body[:, :2] * to_heights, body[:, 2:], np.zeros((len(body), 1))], -1
+            ).astype(np.float32),
+            "body_px": body.astype(np.float32),
+            "body_pivot": pivot.astype(np.float32),
+            "shape": head.shape.astype(np.float32),
+            "residual_px": head.residual_px.astype(np.float32),
+            "found": faces.found,
+            "usable": ~near_gap,
+        })  # fmt: skip
+
+    def _marks(self, faces: face.Faces) -> NDArray[np.float32]:
+        """68 landmarks (T, 68, 2) of every frame, in pixels of the film."""
+        stored = self.space.load("mesh")
+        if "landmarks" not in stored:
+            return face.to_68(faces.points)[..., :2]
+        return face.fill_gaps(stored["landmarks"], np.isfinite(stored["landmarks"][:, 0, 0]))
+
+    def labels(self, n_frames: int) -> None:
+        """Soft labels of every frame."""
+        film, tracks = self.space.load("film"), self.space.load("tracks")
+        reference = int(film["reference"])
+        mesh, body, pivot = tracks["mesh_px"], tracks["body_px"], tracks["body_pivot"]
+        at = film["thumbs_at"]
+        others = [i for i, frame in enumerate(at) if frame != reference and tracks["found"][frame]]
+        thumbs = film["thumbs"]
+        odds = matte.motion_evidence(
+            thumbs[int(np.flatnonzero(at == reference)[0])],
+            [thumbs[i] for i in others],
+            [mesh[at[i]] for i in others],
+            mesh[reference],
+            [film["warps"][at[i]] for i in others],
+        )
+        prior = matte.torso_prior(mesh[reference])
+        logit = np.log((prior + 1e-3) / (1 - prior + 1e-3)) + np.clip(odds, -4, 4)
+        maps = matte.RegionMaps(1 / (1 + np.exp(-logit)), mesh[reference])
+        self.progress.stage("labels", n_frames)
+        for first in range(0, n_frames, PIECE):
+            rows = range(first, min(first + PIECE, n_frames))
+            stack = []
+            for row in followed(self.progress, rows):
+                stored, at_row = self.space.piece("maps", row)
+                hair, torso = maps.moved(mesh[row], body[row] - body[reference], pivot)
+                own = matte.label_maps(
+                    mesh[row], stored["matte"][at_row], stored["skin"][at_row], hair, torso
+                )
+                stack.append(
+                    matte.parsed_labels(stored["parsed"][at_row], own) if "parsed" in stored
+                    else own
+                )  # fmt: skip
+            self.space.save_piece("labels", first, {"labels": np.stack(stack)})
+
+
+def _face_signals(
+    faces: face.Faces, head: HeadTrack, marks: NDArray[np.float32]
+) -> dict[str, NDArray[Any]]:
+    """What the face does in every frame: gap (T, 2) of the lids, gaze (T, 2), brow (T, 2) as the
+    height of each, landmarks (T, 68, 3) in head space, lifted from where they are seen (T, 68, 2).
+    """
+    chosen = np.unique(np.concatenate([*face.BROWS, *(e[:2] for e in face.EYES)]))
+    parts: dict[str, list[NDArray[Any]]] = {}
+    for first in range(0, len(faces.found), BLOCK):
+        rows = slice(first, first + BLOCK)
+        pixels = faces.points[rows, :, :2].astype(np.float64)
+        lifted = np.full((len(pixels), face.N_MESH, 3), np.nan)
+        part = head.part(rows)
+        lifted[:, chosen] = part.lift(pixels[:, chosen], chosen)
+        for name, value in {
+            "gap": face.lid_gap(pixels),
+            "gaze": face.gaze(pixels),
+            "brow": face.brow_height(lifted),
+            "landmarks": part.lift(marks[rows].astype(np.float64), face.MESH_TO_68),
+        }.items():
+            parts.setdefault(name, []).append(value.astype(np.float32))
+    return {name: np.concatenate(values) for name, values in parts.items()}
+
+
+def _spread(rows: NDArray[np.integer[Any]], n: int) -> NDArray[np.integer[Any]]:
+    """At most n of the rows, evenly spread."""
+    return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
+
+
+def _reference_frame(mesh: NDArray[np.float32], found: NDArray[np.bool_]) -> int:
+    """The found frame whose face is nearest to where it usually is."""
+    rigid = mesh[:, pose.RIGID].reshape(len(mesh), -1)
+    distance = np.linalg.norm(rigid - np.median(rigid[found], 0), axis=1)
+    return int(np.argmin(np.where(found, distance, np.inf)))
+
+
+def ranges(flags: NDArray[np.bool_]) -> list[str]:
+    """Runs of True as 'a-b'."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(int)))
+    return [f"{a}-{b - 1}" for a, b in edges.reshape(-1, 2)]
