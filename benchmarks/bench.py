@@ -37,6 +37,7 @@ CLIPS = ROOT.parent / "shared"
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
     "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert", "files", "photo",
+    "trackers",
 )  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
@@ -164,6 +165,39 @@ def part_files(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"files": len(rows), "tracked": sum(r["exit"] == 0 for r in rows.values()),
             "traceback": sum("Traceback" in " ".join(r["notes"]) for r in rows.values()),
             "rows": rows}  # fmt: skip
+
+
+def part_trackers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Every backend against the synthetic speaker's truth, and the default on every real clip."""
+    import trackers
+
+    from talkhead_cli.jobs import backends
+    from talkhead_cli.store import Workspace, weights
+
+    film = clip("no such clip", work)
+    home = work / "trackers"
+    table: dict[str, Any] = {}
+    plain = {kind: names[-1] for kind, names in backends.BEST_FIRST.items()}
+    better = [(kind, name) for listed in (backends.BEST_FIRST, backends.ON_REQUEST)
+              for kind, names in listed.items() for name in names
+              if kind != "voice" and name != plain[kind]]  # fmt: skip
+    for kind, name in [("", "default"), *better]:
+        if kind and weights.find(name) is None:
+            table[f"{kind}={name}"] = "not run: its weights are not on this machine"
+            continue
+        chosen = plain | ({kind: name} if kind else {})
+        words = [word for k, n in chosen.items() for word in ("--backend", f"{k}={n}")]
+        told = talkhead("preprocess", str(film), "--id", name, "--home", str(home), *words)
+        figures = trackers.against_truth(Workspace.open(home, name), film)
+        table[f"{kind}={name}" if kind else name] = {"seconds": told["seconds"], **figures}
+    clips = {}
+    for source in sorted(p for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4")):
+        done = asked("preprocess", str(source), "--id", source.stem, "--home", str(home))
+        clips[source.stem] = (
+            done["notes"] if done["exit"]
+            else trackers.against_itself(Workspace.open(home, source.stem))
+        )  # fmt: skip
+    return {"speaker": table, "clips": clips}
 
 
 def asked(*words: str) -> dict[str, Any]:

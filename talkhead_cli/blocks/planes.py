@@ -43,10 +43,14 @@ class TriPlanes(nn.Module):
             read: Tensor = ReadPlanes.apply(x, dtype, *self.levels)
             return read
         grid = torch.stack([x[:, list(pair)] for pair in _PAIRS]).unsqueeze(2)  # (3, N, 1, 2)
+        # PyTorch shares out pictures among a CPU's cores: three go ill into two, six halves well.
+        parts = 2 if torch.get_num_threads() > 1 and self.channels % 2 == 0 else 1
+        grid = grid.repeat_interleave(parts, 0)
         found = [
-            F.grid_sample(level, grid, padding_mode="border", align_corners=False).flatten(0, 1)
+            F.grid_sample(level.unflatten(1, (parts, -1)).flatten(0, 1), grid,
+                          padding_mode="border", align_corners=False).flatten(0, 1)
             for level in self.levels
-        ]
+        ]  # fmt: skip
         # Joined along the rows, which is how they lie in memory; a matrix product does not mind.
         return torch.cat(found).flatten(1).T
 

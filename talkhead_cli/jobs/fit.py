@@ -310,12 +310,16 @@ class _Average:
 
     @torch.no_grad()
     def update(self, avatar: Avatar) -> None:
+        means, news, shares = [], [], []
         for name, parameter in avatar.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            self.counts[name] = count = self.counts[name] + 1
-            decay = min(self.decay, (1 + count) / (10 + count))
-            self.weights[name].lerp_(parameter.to(self.weights[name].device), 1 - decay)
+            if parameter.requires_grad:
+                self.counts[name] = count = self.counts[name] + 1
+                means.append(self.weights[name])
+                news.append(parameter.to(means[-1].device))
+                shares.append(1 - min(self.decay, (1 + count) / (10 + count)))
+        for share in set(shares):  # all parts of a stage have learnt for as long, or nearly
+            at = [i for i, s in enumerate(shares) if s == share]
+            torch._foreach_lerp_([means[i] for i in at], [news[i] for i in at], share)
 
     def restart(self, avatar: Avatar) -> None:
         for name, parameter in avatar.named_parameters():
