@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -31,10 +32,10 @@ def ngp(pose: np.ndarray, scale: float = 4.0) -> np.ndarray:
 def test_every_frame_has_its_files(dataset: Path, speaker_home: Path) -> None:
     n = len(Workspace.open(speaker_home, "speaker").load("tracks")["pose"])
     for folder, suffixes in {"ori_imgs": (".jpg", ".lms"), "gt_imgs": (".jpg",),
-                             "parsing": (".png",), "torso_imgs": (".png",)}.items():  # fmt: skip
-        for suffix in suffixes:
-            found = {int(p.stem) for p in (dataset / folder).glob(f"*{suffix}")}
-            assert found == set(range(n)), (folder, suffix)
+                             "parsing": (".png", "_face.png"), "torso_imgs": (".png",),
+                             "teeth_mask": (".npy",)}.items():  # fmt: skip
+        found = {p.name for p in (dataset / folder).iterdir()}
+        assert found == {f"{i}{suffix}" for suffix in suffixes for i in range(n)}, folder
     assert (dataset / "aud.wav").exists() and (dataset / "speaker.mp4").exists()
     for name in ("aud.npy", "aud_ds.npy"):
         features = np.load(dataset / name)
@@ -42,6 +43,32 @@ def test_every_frame_has_its_files(dataset: Path, speaker_home: Path) -> None:
     with (dataset / "au.csv").open() as handle:
         rows = list(csv.DictReader(handle))
     assert len(rows) == n and all(0 <= float(r[" AU45_r"]) <= 2 for r in rows)
+    assert list(rows[0]) == ["frame", *(f" AU{i:02d}_r" for i in (1, 4, 5, 6, 7, 25, 45))]
+
+
+def test_expressions_of_other_trackers_follow_ours(dataset: Path, speaker_truth: Any) -> None:
+    shapes = np.load(dataset / "bs.npy")
+    assert shapes.shape == (len(speaker_truth.eye), 52)
+    assert shapes.min() >= 0 and shapes.max() <= 1
+    for column, true in ((8, 1 - speaker_truth.eye), (9, 1 - speaker_truth.eye),
+                         (24, speaker_truth.mouth)):  # fmt: skip
+        assert np.corrcoef(shapes[:, column], true)[0, 1] > 0.9, column
+    with (dataset / "au.csv").open() as handle:
+        lips = [float(row[" AU25_r"]) for row in csv.DictReader(handle)]
+    assert np.corrcoef(lips, speaker_truth.mouth)[0, 1] > 0.9
+
+
+def test_left_and_right_of_blend_shapes_are_the_persons() -> None:
+    tracks = {
+        "eye": np.array([[0.0, 1.0]]),  # shut on the left of the picture: the person's right
+        "brow": np.array([[0.04, -0.02]]),
+        "mesh_px": np.random.default_rng(0).random((1, 478, 2)),
+    }
+    shapes = exchange.blend_shapes(tracks)[0]
+    assert shapes[[8, 9]].tolist() == [0, 1]  # eyeBlinkLeft, eyeBlinkRight
+    assert shapes[[3, 4]].tolist() == [0, 1]  # browOuterUpLeft, browOuterUpRight
+    assert shapes[[0, 1]].tolist() == [0.5, 0]  # browDownLeft, browDownRight
+    assert shapes[2] == 0.25  # browInnerUp
 
 
 def test_landmarks_of_head_space_land_on_their_pixels(dataset: Path, speaker_home: Path) -> None:
@@ -77,10 +104,17 @@ def test_pictures_follow_the_labels(dataset: Path, speaker_home: Path) -> None:
     sure = (space.labels(10) > 250)[:, at // 4][:, :, at // 4]
     rows, columns = (at + dy)[:, None], (at + dx)[None]
     parsing = cv2.imread(str(dataset / "parsing" / "10.png"))[..., ::-1][rows, columns]
-    for name, colour in {"face": (0, 0, 255), "hair": (0, 0, 255), "torso": (255, 0, 0),
+    for name, colour in {"face": (0, 0, 255), "hair": (0, 0, 0), "torso": (255, 0, 0),
                          "background": (255, 255, 255)}.items():  # fmt: skip
         where = sure[LABELS.index(name)]
         assert where.any() and (parsing[where] == colour).all(1).mean() > 0.9, name
+    pasted = cv2.imread(str(dataset / "parsing" / "10_face.png"))[..., 1]  # green, as it is read
+    mask = 1 - pasted[rows, columns] / 255
+    assert mask[sure[LABELS.index("face")]].mean() > 0.9
+    assert mask[sure[LABELS.index("hair")]].mean() < 0.1
+    teeth = np.load(dataset / "teeth_mask" / "10.npy")
+    grey = (cv2.imread(str(dataset / "parsing" / "10.png")) == 100).all(-1)
+    assert teeth.dtype == bool and (teeth == grey).all()
     torso = cv2.imread(str(dataset / "torso_imgs" / "10.png"), cv2.IMREAD_UNCHANGED)
     alpha = torso[rows, columns, 3]
     assert torso.shape[2] == 4 and alpha[sure[LABELS.index("torso")]].mean() > 240

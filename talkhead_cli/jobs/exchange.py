@@ -4,9 +4,12 @@
     transforms.json       the same cameras for nerfstudio
     aud.npy aud_ds.npy    speech features (N, 16, 29)
     ori_imgs/{i}.jpg {i}.lms   gt_imgs/{i}.jpg   parsing/{i}.png   torso_imgs/{i}.png
+    bs.npy (N, 52)  parsing/{i}_face.png      what SyncTalk reads besides
+    teeth_mask/{i}.npy                        what TalkingGaussian and InsTaG do
 
 Whose networks cannot be had by pip stands in: the features have DeepSpeech's shape and hold our
-log-mel bands, and eyes are opened by our tracker's openness, not by OpenFace.  The split is ours,
+log-mel bands; action units and blend shapes are those that our tracks of lids, brows and lips say,
+the others 0; the mouth's inside stands for teeth.  The split is ours,
 so that the same frames are held out on both sides.  Pictures are shifted by the few pixels that
 bring the optical axis to their middle, where readers of the layout take it to be.
 """
@@ -30,7 +33,7 @@ from talkhead_cli.jobs import player
 from talkhead_cli.jobs.footage import STORED_PX, SpeechStats, head_camera, split_rows
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.parcel import pack
-from talkhead_cli.track import voice
+from talkhead_cli.track import face, voice
 from talkhead_cli.track.face import MESH_TO_68
 
 SHAPE = (16, 29)  # steps of 20 ms and channels of DeepSpeech's features
@@ -39,9 +42,17 @@ SHAPE = (16, 29)  # steps of 20 ms and channels of DeepSpeech's features
 UNIT = 0.8 / 4
 TURNED = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenCV axes (y down, z forward) to OpenGL's, and back
 WHITE = 255
-# Colours as a viewer shows them: head blue, neck green, torso red, background white.
-PARSING = {"neck": (0, WHITE, 0), "torso": (WHITE, 0, 0), "background": (WHITE, WHITE, WHITE)}
+# Colours as a viewer shows them.  TalkingGaussian tells hair and the mouth's inside from the head.
 HEAD = (0, 0, WHITE)
+PARSING = {
+    "face": HEAD, "mouth": (100, 100, 100), "hair": (0, 0, 0), "neck": (0, WHITE, 0),
+    "torso": (WHITE, 0, 0), "background": (WHITE, WHITE, WHITE),
+}  # fmt: skip
+# OpenFace's scale of action units ends at 5: where what we track is taken to reach it.
+STRONGEST = 5.0
+BROW_REACH, LID_REACH, LIP_REACH = 0.04, 0.2, 0.12  # face heights, openness above 1, face heights
+# MediaPipe's blend shapes as SyncTalk counts them; its left is the person's.
+BROWS_DOWN, BROWS_UP, BLINKS, JAW_OPEN = (0, 1), (2, 3, 4), (8, 9), 24
 
 
 def export_avatar(
@@ -81,7 +92,7 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
     tracks = space.load("tracks")
     n_frames = len(tracks["pose"])
     size = int(space.manifest()["size_px"])
-    for folder in ("ori_imgs", "gt_imgs", "parsing", "torso_imgs"):
+    for folder in ("ori_imgs", "gt_imgs", "parsing", "torso_imgs", "teeth_mask"):
         (out / folder).mkdir(parents=True)
     shutil.copyfile(space.video, out / f"{space.id}.mp4")
     shutil.copyfile(space.audio, out / "aud.wav")
@@ -92,11 +103,13 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
     features = speech_features(space.load("voice")["stream"], n_frames)
     for file in ("aud.npy", "aud_ds.npy"):  # one name in the scripts, another in the loader
         np.save(out / file, features)
+    units = action_units(tracks)
     with (out / "au.csv").open("w", newline="") as handle:
         rows = csv.writer(handle)
-        rows.writerow(["frame", " AU45_r"])  # the leading space is part of the name
-        shut = 1 - tracks["eye"].mean(1).clip(0, 1)
-        rows.writerows([i + 1, f"{2 * s:.3f}"] for i, s in enumerate(shut))
+        rows.writerow(["frame", *(f" AU{unit:02d}_r" for unit in units)])  # with leading spaces
+        for i, row in enumerate(np.stack(list(units.values()), 1)):
+            rows.writerow([i + 1, *(f"{value:.3f}" for value in row)])
+    np.save(out / "bs.npy", blend_shapes(tracks))
     poses = transforms(tracks["pose"], tracks["k"])
     train, held = split_rows(tracks["usable"], holdout)
     focal = float(tracks["k"][0, 0]) * size / STORED_PX
@@ -142,10 +155,45 @@ def _write_frame(
     _save(out / "ori_imgs" / f"{i}.jpg", bgr)
     person = (1 - of["background"])[..., None]
     _save(out / "gt_imgs" / f"{i}.jpg", _bytes(person * bgr + (1 - person) * plate))
-    colours = np.array([PARSING.get(label, HEAD)[::-1] for label in LABELS], np.uint8)
-    _save(out / "parsing" / f"{i}.png", colours[labels.argmax(0)])
+    colours = np.array([PARSING[label][::-1] for label in LABELS], np.uint8)
+    parts = labels.argmax(0)
+    _save(out / "parsing" / f"{i}.png", colours[parts])
+    mouth = parts == LABELS.index("mouth")
+    pasted = mouth | (parts == LABELS.index("face"))
+    white = np.array(PARSING["background"], np.uint8)
+    _save(out / "parsing" / f"{i}_face.png", np.where(pasted[..., None], HEAD[::-1], white))
+    np.save(out / "teeth_mask" / f"{i}.npy", mouth)
     torso = _bytes(255 * (of["torso"] + of["neck"]))[..., None]
     _save(out / "torso_imgs" / f"{i}.png", np.concatenate([bgr, torso], -1))
+
+
+def action_units(tracks: dict[str, NDArray[Any]]) -> dict[int, NDArray[np.float64]]:
+    """Intensities (T,) from 0 to 5 of the action units that readers of the layout ask for."""
+    brow, eye = tracks["brow"].mean(1), tracks["eye"].mean(1)
+    lips = face.lip_aperture(tracks["mesh_px"])
+
+    def strength(share: NDArray[Any]) -> NDArray[np.float64]:
+        return STRONGEST * share.clip(0, 1).astype(np.float64)
+
+    nothing = np.zeros(len(eye))
+    return {
+        1: strength(brow / BROW_REACH), 4: strength(-brow / BROW_REACH),
+        5: strength((eye - 1) / LID_REACH), 6: nothing, 7: nothing,
+        25: strength(lips / LIP_REACH), 45: 2 * (1 - eye.clip(0, 1).astype(np.float64)),
+    }  # fmt: skip
+
+
+def blend_shapes(tracks: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
+    """(T, 52) scores in [0, 1], in the order in which SyncTalk keeps MediaPipe's."""
+    shapes = np.zeros((len(tracks["eye"]), 52))
+    left, right = 1, 0  # of the person, who faces us
+    brow = tracks["brow"] / BROW_REACH
+    shapes[:, BROWS_DOWN] = -brow[:, (left, right)]
+    shapes[:, BROWS_UP] = np.stack([brow.mean(1), brow[:, left], brow[:, right]], 1)
+    shapes[:, BLINKS] = 1 - tracks["eye"][:, (left, right)]
+    shapes[:, JAW_OPEN] = face.lip_aperture(tracks["mesh_px"]) / LIP_REACH
+    scores: NDArray[np.float64] = shapes.clip(0, 1)
+    return scores
 
 
 def transforms(pose: NDArray[np.float32], k: NDArray[np.float32]) -> NDArray[np.float64]:

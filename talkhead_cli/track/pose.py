@@ -344,7 +344,7 @@ def _solve_shape(
     dv = np.stack([zero, focal / z, -focal * y / z**2], -1) @ rotation
     normal = np.einsum("tni,tnj->nij", du, du) + np.einsum("tni,tnj->nij", dv, dv)
     right = np.einsum("tni,tn->ni", du, error[..., 0]) + np.einsum("tni,tn->ni", dv, error[..., 1])
-    # Depth is only seen through turning: hold it with the mesh's own; landmarks have 1.5 px of noise.
+    # Depth is only seen through turning: hold it with the mesh's own (landmarks err by 1.5 px).
     hold = (1.5 / DEPTH_HOLD) ** 2 * np.eye(3)
     hold[:2, :2] = (1.5 / 0.03) ** 2 * 0.05 * np.eye(2)
     right += (prior_shape - shape) @ hold
