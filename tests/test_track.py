@@ -681,3 +681,21 @@ def test_two_faces_of_a_film_are_told_apart(shared: Path) -> None:
 
 def test_manifest_is_plain_json(space: Workspace) -> None:
     assert json.loads(json.dumps(space.manifest())) == space.manifest()
+
+
+def test_a_background_that_moves_is_told_from_one_that_stands() -> None:
+    rng = np.random.default_rng(0)
+    mattes = [np.zeros((matte.MATTE_PX, matte.MATTE_PX), np.uint8) for _ in range(9)]
+    for mask in mattes:
+        mask[64:, 64:192] = 255
+    wall = rng.integers(0, 256, (128, 128, 3)).astype(np.uint8)
+    still = [wall.copy() for _ in mattes]
+    for frame in still:  # the person may do what he likes
+        frame[32:, 32:96] = rng.integers(0, 256, (96, 64, 3))
+    plate, _ = matte.make_plate(still, mattes)
+    assert matte.unrest(still, mattes, plate) == 0
+    moving = [np.roll(frame, 8 * i, 1) for i, frame in enumerate([wall] * len(mattes))]
+    plate, _ = matte.make_plate(moving, mattes)
+    assert matte.unrest(moving, mattes, plate) > 30
+    everywhere = [np.full_like(mask, 255) for mask in mattes]
+    assert matte.unrest(still, everywhere, plate) == 0

@@ -37,9 +37,10 @@ BLOCK = 2048  # frames that are worked on at once
 N_PLATE = 25  # frames behind the background's median
 SCOUT_EVERY = FPS // 2  # frames that a first look takes
 N_EVIDENCE = 40  # frames that tell hair from torso by motion
+RESTLESS = 4.0  # of 255; a still background is off by 1 to 2, for noise and shadows
 MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 2, "mesh": 2, "film": 1, "tracks": 2, "labels": 1}
+VERSIONS = {"sound": 2, "mesh": 2, "film": 2, "tracks": 2, "labels": 1}
 
 
 class Stages:
@@ -273,12 +274,18 @@ class Stages:
                     )
                     piece = {}
         plate, seen = matte.make_plate(plate_frames, plate_mattes)
+        unrest = matte.unrest(plate_frames, plate_mattes, plate)
+        if unrest > RESTLESS:
+            self.progress.note(
+                f"the background moves (by {unrest:.0f} of 255 in the middle); films show it as it is "
+                "on average, and still (render --background gives them another)"
+            )
         with atomic(self.space.plate_file) as part:
             cv2.imwrite(str(part), plate[..., ::-1])
         self.space.save("film", {
             "warps": warps, "tracked": tracked, "thumbs": np.stack(thumbs),
             "thumbs_at": thumbs_at, "reference": np.array(reference),
-            "plate_seen": (seen > 0).mean(),
+            "plate_seen": (seen > 0).mean(), "unrest": np.array(unrest),
         })  # fmt: skip
 
     def _mesh_in_crop(self, faces: face.Faces, crop: Crop) -> NDArray[np.float32]:

@@ -332,6 +332,21 @@ def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, A
     return picture, seen
 
 
+def unrest(frames: list[Picture], mattes: list[Picture], plate: Picture) -> float:
+    """How far the background is from its plate (H, W, 3), of 255: median over what is clear of the
+    person in each frame; 0 where nothing ever is."""
+    side = plate.shape[0]
+    grow = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
+    off = []
+    for frame, mask in zip(frames, mattes, strict=True):
+        person = cv2.dilate((mask > 25).astype(np.uint8), grow)
+        clear = cv2.resize(person, (side, side), interpolation=cv2.INTER_NEAREST)[::4, ::4] == 0
+        gap = np.abs(frame[::4, ::4].astype(np.float32) - plate[::4, ::4]).mean(-1)
+        off.append(gap[clear])
+    joined = np.concatenate(off)
+    return float(np.median(joined)) if len(joined) else 0.0
+
+
 def body_pivot(mesh: Array) -> Array:
     """Where the shoulders turn: half a face height under the chin, (2,) shares of the side."""
     height = np.linalg.norm(mesh[CHIN] - mesh[TOP])
