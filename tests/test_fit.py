@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -133,12 +134,10 @@ def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(
 ) -> None:
     honest, calls = fit.Step.forward, {"n": 0}
 
-    def sick(self: fit.Step, drawn: list) -> tuple[dict, int]:
-        terms, n_points = honest(self, drawn)
+    def sick(self: fit.Step, *args: Any) -> fit.Lost:
+        lost = honest(self, *args)
         calls["n"] += 1
-        if calls["n"] in poisoned:
-            terms = {k: v * float("nan") for k, v in terms.items()}
-        return terms, n_points
+        return lost._replace(loss=lost.loss * float("nan")) if calls["n"] in poisoned else lost
 
     monkeypatch.setattr(fit.Step, "forward", sick)
     progress = SilentProgress()

@@ -20,6 +20,15 @@ Verbose = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")]
+Devices = Annotated[
+    int, typer.Option("--devices", help="Processes that train together here, one GPU each.")
+]
+Nodes = Annotated[
+    int,
+    typer.Option(
+        "--nodes", help="Machines that do; each runs this command (MASTER_ADDR, NODE_RANK ...)."
+    ),
+]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
 Id = Annotated[str, typer.Option("--id", help="Which identity.")]
 Presets = Annotated[

@@ -8,7 +8,19 @@ from typing import Annotated
 import typer
 
 from talkhead_cli.cli.console import answer, speaking
-from talkhead_cli.cli.options import Device, Home, Id, Json, Presets, Seed, Settings, Verbose, say
+from talkhead_cli.cli.options import (
+    Device,
+    Devices,
+    Home,
+    Id,
+    Json,
+    Nodes,
+    Presets,
+    Seed,
+    Settings,
+    Verbose,
+    say,
+)
 
 
 def finetune(
@@ -28,6 +40,8 @@ def finetune(
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Replace the run of that name.")] = False,
     device: Device = "auto",
+    devices: Devices = 1,
+    nodes: Nodes = 1,
     seed: Seed = 0,
     home: Home = None,
     json: Json = False,
@@ -35,12 +49,14 @@ def finetune(
 ) -> None:
     """Train one person's avatar.  An interrupted run goes on where it was saved last."""
     with speaking(verbose) as report:
+        from talkhead_cli.jobs import team
         from talkhead_cli.jobs.finetune import finetune as job
         from talkhead_cli.jobs.finetune import refined
         from talkhead_cli.store import home_folder
 
-        made = job(
-            home_folder(home), name, report, names=preset or ["lokitalk"],
+        made = team.run(
+            job, home_folder(home), name, progress=report, devices=devices, nodes=nodes,
+            names=preset or ["lokitalk"],
             settings=[*(setting or []), *refined(preset or [], refine)], run_name=run,
             prior=prior, device=device, seed=seed, fresh=fresh,
         )  # fmt: skip
@@ -65,6 +81,8 @@ def pretrain(
     setting: Settings = None,
     fresh: Annotated[bool, typer.Option(help="Replace the prior of that name.")] = False,
     device: Device = "auto",
+    devices: Devices = 1,
+    nodes: Nodes = 1,
     seed: Seed = 0,
     home: Home = None,
     json: Json = False,
@@ -73,6 +91,7 @@ def pretrain(
     """Learn what many people share; new people begin from it (finetune --prior)."""
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
+        from talkhead_cli.jobs import team
         from talkhead_cli.jobs.preset import load
         from talkhead_cli.jobs.pretrain import pretrain as job
         from talkhead_cli.store import home_folder
@@ -80,9 +99,9 @@ def pretrain(
         names = ["expert", *(preset or [])] if expert else preset or ["lokitalk"]
         if expert and load(names).method != "expert":
             raise MisuseError("--expert is a preset of its own; only overlays go with it (-p tiny)")
-        made = job(
-            home_folder(home), _named(ids, ids_from, home_folder(home)), out, report,
-            preset_names=names,
+        made = team.run(
+            job, home_folder(home), _named(ids, ids_from, home_folder(home)), out,
+            progress=report, devices=devices, nodes=nodes, preset_names=names,
             settings=setting or [], device=device, seed=seed, fresh=fresh,
         )  # fmt: skip
         say([made.root], {"meta": made.meta()}, json)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 
 from talkhead_cli import __version__, march
 from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import backends, expert, fit, footage, player, portraits
+from talkhead_cli.jobs import backends, expert, fit, footage, player, portraits, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
@@ -24,7 +23,7 @@ from talkhead_cli.jobs.prior import Start
 from talkhead_cli.store import Run, Workspace
 
 # Half where it is faster: a CPU's casts cost more than its half-precision products gain.
-PRECISION: dict[str, Literal["16-mixed", "bf16-mixed", "32-true"]] = {
+PRECISION: dict[str, team.Precision] = {
     "cuda": "16-mixed", "cpu": "32-true",
 }  # fmt: skip
 
@@ -41,11 +40,14 @@ def finetune(
     device: str = "auto",
     seed: int = 0,
     fresh: bool = False,
+    devices: int = 1,
+    nodes: int = 1,
     stop_after: Callable[[fit.Place], bool] | None = None,
 ) -> Run:
     """Train the preset made of `names` and `settings` on identity `name`.
 
-    With a prior's name it begins from what the prior's people share, else from nothing.
+    With a prior's name it begins from what the prior's people share, else from nothing.  One of
+    `devices` processes on each of `nodes` machines, if there are several (`team.run`).
     A run that was interrupted continues from its last save; a finished one is left as it is.
     """
     preset = presets.load(names, settings)
@@ -71,24 +73,28 @@ def finetune(
         prior = priors.newest(home, preset.method, preset)
     start = priors.choose(home, prior, preset.method, space, hears)
     run = Run.named(space.runs, run_name or _run_name(names, settings, start))
-    with space.locked():
-        if fresh:
+    chief = team.is_chief()
+    with space.locked() if chief else nullcontext():
+        if fresh and chief:
             run.clear()
+        fabric = team.fabric(where, PRECISION[where.type], devices, nodes)
+        where = fabric.device
+        fabric.barrier()
         if _is_finished(run, preset, space, start, progress):
             return run
+        fabric.barrier()
         began = time.monotonic()
         spent = run.meta().get("seconds", 0.0)
-        run.write_preset(preset.to_yaml())
-        run.write_meta(
-            identity=name, version=__version__, footage=space.fingerprint, seed=seed,
-            prior=None if start is None else start.facts(),
-        )  # fmt: skip
+        if chief:
+            run.write_preset(preset.to_yaml())
+            run.write_meta(
+                identity=name, version=__version__, footage=space.fingerprint, seed=seed,
+                prior=None if start is None else start.facts(),
+            )  # fmt: skip
 
-        fabric = Fabric(
-            accelerator=where.type, devices=1, precision=PRECISION[where.type],
-        )  # fmt: skip
         fabric.seed_everything(seed, verbose=False)
-        clip = footage.load(space, preset.data, progress)
+        with fabric.rank_zero_first():  # which caches the pixels
+            clip = footage.load(space, preset.data, progress)
         aabb = player.box_for(preset, clip.signals.camera[clip.train])
         n_features = int(clip.signals.audio.shape[2])
         avatar, marcher, why = player.build(preset, n_features, aabb.to(where), where)
@@ -108,7 +114,9 @@ def finetune(
         avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb.to(where))
         if from_pictures:
             likeness = clip.portrait(clip.best_likeness())
-            run.save_portrait(portraits.to_arrays(likeness))
+            if chief:
+                run.save_portrait(portraits.to_arrays(likeness))
+            fabric.barrier()
             avatar.eval()
             marcher.eval()
             speaker = player.person(avatar, run, where)
@@ -117,6 +125,8 @@ def finetune(
             stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
             stop_after=stop_after,
         )  # fmt: skip
+        if not chief:
+            return run
         seconds = spent + time.monotonic() - began
         if place.stage < len(preset.train.stages):
             run.write_meta(seconds=round(seconds, 1))

@@ -9,9 +9,9 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning_fabric import Fabric
@@ -42,15 +42,24 @@ class Drawn:
         self.shots = shots
 
 
+class Lost(NamedTuple):
+    """loss () the weighted sum · terms () by name, unweighted · how many points the field was
+    asked for."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    n_points: int
+
+
 class Step(nn.Module):
-    """Condition, march, compose and lose, in one forward: what Fabric wraps."""
+    """Condition, march, compose, lose and weigh, in one forward: what Fabric wraps."""
 
     def __init__(self, avatar: Avatar, marcher: nn.Module) -> None:
         super().__init__()
         self.avatar, self.marcher = avatar, marcher
 
-    def forward(self, drawn: Drawn) -> tuple[dict[str, Tensor], int]:
-        """Losses by name, and how many points the field was asked for."""
+    def forward(self, drawn: Drawn, weights: Mapping[str, float]) -> Lost:
+        """What a step loses; nothing but `loss` has a gradient."""
         results, n_points = [], 0
         for shot in drawn.shots:
             if shot.rays is None:
@@ -64,7 +73,11 @@ class Step(nn.Module):
             frame = speaker.compose(rendered, rays, shot.signals, shot.plate)
             results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
             n_points += rendered.n_points
-        return self.avatar.losses(results), n_points
+        terms = self.avatar.losses(results)
+        weighed = [weights[name] * term for name, term in terms.items() if weights.get(name)]
+        assert weighed, "the stage weighs none of its losses"
+        loss = torch.stack(weighed).sum()
+        return Lost(loss, {name: term.detach() for name, term in terms.items()}, n_points)
 
 
 @dataclass
@@ -231,11 +244,12 @@ class _StageLoop:
             with torch.no_grad():
                 made = self.avatar.enroll(drawn[0].portrait).condition(drawn[0].signals)
                 self.module.marcher.refresh(made, place.total)  # type: ignore[operator]
-        terms, n_points = self.wrapped(Drawn(drawn))
-        loss = sum(self.stage.weights.get(k, 0.0) * v for k, v in terms.items())
-        assert isinstance(loss, Tensor), f"stage {self.name} weighs none of its losses"
+        loss, terms, n_points = self.wrapped(Drawn(drawn), self.stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
-        value = float(loss.detach())
+        # of the whole team: all go on together, or all go back
+        shared = self.fabric.all_reduce(loss.detach(), reduce_op="mean")
+        assert isinstance(shared, Tensor)
+        value = float(shared)
         if math.isfinite(value):
             self.fabric.backward(loss)
             self.optimizer.step()
@@ -243,7 +257,7 @@ class _StageLoop:
             want = place.n_rays * self.stage.n_points / n_points
             limit = MAX_RAYS if self.stage.rays == "random" else MAX_RAYS // 2
             place.n_rays = min(max(0.9 * place.n_rays + 0.1 * want, 128), limit)
-        figures = {k: float(v.detach()) for k, v in terms.items()} | {"loss": value}
+        figures = {k: float(v) for k, v in terms.items()} | {"loss": value}
         if n_points:
             figures |= {"rays": float(int(place.n_rays)), "points": float(n_points)}
         return figures, value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from lightning_fabric import Fabric
 
 from talkhead_cli import __version__, march
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import backends, expert, fit, footage, player
+from talkhead_cli.jobs import backends, expert, fit, footage, player, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset, Train
@@ -35,13 +36,16 @@ def pretrain(
     device: str = "auto",
     seed: int = 0,
     fresh: bool = False,
+    devices: int = 1,
+    nodes: int = 1,
     stop_after: Callable[[fit.Place], bool] | None = None,
 ) -> Run:
     """Train what identities `names` share into the prior `out` of the home, by default "prior", and
     for a method that lives by priors the method's name.
 
     An identity that is missing, damaged or without sound is left out with a word.  A prior that
-    was interrupted continues from its last save; a finished one is left as it is.
+    was interrupted continues from its last save; a finished one is left as it is.  One of
+    `devices` processes on each of `nodes` machines, if there are several (`team.run`).
     """
     preset = presets.load(preset_names, settings)
     if preset.pretrain is None:
@@ -53,9 +57,13 @@ def pretrain(
     hears_alone = "speech" in preset.train.stages  # people learn their own pictures
     out = out or ("prior" if hears_alone else preset.method)
     prior = Run.named(priors_folder(home), out)
-    with prior.locked():
-        if fresh:
+    chief = team.is_chief()
+    with prior.locked() if chief else nullcontext():
+        if fresh and chief:
             prior.clear()
+        where = march.device_of(device)
+        fabric = team.fabric(where, "32-true", devices, nodes)
+        fabric.barrier()
         if prior.is_finished and prior.meta()["method"] != preset.method:
             raise MisuseError(
                 f"prior '{out}' is there already, of {prior.meta()['method']}; give another -o, or "
@@ -64,7 +72,7 @@ def pretrain(
         if prior.is_finished:
             progress.note(f"prior '{out}' is finished already; --fresh trains it anew")
         else:
-            _train(prior, home, names, preset, stages, progress, device, seed, stop_after)
+            _train(prior, home, names, preset, stages, progress, fabric, seed, stop_after)
     return prior
 
 
@@ -75,14 +83,16 @@ def _train(
     preset: Preset,
     stages: Train,
     progress: Progress,
-    device: str,
+    fabric: Fabric,
     seed: int,
     stop_after: Callable[[fit.Place], bool] | None,
 ) -> None:
     """The stages over everybody who can be used."""
-    began = time.monotonic()
+    began, where = time.monotonic(), fabric.device
+    fabric.barrier()
     spaces = _openable(home, names, progress)
-    people = _loaded(spaces, preset, stages, progress)
+    with fabric.rank_zero_first():  # which caches the pixels
+        people = _loaded(spaces, preset, stages, progress)
     if len(people) < MIN_PEOPLE:
         raise TalkheadError(
             f"a prior needs at least {MIN_PEOPLE} people with sound; {len(people)} of the "
@@ -103,14 +113,13 @@ def _train(
             f"prior '{prior.name}' was begun with other people or settings; pass --fresh to "
             "replace it"
         )
-    prior.write_preset(text)
-    prior.write_meta(
-        version=__version__, people=sources, seed=seed, key=key,
-        expert=None if judge is None else judge.name,
-    )  # fmt: skip
-
-    where = march.device_of(device)
-    fabric = Fabric(accelerator=where.type, devices=1)
+    fabric.barrier()
+    if fabric.is_global_zero:
+        prior.write_preset(text)
+        prior.write_meta(
+            version=__version__, people=sources, seed=seed, key=key,
+            expert=None if judge is None else judge.name,
+        )  # fmt: skip
     fabric.seed_everything(seed, verbose=False)
     aabb = player.box_for(preset, clips[0].signals.camera)
     avatar, marcher, _ = player.build(preset, n_features, aabb.to(where), where, len(clips))
@@ -127,7 +136,7 @@ def _train(
         preset.model_copy(update={"train": stages}), avatar, marcher, clips, prior, fabric,
         progress, seed=seed, stop_after=stop_after,
     )  # fmt: skip
-    if place.stage < len(stages.stages):
+    if place.stage < len(stages.stages) or not fabric.is_global_zero:
         return
     prior.save_weights(avatar.common_state())
     prior.save_drive(

@@ -277,8 +277,8 @@ class Stages:
         unrest = matte.unrest(plate_frames, plate_mattes, plate)
         if unrest > RESTLESS:
             self.progress.note(
-                f"the background moves (by {unrest:.0f} of 255 in the middle); films show it still, as "
-                "it is on average (render --background gives them another)"
+                f"the background moves (by {unrest:.0f} of 255); films show it still, "
+                "as it is on average (render --background gives them another)"
             )
         with atomic(self.space.plate_file) as part:
             cv2.imwrite(str(part), plate[..., ::-1])

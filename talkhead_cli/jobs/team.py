@@ -1,0 +1,127 @@
+"""Several processes that train one avatar together, each on draws of its own (data parallelism).
+
+Every process takes the preset's rays and rows per step; gradients are averaged, so a team of N
+learns from N times as many.  The first process of the first machine, the chief, alone speaks,
+writes and saves.  On more than one machine every one runs the same command, with MASTER_ADDR,
+MASTER_PORT and NODE_RANK set as Lightning wants them, and sees the same home.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, TypeVar
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.strategies import DDPStrategy
+
+from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
+
+Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
+Made = TypeVar("Made")
+OURS = ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+PATIENCE_S = 30.0  # for the others to end once the chief has
+
+
+def run(
+    job: Callable[..., Made], *args: Any, progress: Progress, devices: int, nodes: int,
+    **options: Any,
+) -> Made:  # fmt: skip
+    """`job(*args, progress, devices=, nodes=, **options)` by a team; what the chief made.
+
+    Machines other than the first end with the job, whose answer there is what the chief saved.
+    """
+    if devices < 1 or nodes < 1:
+        raise MisuseError("--devices and --nodes must be 1 or more")
+    if nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys():
+        raise MisuseError(
+            "--nodes needs MASTER_ADDR, MASTER_PORT and NODE_RANK (0 on the first machine) in the "
+            "environment of every machine"
+        )
+    options |= {"devices": devices, "nodes": nodes}
+    if devices * nodes == 1:
+        return job(*args, progress, **options)
+    context = multiprocessing.get_context("spawn")
+    with _named_place(devices) as place:
+        others = [
+            context.Process(target=_join_in, daemon=True,
+                            args=(job, args, options, {**place, "LOCAL_RANK": str(number)}))
+            for number in range(1, devices)
+        ]  # fmt: skip
+        for other in others:
+            other.start()
+        try:
+            made = job(*args, progress if is_chief() else SilentProgress(), **options)
+            for other in others:
+                other.join(PATIENCE_S)
+        except RuntimeError as error:  # gloo's and NCCL's, when somebody is gone
+            if all(other.is_alive() for other in others):
+                raise
+            raise TalkheadError(
+                "a process of the team failed, probably for memory; run the same command again, "
+                "with fewer --devices"
+            ) from error
+        finally:
+            for other in others:
+                other.kill()
+    return made
+
+
+def fabric(device: torch.device, precision: Precision, devices: int, nodes: int) -> Fabric:
+    """Fabric for a process of a team of `devices` on each of `nodes`, connected to the others."""
+    if devices * nodes == 1:
+        return Fabric(accelerator=device.type, devices=1, precision=precision)
+    if device.type == "cuda" and devices > torch.cuda.device_count():
+        raise TalkheadError(
+            f"--devices {devices} are asked for, {torch.cuda.device_count()} GPUs are here"
+        )
+    if device.type == "cpu":
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices))
+    made = Fabric(
+        accelerator=device.type, devices=devices, num_nodes=nodes, precision=precision,
+        # a step may ask for no point of the shoulders, say
+        strategy=DDPStrategy(find_unused_parameters=True),
+    )  # fmt: skip
+    made.launch()
+    return made
+
+
+def is_chief() -> bool:
+    """Whether this process speaks and writes; by the environment, before there is a Fabric."""
+    return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
+
+
+def _join_in(
+    job: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], place: dict[str, str]
+) -> None:
+    os.environ.update(place)
+    job(*args, SilentProgress(), **options)
+
+
+@contextlib.contextmanager
+def _named_place(devices: int) -> Iterator[dict[str, str]]:
+    """Where the team meets, in the environment while the block runs."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        free = probe.getsockname()[1]
+    place = {
+        "MASTER_ADDR": os.environ.get("MASTER_ADDR", "127.0.0.1"),
+        "MASTER_PORT": os.environ.get("MASTER_PORT", str(free)),
+        "LOCAL_RANK": "0",
+    }
+    before = {name: os.environ.get(name) for name in place}
+    os.environ.update(place)
+    try:
+        yield place
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,144 @@
+"""Processes that train together: the same as one process that learns from all their draws."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from talkhead_cli.cli.app import app
+from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
+from talkhead_cli.jobs import fit, footage, player, shots, team
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.preset import Preset
+from talkhead_cli.store import Run, Workspace
+
+CPU = torch.device("cpu")
+SMALL = [
+    "data.size_px=64", "march.resolution=32", "march.n_steps=16",
+    "train.stages.speech.steps=4", "train.stages.speech_all.steps=0",
+    "train.stages.shape.steps=20", "train.stages.detail.steps=4",
+    "train.stages.lips.steps=2", "train.stages.eyes.steps=0",
+    *(f"train.stages.{name}.n_points=3000" for name in ("shape", "detail", "lips")),
+]  # fmt: skip
+ONLY_SPEECH = [*SMALL, *(f"train.stages.{name}.steps=0" for name in ("shape", "detail", "lips"))]
+
+
+@pytest.fixture
+def home(speaker_home: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(speaker_home, tmp_path / "home"))
+
+
+def ready(home: Path, settings: list[str]) -> tuple[Preset, Any, Any, footage.Footage]:
+    """A fresh avatar of the speaker, its marcher, and her footage."""
+    preset = presets.load(["lokitalk", "tiny"], settings)
+    clip = footage.load(Workspace.open(home, "speaker"), preset.data, SilentProgress())
+    torch.manual_seed(0)
+    aabb = player.box_for(preset, clip.signals.camera[clip.train])
+    avatar, marcher, _ = player.build(preset, clip.signals.audio.shape[2], aabb, CPU)
+    avatar.calibrate(clip.signals[clip.train], clip.mesh, aabb)
+    return preset, avatar, marcher, clip
+
+
+def learn(home: Path, progress: Progress, *, settings: list[str], devices: int, nodes: int) -> None:
+    """Train, and write what this process ends with."""
+    fabric = team.fabric(CPU, "32-true", devices, nodes)
+    with fabric.rank_zero_first():
+        preset, avatar, marcher, clip = ready(home, settings)
+    place = fit.fit(preset, avatar, marcher, [clip], Run.named(home, "run"), fabric, progress)
+    state = {**avatar.state_dict(), **{f"grid.{k}": v for k, v in marcher.state_dict().items()}}
+    torch.save({"state": state, "loss": place.figures["loss"]}, home / f"{fabric.global_rank}.pt")
+
+
+def by_one(home: Path, settings: list[str], n_steps: int) -> tuple[dict[str, torch.Tensor], float]:
+    """The first stage by one process, on what each of two would have drawn."""
+    preset, avatar, marcher, clip = ready(home, settings)
+    stage = preset.train.stages["speech"]
+    step, average = fit.Step(avatar, marcher).train(), fit._Average(avatar, preset.train.ema)
+    avatar.noise = stage.noise
+    (shorter,), kept = fit._inner_split([clip], stage)
+    avatar.requires_grad_(False)
+    parameters = avatar.part("speech")
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99))
+    rng, value = torch.Generator(), 0.0
+    for index in range(n_steps):
+        scale = min(1.0, (index + 1) / fit.WARM_UP) * stage.fall ** (index / n_steps)
+        optimizer.param_groups[0]["lr"] = stage.rates["speech"] * scale
+        optimizer.zero_grad()
+        value = 0.0
+        for rank in range(2):
+            rng.manual_seed(fit._mix(index, rank, 0))
+            torch.manual_seed(fit._mix(index, rank, 7919))
+            drawn = fit.Drawn([shots.draw(shorter, stage, 0, avatar.aabb, rng)])
+            loss = step(drawn, stage.weights).loss / 2
+            loss.backward()
+            value += float(loss.detach())
+        optimizer.step()
+        average.update(avatar)
+    avatar.eval()
+    avatar.settle(kept[0])
+    average.give(avatar)
+    return avatar.state_dict(), value
+
+
+def test_two_processes_learn_as_one_with_both_their_draws(home: Path) -> None:
+    team.run(learn, home, progress=SilentProgress(), devices=2, nodes=1, settings=ONLY_SPEECH)
+    found = [torch.load(home / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    state, loss = by_one(home, ONLY_SPEECH, 4)
+    assert found[0]["loss"] == found[1]["loss"] == pytest.approx(loss, rel=1e-5)
+    for name, value in state.items():
+        assert torch.allclose(found[0]["state"][name], value, atol=1e-6), name
+    assert not torch.distributed.is_initialized() and "LOCAL_RANK" not in os.environ
+
+
+def test_a_team_stays_of_one_mind(home: Path) -> None:
+    """Fields, averages and the occupancy grid too, which every process looks into elsewhere."""
+    team.run(learn, home, progress=SilentProgress(), devices=2, nodes=1, settings=SMALL)
+    one, two = (torch.load(home / f"{rank}.pt", weights_only=True)["state"] for rank in range(2))
+    apart = [name for name in one if not torch.equal(one[name], two[name])]
+    # what marching saw since the grid was last shared is each one's own
+    assert set(apart) <= {name for name in one if name.endswith("seen")}, apart
+
+
+def test_a_team_is_asked_for_in_the_command(home: Path) -> None:
+    words = ["finetune", "--id", "speaker", "-p", "lokitalk", "-p", "tiny", "--home", str(home)]
+    words += [word for setting in SMALL for word in ("-s", setting)]
+    result = CliRunner().invoke(app, [*words, "--devices", "2", "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    run, _ = player.pick_run(Workspace.open(home, "speaker"), None)
+    assert run.is_finished and run.meta()["steps"] == 30
+    again = CliRunner().invoke(app, [*words, "--devices", "2", "--device", "cpu"])
+    assert again.exit_code == 0 and "finished already" in again.output
+
+
+def gone(home: Path, progress: Progress, *, devices: int, nodes: int) -> None:
+    """A job whose second process is killed."""
+    fabric = team.fabric(CPU, "32-true", devices, nodes)
+    if not team.is_chief():
+        os._exit(9)
+    fabric.barrier()
+
+
+def test_a_process_that_dies_takes_nobody_hostage(tmp_path: Path) -> None:
+    began = time.monotonic()
+    with pytest.raises(TalkheadError, match="a process of the team failed.*fewer --devices"):
+        team.run(gone, tmp_path, progress=SilentProgress(), devices=2, nodes=1)
+    assert time.monotonic() - began < 60
+    assert not torch.distributed.is_initialized()
+
+
+def test_teams_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for devices, nodes in ((0, 1), (1, 0), (-1, 1)):
+        with pytest.raises(MisuseError, match="1 or more"):
+            team.run(gone, tmp_path, progress=SilentProgress(), devices=devices, nodes=nodes)
+    monkeypatch.delenv("NODE_RANK", raising=False)
+    with pytest.raises(MisuseError, match="NODE_RANK"):
+        team.run(gone, tmp_path, progress=SilentProgress(), devices=1, nodes=2)
