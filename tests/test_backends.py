@@ -77,7 +77,7 @@ def _picture(side: int = 256) -> np.ndarray:
 
 def test_auto_takes_the_best_that_is_there(bring: Bring) -> None:
     for name in ("retinaface", "bisenet", "face-landmarker", "fan2d"):
-        bring(name)
+        bring(name, {})
     assert backends.choose() == {
         "voice": "mel", "detector": "retinaface", "mesh": "face-landmarker", "landmarks": "mesh",
         "labels": "bisenet",
