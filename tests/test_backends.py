@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from talkhead_cli.contracts import LABELS, SilentProgress, TalkheadError
-from talkhead_cli.jobs import backends
+from talkhead_cli.jobs import backends, looks
 from talkhead_cli.jobs.preprocess import preprocess
 from talkhead_cli.store import Workspace, weights
 from talkhead_cli.track import face, matte
@@ -179,7 +181,7 @@ def test_points_of_either_mesh_are_brought_to_pixels() -> None:
     [
         ("retinaface", backends.detector_of), ("bisenet", backends.parser_of),
         ("fan2d", backends.landmarks_of), ("fan3d", backends.landmarks_of),
-        ("lpips", lambda _: backends.lpips()),
+        ("lpips", lambda _: looks.lpips()),
     ],
 )  # fmt: skip
 def test_a_file_of_another_shape_is_refused_by_name(
@@ -214,16 +216,16 @@ def test_a_file_with_another_hash_is_refused_at_work(
 
 def test_lpips_is_a_distance_that_training_can_follow(bring: Bring) -> None:
     bring("lpips")
-    looks = backends.lpips()
+    distance = looks.lpips()
     picture = torch.from_numpy(_picture(96)).float()[None] / 255
     noisy = (picture + 0.1 * torch.randn_like(picture)).clamp(0, 1).requires_grad_()
-    far = looks(noisy, picture)
+    far = distance(noisy, picture)
     assert far.shape == (1,) and float(far.detach()) > 1e-6
-    assert float(looks(picture, picture)) == pytest.approx(0, abs=1e-7)
+    assert float(distance(picture, picture)) == pytest.approx(0, abs=1e-7)
     far.sum().backward()  # type: ignore[no-untyped-call]
     assert noisy.grad is not None and noisy.grad.abs().sum() > 0
-    assert not any(p.requires_grad for p in looks.parameters())
-    assert looks(picture[:, :24, :24], noisy[:, :24, :24]).shape == (1,)  # small patches too
+    assert not any(p.requires_grad for p in distance.parameters())
+    assert distance(picture[:, :24, :24], noisy[:, :24, :24]).shape == (1,)  # small patches too
 
 
 def test_a_film_is_tracked_by_what_is_named(
@@ -232,7 +234,10 @@ def test_a_film_is_tracked_by_what_is_named(
     """Parsed labels; then placed landmarks, which are lifted as the mesh's are."""
     bring("bisenet")
     part: dict[str, Any] = {"start_s": 0.0, "end_s": 3.0}
-    space = preprocess(speaker_clip, tmp_path, SilentProgress(), name="parsed", **part)
+    told = SilentProgress()
+    space = preprocess(speaker_clip, tmp_path, told, name="parsed", **part)
+    slow = [note for note in told.notes if "labels by bisenet" in note]
+    assert len(slow) == (0 if torch.cuda.is_available() else 1)
     assert space.manifest()["backends"]["labels"] == "bisenet"
     assert (space.labels(40).astype(int).sum(0) == 255).all()
     assert space.load("tracks")["found"].mean() > 0.95
@@ -252,3 +257,9 @@ def test_a_film_is_tracked_by_what_is_named(
         tracks[made.id] = Workspace.open(tmp_path, made.id).load("tracks")["landmarks"]
     assert np.abs(tracks["p"] - tracks["q"]).max() < 1e-4
     assert placed.manifest()["backends"]["landmarks"] == "fan2d"
+
+
+def test_tracking_by_the_defaults_is_spared_torch() -> None:
+    """It takes three seconds to load, and more memory than the tracking itself."""
+    words = "import sys, talkhead_cli.jobs.preprocess; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", words], timeout=60).returncode == 0

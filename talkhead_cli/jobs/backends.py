@@ -10,9 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from talkhead_cli.blocks.perceptual import Perceptual
-from talkhead_cli.contracts import MisuseError, Progress
-from talkhead_cli.jobs.preset import Train
+from talkhead_cli.contracts import MisuseError
 from talkhead_cli.store import weights
 from talkhead_cli.track import face
 from talkhead_cli.track.voice import MelVoice
@@ -25,11 +23,10 @@ BEST_FIRST = {
     "landmarks": ("mesh",),
     "labels": ("bisenet", "colour+motion"),
 }
-# Only when named: half a second a frame on two cores, and nobody has measured that they are better
-# than the mesh's.
+# Only when named: nobody has measured that they are better than the mesh's.
 ON_REQUEST = {"landmarks": ("fan2d", "fan3d")}
-
-LPIPS = ("lpips", "whole_lpips")  # losses by its word
+# Seconds a picture on two cores; the defaults take hundredths.
+SLOW_S = {"bisenet": 0.25, "fan2d": 0.6, "fan3d": 0.6}
 
 Chosen = dict[str, str]  # kind -> backend
 
@@ -75,6 +72,22 @@ def choose(wanted: Sequence[str] = ()) -> Chosen:
             )
         names[kind] = name
     return {kind: _one(kind, name) for kind, name in names.items()}
+
+
+def warnings(chosen: Chosen) -> list[str]:
+    """What the chosen backends will cost where there is no GPU, a sentence each."""
+    slow = {kind: name for kind, name in chosen.items() if name in SLOW_S}
+    if not slow:
+        return []
+    import torch  # three seconds, which those who need none of it are spared
+
+    if torch.cuda.is_available():
+        return []
+    return [
+        f"{kind} by {name} take about {SLOW_S[name]} s a frame on two cores "
+        f"(--backend {kind}={BEST_FIRST[kind][-1]} is many times faster)"
+        for kind, name in slow.items()
+    ]  # fmt: skip
 
 
 def _one(kind: str, name: str) -> str:
@@ -130,26 +143,6 @@ def parser_of(backend: str) -> Any:
     from talkhead_cli.track.facenets import FaceParser
 
     return FaceParser(lambda net: _fill(net, backend, "facexlib"))
-
-
-def perceptual(train: Train, progress: Progress) -> Perceptual | None:
-    """LPIPS for stages that weigh it; None if none does or, with a word, without its weights."""
-    stages = [name for name, stage in train.stages.items()
-              if stage.steps and any(stage.weights.get(k) for k in LPIPS)]  # fmt: skip
-    if not stages:
-        return None
-    if weights.find("lpips") is None:
-        progress.note(
-            f"stage '{stages[0]}' does without LPIPS, whose weights are not here (talkhead models "
-            "pull lpips): SSIM and gradients alone keep pictures sharp"
-        )
-        return None
-    return lpips()
-
-
-def lpips() -> Perceptual:
-    """LPIPS's network; refuses without its weights."""
-    return Perceptual(lambda net: _fill(net, "lpips", "torchvision"))
 
 
 def _fill(net: Any, backend: str, library: str) -> None:

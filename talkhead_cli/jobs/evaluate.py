@@ -22,7 +22,7 @@ from scipy.stats import bootstrap
 from talkhead_cli import __version__, march, media
 from talkhead_cli.blocks.speech import ridge_by_blocks, ridge_map
 from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
-from talkhead_cli.jobs import backends, expert, footage, player
+from talkhead_cli.jobs import expert, footage, looks, player
 from talkhead_cli.jobs import maps as sheets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.player import Player
@@ -220,7 +220,7 @@ def _lpips_figures(
     """LPIPS (AlexNet) of face boxes and of whole pictures, where its weights are."""
     if weights.find("lpips") is None:
         return {"lpips": None, "lpips_note": "its weights are not here: talkhead models pull lpips"}
-    distance = backends.lpips()
+    distance = looks.lpips()
 
     def mean(cut: Callable[[Array, NDArray[np.int64]], Array]) -> float:
         pairs = (

@@ -14,7 +14,7 @@ import torch
 from talkhead_cli import __version__, march
 from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import backends, expert, fit, footage, player, portraits, team
+from talkhead_cli.jobs import expert, fit, footage, looks, player, portraits, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
@@ -107,9 +107,9 @@ def finetune(
         judge = expert.asked(home, preset.method, preset.train, hears, progress)
         if judge is not None:
             judge.sits_by(avatar, where)
-        looks = backends.perceptual(preset.train, progress)
-        if looks is not None:
-            avatar.judges.append(looks.to(where))
+        eye = looks.asked(preset.train, progress)
+        if eye is not None:
+            avatar.judges.append(eye.to(where))
         hearing = clip.train[clip.heard[clip.train]]
         avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb.to(where))
         if from_pictures:

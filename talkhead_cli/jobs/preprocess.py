@@ -79,6 +79,8 @@ def preprocess(
             "the pictures alone"
         )
     part = _part(video, probe.duration_s, start_s, end_s)
+    for warning in backends.warnings(chosen):
+        progress.note(warning)
     source = sha256_of(video)
     with space.locked():
         if fresh:

@@ -14,7 +14,7 @@ from lightning_fabric import Fabric
 
 from talkhead_cli import __version__, march
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import backends, expert, fit, footage, player, team
+from talkhead_cli.jobs import expert, fit, footage, looks, player, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset, Train
@@ -125,9 +125,9 @@ def _train(
     avatar, marcher, _ = player.build(preset, n_features, aabb.to(where), where, len(clips))
     if judge is not None:
         judge.sits_by(avatar, where)
-    looks = backends.perceptual(stages, progress)
-    if looks is not None:
-        avatar.judges.append(looks.to(where))
+    eye = looks.asked(stages, progress)
+    if eye is not None:
+        avatar.judges.append(eye.to(where))
     heard = [clip.signals[clip.train[clip.heard[clip.train]]].to(where) for clip in clips]
     avatar.survey(heard)
     for clip, signals in zip(clips, heard, strict=True):

@@ -36,9 +36,10 @@ BLOCK = 2048  # frames whose derivatives are held at once
 # 4 Hz; depth is the worst determined and the slowest.
 CUTOFF_HZ = np.array([4.0, 4.0, 4.0, 5.0, 5.0, 2.0])
 # What a pixel of the mesh's relative depth counts against one across the picture.  A mesh's points
-# move less across the picture than a turning head's do, by a quarter and more on real people and on
-# the synthetic speaker, whose truth is known; its depth knows better.  Of 0 to 3, 0.1 and 0.2 came
-# nearest to the truth (1.9 degrees off without, 1.4 with), for a twentieth more of reprojection.
+# move less across the picture than a turning head's do: by a third on the synthetic speaker, whose
+# truth is known, by a tenth to a quarter on four real people, if depth is right.  Of weights from 0
+# to 3, 0.1 and 0.2 came nearest to the truth (1.9 degrees off without, 1.45 with), for a fifteenth
+# more of reprojection.
 DEPTH_WEIGHT = 0.2
 DEPTH_HOLD = 0.005  # face heights; how far the fitted shape may leave the depth of the mesh
 
