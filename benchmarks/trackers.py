@@ -66,6 +66,7 @@ def against_itself(space: Workspace) -> dict[str, Any]:
     tracks, crop = space.load("tracks"), space.manifest()["crop"]
     found = tracks["found"].astype(bool)
     scale = SIZE_PX / crop["side"]
+    seen = tracks["mesh_px"][:, RIGID] * crop["side"] + [crop["x"], crop["y"]]
     steady = found[:-2] & found[1:-1] & found[2:]
 
     def shake(points: Array) -> float:
@@ -74,7 +75,11 @@ def against_itself(space: Workspace) -> dict[str, Any]:
 
     return {
         "frames": len(found), "found": round(float(found.mean()), 4),
-        "reprojection_px_at_512": round(float(tracks["residual_px"][found].mean()) * scale, 3),
+        "reprojection_px_at_512": {
+            "rms": round(float(tracks["residual_px"][found].mean()) * scale, 3),
+            "mean": round(float(np.linalg.norm(_projected(tracks, crop) - seen, axis=-1)[found]
+                                .mean()) * scale, 3),
+        },
         "jitter_px_at_512": {
             "mesh": shake(tracks["mesh_px"][:, RIGID] * SIZE_PX),
             "pose": shake(_projected(tracks, crop) * scale),

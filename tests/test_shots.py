@@ -42,6 +42,18 @@ def test_an_uncut_film_is_kept_whole() -> None:
     assert shots.edges() == [(0, 120)] and shots.kept().all() and len(shots.kept()) == 120
 
 
+@pytest.mark.parametrize("other", [0.0, 255.0])
+def test_fades_are_told_from_exposure(other: float) -> None:
+    """From black or white and back is a fade; a tenth more or less light is none."""
+    ramp = [ROOM * k + other * (1 - k) for k in np.linspace(0, 1, 20)]
+    fades = film(*((picture, 1, HERE) for picture in ramp), (ROOM, 80, HERE),
+                 *((picture, 1, HERE) for picture in ramp[::-1]))  # fmt: skip
+    faded = fades.faded()
+    assert faded[:15].all() and faded[-15:].all() and not faded[20:100].any()
+    drift = film(*((ROOM * k, 2, HERE) for k in np.linspace(0.85, 1.15, 50)))
+    assert not drift.faded().any()
+
+
 @pytest.mark.parametrize(
     ("picture", "mesh"),
     [(STREET, HERE), (ROOM[:, ::-1], THERE), (STREET, None), (ROOM + 60, THERE)],

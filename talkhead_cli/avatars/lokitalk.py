@@ -69,7 +69,7 @@ class _Widths:
 
 
 SIZES = {
-    "tiny": _Widths((16, 32, 64, 128, 256), 4, 32, 48, 4),
+    "tiny": _Widths((20, 48, 96, 192), 4, 32, 48, 4),
     "full": _Widths((32, 64, 128, 256, 512), 4, 64, 64, 6),
 }
 
@@ -228,8 +228,11 @@ class LokiField:
     def _static(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (N, 3), row (N,) -> density (N,), hidden (N, 16), attention (N, 3), shifts (N, 2)."""
         avatar = self.avatar
-        encoded = frequencies((x - self._middle) / self._half, avatar.octaves)
-        attention = (avatar.attention(encoded).float() + self._prior(x)).sigmoid()
+        # Where a point lies is learnt (`aim`) from what the canonical volume shows there: how
+        # attention and displacements change with it is slight, and a fifth of the way back.
+        here = x.detach()
+        encoded = frequencies((here - self._middle) / self._half, avatar.octaves)
+        attention = (avatar.attention(encoded).float() + self._prior(here)).sigmoid()
         driven = by_row(attention[:, :2], row, self.n_rows)  # (N, 2 T)
 
         x, face_shift = self._moved_by_face(x, encoded, driven, attention[:, :2].sum(1))
@@ -260,7 +263,8 @@ class LokiField:
         near = (torso.detach().squeeze(1) > REACH).nonzero().squeeze(1)
         point, weight = x.index_select(0, near), torso.index_select(0, near)
         rows = row.index_select(0, near)
-        encoded = frequencies((point - self._middle) / self._half, self.avatar.octaves)
+        there = (point.detach() - self._middle) / self._half
+        encoded = frequencies(there, self.avatar.octaves)
         own = by_row(torch.ones_like(weight), rows, self.n_rows)
         raw = self.avatar.torso_field(encoded, (own, self._torso))
         carried = moved(point, self._shoulders, rows)

@@ -156,7 +156,8 @@ def _roughness(texels: Tensor) -> Tensor:
             step = texels.narrow(axis, 1, n) - texels.narrow(axis, 0, n)
             laplacian.narrow(axis, 1, n).add_(step)
             laplacian.narrow(axis, 0, n).sub_(step)
-    form = (texels * laplacian).sum()  # autograd sees half of the gradient: L stands still
+    # autograd sees half of the gradient: L stands still
+    form = torch.dot(texels.flatten(), laplacian.flatten())
     return (2 * form - form.detach()) / (texels.numel() / texels.shape[-1] * n)
 
 

@@ -35,7 +35,7 @@ class SpeechEncoder(nn.Module):
     ) -> SpeechEncoder:
         """Convolutions over each row's window, knowing nothing of other rows."""
         nets = [WindowNet(n_steps, n_features, n_out, width) for _ in range(n_nets)]
-        return cls(n_steps * n_features, nets, linear_share=0.3)
+        return cls(n_steps * n_features, nets, linear_share=0.5)
 
     @classmethod
     def of_sequences(

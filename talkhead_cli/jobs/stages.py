@@ -40,7 +40,7 @@ N_EVIDENCE = 40  # frames that tell hair from torso by motion
 RESTLESS = 4.0  # of 255; a still background is off by 1 to 2, for noise and shadows
 MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 2, "mesh": 2, "film": 2, "tracks": 2, "labels": 1}
+VERSIONS = {"sound": 2, "mesh": 3, "film": 2, "tracks": 2, "labels": 1}
 
 
 class Stages:
@@ -133,13 +133,19 @@ class Stages:
             spool.seek(0)
             points = np.fromfile(spool, np.float32).reshape(-1, face.N_MESH, 3)
         found = ~np.isnan(points[:, 0, 0])
-        kept = shots.kept(n * SCOUT_EVERY for n in scene.seen_in)
+        kept, faded = shots.kept(n * SCOUT_EVERY for n in scene.seen_in), shots.faded()
         if not kept.all():
             self.progress.note(
                 f"the film is cut: frames {', '.join(ranges(~kept))} show another picture than "
                 f"the one with most of the face, or lie at a cut, and are left out; "
                 f"{kept.sum() / FPS:.1f} of {len(kept) / FPS:.1f} s remain (--face chooses whose)"
             )
+        if (kept & faded).any():
+            self.progress.note(
+                f"the picture fades in or out in frames {', '.join(ranges(kept & faded))}; they "
+                "are left out"
+            )
+            kept = kept & ~faded
         colours = [skin[index] for index in skin if kept[index]]
         self.space.save("shots", {
             "kept": kept,

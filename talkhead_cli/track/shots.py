@@ -21,6 +21,9 @@ JUMP, OVER_USUAL = 18.0, 8.0
 USUAL_OF = 50  # frames before, whose changes are usual
 SAME = 12.0  # of 255: half of the picture's points may differ by that much between takes
 NEAR = 0.6  # face heights by which the face may have moved between takes
+# A shot fades where it begins or ends darker or brighter than this many times its usual light, and
+# until it is as light as usual but for so much: exposure drifts by a tenth, and is no fade.
+FADED, LIT = 1.4, 1.1
 
 
 def thumb(rgb: NDArray[np.uint8]) -> Array:
@@ -56,6 +59,7 @@ class _Shot:
     first: int
     end: int
     picture: Array
+    light: list[float] = field(default_factory=list)  # of every frame, 0 to 255
     n_faces: int = 0
     face: Array = field(default_factory=lambda: np.zeros(3))  # x, y, height, summed
 
@@ -63,6 +67,15 @@ class _Shot:
     def mean_picture(self) -> Array:
         found: Array = self.picture / (self.end - self.first)
         return found
+
+    def lit(self) -> tuple[int, int]:
+        """First frame and end of what is as light as the shot mostly is."""
+        light = np.maximum(self.light, 1.0)
+        off = np.abs(np.log(light / np.median(light)))
+        usual = np.flatnonzero(off < np.log(LIT))
+        begin = usual[0] if off[0] > np.log(FADED) else 0
+        end = usual[-1] + 1 if off[-1] > np.log(FADED) else len(light)
+        return self.first + int(begin), self.first + int(end)
 
 
 class Shots:
@@ -82,6 +95,7 @@ class Shots:
         shot = self._shots[-1]
         shot.end += 1
         shot.picture += small
+        shot.light.append(float(small.mean()))
         if mesh is not None:
             middle = (mesh[TOP, :2] + mesh[CHIN, :2]) / 2
             shot.n_faces += 1
@@ -90,6 +104,13 @@ class Shots:
     def edges(self) -> list[tuple[int, int]]:
         """First frame and end of each shot."""
         return [(shot.first, shot.end) for shot in self._shots]
+
+    def faded(self) -> NDArray[np.bool_]:
+        """(T,) frames in which a shot fades in or out."""
+        flags = np.ones(self._shots[-1].end, bool)
+        for shot in self._shots:
+            flags[slice(*shot.lit())] = False
+        return flags
 
     def kept(self, wanted: Iterable[int] = ()) -> NDArray[np.bool_]:
         """(T,) frames of the shot that shows most of the face, and of those that show the same:
