@@ -229,7 +229,7 @@ class LokiField:
         """x (N, 3), row (N,) -> density (N,), hidden (N, 16), attention (N, 3), shifts (N, 2)."""
         avatar = self.avatar
         # Where a point lies is learnt (`aim`) from what the canonical volume shows there: how
-        # attention and displacements change with it is slight, and a fifth of the way back.
+        # attention and displacements change with it is slight, and a twentieth of a step.
         here = x.detach()
         encoded = frequencies((here - self._middle) / self._half, avatar.octaves)
         attention = (avatar.attention(encoded).float() + self._prior(here)).sigmoid()
