@@ -52,6 +52,9 @@ def test_fades_are_told_from_exposure(other: float) -> None:
     assert faded[:15].all() and faded[-15:].all() and not faded[20:100].any()
     drift = film(*((ROOM * k, 2, HERE) for k in np.linspace(0.85, 1.15, 50)))
     assert not drift.faded().any()
+    dim = [(ROOM * k, 90, HERE) for k in (0.5, 0.62, 0.75, 0.88, 1.0)]
+    assert not film(*dim).faded().any(), "light that stays for seconds is light"
+    assert not film(*dim[:2]).faded().any(), "no frame is as light as two halves on average"
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ NEAR = 0.6  # face heights by which the face may have moved between takes
 # A shot fades where it begins or ends darker or brighter than this many times its usual light, and
 # until it is as light as usual but for so much: exposure drifts by a tenth, and is no fade.
 FADED, LIT = 1.4, 1.1
+LONGEST_FADE = 75  # frames; a lamp that is switched on later is no fade
 
 
 def thumb(rgb: NDArray[np.uint8]) -> Array:
@@ -71,11 +72,15 @@ class _Shot:
     def lit(self) -> tuple[int, int]:
         """First frame and end of what is as light as the shot mostly is."""
         light = np.maximum(self.light, 1.0)
-        off = np.abs(np.log(light / np.median(light)))
+        usual_light = np.sort(light)[len(light) // 2]  # that of some frame, not of two on average
+        off = np.abs(np.log(light / usual_light))
         usual = np.flatnonzero(off < np.log(LIT))
-        begin = usual[0] if off[0] > np.log(FADED) else 0
-        end = usual[-1] + 1 if off[-1] > np.log(FADED) else len(light)
-        return self.first + int(begin), self.first + int(end)
+        begin, end = int(usual[0]), int(usual[-1]) + 1
+        if off[0] < np.log(FADED) or begin > LONGEST_FADE:
+            begin = 0
+        if off[-1] < np.log(FADED) or len(light) - end > LONGEST_FADE:
+            end = len(light)
+        return self.first + begin, self.first + end
 
 
 class Shots:
