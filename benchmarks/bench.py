@@ -397,32 +397,23 @@ def part_curve(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Each of --ids from a prior of everybody else: people that the prior never met."""
-    everybody = _usable(work)
-    home = ["--home", str(work / "home"), "--device", options.device]
-    rows: dict[str, Any] = {}
-    for name in options.ids:
-        others = [other for other in everybody if other != name]
-        prior = f"without-{name}"
-        made = talkhead(
-            "pretrain", "--ids", ",".join(others), "-o", prior, "--fresh", *home,
-            "--seed", str(options.seed),
-        )  # fmt: skip
-        made.pop("stdout")
-        rows[name] = {"pretrain": made}
-        presets = [word for preset in options.presets for word in ("-p", preset)]
-        for start in ("none", prior):
-            run = f"{options.seconds:g}s-from-{start}"
-            trained = talkhead(
-                "finetune", "--id", name, *presets, "--prior", start, "--run", run, *home,
-                "-s", f"data.train_s={options.seconds}", "--seed", str(options.seed),
-            )  # fmt: skip
-            scored = talkhead("evaluate", "--id", name, "--run", run, "--json", *home)
-            figures = json.loads(scored.pop("stdout"))["figures"]
-            trained.pop("stdout")
-            label = "from_nothing" if start == "none" else "from_prior"
-            rows[name][label] = {"finetune": trained, "evaluate": scored, "figures": figures}
-    return {"people": everybody, "train_s": options.seconds, "rows": rows}
+    """Each of --ids from seconds of footage, from a prior of everybody else and from nothing."""
+    import transfer
+
+    others = [name for name in _others(work, options) if name not in options.ids]
+    found = transfer.compare(
+        work / "home", options.ids, others, work, seconds=options.seconds, scales=options.shares
+    )
+    for figure in ("psnr_face_db", "lips_r", "eyes_r"):
+        lines = {}
+        for length in options.seconds:
+            for start in transfer.STARTS[:2]:
+                own = [m for m in found["mean"] if (m["train_s"], m["start"]) == (length, start)]
+                shares = [100 * m["scale"] for m in own]
+                lines[f"{start}, {length:g} s"] = shares, [m[figure] for m in own]
+        up = "PSNR of the face, dB" if figure.startswith("psnr") else figure
+        line_chart(options.chart(f"transfer-{figure}"), "% of the steps", up, lines)
+    return found
 
 
 def part_hearing(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -551,6 +542,10 @@ def _listed(text: str) -> list[str]:
     return text.split(",")
 
 
+def _numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -564,7 +559,10 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--seconds", type=float, default=0.0, help="of footage to learn from in transfer; 0: all"
+        "--seconds", default="5,16", type=_numbers, help="of footage to learn from in transfer"
+    )
+    parser.add_argument(
+        "--shares", default="0.1,0.25,1", type=_numbers, help="of the steps in transfer"
     )
     parser.add_argument(
         "--scale", type=float, default=0.3, help="of the steps in coding and tokens"

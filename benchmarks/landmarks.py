@@ -103,7 +103,7 @@ def _fit_speech(
         kept: list[Signals] = []
         if stage.inner_split:
             learning, kept = fit._inner_split(clips, stage)
-        rate = stage.rates["speech"] * (train.common_rate if prior is not None else 1)
+        rate = stage.rates["speech"] * (train.common_rates["speech"] if prior is not None else 1)
         moving = avatar.part("speech")
         for parameter in avatar.parameters():
             parameter.requires_grad_(any(parameter is p for p in moving))

@@ -211,9 +211,41 @@ def test_speech_encoder_is_quiet_in_eval_and_noisy_in_training(make: Any) -> Non
     assert torch.equal(encoder(heard), encoder(heard)) and encoder(heard).shape == (6, 4)
     encoder.train()
     assert not torch.equal(encoder.votes(heard), encoder.votes(heard))
-    code = torch.randn(6, 4)
-    encoder.solve(heard.audio, code, 1e-3)
-    assert torch.allclose(encoder.linear(heard.audio.flatten(1)), code, atol=1e-2)
+
+
+def test_the_linear_map_of_speech_is_a_ridge_solution() -> None:
+    torch.manual_seed(0)
+    encoder = SpeechEncoder.of_windows(5, 4, 2)
+    heard = signals_of(torch.randn(300, 5, 4))
+    told = 30 * torch.nn.Linear(20, 2).requires_grad_(False)(heard.audio.flatten(1))
+    encoder.solve([(heard, told)])
+    line = encoder.linear(heard.audio.flatten(1))
+    assert (line - told).square().mean() < 0.5 * told.var()
+    encoder.solve([(heard[:150], told[:150]), (heard[150:], told[150:])])
+    assert torch.allclose(encoder.linear(heard.audio.flatten(1)), line, atol=1e-3)
+
+
+def test_the_less_is_heard_of_a_person_the_more_others_are_believed() -> None:
+    """Known is what came from others; a person's own rows count by how many there are."""
+    torch.manual_seed(0)
+    encoder = SpeechEncoder.of_windows(17, 4, 2).eval()
+    others = signals_of(torch.randn(400, 17, 4))
+    encoder.solve([(others, torch.randn(400, 2).cumsum(0) / 20)])
+    said = encoder(others)
+    encoder.build_on()
+    assert encoder.known is not None and torch.equal(encoder.known(others), said)
+    few, many = (signals_of(torch.randn(n, 17, 4)) for n in (50, 1800))
+    for rows, trust in ((few, 0.2), (many, 0.9)):
+        encoder.solve([(rows, encoder.known(rows) + 5.0)])
+        assert float(encoder.trust) == pytest.approx(trust)
+        nets = encoder.votes(rows).mean(0)
+        own = 0.5 * (encoder.known(rows) + 5.0) + 0.5 * nets
+        whole = (1 - trust) * encoder.known(rows) + trust * own
+        assert torch.allclose(encoder(rows), whole, atol=1e-2)
+    plain = SpeechEncoder.of_windows(17, 4, 2).eval()
+    plain.load_state_dict(encoder.state_dict())
+    assert torch.equal(plain(few), encoder(few))
+    assert plain.known is not None and not any(p.requires_grad for p in plain.known.parameters())
 
 
 def signals_of(audio: torch.Tensor) -> Signals:

@@ -17,7 +17,13 @@ from talkhead_cli.jobs.pretrain import pretrain
 from talkhead_cli.store import Run, Workspace
 
 PRESETS = ["lokitalk", "tiny"]
-QUICK = ["pretrain.stages.speech.steps=30", "pretrain.stages.speech.n_people=2"]
+QUICK = [
+    "data.size_px=64", "march.resolution=32", "march.n_steps=16",
+    "pretrain.stages.speech.steps=30", "pretrain.stages.speech.n_people=2",
+    *(f"pretrain.stages.{stage}.{setting}" for stage in ("shape", "detail")
+      for setting in ("steps=4", "n_points=3000", "n_people=2")),
+]  # fmt: skip
+ONLY_SPEECH = [f"pretrain.stages.{stage}.steps=0" for stage in ("shape", "detail")]
 ONE_LOOK = ["data.size_px=64", "march.resolution=32", "march.n_steps=16"]
 for _name in ("speech", "speech_all", "shape", "detail", "lips", "eyes"):
     ONE_LOOK.append(f"train.stages.{_name}.steps=0")
@@ -53,17 +59,19 @@ def test_a_prior_holds_what_people_share_and_says_who_they_were(crowd: Path) -> 
     prior, _ = make(crowd)
     assert prior.is_finished and prior.root == crowd / ".priors" / "crowd"
     names = set(prior.weights())
-    assert "mouth_basis" in names and all(n.startswith(("speech.nets.", "mouth_")) for n in names)
+    assert {"mouth_basis", "speech.linear.weight", "volume.levels.0"} <= names
+    assert any(n.startswith("transfer.") for n in names)
+    assert not any(n.startswith(("people.", "aabb")) for n in names), "nobody's own"
     meta = prior.meta()
     assert meta["people"] == {n: n * 8 for n in PEOPLE}
-    assert meta["speech"]["backend"] == "mel" and meta["steps"] == 30
+    assert meta["speech"]["backend"] == "mel" and meta["steps"] == 38
     assert ".priors" not in [p.name for p in crowd.glob("*/manifest.json")]
 
 
 def test_pretraining_learns_to_hear(crowd: Path) -> None:
     losses = []
     for steps in (1, 120):
-        settings = [f"pretrain.stages.speech.steps={steps}"]
+        settings = [*QUICK, *ONLY_SPEECH, f"pretrain.stages.speech.steps={steps}"]
         losses.append(make(crowd, f"after-{steps}", settings=settings)[0].meta()["figures"]["loss"])
     assert losses[1] < 0.8 * losses[0], losses
 
@@ -99,19 +107,27 @@ def test_who_cannot_be_used_is_left_out_with_a_word(crowd: Path) -> None:
         make(crowd, "lonely", names=["one", "two"])
 
 
-def test_a_new_person_begins_from_the_prior_that_is_named(crowd: Path) -> None:
+def test_a_new_person_begins_from_the_prior_that_is_named_or_the_newest(crowd: Path) -> None:
     prior, _ = make(crowd)
     make(crowd, "other", seed=1)
-    plain, progress = begin(crowd)
+    make(crowd, "larger", settings=[*QUICK, "data.window=21"])
+    plain, progress = begin(crowd, prior="none")
     assert plain.name == "lokitalk+tiny" and not any("prior" in n for n in progress.notes)
     assert plain.meta()["prior"] is None
+    newest, progress = begin(crowd)
+    assert newest.name == "lokitalk+tiny+from-other", "larger does not fit"
+    assert any("prior: other" in n and "--prior none" in n for n in progress.notes)
     run, progress = begin(crowd, prior="crowd")
     assert run.name == "lokitalk+tiny+from-crowd" and run.meta()["prior"]["n_people"] == 3
     assert any("crowd" in n and "flatter" not in n for n in progress.notes)
     shared, held = prior.weights(), run.weights()
-    for name, value in shared.items():  # hidden layers as they came, the last one retargeted
-        if name.startswith("speech.nets.") and ".last." not in name:
+    for name, value in shared.items():
+        if name.startswith("speech."):
+            assert torch.equal(held[f"avatar.{name.replace('speech.', 'speech.known.')}"], value)
+        if name.startswith(("attention.", "mouth_", "face_field.0.", "frame", "to_")):
             assert torch.equal(held[f"avatar.{name}"], value), name
+    assert not torch.equal(held["avatar.volume.levels.0"], shared["volume.levels.0"])
+    assert not any("transfer" in name for name in held)
     _, progress = begin(crowd, "one", prior="crowd")
     assert any("flatter" in n for n in progress.notes), "the prior knew this person"
     assert run.meta()["prior"]["knew_person"] is False
@@ -128,8 +144,8 @@ def test_a_prior_that_does_not_fit_is_refused_by_name(crowd: Path) -> None:
 
 
 def test_only_what_came_from_a_prior_learns_at_the_common_rate() -> None:
-    preset = presets.load(PRESETS, ["train.common_rate=0.25"])
-    slow = presets.slowed(preset, ["speech"])
+    preset = presets.load(PRESETS, ["train.common_rates={speech: 0.25, pose: 0.1}"])
+    slow = presets.slowed(preset, ["speech", "volume"])
     before, after = preset.train.stages, slow.train.stages
     assert after["speech"].rates["speech"] == 0.25 * before["speech"].rates["speech"]
     assert after["detail"].rates == before["detail"].rates
@@ -140,7 +156,7 @@ def test_the_command_line_names_people_in_three_ways(crowd: Path, tmp_path: Path
         done = CliRunner().invoke(app, ["pretrain", "--home", str(crowd), *words])
         return done.exit_code, done.output
 
-    quick = [w for setting in QUICK for w in ("-s", setting)]
+    quick = [w for setting in (*QUICK, *ONLY_SPEECH) for w in ("-s", setting)]
     listed = tmp_path / "people.txt"
     listed.write_text("one\ntwo\n\n")
     for words, n in ((["--ids", "one, two,three"], 3), (["--ids-from", str(listed)], 2), ([], 4)):

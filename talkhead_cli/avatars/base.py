@@ -123,6 +123,10 @@ class Avatar(nn.Module):
         assert portrait is None
         return self
 
+    def meet(self, portrait: Portrait) -> None:
+        """Begin, from a prior, as the person of the pictures, who is then learnt from footage; by
+        default as anybody."""
+
     def settle(self, kept: Signals) -> None:
         """After a stage that kept rows from training (`inner_split`): measure on those rows."""
 

@@ -86,8 +86,10 @@ class Face(Person):
         self.register_buffer("rest", torch.zeros(3 * len(UPPER)))
 
     @torch.no_grad()
-    def measure(self, signals: Signals, basis: Tensor, mesh: Tensor, aabb: Tensor) -> None:
-        super().measure(signals, basis, mesh, aabb)
+    def measure(
+        self, signals: Signals, basis: Tensor, scale: Tensor, mesh: Tensor, aabb: Tensor
+    ) -> None:
+        super().measure(signals, basis, scale, mesh, aabb)
         marks = signals.landmarks[:, UPPER].flatten(1)
         upper, rest = ridge_map(self.raised(signals), marks, UPPER_RIDGE * len(signals))
         self.upper.copy_(upper)

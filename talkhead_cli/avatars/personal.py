@@ -16,13 +16,12 @@ from talkhead_cli.blocks.mouth import (
     Mouth,
     change_of_shapes,
     principal_shapes,
+    usual_scale,
 )
 from talkhead_cli.blocks.regions import Relief
 from talkhead_cli.blocks.rigid import PoseCorrection, after, moved, shoulders_in_head, undone
-from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks
+from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import RayBundle, Signals
-
-RIDGES = (3e2, 1e3, 3e3, 1e4, 3e4)
 
 
 class Person(nn.Module):
@@ -42,8 +41,10 @@ class Person(nn.Module):
             self.register_buffer(name, torch.zeros(4))
 
     @torch.no_grad()
-    def measure(self, signals: Signals, basis: Tensor, mesh: Tensor, aabb: Tensor) -> None:
-        self.mouth.measure(signals, basis)
+    def measure(
+        self, signals: Signals, basis: Tensor, scale: Tensor, mesh: Tensor, aabb: Tensor
+    ) -> None:
+        self.mouth.measure(signals, basis, scale)
         self.body_mean.copy_(signals.body.mean(0))
         self.body_scale.copy_(signals.body.std(0).clamp_min(1e-2))
         self.relief.measure(mesh, aabb)
@@ -62,19 +63,23 @@ class PersonalAvatar(Avatar):
     """Speech says the mouth, supervised on tracked ones; what draws it is the method's own.
 
     What speech says of a mouth is common to all people: its networks, and the shapes that
-    their code counts in, mouth_basis (87, K), which a single person's avatar changes for that
-    person's own.  Rays are put right before they are marched (`aim`): trackers err by habit,
+    their code counts in, mouth_basis (87, K) and mouth_scale (K,).  A single person's avatar
+    changes them for that person's `own_shapes`, unless what draws the mouth is common as well.
+    Rays are put right before they are marched (`aim`): trackers err by habit,
     and a linear map of pose and expression undoes most of it, for turns that training never
     shows too.
     """
 
-    common = ("speech.nets.", "mouth_basis")
+    common: tuple[str, ...] = ("speech.nets.", "speech.linear.", "mouth_basis")
+    own_shapes = True
     mouth_basis: Tensor
+    mouth_scale: Tensor
 
     def __init__(self, people: Sequence[Person], speech: SpeechEncoder) -> None:
         super().__init__()
         self.people = nn.ModuleList(people)
         self.register_buffer("mouth_basis", torch.zeros(3 * len(MOUTH), N_CODES))
+        self.register_buffer("mouth_scale", torch.zeros(N_CODES))
         self.speech = speech
         self.pose_correction = PoseCorrection(6 + 2 + 2 + 2)
 
@@ -89,25 +94,34 @@ class PersonalAvatar(Avatar):
 
     @torch.no_grad()
     def survey(self, people: Sequence[Signals]) -> None:
+        """Shapes of mouths and how far they go; of several people, the linear map of speech."""
         self.mouth_basis.copy_(principal_shapes(people))
+        self.mouth_scale.copy_(usual_scale(people, self.mouth_basis))
+        if len(people) > 1:
+            mouths = [Mouth().to(signals.pose.device) for signals in people]
+            for mouth, signals in zip(mouths, people, strict=True):
+                mouth.measure(signals, self.mouth_basis)
+            self.speech.solve([(s, m.to_say(s)) for s, m in zip(people, mouths, strict=True)])
 
     @torch.no_grad()
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Mouth, statistics of the pose, relief; for one person also the linear map of speech."""
+        """Mouth, statistics of the pose, relief; of one person, also how its speech differs from
+        what is known."""
         self.aabb.copy_(aabb)
-        if len(self.people) == 1:
+        alone = len(self.people) == 1
+        known = self.mouth_basis.clone()
+        if alone and (self.own_shapes or not known.any()):
             # Speech may come from a prior, which says shapes that suit everybody: this mouth's
             # own ones draw it better.
-            known = self.mouth_basis.clone()
             self.survey([signals])
             if known.any():
                 self.speech.retarget(change_of_shapes(signals, known, self.mouth_basis))
         person = self.person(signals)
-        person.measure(signals, self.mouth_basis, mesh, aabb)
-        if len(self.people) == 1:
-            said = person.mouth.to_say(signals)
-            ridge, _ = ridge_by_blocks(signals.audio.flatten(1), said, RIDGES)
-            self.speech.solve(signals.audio, said, ridge)
+        person.measure(signals, self.mouth_basis, self.mouth_scale, mesh, aabb)
+        if alone:
+            if known.any():
+                self.speech.build_on()
+            self.speech.solve([(signals, person.mouth.to_say(signals))])
 
     # -- speech ----------------------------------------------------------------------------
 

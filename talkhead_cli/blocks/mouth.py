@@ -34,6 +34,17 @@ def principal_shapes(people: Sequence[Signals]) -> Tensor:
     return basis[:N_CODES].T.to(people[0].landmarks)
 
 
+def usual_scale(people: Sequence[Signals], basis: Tensor) -> Tensor:
+    """How far mouths of people go in each shape (K,): the median."""
+    return torch.stack([_scale(signals, basis) for signals in people]).median(0).values
+
+
+def _scale(signals: Signals, basis: Tensor) -> Tensor:
+    """How far one person's mouth goes in each shape (K,), face heights."""
+    move = (signals.landmarks - signals.landmarks.mean(0))[:, MOUTH].flatten(1)
+    return (move @ basis).std(0).clamp_min(1e-4)
+
+
 def change_of_shapes(signals: Signals, old: Tensor, new: Tensor) -> Tensor:
     """(K, K) that takes what is said of a person in `old` shapes (87, K) to the same in `new`."""
     shape = signals.landmarks[:, MOUTH]
@@ -50,17 +61,20 @@ def size(coordinates: Tensor) -> Tensor:
 class Mouth(nn.Module):
     """One person's mouth; all of it is measured, nothing is learnt.
 
-    neutral (68, 3) mean landmarks · basis (87, K), scale (K,) shapes of mouth and jaw, and how
-    far they go · gain () that the opening is widened by where speech says it · lean (6, K) what
-    the pose alone says of the code · pose_mean, pose_scale (6,) of the head
+    neutral (68, 3) mean landmarks · basis (87, K), scale (K,) shapes of mouth and jaw, and what
+    counts as far in each · extent () how far this mouth goes, face heights · gain () that the
+    opening is widened by where speech says it · lean (6, K) what the pose alone says of the code ·
+    pose_mean, pose_scale (6,) of the head
 
-    A mouth is a code, standardised coordinate by coordinate, for the field; for speech it is
-    coordinates in units of the mouth's whole size, so that an error counts by what it moves.
+    A mouth is a code, coordinate by coordinate in units of `scale`, for the field; for speech it is
+    coordinates in units of the mouth's whole extent, so that an error counts by what it moves, and
+    shy mouths say what others do.
     """
 
     neutral: Tensor
     basis: Tensor
     scale: Tensor
+    extent: Tensor
     gain: Tensor
     lean: Tensor
     pose_mean: Tensor
@@ -70,17 +84,19 @@ class Mouth(nn.Module):
         super().__init__()
         for name, shape in {
             "neutral": (68, 3), "basis": (3 * len(MOUTH), N_CODES), "scale": (N_CODES,),
-            "gain": (), "lean": (6, N_CODES), "pose_mean": (6,), "pose_scale": (6,),
+            "extent": (), "gain": (), "lean": (6, N_CODES), "pose_mean": (6,), "pose_scale": (6,),
         }.items():  # fmt: skip
             self.register_buffer(name, torch.zeros(shape))
 
     @torch.no_grad()
-    def measure(self, signals: Signals, basis: Tensor) -> None:
-        """Neutral face, scales and lean of the person's rows, in the shapes of `basis`."""
+    def measure(self, signals: Signals, basis: Tensor, scale: Tensor | None = None) -> None:
+        """Neutral face, extent and lean of the person's rows, in the shapes of `basis`; the scale
+        as well, unless it is given as people's."""
         self.basis.copy_(basis)
         self.neutral.copy_(signals.landmarks.mean(0))
-        move = (signals.landmarks - self.neutral)[:, MOUTH].flatten(1)
-        self.scale.copy_((move @ self.basis).std(0).clamp_min(1e-4))
+        own = _scale(signals, self.basis)
+        self.scale.copy_(own if scale is None else scale)
+        self.extent.copy_(size(own))
         self.gain.fill_(1.0)
         self.pose_mean.copy_(signals.pose.mean(0))
         self.pose_scale.copy_(signals.pose.std(0).clamp_min(1e-2))
@@ -99,6 +115,7 @@ class Mouth(nn.Module):
         """
         self.basis.copy_(basis)
         self.scale.copy_(scale)
+        self.extent.copy_(size(scale))
         self.gain.copy_(gain)
         self.pose_scale.fill_(1.0)
         self.neutral.copy_(seen)
@@ -144,8 +161,8 @@ class Mouth(nn.Module):
     def widened(self, code: Tensor) -> Tensor:
         """The code (T, K) with the opening, and what goes with it, `gain` times as far.
 
-        Codes are as good as uncorrelated, each of deviation 1: what lies across the slope of the
-        opening goes its own way, and is left as the regression said it.
+        Codes are as good as uncorrelated, each of a deviation near 1: what lies across the slope of
+        the opening goes its own way, and is left as the regression said it.
         """
         slope = self.slope(code)
         along = slope / slope.square().sum().clamp_min(1e-9)
@@ -157,8 +174,8 @@ class Mouth(nn.Module):
 
     @property
     def _share(self) -> Tensor:
-        """How far each shape goes (K,), in units of the mouth's size."""
-        return self.scale / size(self.scale)
+        """What counts as far in each shape (K,), in units of the mouth's extent."""
+        return self.scale / self.extent
 
     def pose(self, signals: Signals) -> Tensor:
         """Standardised pose of the head (T, 6)."""

@@ -143,6 +143,11 @@ def gathered(x: Tensor, reach: Tensor) -> Tensor:
     return (GATHER * x / reach).asinh() / math.asinh(GATHER)
 
 
+def scattered(x: Tensor, reach: Tensor) -> Tensor:
+    """The inverse of `gathered`."""
+    return (x * math.asinh(GATHER)).sinh() * reach / GATHER
+
+
 def _roughness(texels: Tensor) -> Tensor:
     """Mean squared difference along rows and down columns of (..., s, s), summed.
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkhead_cli.contracts import Signals
+
+RIDGES = (3e2, 1e3, 3e3, 1e4, 3e4, 1e5, 1e6)
+N_TRUSTED = 200  # rows of a person's own speech that weigh as much as what is known from others
 
 
 class SpeechEncoder(nn.Module):
@@ -18,7 +23,14 @@ class SpeechEncoder(nn.Module):
     noisy features and stopped early.  A few hundred frames of one person are too little
     for a net alone and too much for a line: the mean of both beat either in block
     cross-validation on the clips it was tried on.
+
+    Who begins from other people (`build_on`) keeps their encoder, `known`.  The linear map then
+    says only how this person differs, and all of it counts for `trust` (), the more the more was
+    heard of the person: seconds of speech say little, or worse, of minutes to come.
     """
+
+    trust: Tensor
+    known: SpeechEncoder | None
 
     def __init__(self, n_inputs: int, nets: Sequence[nn.Module], linear_share: float) -> None:
         """n_inputs: numbers in a window of speech · nets: see `votes`; each ends in `last`, a
@@ -26,8 +38,12 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.linear_share = linear_share
         self.linear = nn.Linear(n_inputs, _last(nets[0]).out_features)
-        self.linear.requires_grad_(False)
+        for parameter in self.linear.parameters():
+            nn.init.zeros_(parameter)
+            parameter.requires_grad_(False)
         self.nets = nn.ModuleList(nets)
+        self.known = None
+        self.register_buffer("trust", torch.ones(()))
 
     @classmethod
     def of_windows(
@@ -53,9 +69,12 @@ class SpeechEncoder(nn.Module):
 
     def forward(self, signals: Signals) -> Tensor:
         """What speech says of each row: (T, K)."""
-        share = self.linear_share
-        line = self.linear(signals.audio.flatten(1))
-        return share * line + (1 - share) * self.votes(signals).mean(0)
+        said: Tensor = self.linear(signals.audio.flatten(1))
+        known = None if self.known is None else self.known(signals)
+        if known is not None:
+            said = known + said
+        own = torch.lerp(self.votes(signals).mean(0), said, self.linear_share)
+        return own if known is None else torch.lerp(known, own, self.trust)
 
     def votes(self, signals: Signals) -> Tensor:
         """What each net says, (n_nets, T, K); in training, of noisy copies."""
@@ -68,17 +87,38 @@ class SpeechEncoder(nn.Module):
     @torch.no_grad()
     def retarget(self, change: Tensor) -> None:
         """Say other shapes from now on: new coordinates (T, K) = old ones @ change (K, K)."""
-        for net in self.nets:
-            last = _last(net)
+        for last in (self.linear, *map(_last, self.nets)):
             last.weight.copy_(change.T @ last.weight)
             last.bias.copy_(last.bias @ change)
 
     @torch.no_grad()
-    def solve(self, audio: Tensor, told: Tensor, ridge: float) -> None:
-        """Set the linear map to the ridge solution of audio (T, W, A) -> told (T, K)."""
-        weight, bias = ridge_map(audio.flatten(1), told, ridge)
+    def build_on(self) -> None:
+        """Take what came from other people for what is known; the nets learn on from there."""
+        assert self.known is None
+        self.known = copy.deepcopy(self).requires_grad_(False)
+        for parameter in self.linear.parameters():
+            parameter.zero_()
+
+    @torch.no_grad()
+    def solve(self, people: Sequence[tuple[Signals, Tensor]], at_most: int = 4000) -> None:
+        """Set the linear map to the ridge solution of told (T, K), beyond what is known; people's
+        rows one after the other, and of more than `at_most` as many evenly."""
+        self.eval()
+        audio = torch.cat([signals.audio.flatten(1) for signals, _ in people])
+        told = torch.cat([t if self.known is None else t - self.known(s) for s, t in people])
+        self.trust.fill_(1.0 if self.known is None else len(told) / (len(told) + N_TRUSTED))
+        every = -(-len(audio) // at_most)
+        audio, told = audio[::every], told[::every]
+        ridge, _ = ridge_by_blocks(audio, told, RIDGES)
+        weight, bias = ridge_map(audio, told, ridge)
         self.linear.weight.copy_(weight.T)
         self.linear.bias.copy_(bias)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        """Whether other people are known is told by the state."""
+        if self.known is None and any(name.startswith(f"{prefix}known.") for name in state):
+            self.known = copy.deepcopy(self).requires_grad_(False)
+        super()._load_from_state_dict(state, prefix, *args)
 
 
 def _last(net: nn.Module) -> nn.Linear:

@@ -32,7 +32,9 @@ def finetune(
     ] = None,
     prior: Annotated[
         str | None,
-        typer.Option(help="Prior to begin from (pretrain).  [default: none; s3d: the newest]"),
+        typer.Option(
+            help="Prior to begin from (pretrain), or none.  [default: the newest that fits]"
+        ),
     ] = None,
     refine: Annotated[
         int | None,

@@ -22,6 +22,7 @@ from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.prior import Start
 from talkhead_cli.store import Run, Workspace
 
+N_PORTRAITS = 4  # pictures of a new person that a prior is shown
 # Half where it is faster: a CPU's casts cost more than its half-precision products gain.
 PRECISION: dict[str, team.Precision] = {
     "cuda": "16-mixed", "cpu": "32-true",
@@ -46,8 +47,9 @@ def finetune(
 ) -> Run:
     """Train the preset made of `names` and `settings` on identity `name`.
 
-    With a prior's name it begins from what the prior's people share, else from nothing.  One of
-    `devices` processes on each of `nodes` machines, if there are several (`team.run`).
+    It begins from what the people of a prior share: by default of the newest that fits, if there is
+    one, and with "none" from nothing.  One of `devices` processes on each of `nodes` machines, if
+    there are several (`team.run`).
     A run that was interrupted continues from its last save; a finished one is left as it is.
     """
     preset = presets.load(names, settings)
@@ -71,7 +73,7 @@ def finetune(
         raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
     if from_pictures and prior is None:
         prior = priors.newest(home, preset.method, preset)
-    start = priors.choose(home, prior, preset.method, space, hears)
+    start = priors.choose(home, prior, preset, space, hears)
     run = Run.named(space.runs, run_name or _run_name(names, settings, start))
     chief = team.is_chief()
     with space.locked() if chief else nullcontext():
@@ -112,6 +114,8 @@ def finetune(
             avatar.judges.append(eye.to(where))
         hearing = clip.train[clip.heard[clip.train]]
         avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb.to(where))
+        if start is not None:
+            avatar.meet(clip.portrait(clip.best_likeness(N_PORTRAITS)).to(where))
         if from_pictures:
             likeness = clip.portrait(clip.best_likeness())
             if chief:
@@ -174,12 +178,11 @@ def _run_name(names: Sequence[str], settings: Sequence[str], start: Start | None
 
 
 def _introduced(start: Start, name: str) -> str:
-    told = f"prior: {start.prior.name}, of {start.n_people} people"
+    told = (
+        f"prior: {start.prior.name}, of {start.n_people} people (--prior none trains from nothing)"
+    )
     if start.knows:
-        told += (
-            f"; '{name}' is one of them, so its held-out figures will flatter (--prior none trains "
-            "from nothing)"
-        )
+        told += f"; '{name}' is one of them, so its held-out figures will flatter"
     return told
 
 

@@ -106,15 +106,21 @@ class Footage:
             relief=self.relief.expand(len(rows), -1, -1, -1),
         )
 
-    def best_likeness(self) -> Tensor:
-        """(1,) the training row that shows the person best: facing the camera, eyes open, the
-        mouth as it usually is."""
+    def best_likeness(self, n: int = 1) -> Tensor:
+        """(n,) training rows that show the person best, fewer where there are not as many half a
+        second apart: facing the camera, eyes open, the mouth as it usually is."""
         rows = self.signals[self.train]
         turned = rows.pose[:, :3].norm(dim=1) / 0.1
         shut = (1 - rows.eye.mean(1)).clamp_min(0) / 0.2
         mouth = (rows.landmarks[:, 66, 1] - rows.landmarks[:, 62, 1]).clamp_min(0)
         unusual = (mouth - mouth.median()).abs() / mouth.std().clamp_min(1e-4)
-        return self.train[(turned + shut + unusual).argmin()][None]
+        found: list[int] = []
+        for row in self.train[(turned + shut + unusual).argsort()].tolist():
+            if all(abs(row - other) >= FPS // 2 for other in found):
+                found.append(row)
+            if len(found) == n:
+                break
+        return torch.tensor(found)
 
 
 def split(n_frames: int, holdout: float) -> int:

@@ -101,10 +101,10 @@ class Stage(_Strict):
 
 class Train(_Strict):
     """scale multiplies the steps of every stage · ema: decay of the averaged weights
-    · common_rate: share of their rates that parts which came from a prior learn at."""
+    · common_rates: shares of their rates that parts learn at where a prior is begun from."""
 
     scale: Annotated[float, Field(gt=0)] = 1.0
-    common_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    common_rates: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
     stages: dict[str, Stage]
 
@@ -137,11 +137,11 @@ class Preset(_Strict):
 
 
 def slowed(preset: Preset, parts: Collection[str]) -> Preset:
-    """The preset with the rates of `parts` at `train.common_rate` of what they were."""
+    """The preset with the rates of `parts` at `train.common_rates` of what they were."""
+    common = {part: share for part, share in preset.train.common_rates.items() if part in parts}
     stages = {
         name: stage.model_copy(update={"rates": {
-            part: rate * (preset.train.common_rate if part in parts else 1)
-            for part, rate in stage.rates.items()
+            part: rate * common.get(part, 1) for part, rate in stage.rates.items()
         }})
         for name, stage in preset.train.stages.items()
     }  # fmt: skip

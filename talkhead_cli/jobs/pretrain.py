@@ -121,7 +121,8 @@ def _train(
             expert=None if judge is None else judge.name,
         )  # fmt: skip
     fabric.seed_everything(seed, verbose=False)
-    aabb = player.box_for(preset, clips[0].signals.camera)
+    boxes = torch.stack([player.box_for(preset, clip.signals.camera) for clip in clips])
+    aabb = torch.cat([boxes[:, :3].amin(0), boxes[:, 3:].amax(0)])  # holds all of them
     avatar, marcher, _ = player.build(preset, n_features, aabb.to(where), where, len(clips))
     if judge is not None:
         judge.sits_by(avatar, where)

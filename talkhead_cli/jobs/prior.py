@@ -41,26 +41,42 @@ class Start:
 
 
 def choose(
-    home: Path, wanted: str | None, method: str, space: Workspace, speech: dict[str, Any]
+    home: Path, wanted: str | None, preset: Preset, space: Workspace, speech: dict[str, Any]
 ) -> Start | None:
-    """The named prior, which must fit; None with "none" or without a name."""
-    if wanted in (None, "none"):
+    """The named prior, which must fit; without a name the newest that fits, if there is one; none
+    with "none"."""
+    if wanted == "none":
         return None
-    prior = fitting(home, wanted, method, speech)
+    if wanted is None:
+        found = [p for p in finished(home, preset.method, preset) if p.meta()["speech"] == speech]
+        if not found:
+            return None
+        prior = found[0]
+    else:
+        prior = fitting(home, wanted, preset.method, speech)
     return Start(prior, space.manifest()["source"]["sha256"] in prior.meta()["people"].values())
 
 
-def finished(home: Path, method: str) -> list[Run]:
-    """Finished priors of a method, newest first."""
-    known = list_runs(priors_folder(home))
-    return [p for p in known if p.is_finished and p.meta()["method"] == method]
+def finished(home: Path, method: str, preset: Preset | None = None) -> list[Run]:
+    """Finished priors of a method, newest first; with a preset, those of its size."""
+    known = [p for p in list_runs(priors_folder(home)) if p.is_finished]
+    return [
+        prior for prior in known
+        if prior.meta()["method"] == method and (preset is None or _is_as_large(prior, preset))
+    ]  # fmt: skip
+
+
+def _is_as_large(prior: Run, preset: Preset) -> bool:
+    try:
+        return _size(presets.from_yaml(prior.preset_text() or "")) == _size(preset)
+    except TalkheadError:  # of another version
+        return False
 
 
 def newest(home: Path, method: str, preset: Preset | None = None) -> str:
     """The name of the newest finished prior of a method; with a preset, one of its size."""
-    for prior in finished(home, method):
-        if preset is None or _size(presets.from_yaml(prior.preset_text() or "")) == _size(preset):
-            return prior.name
+    for prior in finished(home, method, preset):
+        return prior.name
     small = "" if preset is not None and preset.avatar.size == "full" else " -p tiny"
     raise TalkheadError(
         f"preset {method} draws people by what it learnt of others, and {home} has no such prior; "
@@ -96,6 +112,6 @@ def begin_from(avatar: Avatar, prior: Run) -> None:
         avatar.take_common(prior.weights())
     except ValueError as error:
         raise TalkheadError(
-            f"prior '{prior.name}' is of another version of talkhead ({error}); pretrain it "
-            "again with --fresh"
+            f"prior '{prior.name}' is of another size or another version of talkhead ({error}); "
+            "pretrain it again with these presets and --fresh"
         ) from error

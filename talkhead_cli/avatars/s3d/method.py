@@ -55,13 +55,12 @@ from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MOUTH, N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.planes import RowPlanes
 from talkhead_cli.blocks.regions import picture_masks, region_masks
-from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
+from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.sync import sync_losses
 from talkhead_cli.blocks.upscale import Retoucher
 from talkhead_cli.contracts import Portrait, Signals
 
 DEFORMATIONS = ("none", "naive", "concatenated", "cross-modal")
-RIDGES = (1e3, 3e3, 1e4, 3e4, 1e5)
 
 
 @dataclass(frozen=True)
@@ -150,14 +149,8 @@ class S3D(Avatar):
         rests = torch.stack([m.opening(nothing)[0] for m in self.mouths])
         self.mouth_rest.copy_(rests.median())
         self.mouth_gain.fill_(1.0)
-        audio = torch.cat([s.audio.flatten(1) for s in people])
-        said = torch.cat([m.to_say(s) for m, s in zip(self.mouths, people, strict=True)])
-        every = -(-len(audio) // 3000)
-        audio, said = audio[::every], said[::every]
-        ridge, _ = ridge_by_blocks(audio, said, RIDGES)
-        weight, bias = ridge_map(audio, said, ridge)
-        self.speech.linear.weight.copy_(weight.T)
-        self.speech.linear.bias.copy_(bias)
+        told = [(s, m.to_say(s)) for m, s in zip(self.mouths, people, strict=True)]
+        self.speech.solve(told, at_most=3000)
 
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
         """Nothing: all that is known of a person is in the portrait."""

@@ -24,6 +24,7 @@ Where the paper is silent or we differ on purpose:
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -33,20 +34,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.avatars.base import StepResult, distance, shaped
+from talkhead_cli.avatars.base import Speaker, StepResult, distance, shaped
+from talkhead_cli.avatars.lokitalk.field import LokiField, alignment
+from talkhead_cli.avatars.lokitalk.transfer import Transfer, laid_out, told_of
 from talkhead_cli.avatars.personal import Person, PersonalAvatar
 from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.loss import patch_losses, solid_losses
-from talkhead_cli.blocks.mlp import Mlp, by_row
+from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
-from talkhead_cli.blocks.planes import TriPlanes, frequencies, gathered
-from talkhead_cli.blocks.precision import exact
-from talkhead_cli.blocks.regions import EYES, LIPS, region_masks
-from talkhead_cli.blocks.rigid import moved
+from talkhead_cli.blocks.planes import TriPlanes
+from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.speech import SpeechEncoder
-from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
+from talkhead_cli.blocks.variant import variant
+from talkhead_cli.contracts import Frame, Portrait, RayBundle, Rendered, Signals
 
-MAX_SHIFT = 0.15  # face heights; guards the displacement fields
 # Channels that the marcher composites: colour, then auxiliary maps with detached weights.
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
 # Noise on the driving signals in training.  Twenty-odd numbers can name each of a few hundred
@@ -55,8 +56,6 @@ LIP_NOISE = 0.25  # in standard deviations
 EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
 POSE_NOISE = 0.1  # in standard deviations
 N_CODE, N_GATE = 16, 12
-LOOK_SCALE = 5.0  # a talking head turns by a few degrees: directions hardly differ
-REACH = 0.02  # attention under which a region's field is not asked
 
 
 @dataclass(frozen=True)
@@ -66,18 +65,32 @@ class _Widths:
     trunk: int
     head: int
     octaves: int
+    encoder: tuple[int, ...]
 
 
 SIZES = {
-    "tiny": _Widths((20, 48, 96, 192), 4, 32, 48, 4),
-    "full": _Widths((32, 64, 128, 256, 512), 4, 64, 64, 6),
+    "tiny": _Widths((20, 48, 96, 192), 4, 32, 48, 4, (16, 24, 32, 48)),
+    "full": _Widths((32, 64, 128, 256, 512), 4, 64, 64, 6, (32, 64, 128, 128, 128)),
 }
 
 
 class LokiTalk(PersonalAvatar):
-    """LokiTalk's avatar."""
+    """LokiTalk's avatar; of several people, also what tells them apart (`transfer`).
 
-    maps = MappingProxyType({
+    face (68, 3) landmarks at rest that people share · frame (6,) the box in which networks are
+    told places: one person's is `aabb`, and a prior's is kept by those who begin from it
+    """
+
+    common = (
+        *PersonalAvatar.common, "mouth_scale", "face", "frame", "pose_correction.", "shading.",
+        "lip_code.", "eye_code.", "pose_code.", "attention.", "torso_field.", "to_", "gate.",
+        "volume.", "density_net.", "colour_net.", "transfer.",
+    )  # fmt: skip
+    own_shapes = False  # networks that draw mouths know people's
+    face: Tensor
+    frame: Tensor
+    transfer: Transfer | None
+    maps: Mapping[str, tuple[str, ...]] = MappingProxyType({
         "attention": ("lips attend", "eyes attend", "torso attends"),
         "shift": ("face moves, face heights", "torso moves, face heights"),
     })  # fmt: skip
@@ -89,8 +102,10 @@ class LokiTalk(PersonalAvatar):
             [Person() for _ in range(n_people)],
             SpeechEncoder.of_windows(n_steps, n_features, N_CODES),
         )
-        widths = SIZES[size]
+        widths = self.widths = SIZES[size]
         self.octaves = widths.octaves
+        self.register_buffer("face", torch.zeros(68, 3))
+        self.register_buffer("frame", torch.zeros(6))
         n_position = 3 * (1 + 2 * widths.octaves)
         self.shading = Shading()
         self.lip_code = Mlp(N_CODES, 32, N_CODE)
@@ -109,6 +124,7 @@ class LokiTalk(PersonalAvatar):
         self.to_gate = _two(N_CODE, N_GATE, of=2 * N_CODE)
         self.gate = _block(N_GATE, widths.head, of=n_density)
         self.to_torso = _block(N_CODE, widths.trunk, of=n_position + N_CODE)
+        self.transfer = self._encoder() if n_people > 1 else None
 
     @classmethod
     def build(
@@ -116,6 +132,60 @@ class LokiTalk(PersonalAvatar):
         n_people: int = 1,
     ) -> Self:  # fmt: skip
         return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
+
+    # -- who people are ----------------------------------------------------------------------
+
+    @torch.no_grad()
+    def survey(self, people: Sequence[Signals]) -> None:
+        super().survey(people)
+        self.face.copy_(torch.stack([s.landmarks.mean(0) for s in people]).mean(0))
+
+    @torch.no_grad()
+    def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
+        super().calibrate(signals, mesh, aabb)
+        if not self.frame.any():
+            self.frame.copy_(aabb)
+
+    @property
+    def reach(self) -> Tensor:
+        """Half-size (3,) of what the volume's planes hold; the face stays in their middle."""
+        return torch.maximum(-self.frame[:3], self.frame[3:]) * 1.1
+
+    def enroll(self, portrait: Portrait | None) -> Speaker:
+        if self.transfer is None or portrait is None:
+            return super().enroll(portrait)
+        return variant(self, self._own(portrait))
+
+    @torch.no_grad()
+    def meet(self, portrait: Portrait) -> None:
+        if self.transfer is not None:
+            for name, change in self._own(portrait).items():
+                self.get_parameter(name).add_(change)
+            self.transfer = None
+
+    def take_common(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.transfer is None:
+            self.transfer = self._encoder().to(self.aabb.device)
+        super().take_common(tensors)
+
+    def _encoder(self) -> Transfer:
+        shapes = {name: p.shape for name, p in self.named_parameters()}
+        return Transfer(shapes, self.volume, self.widths.encoder)
+
+    def _own(self, portrait: Portrait) -> dict[str, Tensor]:
+        """What pictures say that a person has of its own: changes of parameters."""
+        assert self.transfer is not None
+        signals = portrait.signals
+        neutral = self.person(signals).mouth.neutral
+        seen = laid_out(
+            portrait, px=self.transfer.px, reach=self.reach, shared=alignment(neutral, self.face),
+            aimed=self.correction(signals), shoulders=self.shoulders(signals),
+            chin=float(neutral[8, 1]),
+        )  # fmt: skip
+        changes: dict[str, Tensor] = self.transfer(seen, told_of(signals))
+        return changes
+
+    # -- hop 8 to 10 -------------------------------------------------------------------------
 
     def condition(self, signals: Signals) -> LokiField:
         person = self.person(signals)
@@ -188,115 +258,8 @@ class LokiTalk(PersonalAvatar):
             "deform": [self.face_field, self.torso_field, self.attention, self.lip_code,
                        self.eye_code, self.pose_code, self.to_face, self.to_torso],
             "static": [self.density_net, self.colour_net, self.to_gate, self.gate, self.shading],
+            **({} if self.transfer is None else {"transfer": [self.transfer]}),
         }  # fmt: skip
-
-
-class LokiField:
-    """LokiTalk's field, closed over T rows of codes.
-
-    face (2 T, trunk), density (2 T, head), torso (T, trunk): what a row's lip and eye codes, and
-    its pose code, add to the first layers of the three nets · shoulders (T, 3, 4) ·
-    light (T, 3, 4) what the row's light adds to the logits of the head's colour, by place
-    """
-
-    channels = 8
-    n_detached = 5
-
-    def __init__(
-        self, avatar: LokiTalk, person: Person, *, face: Tensor, density: Tensor, torso: Tensor,
-        shoulders: Tensor, light: Tensor,
-    ) -> None:  # fmt: skip
-        self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(torso)
-        self._face, self._density, self._torso = face, density, torso
-        self._shoulders, self._light = shoulders, light
-        low, high = avatar.aabb[:3], avatar.aabb[3:]
-        self._middle, self._half = (low + high) / 2, (high - low) / 2 * 1.1
-        self._reach = torch.maximum(-low, high) * 1.1  # the planes keep the face in their middle
-        self._prior_weight, self._prior_bias = _prior(person.mouth.neutral)
-
-    def density(self, x: Tensor, row: Tensor) -> Tensor:
-        return self._static(x, row)[0]
-
-    def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        density, hidden, attention, shifts = self._static(x, row)
-        logits = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1))
-        # shoulders do not turn with the head
-        head = 1 - attention[:, 2:].detach()
-        colour = (logits + head * moved(x, self._light, row)).sigmoid()
-        return density, torch.cat([colour, attention, shifts], 1)
-
-    def _static(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (N, 3), row (N,) -> density (N,), hidden (N, 16), attention (N, 3), shifts (N, 2)."""
-        avatar = self.avatar
-        # Where a point lies is learnt (`aim`) from what the canonical volume shows there: how
-        # attention and displacements change with it is slight, and a twentieth of a step.
-        here = x.detach()
-        encoded = frequencies((here - self._middle) / self._half, avatar.octaves)
-        attention = (avatar.attention(encoded).float() + self._prior(here)).sigmoid()
-        driven = by_row(attention[:, :2], row, self.n_rows)  # (N, 2 T)
-
-        x, face_shift = self._moved_by_face(x, encoded, driven, attention[:, :2].sum(1))
-        x, torso_shift = self._moved_by_torso(x, attention[:, 2:], row)
-
-        features = avatar.volume(gathered(x, self._reach))
-        hidden = avatar.density_net(features, (driven, self._density))
-        density = (hidden[:, 0] - 1.5).clamp(max=7.0).exp()
-        return density, hidden[:, 1:], attention, torch.cat([face_shift, torso_shift], 1)
-
-    def _moved_by_face(
-        self, x: Tensor, encoded: Tensor, driven: Tensor, reach: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Points after the face field, (N, 3), and how far they went, (N, 1)."""
-        near = (reach.detach() > REACH).nonzero().squeeze(1)
-        raw = self.avatar.face_field(
-            encoded.index_select(0, near), (driven.index_select(0, near), self._face)
-        )
-        shift = MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh()
-        # a single camera hardly sees depth: motion along it would only be noise from the side
-        shift = shift * shift.new_tensor([1.0, 1.0, 0.3])
-        shift = shift * reach.index_select(0, near).clamp(max=1)[:, None]
-        length = x.new_zeros(len(x), 1).index_add(0, near, shift.abs().sum(1, keepdim=True))
-        return x.index_add(0, near, shift), length
-
-    def _moved_by_torso(self, x: Tensor, torso: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Points after the torso field, (N, 3), and how far they went, (N, 1)."""
-        near = (torso.detach().squeeze(1) > REACH).nonzero().squeeze(1)
-        point, weight = x.index_select(0, near), torso.index_select(0, near)
-        rows = row.index_select(0, near)
-        there = (point.detach() - self._middle) / self._half
-        encoded = frequencies(there, self.avatar.octaves)
-        own = by_row(torch.ones_like(weight), rows, self.n_rows)
-        raw = self.avatar.torso_field(encoded, (own, self._torso))
-        carried = moved(point, self._shoulders, rows)
-        shift = weight * (carried - point + MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh())
-        length = x.new_zeros(len(x), 1).index_add(0, near, shift.abs().sum(1, keepdim=True))
-        return x.index_add(0, near, shift), length
-
-    @exact
-    def _prior(self, x: Tensor) -> Tensor:
-        """Logits (N, 3) of lips, eyes and torso by place alone: where attention starts from."""
-        lips, left, right, torso = torch.addmm(
-            self._prior_bias, torch.cat([x, x * x], 1), self._prior_weight
-        ).unbind(1)
-        return torch.stack([lips, torch.maximum(left, right), torso], 1).clamp(-6, 6)
-
-
-def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:
-    """Ellipsoids round lips and both eyes, and the half-space under the chin.
-
-    Weight (6, 4) and bias (4,) that map x, x^2 to logits: an ellipsoid is a quadratic form.
-    """
-    mouth = (neutral[LIPS].mean(0) * 2 + neutral[8]) / 3
-    weight, bias = neutral.new_zeros(6, 4), neutral.new_zeros(4)
-    for column, (centre, radius) in enumerate([
-        (mouth, neutral.new_tensor([0.28, 0.28, 0.35])),
-        *((neutral[eye].mean(0), neutral.new_tensor([0.16, 0.12, 0.3])) for eye in EYES),
-    ]):  # fmt: skip
-        # 3 - 4 |(x - centre) / radius|^2
-        weight[:3, column], weight[3:, column] = 8 * centre / radius**2, -4 / radius**2
-        bias[column] = 3 - 4 * (centre / radius).square().sum()
-    weight[1, 3], bias[3] = 1 / 0.05, -(neutral[8, 1] + 0.12) / 0.05
-    return weight, bias
 
 
 def _block(n_in: int, n_out: int, *, of: int) -> nn.Linear:

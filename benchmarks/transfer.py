@@ -1,0 +1,133 @@
+"""What a prior of other people is worth to somebody it never met, at equal steps.
+
+`compare` trains each of some people from seconds of footage, with a prior and from nothing, at
+shares of the steps, and scores the held-out ends.  Every row is kept in the work folder as soon as
+it is made: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from talkhead_cli.avatars.lokitalk import LokiTalk
+from talkhead_cli.contracts import Portrait, SilentProgress
+from talkhead_cli.jobs import evaluate, footage, player
+from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.store import Workspace
+from talkhead_cli.track import face
+
+PRESETS = ["lokitalk", "tiny"]
+STARTS = ("nothing", "prior", "prior, not met")  # the last: without the encoder's word
+FIGURES = ("psnr_face_db", "psnr_full_db", "lmd_px_at_512", "lips_r", "eyes_r", "lips_spread")
+
+
+def compare(
+    home: Path, names: Sequence[str], others: Sequence[str], work: Path, *,
+    seconds: Sequence[float], scales: Sequence[float], starts: Sequence[str] = STARTS[:2],
+    seeds: int = 1, processes: int = 2, settings: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """One prior of `others`, none of whom is in `names`; rows of one thread each."""
+    assert not set(names) & set(others)
+    prior = "strangers"
+    made = pretrain(home, others, prior, SilentProgress(), preset_names=PRESETS,
+                    settings=settings, device="cpu").meta()  # fmt: skip
+    folder = work / "transfer"
+    folder.mkdir(exist_ok=True)
+    wanted = [
+        (home, name, start, float(length), scale, seed, prior, folder)
+        for seed in range(seeds) for scale in sorted(scales) for length in sorted(seconds)
+        for start in starts for name in names
+    ]  # fmt: skip
+    rows = []
+    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
+        for done in as_completed([pool.submit(_row, *row) for row in wanted]):
+            rows.append(done.result())
+    return {
+        "people": list(names), "prior_of": list(others), "seeds": seeds,
+        "pretrain": {k: made[k] for k in ("seconds", "steps")},
+        "protocol": "held-out ends, driven by their own sound; poses and eyes of the footage",
+        "mean": _means(rows), "rows": sorted(rows, key=lambda r: str(list(r.values()))),
+    }  # fmt: skip
+
+
+def _row(
+    home: Path, name: str, start: str, length: float, scale: float, seed: int, prior: str,
+    folder: Path,
+) -> dict[str, Any]:  # fmt: skip
+    """One training and its figures."""
+    torch.set_num_threads(1)
+    label = f"{name}-{start.replace(', ', '-').replace(' ', '-')}-{length:g}s-{scale:g}-{seed}"
+    kept = folder / f"{label}.json"
+    if kept.exists():
+        found: dict[str, Any] = json.loads(kept.read_text())
+        return found
+    settings = [f"train.scale={scale}", f"data.train_s={length:g}"]
+    with _unmet() if start == STARTS[2] else contextlib.nullcontext():
+        run = finetune(
+            home, name, SilentProgress(), names=PRESETS, settings=settings, run_name=label,
+            prior="none" if start == STARTS[0] else prior, device="cpu", seed=seed, fresh=True,
+        )  # fmt: skip
+    row = {"name": name, "start": start, "train_s": length, "scale": scale, "seed": seed,
+           "seconds": run.meta()["seconds"], "steps": run.meta()["steps"],
+           **score(home, name, label)}  # fmt: skip
+    kept.write_text(json.dumps(row))
+    return row
+
+
+def score(home: Path, name: str, run_name: str) -> dict[str, float]:
+    """A run's figures on its held-out frames, as `evaluate` has them, without its controls."""
+    space = Workspace.open(home, name)
+    run, _ = player.pick_run(space, run_name)
+    show = player.load(run, torch.device("cpu"))
+    clip = footage.load(space, show.preset.data, SilentProgress())
+    held, quiet = clip.held.numpy(), SilentProgress()
+    truth = np.ascontiguousarray(clip.pictures[held])
+    film, *_ = evaluate._film(show, show.listen(clip.signals[clip.held]), quiet)
+    seen_truth, seen = evaluate._measure(truth, quiet), evaluate._measure(film, quiet)
+    boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
+    picture = evaluate._picture_figures(truth, film, boxes)
+    lips = evaluate.correlation(
+        face.lip_aperture(seen_truth.mesh), face.lip_aperture(seen.mesh)
+    )  # fmt: skip
+    eyes = evaluate.correlation(*(face.lid_gap(m.mesh).mean(1) for m in (seen_truth, seen)))
+    return {
+        "psnr_face_db": picture["face_box"]["psnr_db"], "psnr_full_db": picture["full"]["psnr_db"],
+        "lmd_px_at_512": evaluate._lmd(seen_truth, seen), "lips_r": lips["r"], "eyes_r": eyes["r"],
+        "lips_spread": lips["spread"], "lips_interval_90": lips["interval_90"],
+        "eyes_interval_90": eyes["interval_90"],
+    }  # fmt: skip
+
+
+def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Over people and seeds, by start, footage and share of the steps."""
+    keys = sorted({(r["train_s"], r["scale"], r["start"]) for r in rows})
+    means = []
+    for length, scale, start in keys:
+        same = [r for r in rows if (r["train_s"], r["scale"], r["start"]) == (length, scale, start)]
+        means.append(
+            {"train_s": length, "scale": scale, "start": start, "n": len(same)}
+            | {f: round(float(np.mean([r[f] for r in same])), 4) for f in FIGURES}
+        )
+    return means
+
+
+@contextlib.contextmanager
+def _unmet() -> Iterator[None]:
+    """New people begin from what all share, and nothing that pictures say of them."""
+
+    def let_go(self: LokiTalk, portrait: Portrait) -> None:
+        self.transfer = None
+
+    with mock.patch.object(LokiTalk, "meet", let_go):
+        yield

@@ -1,0 +1,7 @@
+"""LokiTalk: region-specific deformation fields, and what people lend each other of them."""
+
+from talkhead_cli.avatars.lokitalk.field import LokiField
+from talkhead_cli.avatars.lokitalk.method import LokiTalk
+from talkhead_cli.avatars.lokitalk.transfer import Transfer
+
+__all__ = ["LokiField", "LokiTalk", "Transfer"]

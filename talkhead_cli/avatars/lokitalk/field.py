@@ -1,0 +1,145 @@
+"""LokiTalk's field: two displacements, and the canonical volume at the place they lead to."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from talkhead_cli.avatars.personal import Person
+from talkhead_cli.blocks.mlp import by_row
+from talkhead_cli.blocks.planes import frequencies, gathered
+from talkhead_cli.blocks.precision import exact
+from talkhead_cli.blocks.regions import EYES, LIPS
+from talkhead_cli.blocks.rigid import moved
+
+if TYPE_CHECKING:
+    from talkhead_cli.avatars.lokitalk.method import LokiTalk
+
+MAX_SHIFT = 0.15  # face heights; guards the displacement fields
+LOOK_SCALE = 5.0  # a talking head turns by a few degrees: directions hardly differ
+REACH = 0.02  # attention under which a region's field is not asked
+
+
+class LokiField:
+    """LokiTalk's field, closed over T rows of codes.
+
+    face (2 T, trunk), density (2 T, head), torso (T, trunk): what a row's lip and eye codes, and
+    its pose code, add to the first layers of the three nets · shoulders (T, 3, 4) ·
+    light (T, 3, 4) what the row's light adds to the logits of the head's colour, by place
+    """
+
+    channels = 8
+    n_detached = 5
+
+    def __init__(
+        self, avatar: LokiTalk, person: Person, *, face: Tensor, density: Tensor, torso: Tensor,
+        shoulders: Tensor, light: Tensor,
+    ) -> None:  # fmt: skip
+        self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(torso)
+        self._face, self._density, self._torso = face, density, torso
+        self._shoulders, self._light = shoulders, light
+        # Networks are told places as the face that people share has them, in its own frame.
+        low, high = avatar.frame[:3], avatar.frame[3:]
+        middle, half = (low + high) / 2, (high - low) / 2 * 1.1
+        self._shared = alignment(person.mouth.neutral, avatar.face)
+        self._framed = torch.cat([self._shared[..., :3], self._shared[..., 3:] - middle[:, None]],
+                                 2) / half[:, None]  # fmt: skip
+        self._reach = avatar.reach
+        self._prior_weight, self._prior_bias = _prior(person.mouth.neutral)
+
+    def density(self, x: Tensor, row: Tensor) -> Tensor:
+        return self._static(x, row)[0]
+
+    def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        density, hidden, attention, shifts = self._static(x, row)
+        logits = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1))
+        # shoulders do not turn with the head
+        head = 1 - attention[:, 2:].detach()
+        colour = (logits + head * moved(x, self._light, row)).sigmoid()
+        return density, torch.cat([colour, attention, shifts], 1)
+
+    def _static(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x (N, 3), row (N,) -> density (N,), hidden (N, 16), attention (N, 3), shifts (N, 2)."""
+        avatar = self.avatar
+        # Where a point lies is learnt (`aim`) from what the canonical volume shows there: how
+        # attention and displacements change with it is slight, and a twentieth of a step.
+        here = x.detach()
+        encoded = frequencies(moved(here, self._framed, row), avatar.octaves)
+        attention = (avatar.attention(encoded).float() + self._prior(here)).sigmoid()
+        driven = by_row(attention[:, :2], row, self.n_rows)  # (N, 2 T)
+
+        x, face_shift = self._moved_by_face(x, encoded, driven, attention[:, :2].sum(1))
+        x, torso_shift = self._moved_by_torso(x, attention[:, 2:], row)
+
+        features = avatar.volume(gathered(moved(x, self._shared, row), self._reach))
+        hidden = avatar.density_net(features, (driven, self._density))
+        density = (hidden[:, 0] - 1.5).clamp(max=7.0).exp()
+        return density, hidden[:, 1:], attention, torch.cat([face_shift, torso_shift], 1)
+
+    def _moved_by_face(
+        self, x: Tensor, encoded: Tensor, driven: Tensor, reach: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Points after the face field, (N, 3), and how far they went, (N, 1)."""
+        near = (reach.detach() > REACH).nonzero().squeeze(1)
+        raw = self.avatar.face_field(
+            encoded.index_select(0, near), (driven.index_select(0, near), self._face)
+        )
+        shift = MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh()
+        # a single camera hardly sees depth: motion along it would only be noise from the side
+        shift = shift * shift.new_tensor([1.0, 1.0, 0.3])
+        shift = shift * reach.index_select(0, near).clamp(max=1)[:, None]
+        length = x.new_zeros(len(x), 1).index_add(0, near, shift.abs().sum(1, keepdim=True))
+        return x.index_add(0, near, shift), length
+
+    def _moved_by_torso(self, x: Tensor, torso: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        """Points after the torso field, (N, 3), and how far they went, (N, 1)."""
+        near = (torso.detach().squeeze(1) > REACH).nonzero().squeeze(1)
+        point, weight = x.index_select(0, near), torso.index_select(0, near)
+        rows = row.index_select(0, near)
+        there = moved(point.detach(), self._framed, rows)
+        encoded = frequencies(there, self.avatar.octaves)
+        own = by_row(torch.ones_like(weight), rows, self.n_rows)
+        raw = self.avatar.torso_field(encoded, (own, self._torso))
+        carried = moved(point, self._shoulders, rows)
+        shift = weight * (carried - point + MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh())
+        length = x.new_zeros(len(x), 1).index_add(0, near, shift.abs().sum(1, keepdim=True))
+        return x.index_add(0, near, shift), length
+
+    @exact
+    def _prior(self, x: Tensor) -> Tensor:
+        """Logits (N, 3) of lips, eyes and torso by place alone: where attention starts from."""
+        lips, left, right, torso = torch.addmm(
+            self._prior_bias, torch.cat([x, x * x], 1), self._prior_weight
+        ).unbind(1)
+        return torch.stack([lips, torch.maximum(left, right), torso], 1).clamp(-6, 6)
+
+
+def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:
+    """Ellipsoids round lips and both eyes, and the half-space under the chin.
+
+    Weight (6, 4) and bias (4,) that map x, x^2 to logits: an ellipsoid is a quadratic form.
+    """
+    mouth = (neutral[LIPS].mean(0) * 2 + neutral[8]) / 3
+    weight, bias = neutral.new_zeros(6, 4), neutral.new_zeros(4)
+    for column, (centre, radius) in enumerate([
+        (mouth, neutral.new_tensor([0.28, 0.28, 0.35])),
+        *((neutral[eye].mean(0), neutral.new_tensor([0.16, 0.12, 0.3])) for eye in EYES),
+    ]):  # fmt: skip
+        # 3 - 4 |(x - centre) / radius|^2
+        weight[:3, column], weight[3:, column] = 8 * centre / radius**2, -4 / radius**2
+        bias[column] = 3 - 4 * (centre / radius).square().sum()
+    weight[1, 3], bias[3] = 1 / 0.05, -(neutral[8, 1] + 0.12) / 0.05
+    return weight, bias
+
+
+@exact
+def alignment(neutral: Tensor, face: Tensor) -> Tensor:
+    """The affine map (1, 3, 4) that best carries a person's landmarks at rest (68, 3) to those of
+    the face that people share; none at all where they are the same."""
+    known = F.pad(neutral, (0, 1), value=1.0)
+    gram = known.T @ known + 1e-3 * torch.eye(4, device=known.device)
+    change = torch.linalg.solve(gram, known.T @ (face - neutral)).T
+    return (torch.eye(3, 4, device=known.device) + change)[None]

@@ -1,0 +1,151 @@
+"""ID-aware knowledge transfer: what pictures say that a person has of its own (LokiTalk, Fig. 2).
+
+People share the networks, the canonical volume and this encoder.  A person has five things of its
+own; each is a change of parameters that are otherwise common:
+
+    dynamic      what the nets of lip, eye and pose codes are told besides
+    geometry     what the density net is told, and
+    appearance   what the colour net is told besides
+    hyper        last layers of both displacement fields
+    offset       of the canonical volume
+
+So LokiTalk's fields are the same with and without it: a person is what people share with the five
+changes added, and from there on has parameters like anybody else (`LokiTalk.meet`).
+
+The paper feeds pictures to a CNN and cameras and poses to an MLP.  Here pictures are first laid out
+as the volume's front plane has them, by camera, pose and relief of the face: what a texel of that
+plane is to hold then lies at the very place of the encoder's map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from talkhead_cli.blocks.appearance import AppearanceEncoder
+from talkhead_cli.blocks.mlp import Mlp
+from talkhead_cli.blocks.planes import TriPlanes, scattered
+from talkhead_cli.blocks.precision import exact
+from talkhead_cli.contracts import RELIEF_SIDE, Portrait, Signals
+
+N_SEEN = 3 + 6 + 1  # colours, labels, whether the picture reaches there
+N_TOLD = 6 + 4 + 1  # pose, shoulders, focal length
+N_CODE = 64
+SCALE = 0.1  # of the changes at first, against what the encoder says
+VECTORS = {
+    "dynamic": ("lip_code.0.bias", "eye_code.0.bias", "pose_code.0.bias"),
+    "geometry": ("density_net.0.bias",),
+    "appearance": ("colour_net.0.bias",),
+    "hyper": ("face_field.4.weight", "face_field.4.bias",
+              "torso_field.4.weight", "torso_field.4.bias"),
+}  # fmt: skip
+
+
+class Transfer(nn.Module):
+    """The ID-encoder."""
+
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], volume: TriPlanes, widths: Sequence[int]
+    ) -> None:
+        """shapes: of the parameters named in VECTORS · widths: of the encoder's levels, one for
+        each of the volume's at least"""
+        super().__init__()
+        self.shapes = {item: {n: shapes[n] for n in names} for item, names in VECTORS.items()}
+        self.sizes = [level.shape[-1] for level in volume.levels]  # ascending
+        n_scales = len(self.sizes) - 1
+        self.encoder = AppearanceEncoder(N_SEEN, widths, volume.channels, n_scales)
+        # The front plane's finer levels also by themselves, texel by texel.
+        self.details = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(N_SEEN, 16, 1), nn.LeakyReLU(0.2),
+                          nn.Conv2d(16, volume.channels, 1))
+            for _ in range(2)
+        )  # fmt: skip
+        self.told = Mlp(N_TOLD, 32, 32)
+        self.code = Mlp(self.encoder.n_deep + 32, N_CODE, N_CODE)
+        self.items = nn.ModuleDict({
+            item: nn.Linear(N_CODE, sum(s.numel() for s in of.values()))
+            for item, of in self.shapes.items()
+        })  # fmt: skip
+
+    @property
+    def px(self) -> int:
+        """Side of the pictures that the encoder is shown: the volume's finest."""
+        return self.sizes[-1]
+
+    def forward(self, seen: Tensor, told: Tensor) -> dict[str, Tensor]:
+        """seen (P, N_SEEN, px, px) laid out (`laid_out`), told (P, N_TOLD) of P pictures ->
+        changes of LokiTalk's parameters, by name."""
+        half = F.avg_pool2d(seen, 2)
+        planes, deep = self.encoder(half)
+        code = self.code(torch.cat([deep.mean(1), self.told(told)], 1)).mean(0)
+        changes = {}
+        for item, shapes in self.shapes.items():
+            parts = self.items[item](code).split([s.numel() for s in shapes.values()])
+            for (name, shape), part in zip(shapes.items(), parts, strict=True):
+                changes[name] = SCALE * part.view(shape)
+        means = [level.mean(0) for level in planes]  # (3, C, s, s), the finest first
+        finest_first = [*enumerate(self.sizes)][::-1]
+        for (index, size), nearest in zip(finest_first, [means[0], *means], strict=True):
+            change = F.interpolate(nearest, size=(size, size), mode="bilinear")
+            if (depth := len(self.sizes) - 1 - index) < len(self.details):
+                shown = F.interpolate(seen, size=(size, size), mode="area")
+                front = self.details[depth](shown).mean(0)
+                change = change + F.pad(front[None], (0, 0, 0, 0, 0, 0, 0, 2))
+            changes[f"volume.levels.{index}"] = SCALE * change
+        return changes
+
+
+def told_of(signals: Signals) -> Tensor:
+    """What the encoder is told of pictures, beside what they show: (P, N_TOLD)."""
+    camera = signals.camera
+    focal = camera.k[:, :1, 0] / camera.size_px
+    return torch.cat([signals.pose[:, :5], signals.pose[:, 5:] - 5, signals.body, focal], 1)
+
+
+@torch.no_grad()
+def laid_out(
+    portrait: Portrait, *, px: int, reach: Tensor, shared: Tensor, aimed: Tensor,
+    shoulders: Tensor, chin: float,
+) -> Tensor:  # fmt: skip
+    """Pictures as the canonical volume's front plane would show them: (P, N_SEEN, px, px).
+
+    reach (3,) of the volume's planes · shared (1, 3, 4) from the person's head space to the face
+    that people share · aimed (P, 3, 4) what is put right of each row's head · shoulders (P, 3, 4)
+    from where rows show them to where they rest · chin: its height in head space
+    """
+    line = (torch.arange(px, device=reach.device) + 0.5) * 2 / px - 1
+    y, x = torch.meshgrid(line, line, indexing="ij")
+    place = scattered(torch.stack([x, y, torch.zeros_like(x)], -1).view(-1, 3), reach)
+    own = _through(_inverse(shared), place[None])[0]  # (N, 3)
+    at = (own[:, :2] / RELIEF_SIDE).expand(len(portrait), 1, -1, -1)
+    depth = F.grid_sample(portrait.relief[:, None, ..., 0], at, padding_mode="border",
+                          align_corners=True)[:, 0, 0]  # fmt: skip
+    point = torch.cat([own[:, :2].expand(len(portrait), -1, -1), depth[..., None]], 2)
+    carried = _through(_inverse(shoulders), point)
+    point = torch.lerp(point, carried, ((point[..., 1:2] - chin - 0.12) / 0.05).sigmoid())
+    point = _through(_inverse(aimed), point)
+    camera = portrait.signals.camera
+    seen = (point - camera.c2w[:, None, :3, 3]) @ camera.c2w[:, :3, :3]
+    pixel = seen @ camera.k.transpose(1, 2)
+    pixel = pixel[..., :2] / pixel[..., 2:].clamp_min(1e-3)
+    grid = (2 * pixel / camera.size_px - 1).view(len(portrait), px, px, 2)
+    picture = portrait.pictures.permute(0, 3, 1, 2)
+    labels = F.interpolate(portrait.labels, size=picture.shape[2:], mode="bilinear")
+    shown = torch.cat([2 * picture - 1, labels, torch.ones_like(labels[:, :1])], 1)
+    return F.grid_sample(shown, grid, align_corners=False)
+
+
+@exact
+def _through(motion: Tensor, point: Tensor) -> Tensor:
+    """Points (P, N, 3) under maps (P, 3, 4)."""
+    return point @ motion[:, :, :3].transpose(1, 2) + motion[:, None, :, 3]
+
+
+@exact
+def _inverse(motion: Tensor) -> Tensor:
+    """The inverse of affine maps (P, 3, 4)."""
+    back = torch.linalg.inv(motion[:, :, :3])
+    return torch.cat([back, -back @ motion[:, :, 3:]], 2)
