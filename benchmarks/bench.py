@@ -37,7 +37,7 @@ CLIPS = ROOT.parent / "shared"
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
     "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert", "files", "photo",
-    "trackers",
+    "trackers", "voices",
 )  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
@@ -414,6 +414,15 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         up = "PSNR of the face, dB" if figure.startswith("psnr") else figure
         line_chart(options.chart(f"transfer-{figure}"), "% of the steps", up, lines)
     return found
+
+
+def part_voices(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What other people's speech is worth, at the level of landmarks; --ids in groups of four."""
+    import transfer
+
+    groups = [options.ids[i : i + 4] for i in range(0, len(options.ids), 4)]
+    everybody = _others(work, options)
+    return transfer.heard(work / "home", groups, everybody, seconds=options.seconds)
 
 
 def part_hearing(work: Path, options: argparse.Namespace) -> dict[str, Any]:

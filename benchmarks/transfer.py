@@ -2,7 +2,7 @@
 
 `compare` trains each of some people from seconds of footage, with a prior and from nothing, at
 shares of the steps, and scores the held-out ends.  Every row is kept in the work folder as soon as
-it is made: the same command goes on where it was stopped.
+it is made: the same command goes on where it was stopped.  `heard` asks of speech alone.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ from talkhead_cli.contracts import Portrait, SilentProgress
 from talkhead_cli.jobs import evaluate, footage, player
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.pretrain import pretrain
-from talkhead_cli.store import Workspace
+from talkhead_cli.store import Run, Workspace
 from talkhead_cli.track import face
 
 PRESETS = ["lokitalk", "tiny"]
+FIELD_STAGES = ("shape", "detail", "lips", "eyes")
 STARTS = ("nothing", "prior", "prior, not met")  # the last: without the encoder's word
 FIGURES = ("psnr_face_db", "psnr_full_db", "lmd_px_at_512", "lips_r", "eyes_r", "lips_spread")
 
@@ -35,30 +36,89 @@ FIGURES = ("psnr_face_db", "psnr_full_db", "lmd_px_at_512", "lips_r", "eyes_r", 
 def compare(
     home: Path, names: Sequence[str], others: Sequence[str], work: Path, *,
     seconds: Sequence[float], scales: Sequence[float], starts: Sequence[str] = STARTS[:2],
-    seeds: int = 1, processes: int = 2, settings: Sequence[str] = (),
+    seeds: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
     """One prior of `others`, none of whom is in `names`; rows of one thread each."""
     assert not set(names) & set(others)
     prior = "strangers"
-    made = pretrain(home, others, prior, SilentProgress(), preset_names=PRESETS,
-                    settings=settings, device="cpu").meta()  # fmt: skip
+    made = pretrain(
+        home, others, prior, SilentProgress(), preset_names=PRESETS, device="cpu"
+    ).meta()
     folder = work / "transfer"
     folder.mkdir(exist_ok=True)
     wanted = [
-        (home, name, start, float(length), scale, seed, prior, folder)
-        for seed in range(seeds) for scale in sorted(scales) for length in sorted(seconds)
-        for start in starts for name in names
+        (start, float(length), scale, seed) for seed in range(seeds) for scale in sorted(scales)
+        for length in sorted(seconds) for start in starts
     ]  # fmt: skip
-    rows = []
-    with ProcessPoolExecutor(processes, get_context("spawn")) as pool:
-        for done in as_completed([pool.submit(_row, *row) for row in wanted]):
-            rows.append(done.result())
+    rows: list[dict[str, Any]] = []
+    # One at a time of each person, whose workspace a training holds.
+    with ProcessPoolExecutor(len(names), get_context("spawn")) as pool:
+        for done in as_completed(
+            [pool.submit(_rows, wanted, home, name, prior, folder) for name in names]
+        ):
+            rows += done.result()
     return {
         "people": list(names), "prior_of": list(others), "seeds": seeds,
         "pretrain": {k: made[k] for k in ("seconds", "steps")},
         "protocol": "held-out ends, driven by their own sound; poses and eyes of the footage",
         "mean": _means(rows), "rows": sorted(rows, key=lambda r: str(list(r.values()))),
     }  # fmt: skip
+
+
+def heard(
+    home: Path, groups: Sequence[Sequence[str]], everybody: Sequence[str], *,
+    seconds: Sequence[float],
+) -> dict[str, Any]:  # fmt: skip
+    """How well the opening of the mouth is heard on held-out ends, from nothing and from other
+    people's speech; a prior knows nobody of the group it is used on.  No field is trained."""
+    rows = []
+    for group in groups:
+        prior = f"voices-without-{'-'.join(group)}"
+        others = [name for name in everybody if name not in group]
+        quick = [f"pretrain.stages.{stage}.steps=0" for stage in ("shape", "detail")]
+        pretrain(home, others, prior, SilentProgress(), preset_names=PRESETS, settings=quick,
+                 device="cpu")  # fmt: skip
+        for name in group:
+            for length in seconds:
+                row: dict[str, Any] = {"name": name, "train_s": length}
+                for start, begun in zip(STARTS, ("none", prior), strict=False):
+                    settings = [f"train.stages.{stage}.steps=0" for stage in FIELD_STAGES]
+                    settings.append(f"data.train_s={length:g}")
+                    run = finetune(
+                        home, name, SilentProgress(), names=PRESETS, settings=settings,
+                        run_name=f"heard-{start}", prior=begun, device="cpu", fresh=True,
+                    )  # fmt: skip
+                    row[start] = _opening(home, name, run)
+                rows.append(row)
+    means = [
+        {"train_s": length} | {
+            start: round(float(np.mean([r[start]["r"] for r in rows if r["train_s"] == length])), 3)
+            for start in STARTS[:2]
+        }
+        for length in seconds
+    ]  # fmt: skip
+    return {"groups": [list(g) for g in groups], "seed": 0, "mean_r": means, "rows": rows}
+
+
+@torch.no_grad()
+def _opening(home: Path, name: str, run: Run) -> dict[str, Any]:
+    """Correlation of heard and tracked opening on held-out frames."""
+    show = player.load(run, torch.device("cpu"))
+    clip = footage.load(
+        Workspace.open(home, name), show.preset.data, SilentProgress(), pictures=False
+    )
+    held = clip.signals[clip.held]
+    true, said = (
+        (marks[:, 66, 1] - marks[:, 62, 1]).numpy()
+        for marks in (held.landmarks, show.listen(held).landmarks)
+    )
+    return evaluate.correlation(true, said)
+
+
+def _rows(
+    wanted: Sequence[tuple[str, float, float, int]], home: Path, name: str, prior: str, folder: Path
+) -> list[dict[str, Any]]:
+    return [_row(home, name, *row, prior, folder) for row in wanted]
 
 
 def _row(

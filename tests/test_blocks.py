@@ -234,7 +234,7 @@ def test_the_less_is_heard_of_a_person_the_more_others_are_believed() -> None:
     said = encoder(others)
     encoder.build_on()
     assert encoder.known is not None and torch.equal(encoder.known(others), said)
-    few, many = (signals_of(torch.randn(n, 17, 4)) for n in (50, 1800))
+    few, many = (signals_of(torch.randn(n, 17, 4)) for n in (100, 600))
     for rows, trust in ((few, 0.2), (many, 0.9)):
         encoder.solve([(rows, encoder.known(rows) + 5.0)])
         assert float(encoder.trust) == pytest.approx(trust)

@@ -163,6 +163,18 @@ def test_windows_repeat_the_ends() -> None:
     assert (np.diff(found) >= 0).all()
 
 
+def test_windows_of_a_whole_film_share_their_memory_and_are_the_same() -> None:
+    stream = np.random.default_rng(0).random((4000, 3))
+    frames = np.arange(1000)
+    found = voice.windows(stream, frames, 33)
+    apart = np.stack([voice.windows(stream, frames[i : i + 1], 33)[0] for i in frames])
+    np.testing.assert_array_equal(found, apart)
+    held = found.base
+    while held is not None and held.base is not None:
+        held = held.base
+    assert found.nbytes > 8 * (held.nbytes if held is not None else found.nbytes)
+
+
 def sound_of(parts: list[tuple[float, float]]) -> Array:
     """Noise of (seconds, peak) after each other."""
     return np.concatenate([noise(s, p, seed=i) for i, (s, p) in enumerate(parts)])

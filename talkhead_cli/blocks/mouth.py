@@ -177,6 +177,11 @@ class Mouth(nn.Module):
         """What counts as far in each shape (K,), in units of the mouth's extent."""
         return self.scale / self.extent
 
+    @property
+    def vigour(self) -> Tensor:
+        """How far this mouth goes, in what counts as far: 1 where the scale is its own."""
+        return self.extent / size(self.scale)
+
     def pose(self, signals: Signals) -> Tensor:
         """Standardised pose of the head (T, 6)."""
         return (signals.pose - self.pose_mean) / self.pose_scale

@@ -52,7 +52,8 @@ class SpeechStats:
         self, stream: NDArray[np.float32], frames: NDArray[Any], n_steps: int
     ) -> NDArray[np.float32]:
         """Standardised windows (len(frames), n_steps, A)."""
-        return voice.windows((stream - self.mean) / self.std, frames, n_steps).astype(np.float32)
+        standard = ((stream - self.mean) / self.std).astype(np.float32, copy=False)
+        return voice.windows(standard, frames, n_steps)
 
 
 @dataclass(frozen=True)

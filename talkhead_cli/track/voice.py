@@ -11,6 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import SAMPLE_RATE_HZ
@@ -137,10 +138,18 @@ def windows(stream: Array, frames: NDArray[np.integer[Any]], n_steps: int) -> Ar
     """Feature stream (rows, A) -> windows (len(frames), n_steps, A) centred on video frames.
 
     Frame i is shown from i / 25 s, so its middle is feature row 4 i + 2.  Ends are repeated.
+    Windows of frames that follow each other overlap in memory, an eighth of what they would take
+    one by one: they are for reading.
     """
-    centre = np.asarray(frames) * (RATE_HZ // 25) + 2
-    rows = centre[:, None] + np.arange(n_steps)[None] - n_steps // 2
-    return stream[np.clip(rows, 0, len(stream) - 1)]
+    every = RATE_HZ // 25
+    first = np.asarray(frames) * every + 2 - n_steps // 2
+    before = max(0, -int(first.min(initial=0)))
+    after = max(0, int(first.max(initial=0)) + n_steps - len(stream))
+    padded = np.pad(stream, ((before, after), (0, 0)), mode="edge")
+    view = sliding_window_view(padded, n_steps, axis=0, writeable=True).transpose(0, 2, 1)
+    if len(first) and bool((np.diff(first) == every).all()):
+        return view[first[0] + before : first[-1] + before + 1 : every]
+    return view[first + before]
 
 
 def heard(samples: Array, n_frames: int, *, floor_db: float = -65.0, hold_s: float = 1.5) -> Any:

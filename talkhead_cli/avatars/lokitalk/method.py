@@ -52,7 +52,7 @@ from talkhead_cli.contracts import Frame, Portrait, RayBundle, Rendered, Signals
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
 # Noise on the driving signals in training.  Twenty-odd numbers can name each of a few hundred
 # frames; without noise the networks learn the frames by heart.
-LIP_NOISE = 0.25  # in standard deviations
+LIP_NOISE = 0.25  # in standard deviations of the person's own mouth
 EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
 POSE_NOISE = 0.1  # in standard deviations
 N_CODE, N_GATE = 16, 12
@@ -194,7 +194,7 @@ class LokiTalk(PersonalAvatar):
         if self.training:
             signals = _disturbed(signals, self.noise)
             pose = pose + self.noise * POSE_NOISE * torch.randn_like(pose)
-            lips = lips + self.noise * LIP_NOISE * torch.randn_like(lips)
+            lips = lips + self.noise * LIP_NOISE * person.mouth.vigour * torch.randn_like(lips)
         eye = signals.eye
         wave = torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos()], 1)
         codes = (

@@ -29,7 +29,7 @@ from talkhead_cli.blocks.appearance import AppearanceEncoder
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.planes import TriPlanes, scattered
 from talkhead_cli.blocks.precision import exact
-from talkhead_cli.contracts import RELIEF_SIDE, Portrait, Signals
+from talkhead_cli.contracts import RELIEF_SIDE, Camera, Portrait, Signals
 
 N_SEEN = 3 + 6 + 1  # colours, labels, whether the picture reaches there
 N_TOLD = 6 + 4 + 1  # pose, shoulders, focal length
@@ -127,15 +127,19 @@ def laid_out(
     carried = _through(_inverse(shoulders), point)
     point = torch.lerp(point, carried, ((point[..., 1:2] - chin - 0.12) / 0.05).sigmoid())
     point = _through(_inverse(aimed), point)
-    camera = portrait.signals.camera
-    seen = (point - camera.c2w[:, None, :3, 3]) @ camera.c2w[:, :3, :3]
-    pixel = seen @ camera.k.transpose(1, 2)
-    pixel = pixel[..., :2] / pixel[..., 2:].clamp_min(1e-3)
-    grid = (2 * pixel / camera.size_px - 1).view(len(portrait), px, px, 2)
+    grid = _in_picture(point, portrait.signals.camera).view(len(portrait), px, px, 2)
     picture = portrait.pictures.permute(0, 3, 1, 2)
     labels = F.interpolate(portrait.labels, size=picture.shape[2:], mode="bilinear")
     shown = torch.cat([2 * picture - 1, labels, torch.ones_like(labels[:, :1])], 1)
     return F.grid_sample(shown, grid, align_corners=False)
+
+
+@exact
+def _in_picture(point: Tensor, camera: Camera) -> Tensor:
+    """Where points (P, N, 3) of head space are seen, [-1, 1] across each picture: (P, N, 2)."""
+    seen = (point - camera.c2w[:, None, :3, 3]) @ camera.c2w[:, :3, :3]
+    pixel = seen @ camera.k.transpose(1, 2)
+    return 2 * pixel[..., :2] / pixel[..., 2:].clamp_min(1e-3) / camera.size_px - 1
 
 
 @exact
