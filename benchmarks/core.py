@@ -241,6 +241,7 @@ def train(
     run = finetune.finetune(
         home, name, clock, names=presets, settings=[f"train.scale={scale}"],
         run_name=f"curve-{scale:g}", device=device, seed=seed, fresh=True,
+        prior="none",
     )  # fmt: skip
     return run, clock.closed()
 

@@ -93,7 +93,8 @@ def _fit_speech(
     clips = [replace(c, signals=c.signals.with_(person=torch.full_like(c.signals.person, i)))
              for i, c in enumerate(clips)]  # fmt: skip
     rows = [c.signals[c.train[c.heard[c.train]]] for c in clips]
-    avatar.survey(rows)
+    if len(rows) > 1:
+        avatar.survey(rows)
     for clip, signals in zip(clips, rows, strict=True):
         avatar.calibrate(signals, clip.mesh, torch.tensor([-1.5, -1.5, -1, 1.5, 1.5, 1]))
     average = fit._Average(avatar, train.ema)
@@ -204,6 +205,7 @@ def coding(home: Path, names: Sequence[str], seeds: int, scale: float) -> dict[s
                         settings=[f"train.scale={scale}", "train.stages.torso.steps=0",
                                   "train.stages.eyes.steps=0"],
                         run_name=f"coding-{label}-{seed}", device="cpu", seed=seed, fresh=True,
+                        prior="none",
                     )  # fmt: skip
                     show = player.load(run, torch.device("cpu"))
                 n_parameters[label] = sum(

@@ -151,7 +151,7 @@ def tokens(home: Path, names: Sequence[str], scale: float) -> dict[str, Any]:
                 run = finetune(
                     home, name, SilentProgress(), names=["talk3d", "tiny"],
                     settings=[f"train.scale={scale}"], run_name="ablation", device="cpu",
-                    fresh=True,
+                    fresh=True, prior="none",
                 )  # fmt: skip
                 show = player.load(run, torch.device("cpu"))
             rows.setdefault(label, {})[name] = _boxes(show, home, name)

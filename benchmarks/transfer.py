@@ -44,6 +44,7 @@ def compare(
     made = pretrain(
         home, others, prior, SilentProgress(), preset_names=PRESETS, device="cpu"
     ).meta()
+    assert set(made["people"]) == set(others), "this prior is of other people; use another --work"
     folder = work / "transfer"
     folder.mkdir(exist_ok=True)
     wanted = [
@@ -76,8 +77,9 @@ def heard(
         prior = f"voices-without-{'-'.join(group)}"
         others = [name for name in everybody if name not in group]
         quick = [f"pretrain.stages.{stage}.steps=0" for stage in ("shape", "detail")]
-        pretrain(home, others, prior, SilentProgress(), preset_names=PRESETS, settings=quick,
-                 device="cpu")  # fmt: skip
+        made = pretrain(home, others, prior, SilentProgress(), preset_names=PRESETS,
+                        settings=quick, device="cpu")  # fmt: skip
+        assert set(made.meta()["people"]) == set(others), "of other people; use another --work"
         for name in group:
             for length in seconds:
                 row: dict[str, Any] = {"name": name, "train_s": length}

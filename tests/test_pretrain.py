@@ -26,8 +26,9 @@ QUICK = [  # speech alone
 WHOLE = [*QUICK, *(f"pretrain.stages.{stage}.{setting}" for stage in FIELDS
                    for setting in ("steps=4", "n_points=3000", "n_people=2"))]  # fmt: skip
 ONE_LOOK = [*SMALL]
-for _name in ("speech", "speech_all", "shape", "detail", "lips", "eyes"):
+for _name in ("speech", "shape", "detail", "lips", "eyes"):
     ONE_LOOK.append(f"train.stages.{_name}.steps=0")
+ONE_LOOK.append("train.stages.speech_all.steps=2")
 PEOPLE = ["one", "two", "three"]
 
 
@@ -118,7 +119,12 @@ def test_a_new_person_begins_from_the_prior_that_is_named_or_the_newest(crowd: P
     newest, progress = begin(crowd)
     assert newest.name == "lokitalk+tiny+from-other", "larger does not fit"
     assert any("prior: other" in n and "--prior none" in n for n in progress.notes)
-    run, progress = begin(crowd, prior="crowd")
+    _, progress = begin(crowd, run_name=plain.name)
+    assert any("finished already" in n for n in progress.notes), "a named run keeps its prior"
+    cut, _ = begin(crowd, prior="crowd", stop_after=lambda place: True)
+    on, progress = begin(crowd)
+    assert on.name == cut.name == "lokitalk+tiny+from-crowd" and on.is_finished, "not the newest"
+    run, progress = begin(crowd, prior="crowd", fresh=True)
     assert run.name == "lokitalk+tiny+from-crowd" and run.meta()["prior"]["n_people"] == 3
     assert any("crowd" in n and "flatter" not in n for n in progress.notes)
     shared, held = prior.weights(), run.weights()
@@ -129,6 +135,9 @@ def test_a_new_person_begins_from_the_prior_that_is_named_or_the_newest(crowd: P
             assert torch.equal(held[f"avatar.{name}"], value), name
     assert not torch.equal(held["avatar.volume.levels.0"], shared["volume.levels.0"])
     assert not any("transfer" in name for name in held)
+    make(crowd, "without-one", names=["two", "three"])
+    make(crowd, "newest")
+    assert begin(crowd, "one")[0].name.endswith("from-without-one"), "which does not know it"
     _, progress = begin(crowd, "one", prior="crowd")
     assert any("flatter" in n for n in progress.notes), "the prior knew this person"
     assert run.meta()["prior"]["knew_person"] is False
@@ -142,10 +151,15 @@ def test_a_prior_that_does_not_fit_is_refused_by_name(crowd: Path) -> None:
         begin(crowd, prior="crowd")
     with pytest.raises(TalkheadError, match="no finished prior 'nobody'"):
         begin(crowd, prior="nobody")
+    run, progress = begin(crowd)
+    assert run.meta()["prior"] is None
+    assert any("crowd" in n and "no prior is begun from" in n for n in progress.notes)
 
 
 def test_only_what_came_from_a_prior_learns_at_the_common_rate() -> None:
     preset = presets.load(PRESETS, ["train.common_rates={speech: 0.25, pose: 0.1}"])
+    with pytest.raises(MisuseError, match="sppech"):
+        presets.load(PRESETS, ["train.common_rates={sppech: 0.25}"])
     slow = presets.slowed(preset, ["speech", "volume"])
     before, after = preset.train.stages, slow.train.stages
     assert after["speech"].rates["speech"] == 0.25 * before["speech"].rates["speech"]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from talkhead_cli import march
 from talkhead_cli.avatars.base import StepResult
 from talkhead_cli.avatars.talk3d import SIZES, TOKENS, Talk3D, Talk3DField
+from talkhead_cli.blocks.mouth import Mouth
 from talkhead_cli.blocks.plane_unet import PlaneUNet, SplitConv, rolled_out
 from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes
 from talkhead_cli.blocks.rigid import moved
@@ -237,6 +238,28 @@ def test_speech_edits_the_planes_and_stillness_forbids_it(clip: Footage, avatar:
     assert torch.equal(drawn(avatar, row)[2].rgb, drawn(avatar, spoken)[2].rgb)
     avatar.unheard, avatar.still = frozenset(), True
     assert torch.equal(drawn(avatar, row)[2].rgb, drawn(avatar, spoken)[2].rgb)
+
+
+def test_speech_of_a_prior_says_the_same_mouths_in_the_persons_own_shapes(
+    clip: Footage, avatar: Talk3D
+) -> None:
+    """Shapes in other words; nets and linear map are turned alike, and kept as what is known."""
+    torch.manual_seed(1)
+    rows = clip.signals[clip.train]
+    new = Talk3D.build("tiny", n_steps=33, n_features=rows.audio.shape[2], px=PX).eval()
+    shared = {k: v.clone() for k, v in avatar.common_state().items()}
+    shared["mouth_basis"] = shared["mouth_basis"] @ torch.linalg.qr(torch.randn(8, 8))[0]
+    new.take_common(shared)
+    theirs = Mouth()
+    theirs.measure(rows, shared["mouth_basis"])
+    with torch.no_grad():
+        said = new.speech(rows)
+        new.calibrate(rows, clip.mesh, avatar.aabb)
+        own = new.person(rows).mouth
+        assert new.speech.known is not None
+        same = own.landmarks(own.coded(new.speech.known(rows)))
+    assert torch.allclose(own.basis.abs(), avatar.mouth_basis.abs(), atol=1e-3)
+    assert torch.allclose(same, theirs.landmarks(theirs.coded(said)), atol=1e-4)
 
 
 def test_each_signal_has_its_token(clip: Footage, avatar: Talk3D) -> None:

@@ -45,6 +45,7 @@ def crowd_of(clip: Footage) -> LokiTalk:
         for name, parameter in made.transfer.named_parameters():
             if parameter.ndim > 1 and ("items" in name or "planes" in name):
                 parameter.mul_(5)
+        torch.nn.init.normal_(made.transfer.items["hyper"].weight, std=0.1)
     return made.eval()
 
 

@@ -137,7 +137,7 @@ class Mouth(nn.Module):
         self.gain.copy_((SPREAD * true / heard.clamp_min(1e-6)).clamp(*GAINS))
 
     def code(self, signals: Signals) -> Tensor:
-        """Standardised mouth code (T, K) of the landmarks."""
+        """Mouth code (T, K) of the landmarks, in units of the scale."""
         mouth = (signals.landmarks - self.neutral)[:, MOUTH].flatten(1)
         return mouth @ self.basis / self.scale
 
@@ -161,8 +161,8 @@ class Mouth(nn.Module):
     def widened(self, code: Tensor) -> Tensor:
         """The code (T, K) with the opening, and what goes with it, `gain` times as far.
 
-        Codes are as good as uncorrelated, each of a deviation near 1: what lies across the slope of
-        the opening goes its own way, and is left as the regression said it.
+        Codes in a mouth's own shapes are uncorrelated, each of deviation 1, and nearly so in
+        people's: what lies across the slope of the opening goes its own way, and stays as said.
         """
         slope = self.slope(code)
         along = slope / slope.square().sum().clamp_min(1e-9)

@@ -104,15 +104,20 @@ class SpeechEncoder(nn.Module):
         """Set the linear map to the ridge solution of told (T, K), beyond what is known; people's
         rows one after the other, and of more than `at_most` as many evenly."""
         self.eval()
-        audio = torch.cat([signals.audio.flatten(1) for signals, _ in people])
-        told = torch.cat([t if self.known is None else t - self.known(s) for s, t in people])
-        self.trust.fill_(1.0 if self.known is None else _trust(len(told)))
-        every = -(-len(audio) // at_most)
-        audio, told = audio[::every], told[::every]
-        ridge, _ = ridge_by_blocks(audio, told, RIDGES)
-        weight, bias = ridge_map(audio, told, ridge)
+        n = sum(len(told) for _, told in people)
+        share = min(1.0, at_most / n)
+        audio, lacks = [], []
+        for signals, told in people:
+            some = torch.linspace(0, len(told) - 1, max(1, round(share * len(told)))).long()
+            audio.append(signals.audio[some].flatten(1))
+            known = 0.0 if self.known is None else self.known(signals)[some]
+            lacks.append(told[some] - known)
+        x, y = torch.cat(audio), torch.cat(lacks)
+        ridge, _ = ridge_by_blocks(x, y, RIDGES)
+        weight, bias = ridge_map(x, y, ridge)
         self.linear.weight.copy_(weight.T)
         self.linear.bias.copy_(bias)
+        self.trust.fill_(1.0 if self.known is None else _trust(n))
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
         """Whether other people are known is told by the state."""

@@ -28,7 +28,8 @@ def finetune(
     preset: Presets = None,
     setting: Settings = None,
     run: Annotated[
-        str | None, typer.Option("--run", help="Name of the run.  [default: its presets]")
+        str | None,
+        typer.Option("--run", help="Name of the run.  [default: its presets, and its prior]"),
     ] = None,
     prior: Annotated[
         str | None,

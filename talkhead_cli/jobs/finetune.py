@@ -20,7 +20,7 @@ from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.prior import Start
-from talkhead_cli.store import Run, Workspace
+from talkhead_cli.store import Run, Workspace, list_runs
 
 N_PORTRAITS = 4  # pictures of a new person that a prior is shown
 # Half where it is faster: a CPU's casts cost more than its half-precision products gain.
@@ -71,9 +71,13 @@ def finetune(
     from_pictures = avatar_class(preset.method).needs_portrait
     if from_pictures and prior == "none":
         raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
-    if from_pictures and prior is None:
-        prior = priors.newest(home, preset.method, preset)
-    start = priors.choose(home, prior, preset, space, hears)
+    if prior is None:
+        named = run_name or presets.run_name(names, settings)
+        if not fresh:
+            prior = priors.begun(list_runs(space.runs), named, exactly=run_name is not None)
+        if from_pictures and prior is None:
+            prior = priors.newest(home, preset.method, preset, hears)
+    start = priors.choose(home, prior, preset, space, hears, progress)
     run = Run.named(space.runs, run_name or _run_name(names, settings, start))
     chief = team.is_chief()
     with space.locked() if chief else nullcontext():
@@ -204,9 +208,10 @@ def _is_finished(
             "--fresh to train it anew"
         )
     if run.meta().get("prior") != (None if start is None else start.facts()):
+        own = (run.meta().get("prior") or {"name": "none"})["name"]
         raise TalkheadError(
-            f"run '{run.name}' was begun from another prior; pass --fresh to replace it, or "
-            "--run NAME for a new one"
+            f"run '{run.name}' was begun from another prior ({own}); name it with --prior, pass "
+            "--fresh to replace the run, or --run NAME for a new one"
         )
     if run.is_finished:
         progress.note(f"run '{run.name}' is finished already; --fresh trains it anew")

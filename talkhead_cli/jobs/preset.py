@@ -65,7 +65,7 @@ class Stage(_Strict):
     explore      take all samples in occupied cells: where surfaces are is yet to be found
     noise        on the driving signals, as a share of what the method takes for right
     shown        whether a speech-only step shows its rows' pictures too
-    portraits    pictures of each person that the avatar is made from, where it is (s3d)
+    portraits    pictures of each person that the avatar is made from, or told apart by
     rare         share of the rows drawn where eyes are shut or mouths wide open
     n_people     people mixed in a step when there are many (0: all of them)
     """
@@ -107,6 +107,13 @@ class Train(_Strict):
     common_rates: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
     stages: dict[str, Stage]
+
+    @model_validator(mode="after")
+    def _common_rates_are_for_what_learns(self) -> Train:
+        learnt = {part for stage in self.stages.values() for part in stage.learn}
+        if strange := set(self.common_rates) - learnt:
+            raise ValueError(f"common_rates names {strange}; stages learn {sorted(learnt)}")
+        return self
 
 
 class Render(_Strict):

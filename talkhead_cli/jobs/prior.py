@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from talkhead_cli.avatars import avatar_class
 from talkhead_cli.avatars.base import Avatar
-from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.contracts import Progress, TalkheadError
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, list_runs, priors_folder
@@ -41,42 +43,66 @@ class Start:
 
 
 def choose(
-    home: Path, wanted: str | None, preset: Preset, space: Workspace, speech: dict[str, Any]
-) -> Start | None:
-    """The named prior, which must fit; without a name the newest that fits, if there is one; none
-    with "none"."""
+    home: Path, wanted: str | None, preset: Preset, space: Workspace, speech: dict[str, Any],
+    progress: Progress,
+) -> Start | None:  # fmt: skip
+    """The named prior, which must fit; without a name the newest that fits, rather one that does
+    not know the person, if there is any; none with "none"."""
     if wanted == "none":
         return None
-    if wanted is None:
-        found = [p for p in finished(home, preset.method, preset) if p.meta()["speech"] == speech]
-        if not found:
-            return None
-        prior = found[0]
-    else:
-        prior = fitting(home, wanted, preset.method, speech)
-    return Start(prior, space.manifest()["source"]["sha256"] in prior.meta()["people"].values())
+    who = space.manifest()["source"]["sha256"]
+
+    def begun_from(prior: Run) -> Start:
+        return Start(prior, who in prior.meta()["people"].values())
+
+    if wanted is not None:
+        return begun_from(fitting(home, wanted, preset.method, speech))
+    known = finished(home, preset.method)
+    found = [begun_from(prior) for prior in known if _fits(prior, preset, speech)]
+    if known and not found:
+        progress.note(
+            f"no prior is begun from: {known[0].name}, the newest of {preset.method}, is of "
+            "another size or version, or hears otherwise (pretrain makes one with these presets)"
+        )
+    return min(found, key=lambda start: start.knows, default=None)
 
 
-def finished(home: Path, method: str, preset: Preset | None = None) -> list[Run]:
-    """Finished priors of a method, newest first; with a preset, those of its size."""
-    known = [p for p in list_runs(priors_folder(home)) if p.is_finished]
-    return [
-        prior for prior in known
-        if prior.meta()["method"] == method and (preset is None or _is_as_large(prior, preset))
-    ]  # fmt: skip
+def begun(runs: Sequence[Run], name: str, *, exactly: bool) -> str | None:
+    """The prior, or "none", of a run that has been begun under the name, so that the same command
+    goes on with it; None where there is no such run.
+
+    `exactly`: the user named the run; else an unfinished run of the presets `name` will do.
+    """
+    for run in runs:
+        own = run.name == name or (not exactly and run.name.startswith(f"{name}+from-"))
+        if own and (exactly or not run.is_finished):
+            return str((run.meta().get("prior") or {"name": "none"})["name"])
+    return None
 
 
-def _is_as_large(prior: Run, preset: Preset) -> bool:
+def finished(home: Path, method: str) -> list[Run]:
+    """Finished priors of a method, newest first."""
+    known = list_runs(priors_folder(home))
+    return [p for p in known if p.is_finished and p.meta()["method"] == method]
+
+
+def _fits(prior: Run, preset: Preset, speech: dict[str, Any] | None = None) -> bool:
+    """Whether it is of the preset's size, and hears as `speech` says."""
     try:
-        return _size(presets.from_yaml(prior.preset_text() or "")) == _size(preset)
+        size = _size(presets.from_yaml(prior.preset_text() or ""))
     except TalkheadError:  # of another version
         return False
+    return size == _size(preset) and speech in (None, prior.meta()["speech"])
 
 
-def newest(home: Path, method: str, preset: Preset | None = None) -> str:
-    """The name of the newest finished prior of a method; with a preset, one of its size."""
-    for prior in finished(home, method, preset):
-        return prior.name
+def newest(
+    home: Path, method: str, preset: Preset | None = None, speech: dict[str, Any] | None = None
+) -> str:
+    """The name of the newest finished prior of a method; with a preset, one of its size, and one
+    that hears as `speech` says."""
+    for prior in finished(home, method):
+        if preset is None or _fits(prior, preset, speech):
+            return prior.name
     small = "" if preset is not None and preset.avatar.size == "full" else " -p tiny"
     raise TalkheadError(
         f"preset {method} draws people by what it learnt of others, and {home} has no such prior; "
@@ -85,8 +111,9 @@ def newest(home: Path, method: str, preset: Preset | None = None) -> str:
 
 
 def _size(preset: Preset) -> tuple[Any, ...]:
-    """What must agree before networks are shared."""
-    return preset.data.size_px, preset.data.window, preset.avatar
+    """What must agree before networks are shared: pictures' size where they are made for it."""
+    px = preset.data.size_px if avatar_class(preset.method).needs_portrait else None
+    return px, preset.data.window, preset.avatar
 
 
 def fitting(home: Path, wanted: str, method: str, speech: dict[str, Any] | None = None) -> Run:

@@ -56,7 +56,7 @@ class LokiField:
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         density, hidden, attention, shifts = self._static(x, row)
         logits = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1))
-        # shoulders do not turn with the head
+        # light falls on the person's own head; shoulders do not turn with it
         head = 1 - attention[:, 2:].detach()
         colour = (logits + head * moved(x, self._light, row)).sigmoid()
         return density, torch.cat([colour, attention, shifts], 1)

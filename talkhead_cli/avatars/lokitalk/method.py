@@ -53,6 +53,7 @@ COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
 # Noise on the driving signals in training.  Twenty-odd numbers can name each of a few hundred
 # frames; without noise the networks learn the frames by heart.
 LIP_NOISE = 0.25  # in standard deviations of the person's own mouth
+MAX_LIPS = 4.0  # further out, codes are held
 EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
 POSE_NOISE = 0.1  # in standard deviations
 N_CODE, N_GATE = 16, 12
@@ -191,14 +192,16 @@ class LokiTalk(PersonalAvatar):
         person = self.person(signals)
         shoulders = self.shoulders(signals)
         pose, lips = person.stance(signals), person.mouth.code(signals)
+        vigour = person.mouth.vigour
         if self.training:
             signals = _disturbed(signals, self.noise)
             pose = pose + self.noise * POSE_NOISE * torch.randn_like(pose)
-            lips = lips + self.noise * LIP_NOISE * person.mouth.vigour * torch.randn_like(lips)
+            lips = lips + self.noise * LIP_NOISE * vigour * torch.randn_like(lips)
+        far = MAX_LIPS * vigour.clamp_min(1)
         eye = signals.eye
         wave = torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos()], 1)
         codes = (
-            self.lip_code(lips.clamp(-4, 4)),
+            self.lip_code(lips.clamp(-far, far)),
             self.eye_code(torch.cat([wave, 4 * signals.gaze, 10 * signals.brow], 1)),
         )
         pose_code = self.pose_code(pose.clamp(-MAX_POSE, MAX_POSE))
@@ -232,6 +235,7 @@ class LokiTalk(PersonalAvatar):
         rays = shot.rays
         assert frame is not None and rendered is not None and rays is not None
         assert shot.target is not None and shot.labels is not None
+        assert isinstance(result.field, LokiField)
         rgb = frame.rgb.reshape(-1, 3)
         person = 1 - shot.labels[:, 5:6]
         masks = region_masks(shot.signals, rays.pixel, rays.row, shot.labels)
@@ -244,7 +248,7 @@ class LokiTalk(PersonalAvatar):
             "attention": ((attention - masks * solid) * solid).abs().mean(),
             "still": (moved * (1 - masks[:, :2].amax(1, keepdim=True))).mean(),
             "relief": self.person(shot.signals).relief.loss(rendered, rays, person[:, 0]),
-            "rough": self.volume.roughness(),
+            "rough": result.field.avatar.volume.roughness(),  # of the person, among several
         }
         if rays.layout is not None:
             losses |= patch_losses(frame.rgb, shot.target.view(*rays.layout, 3), self.judges)

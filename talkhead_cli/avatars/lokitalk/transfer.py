@@ -69,6 +69,8 @@ class Transfer(nn.Module):
             item: nn.Linear(N_CODE, sum(s.numel() for s in of.values()))
             for item, of in self.shapes.items()
         })  # fmt: skip
+        for parameter in self.items["hyper"].parameters():
+            nn.init.zeros_(parameter)  # displacements start as hardly any
 
     @property
     def px(self) -> int:

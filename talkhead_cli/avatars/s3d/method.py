@@ -52,7 +52,7 @@ from talkhead_cli.avatars.s3d.speaker import MAPS, S3DSpeaker
 from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
 from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
-from talkhead_cli.blocks.mouth import MOUTH, N_CODES, Mouth, principal_shapes
+from talkhead_cli.blocks.mouth import MOUTH, N_CODES, Mouth, principal_shapes, usual_scale
 from talkhead_cli.blocks.planes import RowPlanes
 from talkhead_cli.blocks.regions import picture_masks, region_masks
 from talkhead_cli.blocks.speech import SpeechEncoder
@@ -144,7 +144,7 @@ class S3D(Avatar):
         self.mouths = [Mouth().to(s.pose.device) for s in people]
         for mouth, signals in zip(self.mouths, people, strict=True):
             mouth.measure(signals, self.mouth_basis)
-        self.mouth_scale.copy_(torch.stack([m.scale for m in self.mouths]).median(0).values)
+        self.mouth_scale.copy_(usual_scale(people, self.mouth_basis))
         nothing = torch.zeros(1, N_CODES).to(self.mouth_basis)
         rests = torch.stack([m.opening(nothing)[0] for m in self.mouths])
         self.mouth_rest.copy_(rests.median())
