@@ -14,26 +14,17 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib.metadata
 import json
-import os
-import platform
-import shlex
 import shutil
-import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from charts import line_chart
+from kit import CLIPS, RESULTS, asked, clip, looped, machine, shown, speech, talkhead
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = Path(__file__).parent / "results"
-CLIPS = ROOT.parent / "shared"
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
     "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert", "files", "photo",
@@ -42,73 +33,6 @@ PARTS = (
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
 CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.1, 0.4)}  # shares of the steps
-PACKAGES = ("torch", "mediapipe", "lightning-fabric", "nerfacc", "numpy")
-
-
-def run(*words: str) -> dict[str, Any]:
-    """One command: seconds, peak memory of its processes in MB, stdout."""
-    began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        errors = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        text = out.read()
-    if process.returncode:
-        raise SystemExit(f"{shlex.join(words)}\n{errors}")
-    return {
-        "command": shown(["talkhead", *words[3:]]),
-        "seconds": round(time.perf_counter() - began, 2),
-        "peak_mb": round(usage.ru_maxrss / 1024),
-        "stdout": text,
-    }
-
-
-def shown(words: Sequence[str]) -> str:
-    """A command line without the folders of the machine it ran on."""
-    return shlex.join([Path(w).name if Path(w).is_absolute() else w for w in words])
-
-
-def talkhead(*words: str) -> dict[str, Any]:
-    return run(sys.executable, "-m", "talkhead_cli.cli.app", *words)
-
-
-def clip(name: str, work: Path) -> Path:
-    """A private clip, or the synthetic speaker in its place."""
-    for folder in ("clips", "clips/more"):
-        found = CLIPS / folder / f"{name}.mp4"
-        if found.exists():
-            return found
-    made = work / "speaker.mp4"
-    if not made.exists():
-        script = ROOT / "examples" / "synthetic_speaker.py"
-        subprocess.run([sys.executable, str(script), str(made), "--seconds", "24"], check=True)
-    return made
-
-
-def looped(film: Path, seconds: int, work: Path) -> Path:
-    """A film of a given length: a clip, over and over."""
-    from talkhead_cli.media import ffmpeg
-
-    out = work / f"{film.stem}{seconds}.mp4"
-    words = ["-loglevel", "error", "-y", "-stream_loop", "-1", "-i", str(film), "-t", str(seconds)]
-    subprocess.run([ffmpeg.executable(), *words, "-c", "copy", str(out)], check=True)
-    return out
-
-
-def speech(work: Path, seconds: int) -> Path:
-    """Speech of a given length: a recording, repeated."""
-    from talkhead_cli import media
-
-    source = CLIPS / "speech" / "eng60.wav"
-    samples = media.sound(source if source.exists() else clip("alice", work))
-    need = seconds * 16_000
-    reps = -(-need // len(samples))
-    path = work / f"speech{seconds}.wav"
-    media.write_wav(path, np.tile(samples, reps)[:need])
-    return path
 
 
 def part_photo(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -198,18 +122,6 @@ def part_trackers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
             else trackers.against_itself(Workspace.open(home, source.stem))
         )  # fmt: skip
     return {"speaker": table, "clips": clips}
-
-
-def asked(*words: str) -> dict[str, Any]:
-    """One command that may well fail: exit code, seconds, stdout, and what it said."""
-    began = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, "-m", "talkhead_cli.cli.app", *words], capture_output=True, text=True
-    )
-    said = [line.replace(f"{CLIPS}/", "") for line in done.stderr.splitlines()
-            if line.startswith(("note:", "error:", "Traceback"))]  # fmt: skip
-    return {"exit": done.returncode, "seconds": round(time.perf_counter() - began, 1),
-            "stdout": done.stdout, "notes": said}  # fmt: skip
 
 
 def _verdict(looked: dict[str, Any]) -> dict[str, Any]:
@@ -522,29 +434,6 @@ def _trained(name: str, work: Path, options: argparse.Namespace) -> None:
 def _words(options: argparse.Namespace) -> list[str]:
     """The presets as the command line wants them; from nothing, whatever priors lie about."""
     return [*(word for preset in options.presets for word in ("-p", preset)), "--prior", "none"]
-
-
-def machine() -> dict[str, Any]:
-    """Where this was measured."""
-    model = ""
-    cpu = Path("/proc/cpuinfo")
-    if cpu.exists():
-        names = [r for r in cpu.read_text().splitlines() if r.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else ""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
-    import torch
-
-    return {
-        "cpu": model or platform.processor(),
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-        "commit": commit,
-        "private_clips": CLIPS.is_dir(),
-    }
 
 
 def _listed(text: str) -> list[str]:
