@@ -108,6 +108,40 @@ def test_a_team_stays_of_one_mind(home: Path) -> None:
     assert set(apart) <= {name for name in one if name.endswith("seen")}, apart
 
 
+def learn_of_people(home: Path, progress: Progress, *, devices: int, nodes: int) -> None:
+    """Pretrain on the speaker and on herself as somebody else; write what this process ends with."""
+    settings = [*SMALL, "pretrain.stages.speech.steps=2"]
+    settings += [f"pretrain.stages.{stage}.{setting}" for stage in ("shape", "detail")
+                 for setting in ("steps=3", "n_points=2000", "n_people=2")]  # fmt: skip
+    preset = presets.load(["lokitalk", "tiny"], settings)
+    assert preset.pretrain is not None
+    fabric = team.fabric(CPU, "32-true", devices, nodes)
+    space = Workspace.open(home, "speaker")
+    with fabric.rank_zero_first():
+        clips = [footage.load(space, preset.data, SilentProgress(), person=i) for i in range(2)]
+    torch.manual_seed(0)
+    rows = [clip.signals[clip.train] for clip in clips]
+    aabb = player.box_for(preset, rows[0].camera)
+    avatar, marcher, _ = player.build(preset, rows[0].audio.shape[2], aabb, CPU, 2)
+    avatar.survey(rows)
+    for clip, signals in zip(clips, rows, strict=True):
+        avatar.calibrate(signals, clip.mesh, aabb)
+    before = {name: value.clone() for name, value in avatar.common_state().items()}
+    stages = preset.model_copy(update={"train": preset.pretrain})
+    fit.fit(stages, avatar, marcher, clips, Run.named(home, "prior"), fabric, progress)
+    torch.save(
+        {"before": before, "after": avatar.common_state()}, home / f"{fabric.global_rank}.pt"
+    )
+
+
+def test_a_team_that_learns_of_people_stays_of_one_mind(home: Path) -> None:
+    team.run(learn_of_people, home, progress=SilentProgress(), devices=2, nodes=1)
+    one, two = (torch.load(home / f"{rank}.pt", weights_only=True) for rank in range(2))
+    moved = [n for n, value in one["after"].items() if not torch.equal(value, one["before"][n])]
+    assert {n.partition(".")[0] for n in moved} >= {"transfer", "volume", "speech", "density_net"}
+    assert all(torch.equal(value, two["after"][name]) for name, value in one["after"].items())
+
+
 def test_a_team_is_asked_for_in_the_command(home: Path) -> None:
     words = ["finetune", "--id", "speaker", "-p", "lokitalk", "-p", "tiny", "--home", str(home)]
     words += [word for setting in SMALL for word in ("-s", setting)]

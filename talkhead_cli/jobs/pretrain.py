@@ -23,6 +23,7 @@ from talkhead_cli.store import Run, Workspace, priors_folder
 from talkhead_cli.store.files import digest
 
 MIN_PEOPLE = 2
+SURVEYED, MIN_SURVEYED = 40_000, 100  # rows of all people together, and of each, that are surveyed
 
 
 def pretrain(
@@ -129,10 +130,14 @@ def _train(
     eye = looks.asked(stages, progress)
     if eye is not None:
         avatar.judges.append(eye.to(where))
-    heard = [clip.signals[clip.train[clip.heard[clip.train]]].to(where) for clip in clips]
-    avatar.survey(heard)
-    for clip, signals in zip(clips, heard, strict=True):
-        avatar.calibrate(signals, clip.mesh.to(where), aabb.to(where))
+    rows = [clip.train[clip.heard[clip.train]] for clip in clips]
+    few = max(SURVEYED // len(clips), MIN_SURVEYED)
+    avatar.survey([
+        clip.signals[own[:: -(-len(own) // few)]].to(where)
+        for clip, own in zip(clips, rows, strict=True)
+    ])  # fmt: skip
+    for clip, own in zip(clips, rows, strict=True):
+        avatar.calibrate(clip.signals[own].to(where), clip.mesh.to(where), aabb.to(where))
     place = fit.fit(
         preset.model_copy(update={"train": stages}), avatar, marcher, clips, prior, fabric,
         progress, seed=seed, stop_after=stop_after,
