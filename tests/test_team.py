@@ -109,7 +109,7 @@ def test_a_team_stays_of_one_mind(home: Path) -> None:
 
 
 def learn_of_people(home: Path, progress: Progress, *, devices: int, nodes: int) -> None:
-    """Pretrain on the speaker and on herself as somebody else; write what this process ends with."""
+    """Pretrain on the speaker and on herself as another; write what this process ends with."""
     settings = [*SMALL, "pretrain.stages.speech.steps=2"]
     settings += [f"pretrain.stages.{stage}.{setting}" for stage in ("shape", "detail")
                  for setting in ("steps=3", "n_points=2000", "n_people=2")]  # fmt: skip
