@@ -424,3 +424,26 @@ def test_a_full_disk_is_said_and_nothing_is_half_written(
     out = tmp_path / "film.mp4"
     result = talkhead("render", "--id", "speaker", "--audio", speech, "-o", out, "--home", home)
     assert result.exit_code == 1 and list(tmp_path.iterdir()) == []
+
+
+def test_somebody_new_begins_from_others_and_speaks(
+    home: Path, speech: Path, tmp_path: Path
+) -> None:
+    """Learnt of two, met, trained, filmed, carried to another home and filmed alike."""
+    settings = [*SMALL, "pretrain.stages.speech.steps=40"]
+    for name in ("shape", "detail"):
+        settings += [f"pretrain.stages.{name}.{s}" for s in ("steps=20", "n_points=6000")]
+    ok("pretrain", "--ids", "speaker,twin", "-p", "lokitalk", "-p", "tiny", "-o", "crowd",
+       *(word for setting in settings for word in ("-s", setting)), "--home", home)  # fmt: skip
+    shutil.copytree(home / "twin", tmp_path / "new" / "pat")
+    shutil.copytree(home / ".priors", tmp_path / "new" / ".priors")
+    own = tmp_path / "new"
+    run = ok("finetune", "--id", "pat", "-p", "lokitalk", "-p", "tiny", *quick("lokitalk"),
+             "-s", "train.scale=0.2", "--home", own)[0]  # fmt: skip
+    assert run.name == "lokitalk+tiny+from-crowd"
+    film = ok("render", "--id", "pat", "--audio", speech, "-o", tmp_path / "a.mp4", "--home", own)
+    parcel = ok("export", "--id", "pat", "-o", tmp_path / "pat.talkhead", "--home", own)[0]
+    ok("import", parcel, "--home", tmp_path / "other")
+    again = ok("render", "--id", "pat", "--audio", speech, "-o", tmp_path / "b.mp4",
+               "--home", tmp_path / "other")  # fmt: skip
+    assert np.array_equal(frames_of(film[0]), frames_of(again[0]))

@@ -156,6 +156,16 @@ def test_whom_pictures_show_has_five_things_of_its_own(clip: Footage, crowd: Lok
     assert all(not torch.equal(own[name], other[name]) for name in own)
 
 
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_what_is_said_of_a_person_fits_what_it_is_added_to(size: str) -> None:
+    made = LokiTalk.build(size, n_steps=33, n_features=5, px=64, n_people=2)  # type: ignore[arg-type]
+    with torch.no_grad():
+        px = made.transfer.px
+        changes = made.transfer(torch.randn(1, N_SEEN, px, px), torch.randn(1, 11))
+    assert all(made.get_parameter(name).shape == change.shape for name, change in changes.items())
+    assert len([n for n in changes if n.startswith("volume.")]) == len(made.volume.levels)
+
+
 def test_who_meets_a_prior_is_what_the_prior_draws_of_it(clip: Footage, crowd: LokiTalk) -> None:
     """Enrolled among the others, or met and from there on with parameters of its own: the same."""
     portrait, rows = clip.portrait(clip.best_likeness(2)), clip.signals[clip.train]
