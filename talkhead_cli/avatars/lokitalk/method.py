@@ -9,7 +9,8 @@ and torso: the face field listens to lips and eyes, the torso field to the pose.
     dx_torso(x')     = A_torso ((T x' - x') + F_torso(PE(x'), M_p(p))),  x' = x + dx_face
     density, colour  of the canonical volume at x' + dx_torso
 
-Where the paper is silent or we differ on purpose:
+What people lend each other of this is said in transfer.py.  Where the paper is silent or we differ
+on purpose:
 * T is the measured rigid motion of the shoulders against the head.  In head space a turning
   head swings the whole body; a network should learn the rest, not that.
 * Rays are put right before all this (`aim`): trackers err by habit, and a linear map of pose
@@ -19,6 +20,9 @@ Where the paper is silent or we differ on purpose:
   it that goes with the head's pose is left to the pose.
 * The gated codes also reach the colour network: a closed lid or an open mouth shows
   surfaces that no displacement of a canonical volume can bring to light.
+* Networks are told places as a face that people share has them (`alignment`, one affine map by
+  landmarks at rest); mouths are measured in the shapes and on the scale that people share.  For
+  one person alone these are the person's own.
 * Light stays in the room while the head turns (`Shading`).
 """
 
