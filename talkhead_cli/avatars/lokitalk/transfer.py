@@ -34,7 +34,7 @@ from talkhead_cli.contracts import RELIEF_SIDE, Camera, Portrait, Signals
 N_SEEN = 3 + 6 + 1  # colours, labels, whether the picture reaches there
 N_TOLD = 6 + 4 + 1  # pose, shoulders, focal length
 N_CODE = 64
-SCALE = 0.1  # of the changes at first, against what the encoder says
+SCALE = 0.1  # of the changes, against the numbers that the encoder says
 VECTORS = {
     "dynamic": ("lip_code.0.bias", "eye_code.0.bias", "pose_code.0.bias"),
     "geometry": ("density_net.0.bias",),
