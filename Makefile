@@ -25,8 +25,9 @@ demo: setup
 	$(TALKHEAD) finetune --id speaker -p lokitalk -p tiny -s train.scale=0.6 --fresh --home $(DEMO)/avatars
 	$(TALKHEAD) render --id speaker --audio $(DEMO)/speech.wav -o $(DEMO)/speaker-says.mp4 --home $(DEMO)/avatars
 
+# Two processes of one thread each: small tensors gain nothing from a second one.
 test: setup
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # What CI runs before the tests.
 check: setup

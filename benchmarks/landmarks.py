@@ -18,17 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from talkhead_cli import media
 from talkhead_cli.avatars import landmark
 from talkhead_cli.avatars.personal import PersonalAvatar
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MOUTH, N_CODES
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import N_LANDMARKS, Signals, SilentProgress
-from talkhead_cli.jobs import fit, footage, player, shots
+from talkhead_cli.jobs import backends, fit, footage, player, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.evaluate import correlation, psnr
 from talkhead_cli.jobs.finetune import finetune
-from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.preset import Preset, Train
 from talkhead_cli.store import Workspace
 from talkhead_cli.track.voice import FEATURE_NAMES, N_MEL
@@ -44,19 +45,22 @@ def hearing(home: Path, names: Sequence[str], others: Sequence[str], seeds: int)
     """Held-out landmark error and opening of each of `names`; a prior knows `others` and the rest
     of `names`, never the person itself."""
     preset = presets.load(["landmark", "tiny"])
-    crowd = {n: _heard(home, n, preset) for n in dict.fromkeys([*names, *others])}
+    crowd = {n: _heard(home, n, preset, "embedding") for n in dict.fromkeys([*names, *others])}
     rows: dict[str, Any] = {}
     for name in names:
+        own, plain = crowd[name], _heard(home, name, preset, "mel")
         strangers = [clip for other, clip in crowd.items() if other != name]
         for seed in range(seeds):
             torch.manual_seed(seed)
             prior = _fit_speech(preset, preset.pretrain, strangers, None, False)
             found = {
-                "transformer": _score(preset, crowd[name], None, seed),
-                "windows": _score(preset, crowd[name], None, seed, windows=True),
-                "transformer, no formants": _score(preset, crowd[name], None, seed, deaf=FORMANTS),
-                "transformer, log-mel alone": _score(preset, crowd[name], None, seed, deaf=NOT_MEL),
-                "transformer, from others": _score(preset, crowd[name], prior, seed),
+                "transformer": _score(preset, own, None, seed),
+                "transformer, from others": _score(preset, own, prior, seed),
+                "windows": _score(preset, own, None, seed, windows=True),
+                "mel and formants: transformer": _score(preset, plain, None, seed),
+                "mel and formants: windows": _score(preset, plain, None, seed, windows=True),
+                "mel, no formants": _score(preset, plain, None, seed, deaf=FORMANTS),
+                "mel alone": _score(preset, plain, None, seed, deaf=NOT_MEL),
             }
             for label, figures in found.items():
                 rows.setdefault(label, {}).setdefault(name, []).append(figures)
@@ -71,8 +75,14 @@ def hearing(home: Path, names: Sequence[str], others: Sequence[str], seeds: int)
             "rows": rows}  # fmt: skip
 
 
-def _heard(home: Path, name: str, preset: Preset) -> Footage:
-    return footage.load(Workspace.open(home, name), preset.data, SilentProgress(), pictures=False)
+def _heard(home: Path, name: str, preset: Preset, voice: str) -> Footage:
+    """A person's footage without pictures, heard by a voice of one's choice."""
+    space, ear = Workspace.open(home, name), backends.voice_of(voice)
+    clip = footage.load(space, preset.data, SilentProgress(), pictures=False)
+    stream = ear.features(media.sound(space.audio))
+    stats = SpeechStats.of(stream, ear.rate_hz, int(clip.train[-1]) + 1)
+    signals = footage.make_signals(space.load("tracks"), stream, stats, preset.data)
+    return replace(clip, signals=signals.with_(person=clip.signals.person), stats=stats)
 
 
 def _fit_speech(
@@ -81,12 +91,12 @@ def _fit_speech(
 ) -> PersonalAvatar:  # fmt: skip
     """An avatar whose speech stages ran on the clips; the field is never asked."""
     assert train is not None
-    n_features = int(clips[0].signals.audio.shape[2])
+    n_steps, n_features = clips[0].signals.audio.shape[1:]
     avatar = landmark.Landmark.build(
-        "tiny", n_steps=preset.data.window, n_features=n_features, px=64, n_people=len(clips)
+        "tiny", n_steps=n_steps, n_features=n_features, px=64, n_people=len(clips)
     )
     if windows:
-        avatar.speech = SpeechEncoder.of_windows(preset.data.window, n_features, N_CODES)
+        avatar.speech = SpeechEncoder.of_windows(n_steps, n_features, N_CODES)
         avatar.past = 0
     if prior is not None:
         avatar.take_common(prior.common_state())

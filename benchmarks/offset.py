@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from talkhead_cli import media
 from talkhead_cli.contracts import FPS
 from talkhead_cli.store import Workspace
 from talkhead_cli.track import lipsync, voice
@@ -31,9 +32,10 @@ def talk(home: Path, name: str) -> Talk:
     space = Workspace.open(home, name)
     if space.manifest().get("offset", {}).get("corrected_s"):
         raise SystemExit(f"{name} was corrected; preprocess with --offset none")
-    tracks, sound = space.load("tracks"), space.load("voice")
-    seen = np.flatnonzero(tracks["usable"] & sound["heard"])
-    return Talk(sound["stream"], seen, lipsync.lip_motion(tracks["mesh_px"])[seen])
+    tracks = space.load("tracks")
+    seen = np.flatnonzero(tracks["usable"] & space.load("voice")["heard"])
+    stream = voice.features(media.sound(space.audio))
+    return Talk(stream, seen, lipsync.lip_motion(tracks["mesh_px"])[seen])
 
 
 def leave_one_out(talks: dict[str, Talk]) -> dict[str, Any]:

@@ -11,13 +11,18 @@ from typing import Any
 
 import pytest
 
-from talkhead_cli.contracts import SilentProgress
+from talkhead_cli.contracts import Signals, SilentProgress
 
 ROOT = Path(__file__).parents[1]
 SECONDS, SIZE_PX, SEED = 8.0, 512, 0
 
 if str(ROOT / "examples") not in sys.path:
     sys.path.insert(0, str(ROOT / "examples"))
+
+
+def hearing(signals: Signals) -> dict[str, int]:
+    """What an avatar is told of the speech that it will hear."""
+    return dict(zip(("n_steps", "n_features"), signals.audio.shape[1:], strict=True))
 
 
 @pytest.fixture(scope="session")

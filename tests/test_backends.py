@@ -81,8 +81,8 @@ def test_auto_takes_the_best_that_is_there(bring: Bring) -> None:
     for name in ("retinaface", "bisenet", "face-landmarker", "fan2d"):
         bring(name, {})
     assert backends.choose() == {
-        "voice": "mel", "detector": "retinaface", "mesh": "face-landmarker", "landmarks": "mesh",
-        "labels": "bisenet",
+        "voice": "embedding", "detector": "retinaface", "mesh": "face-landmarker",
+        "landmarks": "mesh", "labels": "bisenet",
     }  # fmt: skip
     assert backends.choose(["landmarks=fan2d"])["landmarks"] == "fan2d"
 

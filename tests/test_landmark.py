@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import hearing
 
 from talkhead_cli import march
 from talkhead_cli.avatars.landmark import UPPER, Face, Landmark
@@ -34,7 +35,7 @@ def clip(speaker_home: Path) -> Footage:
 @pytest.fixture(scope="module")
 def avatar(clip: Footage) -> Landmark:
     torch.manual_seed(0)
-    made = Landmark.build("tiny", n_steps=33, n_features=clip.signals.audio.shape[2], px=PX)
+    made = Landmark.build("tiny", **hearing(clip.signals), px=PX)
     box = footage.box_of(clip.signals.camera[clip.train])
     made.calibrate(clip.signals[clip.train], clip.mesh, box)
     return made.eval()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import hearing
 
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk import LokiTalk
@@ -28,7 +29,7 @@ def clip(speaker_home: Path) -> Footage:
 @pytest.fixture(scope="module")
 def avatar(clip: Footage) -> LokiTalk:
     torch.manual_seed(0)
-    made = LokiTalk.build("tiny", n_steps=33, n_features=clip.signals.audio.shape[2], px=64)
+    made = LokiTalk.build("tiny", **hearing(clip.signals), px=64)
     box = footage.box_of(clip.signals.camera[clip.train])
     made.calibrate(clip.signals[clip.train], clip.mesh, box)
     return made.eval()
@@ -269,7 +270,7 @@ def test_every_part_learns_and_only_named_parts_move(clip: Footage, avatar: Loki
 def test_each_person_has_its_own_mouth(clip: Footage) -> None:
     rows = clip.signals[clip.train]
     other = rows.with_(landmarks=2 * rows.landmarks, person=torch.ones_like(rows.person))
-    many = LokiTalk.build("tiny", n_steps=33, n_features=rows.audio.shape[2], px=64, n_people=2)
+    many = LokiTalk.build("tiny", **hearing(rows), px=64, n_people=2)
     many.survey([rows, other])
     box = torch.tensor([-1.0, -1, -1, 1, 1, 1])
     for signals in (rows, other):

@@ -24,7 +24,7 @@ def test_pictures_bear_half_precision(
     box = player.box_for(preset, clip.signals.camera[clip.train])
     cpu = torch.device("cpu")
     torch.manual_seed(0)
-    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[2], box, cpu)
+    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
     for parameter in avatar.parameters():  # nothing that begins at zero stays there
         parameter.data += 0.03 * torch.randn_like(parameter)
@@ -45,7 +45,7 @@ def test_frames_that_march_together_are_the_same_frames(
     box = footage.box_of(clip.signals.camera[clip.train])
     cpu = torch.device("cpu")
     torch.manual_seed(0)
-    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[2], box, cpu)
+    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
     avatar.eval()
     marcher.eval()

@@ -371,8 +371,8 @@ def test_a_part_of_a_film_is_tracked_as_if_it_were_all(
     assert about["n_frames"] == 110 and about["source"]["first_frame"] == 50
     seen, known = part.load("mesh")["points"], whole.load("mesh")["points"][50:160]
     assert np.abs(seen - known)[..., :2].mean() < 1
-    assert np.array_equal(part.load("voice")["stream"][10:-10],
-                          whole.load("voice")["stream"][210:630])  # fmt: skip
+    heard, known = part.load("voice")["stream"], whole.load("voice")["stream"]
+    np.testing.assert_allclose(heard[10:-10], known[60:150], atol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def test_a_prior_holds_what_people_share_and_says_who_they_were(crowd: Path) -> 
     assert not any(n.startswith(("people.", "aabb")) for n in names), "nobody's own"
     meta = prior.meta()
     assert meta["people"] == {n: n * 8 for n in PEOPLE}
-    assert meta["speech"]["backend"] == "mel" and meta["steps"] == 38
+    assert meta["speech"]["backend"] == "embedding" and meta["steps"] == 38
     assert ".priors" not in [p.name for p in crowd.glob("*/manifest.json")]
 
 

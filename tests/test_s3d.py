@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import hearing
 
 from talkhead_cli import march
 from talkhead_cli.avatars.base import StepResult
@@ -43,7 +44,7 @@ def clip(speaker_home: Path, preset: Preset) -> Footage:
 @pytest.fixture
 def avatar(clip: Footage, preset: Preset) -> S3D:
     torch.manual_seed(0)
-    made = S3D("tiny", n_steps=preset.data.window, n_features=clip.signals.audio.shape[2])
+    made = S3D("tiny", **hearing(clip.signals))
     made.survey([clip.signals[clip.train]])
     return made.eval()
 
@@ -324,8 +325,7 @@ def test_the_full_size_counts_places_in_finished_pixels(clip: Footage, preset: P
     """It marches a quarter of the side; a mouth's own colours must not be paid for there."""
     assert preset.pretrain is not None
     torch.manual_seed(0)
-    n_features = clip.signals.audio.shape[2]
-    avatar = S3D("full", n_steps=preset.data.window, n_features=n_features).eval()
+    avatar = S3D("full", **hearing(clip.signals)).eval()
     avatar.survey([clip.signals[clip.train]])
     rows = clip.train[:1]
     camera = clip.signals[rows].camera.smaller(avatar.magnification)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import hearing
 
 from talkhead_cli.blocks.sync import (
     CROP_PX,
@@ -104,7 +105,7 @@ def test_drawn_lips_are_judged_where_five_rows_follow_each_other(speaker_home: P
     data = presets.load(["expert", "tiny"], ["data.size_px=128"]).data
     clip = footage.load(Workspace.open(speaker_home, "speaker"), data, SilentProgress())
     torch.manual_seed(0)
-    net = SyncExpert(data.window, clip.signals.audio.shape[2]).eval().requires_grad_(False)
+    net = SyncExpert(*clip.signals.audio.shape[1:]).eval().requires_grad_(False)
     rows = clip.train[10:16]
     pictures = torch.from_numpy(clip.pictures[rows.numpy()]).float() / 255
     drawn = pictures.clone().requires_grad_()
@@ -146,8 +147,7 @@ def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
     stage = preset.pretrain.stages["match"]
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     torch.manual_seed(0)
-    net = expert.Expert.build("tiny", n_steps=preset.data.window,
-                              n_features=clip.signals.audio.shape[2], px=128)  # fmt: skip
+    net = expert.Expert.build("tiny", **hearing(clip.signals), px=128)  # fmt: skip
     step = Step(net, DenseMarcher(net.aabb, 2)).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     rng = torch.Generator().manual_seed(0)

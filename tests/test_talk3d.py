@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import hearing
 
 from talkhead_cli import march
 from talkhead_cli.avatars.base import StepResult
@@ -184,7 +185,7 @@ def doubling(clip: Footage, monkeypatch: pytest.MonkeyPatch) -> Talk3D:
 
 def built(clip: Footage) -> Talk3D:
     torch.manual_seed(0)
-    made = Talk3D.build("tiny", n_steps=33, n_features=clip.signals.audio.shape[2], px=PX)
+    made = Talk3D.build("tiny", **hearing(clip.signals), px=PX)
     box = footage.box_of(clip.signals.camera[clip.train])
     made.calibrate(clip.signals[clip.train], clip.mesh, box)
     return made.eval()
@@ -246,7 +247,7 @@ def test_speech_of_a_prior_says_the_same_mouths_in_the_persons_own_shapes(
     """Shapes in other words; nets and linear map are turned alike, and kept as what is known."""
     torch.manual_seed(1)
     rows = clip.signals[clip.train]
-    new = Talk3D.build("tiny", n_steps=33, n_features=rows.audio.shape[2], px=PX).eval()
+    new = Talk3D.build("tiny", **hearing(rows), px=PX).eval()
     shared = {k: v.clone() for k, v in avatar.common_state().items()}
     shared["mouth_basis"] = shared["mouth_basis"] @ torch.linalg.qr(torch.randn(8, 8))[0]
     new.take_common(shared)

@@ -41,7 +41,7 @@ def ready(home: Path, settings: list[str]) -> tuple[Preset, Any, Any, footage.Fo
     clip = footage.load(Workspace.open(home, "speaker"), preset.data, SilentProgress())
     torch.manual_seed(0)
     aabb = player.box_for(preset, clip.signals.camera[clip.train])
-    avatar, marcher, _ = player.build(preset, clip.signals.audio.shape[2], aabb, CPU)
+    avatar, marcher, _ = player.build(preset, clip.signals.audio.shape[1:], aabb, CPU)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, aabb)
     return preset, avatar, marcher, clip
 
@@ -122,7 +122,7 @@ def learn_of_people(home: Path, progress: Progress, *, devices: int, nodes: int)
     torch.manual_seed(0)
     rows = [clip.signals[clip.train] for clip in clips]
     aabb = player.box_for(preset, rows[0].camera)
-    avatar, marcher, _ = player.build(preset, rows[0].audio.shape[2], aabb, CPU, 2)
+    avatar, marcher, _ = player.build(preset, rows[0].audio.shape[1:], aabb, CPU, 2)
     avatar.survey(rows)
     for clip, signals in zip(clips, rows, strict=True):
         avatar.calibrate(signals, clip.mesh, aabb)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import hearing
 
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.avatars.lokitalk.field import alignment
@@ -36,8 +37,7 @@ def crowd_of(clip: Footage) -> LokiTalk:
     rows = clip.signals[clip.train]
     loud = rows.landmarks.mean(0) + 2 * (rows.landmarks - rows.landmarks.mean(0))
     other = rows.with_(landmarks=loud * torch.tensor([1.1, 1, 1]), person=0 * rows.person + 1)
-    n_features = rows.audio.shape[2]
-    made = LokiTalk.build("tiny", n_steps=33, n_features=n_features, px=128, n_people=2)
+    made = LokiTalk.build("tiny", **hearing(rows), px=128, n_people=2)
     made.survey([rows, other])
     for signals in (rows, other):
         made.calibrate(signals, clip.mesh, BOX)
@@ -56,7 +56,7 @@ def crowd(clip: Footage) -> LokiTalk:
 
 def newcomer(crowd: LokiTalk, clip: Footage) -> LokiTalk:
     rows = clip.signals[clip.train]
-    new = LokiTalk.build("tiny", n_steps=33, n_features=rows.audio.shape[2], px=128)
+    new = LokiTalk.build("tiny", **hearing(rows), px=128)
     new.take_common(crowd.common_state())
     new.calibrate(rows, clip.mesh, BOX * 1.2)
     return new.eval()
@@ -176,7 +176,7 @@ def test_who_meets_a_prior_is_what_the_prior_draws_of_it(clip: Footage, crowd: L
     assert new.transfer is None and not any("transfer" in k for k in new.state_dict())
     assert torch.allclose(asked(new, rows), asked(enrolled, rows), atol=1e-4)
     assert not torch.allclose(asked(new, rows), stranger, atol=1e-2)
-    plain = LokiTalk.build("tiny", n_steps=33, n_features=rows.audio.shape[2], px=128).eval()
+    plain = LokiTalk.build("tiny", **hearing(rows), px=128).eval()
     plain.load_state_dict(new.state_dict())
     assert torch.equal(asked(plain, rows), asked(new, rows))
 
@@ -201,12 +201,11 @@ def test_what_people_share_is_taken_whole_or_not_at_all(clip: Footage, crowd: Lo
     new = newcomer(crowd, clip)
     assert torch.equal(new.frame, BOX) and torch.equal(new.aabb, BOX * 1.2)
     assert torch.equal(new.mouth_basis, crowd.mouth_basis), "codes mean what the prior's mean"
-    n_features = clip.signals.audio.shape[2]
     for wrong in (
         shared | {"mouth_basis": torch.zeros(3, 3)},
         shared | {"people.0.mouth.gain": torch.zeros(())},
         {k: v for k, v in shared.items() if not k.startswith("transfer.told")},
     ):
-        fresh = LokiTalk.build("tiny", n_steps=33, n_features=n_features, px=128)
+        fresh = LokiTalk.build("tiny", **hearing(clip.signals), px=128)
         with pytest.raises(ValueError, match="mouth_basis|people|transfer"):
             fresh.take_common(wrong)

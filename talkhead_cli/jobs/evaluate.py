@@ -305,7 +305,7 @@ def _linear_baseline(clip: Footage, sound: Array) -> Array:
     """
     rows = clip.train[clip.heard[clip.train]]
     stream = voice.features(sound)[:, : voice.N_MEL]
-    stats = SpeechStats.of(stream[: (int(rows[-1]) + 1) * voice.RATE_HZ // FPS])
+    stats = SpeechStats.of(stream, voice.RATE_HZ, int(rows[-1]) + 1)
     frames = np.arange(len(clip.lip_truth))
     window = torch.from_numpy(stats.windows(stream, frames, BASELINE_STEPS)).flatten(1)
     target = torch.from_numpy(clip.lip_truth.astype(np.float32))[:, None]

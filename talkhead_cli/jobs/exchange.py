@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from talkhead_cli import media
 from talkhead_cli.contracts import FPS, LABELS, Progress, TalkheadError, followed
 from talkhead_cli.jobs import player
-from talkhead_cli.jobs.footage import STORED_PX, SpeechStats, head_camera, split_rows
+from talkhead_cli.jobs.footage import STORED_PX, head_camera, split_rows
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.parcel import pack
 from talkhead_cli.track import face, voice
@@ -100,7 +100,7 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
     plate = cv2.resize(_read(space.plate_file), (size, size), interpolation=cv2.INTER_AREA)
     plate = _shifted(plate, shift)
     _save(out / "bc.jpg", plate)
-    features = speech_features(space.load("voice")["stream"], n_frames)
+    features = speech_features(voice.features(media.sound(space.audio)), n_frames)
     for file in ("aud.npy", "aud_ds.npy"):  # one name in the scripts, another in the loader
         np.save(out / file, features)
     units = action_units(tracks)
@@ -205,9 +205,10 @@ def transforms(pose: NDArray[np.float32], k: NDArray[np.float32]) -> NDArray[np.
 
 
 def speech_features(stream: NDArray[np.float32], n_frames: int) -> NDArray[np.float32]:
-    """Rows of 10 ms (n, A) -> windows (n_frames, 16, 29) of 20 ms steps around each frame."""
-    stats = SpeechStats.of(stream)
-    bands = ((stream - stats.mean) / stats.std)[:, : voice.N_MEL]
+    """Rows of 10 ms (n, A), mel bands first -> windows (n_frames, 16, 29) of 20 ms steps around
+    each frame."""
+    mel = stream[:, : voice.N_MEL]
+    bands = (mel - mel.mean(0)) / (mel.std(0) + 1e-3)
     steps, channels = SHAPE
     fewer = cv2.resize(bands, (channels, len(bands)), interpolation=cv2.INTER_AREA)
     slow = fewer[::2]

@@ -116,7 +116,7 @@ def opened(prior: Run) -> Judge:
     text = prior.preset_text()
     assert text is not None
     preset, speech = presets.from_yaml(text), prior.meta()["speech"]
-    net = Expert(preset.avatar.size, n_steps=speech["window"], n_features=speech["n_features"])
+    net = Expert(preset.avatar.size, n_steps=speech["n_steps"], n_features=speech["n_features"])
     priors.begin_from(net, prior)
     net.eval()
     return Judge(prior, net)

@@ -65,9 +65,7 @@ def finetune(
             "preprocess a clip that has sound"
         )
     where = march.device_of(device)
-    hears = priors.speech_facts(
-        space.manifest()["backends"]["voice"], preset, space.load("voice")["stream"].shape[1]
-    )
+    hears = priors.speech_facts(space, preset)
     from_pictures = avatar_class(preset.method).needs_portrait
     if from_pictures and prior == "none":
         raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
@@ -102,8 +100,9 @@ def finetune(
         with fabric.rank_zero_first():  # which caches the pixels
             clip = footage.load(space, preset.data, progress)
         aabb = player.box_for(preset, clip.signals.camera[clip.train])
-        n_features = int(clip.signals.audio.shape[2])
-        avatar, marcher, why = player.build(preset, n_features, aabb.to(where), where)
+        avatar, marcher, why = player.build(
+            preset, clip.signals.audio.shape[1:], aabb.to(where), where
+        )
         progress.note(f"marching: {why}")
         stages = preset
         if start is not None:
@@ -222,4 +221,4 @@ def _drive(space: Workspace, clip: Footage) -> dict[str, np.ndarray]:
     """What rendering needs of the footage."""
     tracks = space.load("tracks")
     kept = {name: tracks[name] for name in (*player.DRIVEN, "k", "usable")}
-    return kept | {"speech_mean": clip.stats.mean, "speech_std": clip.stats.std}
+    return kept | clip.stats.arrays()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -39,21 +39,35 @@ STORED_PX = 512  # intrinsics in tracks are for this size
 
 @dataclass(frozen=True)
 class SpeechStats:
-    """What speech features are standardised by, (A,) each."""
+    """What speech features, rate_hz rows a second, are standardised by: mean, std (A,)."""
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
+    rate_hz: int = voice.RATE_HZ
 
     @classmethod
-    def of(cls, stream: NDArray[np.float32]) -> SpeechStats:
-        return cls(stream.mean(0), stream.std(0) + 1e-3)
+    def of(cls, stream: NDArray[np.float32], rate_hz: int, n_frames: int) -> SpeechStats:
+        """Of what is heard in the first n_frames of the video."""
+        own = stream[: n_frames * rate_hz // FPS]
+        return cls(own.mean(0), own.std(0) + 1e-3, rate_hz)
+
+    @classmethod
+    def stored(cls, arrays: Mapping[str, NDArray[Any]]) -> SpeechStats:
+        """As `arrays` wrote them."""
+        return cls(arrays["speech_mean"], arrays["speech_std"], int(arrays["speech_rate_hz"]))
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """For a file."""
+        return {"speech_mean": self.mean, "speech_std": self.std,
+                "speech_rate_hz": np.array(self.rate_hz)}  # fmt: skip
 
     def windows(
-        self, stream: NDArray[np.float32], frames: NDArray[Any], n_steps: int
+        self, stream: NDArray[np.float32], frames: NDArray[Any], window: int
     ) -> NDArray[np.float32]:
-        """Standardised windows (len(frames), n_steps, A)."""
+        """Standardised windows (len(frames), W, A), about `window` steps of 10 ms long."""
         standard = ((stream - self.mean) / self.std).astype(np.float32, copy=False)
-        return voice.windows(standard, frames, n_steps)
+        n_steps = voice.n_steps(window, self.rate_hz)
+        return voice.windows(standard, frames, n_steps, self.rate_hz)
 
 
 @dataclass(frozen=True)
@@ -152,17 +166,18 @@ def load(
     `person` numbers its rows where there are several; without `pictures` there are none, for
     stages that only hear.
     """
-    tracks, sound = space.load("tracks"), space.load("voice")
+    tracks = space.load("tracks")
     n_frames = len(tracks["pose"])
-    heard = torch.from_numpy(sound["heard"])
+    heard = torch.from_numpy(space.load("voice")["heard"])
+    stream, rate_hz = speech_of(space)
     train, held = split_rows(tracks["usable"], data.holdout, data.train_s)
     if len(train) < 2 * FPS:
         raise TalkheadError(
             f"'{space.id}' has only {len(train) / FPS:.1f} s with a face to learn from; at least "
             "2 s are needed"
         )
-    stats = SpeechStats.of(sound["stream"][: (int(train[-1]) + 1) * voice.RATE_HZ // FPS])
-    signals = make_signals(tracks, sound["stream"], stats, data)
+    stats = SpeechStats.of(stream, rate_hz, int(train[-1]) + 1)
+    signals = make_signals(tracks, stream, stats, data)
     n_seen = n_frames if pictures else 0
     return Footage(
         signals=signals.with_(person=torch.full((n_frames,), person)),
@@ -176,6 +191,17 @@ def load(
         mesh=torch.from_numpy(tracks["shape"][:N_SKIN]),
         lip_truth=lip_aperture(tracks["mesh_px"]),
     )
+
+
+def speech_of(space: Workspace) -> tuple[NDArray[np.float32], int]:
+    """Speech features (rows, A) of a clip, and how many rows make a second."""
+    sound = space.load("voice")
+    if "rate_hz" not in sound:
+        raise TalkheadError(
+            f"'{space.id}' was preprocessed by an older version, whose speech features are of "
+            "another kind; preprocess the clip again"
+        )
+    return sound["stream"], int(sound["rate_hz"])
 
 
 def make_signals(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
@@ -101,8 +101,7 @@ class Player:
 
     @property
     def stats(self) -> SpeechStats:
-        drive = self.run.drive()
-        return SpeechStats(drive["speech_mean"], drive["speech_std"])
+        return SpeechStats.stored(self.run.drive())
 
 
 @torch.no_grad()
@@ -183,11 +182,12 @@ def box_for(preset: Preset, camera: Camera) -> Tensor:
 
 
 def build(
-    preset: Preset, n_features: int, aabb: Tensor, device: torch.device, n_people: int = 1
+    preset: Preset, heard: Sequence[int], aabb: Tensor, device: torch.device, n_people: int = 1
 ) -> tuple[Avatar, nn.Module, str]:
-    """A fresh avatar and marcher for a preset."""
+    """A fresh avatar and marcher for a preset; heard (W, A) the shape of a window of speech."""
+    n_steps, n_features = heard
     avatar = avatar_class(preset.method).build(
-        preset.avatar.size, n_steps=preset.data.window, n_features=n_features,
+        preset.avatar.size, n_steps=n_steps, n_features=n_features,
         px=preset.data.size_px, n_people=n_people,
     )  # fmt: skip
     options = march.MarchOptions(**preset.march.model_dump())
@@ -207,9 +207,10 @@ def load(run: Run, device: torch.device) -> Player:
         raise TalkheadError(f"run '{run.name}' has no preset.yaml; run finetune again")
     preset = presets.from_yaml(text)
     tensors = run.weights()
-    n_features = int(run.meta()["speech"]["n_features"])
+    speech = run.meta()["speech"]
     aabb = tensors["avatar.aabb"]
-    avatar, marcher, why = build(preset, n_features, aabb.to(device), device)
+    heard = speech["n_steps"], speech["n_features"]
+    avatar, marcher, why = build(preset, heard, aabb.to(device), device)
     for prefix, module in (("avatar.", avatar), ("marcher.", marcher)):
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:

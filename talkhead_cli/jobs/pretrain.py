@@ -16,7 +16,7 @@ from talkhead_cli import __version__, march
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import expert, fit, footage, looks, player, team
 from talkhead_cli.jobs import preset as presets
-from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.preset import Preset, Train
 from talkhead_cli.jobs.prior import speech_facts
 from talkhead_cli.store import Run, Workspace, priors_folder
@@ -102,8 +102,7 @@ def _train(
     sources = {space.id: space.manifest()["source"]["sha256"] for space, _ in people}
     text = preset.model_copy(update={"train": stages, "pretrain": None}).to_yaml()
     clips = [clip for _, clip in people]
-    n_features = int(clips[0].signals.audio.shape[2])
-    hears = speech_facts(people[0][0].manifest()["backends"]["voice"], preset, n_features)
+    hears = speech_facts(people[0][0], preset)
     judge = expert.asked(
         home, preset.method, stages, hears, progress, wanted=prior.meta().get("expert")
     )
@@ -124,7 +123,9 @@ def _train(
     fabric.seed_everything(seed, verbose=False)
     boxes = torch.stack([player.box_for(preset, clip.signals.camera) for clip in clips])
     aabb = torch.cat([boxes[:, :3].amin(0), boxes[:, 3:].amax(0)])  # holds all of them
-    avatar, marcher, _ = player.build(preset, n_features, aabb.to(where), where, len(clips))
+    avatar, marcher, _ = player.build(
+        preset, clips[0].signals.audio.shape[1:], aabb.to(where), where, len(clips)
+    )
     if judge is not None:
         judge.sits_by(avatar, where)
     eye = looks.asked(stages, progress)
@@ -145,12 +146,11 @@ def _train(
     if place.stage < len(stages.stages) or not fabric.is_global_zero:
         return
     prior.save_weights(avatar.common_state())
-    prior.save_drive(
-        {  # how a voice sounds of which too little is heard
-            f"speech_{name}": np.mean([getattr(clip.stats, name) for clip in clips], 0)
-            for name in ("mean", "std")
-        }
+    # how a voice sounds of which too little is heard
+    mean, std = (
+        np.mean([getattr(clip.stats, name) for clip in clips], 0) for name in ("mean", "std")
     )
+    prior.save_drive(SpeechStats(mean, std, hears["rate_hz"]).arrays())
     prior.write_meta(
         finished=True,
         finished_at=time.time(),

@@ -11,15 +11,19 @@ from talkhead_cli.avatars import avatar_class
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.contracts import Progress, TalkheadError
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.footage import speech_of
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, list_runs, priors_folder
+from talkhead_cli.track import voice
 
 
-def speech_facts(backend: str, preset: Preset, n_features: int) -> dict[str, Any]:
+def speech_facts(space: Workspace, preset: Preset) -> dict[str, Any]:
     """What must agree before networks that hear are shared."""
+    stream, rate_hz = speech_of(space)
     return {
-        "backend": backend, "n_features": n_features,
-        "window": preset.data.window, "stored": "10 ms rows", "says": "mouths, in their own size",
+        "backend": space.manifest()["backends"]["voice"], "rate_hz": rate_hz,
+        "n_features": stream.shape[1],
+        "n_steps": voice.n_steps(preset.data.window, rate_hz), "says": "mouths, in their own size",
     }  # fmt: skip
 
 

@@ -14,7 +14,14 @@ import torch
 from numpy.typing import NDArray
 
 from talkhead_cli import media
-from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
+from talkhead_cli.contracts import (
+    FPS,
+    SAMPLE_RATE_HZ,
+    SAMPLES_PER_FRAME,
+    Progress,
+    Signals,
+    TalkheadError,
+)
 from talkhead_cli.jobs import backends, landmark_track, player
 from talkhead_cli.jobs import drive as drives
 from talkhead_cli.jobs.backends import Voice
@@ -24,7 +31,7 @@ from talkhead_cli.jobs.player import Player
 from talkhead_cli.track import voice
 
 PCM_SCALE = 1 / 32768
-STATS_ROWS = 60 * voice.RATE_HZ
+STATS_S = 60  # seconds that are read at once
 CHUNK = 50  # frames that hear together
 OWN_STATS_S = 5.0  # speech shorter than this is standardised by the footage's statistics
 
@@ -62,10 +69,12 @@ class Script:
         too as the avatar needs to say them as in the whole film."""
         asked, past = len(frames), self.show.avatar.past
         frames = np.concatenate([np.arange(max(0, frames[0] - past), frames[0]), frames])
-        n_steps = self.show.preset.data.window
-        per_frame = voice.RATE_HZ // FPS
-        low = max(0, int(frames.min()) - n_steps // (2 * per_frame) - 1)
-        high = min(len(self.pcm) // voice.HOP, (int(frames.max()) + 2) * per_frame + n_steps)
+        window = self.show.preset.data.window
+        per_frame = self.ear.rate_hz // FPS
+        room = voice.n_steps(window, self.ear.rate_hz) // per_frame + 1
+        low = max(0, int(frames.min()) - room)
+        last = len(self.pcm) // SAMPLES_PER_FRAME
+        high = min(last, int(frames.max()) + 1 + room) * per_frame
         stream = self.ear.features(
             self.pcm, high - low * per_frame, first=low * per_frame, scale=PCM_SCALE
         )
@@ -73,19 +82,19 @@ class Script:
         eye, gaze, brow = self.moves.eyes(frames)
         if self.track is not None and self.track.eye is not None:
             eye = self.track.eye[np.minimum(frames, len(self.track) - 1)]
-        window = self.stats.windows(stream, frames - low, n_steps)
+        heard = self.stats.windows(stream, frames - low, window)
         driven = {"pose": pose, "body": body, "eye": eye, "gaze": gaze, "brow": brow}
         signals = player.still_signals(
-            torch.from_numpy(window),
+            torch.from_numpy(heard),
             torch.from_numpy(np.asarray(frames, np.int64)),
             self.moves.camera(np.asarray(pose), self.show.preset.data.size_px, frames),
             **{k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in driven.items()},
         )
-        heard = self.show.listen(signals)[len(frames) - asked :]
+        said = self.show.listen(signals)[len(frames) - asked :]
         if self.track is None:
-            return heard
+            return said
         rows = np.minimum(frames[-asked:], len(self.track) - 1)
-        return heard.with_(landmarks=torch.from_numpy(self.track.landmarks[rows]))
+        return said.with_(landmarks=torch.from_numpy(self.track.landmarks[rows]))
 
     def chunks(self) -> Iterator[Signals]:
         """All frames in order, CHUNK at a time."""
@@ -165,16 +174,17 @@ def speech_stats(
     """
     total = np.zeros(ear.n_features)
     square, count = total.copy(), 0
-    for first in range(0, len(pcm) // voice.HOP, STATS_ROWS):
-        n_rows = min(STATS_ROWS, len(pcm) // voice.HOP - first)
+    hop, at_once = SAMPLE_RATE_HZ // ear.rate_hz, STATS_S * ear.rate_hz
+    for first in range(0, len(pcm) // hop, at_once):
+        n_rows = min(at_once, len(pcm) // hop - first)
         rows = ear.features(pcm, n_rows, first=first, scale=PCM_SCALE).astype(np.float64)
-        block = pcm[first * voice.HOP : (first + n_rows) * voice.HOP] * np.float32(PCM_SCALE)
+        block = pcm[first * hop : (first + n_rows) * hop] * np.float32(PCM_SCALE)
         loud = rows[voice.heard(block, n_rows, hold_s=0)]
         total += loud.sum(0)
         square += (loud**2).sum(0)
         count += len(loud)
-    if count < OWN_STATS_S * voice.RATE_HZ:
+    if count < OWN_STATS_S * ear.rate_hz:
         return footage, count == 0
     mean = total / count
     std = np.sqrt(np.maximum(square / count - mean**2, 0)) + 1e-3
-    return SpeechStats(mean.astype(np.float32), std.astype(np.float32)), False
+    return SpeechStats(mean.astype(np.float32), std.astype(np.float32), ear.rate_hz), False

@@ -191,7 +191,8 @@ class Stages:
         media.write_wav(self.space.audio, samples)
         listener = backends.voice_of(self.chosen["voice"])
         self.space.save("voice", {
-            "stream": listener.features(samples), "heard": heard,
+            "stream": listener.features(samples), "rate_hz": np.array(listener.rate_hz),
+            "heard": heard,
             "undone_s": np.array(offset_s or 0.0), **found,
         })  # fmt: skip
 

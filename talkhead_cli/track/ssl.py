@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import TalkheadError
-from talkhead_cli.track.voice import HOP
+from talkhead_cli.track.voice import HOP, RATE_HZ
 
 BLOCK_ROWS = 800  # 8 s
 MARGIN_ROWS = 100  # 1 s either side
@@ -26,6 +26,7 @@ class SslVoice:
     """Speech features of a pretrained encoder's last layer. Same interface as MelVoice."""
 
     n_features = 768
+    rate_hz = RATE_HZ
 
     def __init__(self, name: str, state: dict[str, torch.Tensor]) -> None:
         """name: hubert or wav2vec2 · state: torchaudio's state dict of that base model."""

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import SAMPLE_RATE_HZ
+from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ
 
 Array = NDArray[np.floating[Any]]
 
@@ -69,13 +69,24 @@ def features(
     return np.concatenate(out) if out else np.zeros((0, N_FEATURES), np.float32)
 
 
-def _block(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> NDArray[np.float32]:
+def _pieces(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> Array:
+    """The sound around rows first ..., windowed, (n_rows, WINDOW); silence beyond its ends."""
     begin = first * HOP - WINDOW // 2
     end = begin + (n_rows - 1) * HOP + WINDOW
     piece = np.asarray(samples[max(0, begin) : max(0, end)], np.float32) * scale
     piece = np.pad(piece, (max(0, -begin), 0))
     piece = np.pad(piece, (0, end - begin - len(piece)))
-    pieces = np.lib.stride_tricks.sliding_window_view(piece, WINDOW)[::HOP] * _HANN
+    windowed: Array = sliding_window_view(piece, WINDOW)[::HOP] * _HANN
+    return windowed
+
+
+def power_spectra(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> Array:
+    """Of rows first ...: (n_rows, N_FFT // 2 + 1)."""
+    return np.square(np.abs(np.fft.rfft(_pieces(samples, first, n_rows, scale), N_FFT)))
+
+
+def _block(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> NDArray[np.float32]:
+    pieces = _pieces(samples, first, n_rows, scale)
     power = np.abs(np.fft.rfft(pieces, N_FFT)) ** 2
     mel = np.log(power @ mel_filters().T + 1e-6)
     energy = np.log(np.sqrt((pieces**2).mean(-1)) + 1e-5)
@@ -126,6 +137,7 @@ class MelVoice:
 
     name = "mel"
     n_features = N_FEATURES
+    rate_hz = RATE_HZ
 
     @property
     def names(self) -> list[str]:
@@ -134,15 +146,22 @@ class MelVoice:
     features = staticmethod(features)
 
 
-def windows(stream: Array, frames: NDArray[np.integer[Any]], n_steps: int) -> Array:
+def n_steps(window: int, rate_hz: int) -> int:
+    """How many rows of a voice are as long as `window` steps of 10 ms; one is in the middle."""
+    return window * rate_hz // RATE_HZ | 1
+
+
+def windows(
+    stream: Array, frames: NDArray[np.integer[Any]], n_steps: int, rate_hz: int = RATE_HZ
+) -> Array:
     """Feature stream (rows, A) -> windows (len(frames), n_steps, A) centred on video frames.
 
-    Frame i is shown from i / 25 s, so its middle is feature row 4 i + 2.  Ends are repeated.
-    Windows of frames that follow each other overlap in memory, an eighth of what they would take
-    one by one: they are for reading.
+    Frame i is shown from i / 25 s: of rows that come every 10 ms its middle is 4 i + 2.  Ends are
+    repeated.  Windows of frames that follow each other overlap in memory, a part of what they
+    would take one by one: they are for reading.
     """
-    every = RATE_HZ // 25
-    first = np.asarray(frames) * every + 2 - n_steps // 2
+    every = rate_hz // FPS
+    first = np.asarray(frames) * every + every // 2 - n_steps // 2
     before = max(0, -int(first.min(initial=0)))
     after = max(0, int(first.max(initial=0)) + n_steps - len(stream))
     padded = np.pad(stream, ((before, after), (0, 0)), mode="edge")
