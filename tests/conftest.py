@@ -20,6 +20,11 @@ if str(ROOT / "examples") not in sys.path:
     sys.path.insert(0, str(ROOT / "examples"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest file first, so that of two processes neither waits for it at the end."""
+    items.sort(key=lambda item: item.path.name != "test_e2e.py")
+
+
 def hearing(signals: Signals) -> dict[str, int]:
     """What an avatar is told of the speech that it will hear."""
     return dict(zip(("n_steps", "n_features"), signals.audio.shape[1:], strict=True))
