@@ -27,8 +27,8 @@ from kit import CLIPS, RESULTS, asked, clip, looped, machine, shown, speech, tal
 
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
-    "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert", "files", "photo",
-    "trackers", "voices",
+    "ears", "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert", "files",
+    "photo", "trackers", "voices",
 )  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
@@ -344,6 +344,14 @@ def part_hearing(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     everybody = _usable(work)
     others = [name for name in everybody if name not in options.ids]
     return landmarks.hearing(work / "home", options.ids, others, seeds=2)
+
+
+def part_ears(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Mouths as heard by the speech embedding and by mel bands and formants."""
+    import landmarks
+
+    _usable(work)
+    return landmarks.ears(work / "home", options.ids)
 
 
 def part_coding(work: Path, options: argparse.Namespace) -> dict[str, Any]:

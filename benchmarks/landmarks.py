@@ -75,6 +75,27 @@ def hearing(home: Path, names: Sequence[str], others: Sequence[str], seeds: int)
             "rows": rows}  # fmt: skip
 
 
+def ears(home: Path, names: Sequence[str]) -> dict[str, Any]:
+    """What each voice says of the mouths of `names`, learnt from their own footage alone, through
+    LokiTalk's encoder (a linear map beside small nets); one seed."""
+    preset = presets.load(["landmark", "tiny"])
+    rows = {
+        voice: {
+            name: _score(preset, _heard(home, name, preset, voice), None, 0, windows=True)
+            for name in names
+        }
+        for voice in ("embedding", "mel")
+    }
+    means = {
+        voice: {
+            key: round(float(np.mean([figures[key] for figures in people.values()])), 5)
+            for key in ("landmark_error_face_heights", "opening_r")
+        }
+        for voice, people in rows.items()
+    }
+    return {"people": list(names), "mean": means, "rows": rows}
+
+
 def _heard(home: Path, name: str, preset: Preset, voice: str) -> Footage:
     """A person's footage without pictures, heard by a voice of one's choice."""
     space, ear = Workspace.open(home, name), backends.voice_of(voice)

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.numpy import load_file
 
+from talkhead_cli.jobs import backends
+from talkhead_cli.store import weights
 from talkhead_cli.track import embedding, voice
-from talkhead_cli.track.embedding import EmbeddingVoice
 
-EAR = EmbeddingVoice()
+EAR = backends.voice_of("embedding")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def speech() -> np.ndarray:
 
 def by_torch(mel: np.ndarray) -> np.ndarray:
     """Mel rows (T, 32) in decibels / 10 + 2 -> (T', 576), by torch's own convolutions."""
-    held = {k: torch.from_numpy(v).float() for k, v in load_file(embedding.WEIGHTS).items()}
+    held = {k: torch.from_numpy(v).float() for k, v in weights.shipped(embedding.WEIGHTS).items()}
     x, read = torch.from_numpy(mel).float()[None, None], {}
     for layer in range(embedding.N_LAYERS):
         kernel = held[f"weight{layer}"]
@@ -109,7 +109,7 @@ def test_vowels_are_told_apart_better_than_loudness_is() -> None:
 
 
 def test_the_weights_are_small_and_of_the_published_shapes() -> None:
-    held = load_file(embedding.WEIGHTS)
+    held = weights.shipped(embedding.WEIGHTS)
     assert Path(embedding.WEIGHTS).stat().st_size < 700_000
     assert sum(v.size for v in held.values()) == 328_128 - 96 * 96 * 3, "all but the last layer"
     assert held["weight0"].shape == (24, 1, 3, 3) and held["weight18"].shape == (96, 96, 3, 1)

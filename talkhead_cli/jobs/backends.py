@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from talkhead_cli.contracts import MisuseError
 from talkhead_cli.store import weights
-from talkhead_cli.track import face
+from talkhead_cli.track import embedding, face
 from talkhead_cli.track.embedding import EmbeddingVoice
 from talkhead_cli.track.voice import MelVoice
 
@@ -110,7 +110,7 @@ def voice_of(backend: str) -> Voice:
     if backend == "mel":
         return MelVoice()
     if backend == "embedding":
-        return EmbeddingVoice()
+        return EmbeddingVoice(weights.shipped(embedding.WEIGHTS))
     from talkhead_cli.track.ssl import SslVoice
 
     return SslVoice(backend, weights.load(backend))

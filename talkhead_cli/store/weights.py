@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from numpy.typing import NDArray
+
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
 from talkhead_cli.store.files import atomic, read_json, sha256_of, write_json
 
@@ -105,6 +107,14 @@ def _places() -> Iterator[Path]:
     facexlib = importlib.util.find_spec("facexlib")
     if facexlib is not None and facexlib.origin is not None:
         yield Path(facexlib.origin).parent / "weights"
+
+
+def shipped(path: Path) -> dict[str, NDArray[Any]]:
+    """The arrays of a safetensors file that comes with the package."""
+    from safetensors.numpy import load_file
+
+    arrays: dict[str, NDArray[Any]] = load_file(path)
+    return arrays
 
 
 def need(name: str) -> Path:

@@ -11,7 +11,7 @@ numpy alone, as voice.py.  `benchmarks/embedding.py` made the weights' file; NOT
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ class EmbeddingVoice:
     n_features = N_FEATURES
     rate_hz = FPS
 
+    def __init__(self, held: Mapping[str, NDArray[Any]]) -> None:
+        """held: the arrays of WEIGHTS."""
+        self._layers = [
+            (held[f"weight{i}"].astype(np.float32), held[f"bias{i}"].astype(np.float32))
+            for i in range(N_LAYERS)
+        ]
+
     @property
     def names(self) -> list[str]:
         return [f"embedding{i}" for i in range(self.n_features)]
@@ -65,25 +72,24 @@ class EmbeddingVoice:
         """
         n_rows = len(samples) // SAMPLES_PER_FRAME - first if n_rows is None else n_rows
         out = [
-            _hear(samples, first + a, min(BLOCK, n_rows - a), scale)
+            self._hear(samples, first + a, min(BLOCK, n_rows - a), scale)
             for a in range(0, n_rows, BLOCK)
         ]
         return np.concatenate(out) if out else np.zeros((0, N_FEATURES), np.float32)
 
-
-def _hear(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> Array:
-    n_mel = ROWS * (n_rows - 1) + FIELD
-    power = power_spectra(samples, ROWS * first - BEFORE, n_mel, scale * PCM)
-    decibel = 10 * np.log10(np.maximum(power @ mel_filters(N_MEL, LOW_HZ, HIGH_HZ).T, 1e-10))
-    x = (np.maximum(decibel, FLOOR_DB) / 10 + 2).astype(np.float32)[:, :, None]
-    for layer, (weight, bias) in enumerate(_layers()):
-        x = _convolved(x, weight) + bias
-        np.maximum(np.maximum(x, LEAK * x, out=x), LEAST, out=x)
-        if layer == FINE:
-            fine = x[FINE_LAG : FINE_LAG + n_rows].reshape(n_rows, -1)
-        if layer in POOLED:
-            x = _pooled(x, *POOLED[layer])
-    return np.concatenate([fine, x.reshape(n_rows, -1)], 1)
+    def _hear(self, samples: NDArray[Any], first: int, n_rows: int, scale: float) -> Array:
+        n_mel = ROWS * (n_rows - 1) + FIELD
+        power = power_spectra(samples, ROWS * first - BEFORE, n_mel, scale * PCM)
+        decibel = 10 * np.log10(np.maximum(power @ mel_filters(N_MEL, LOW_HZ, HIGH_HZ).T, 1e-10))
+        x = (np.maximum(decibel, FLOOR_DB) / 10 + 2).astype(np.float32)[:, :, None]
+        for layer, (weight, bias) in enumerate(self._layers):
+            x = _convolved(x, weight) + bias
+            np.maximum(np.maximum(x, LEAK * x, out=x), LEAST, out=x)
+            if layer == FINE:
+                fine = x[FINE_LAG : FINE_LAG + n_rows].reshape(n_rows, -1)
+            if layer in POOLED:
+                x = _pooled(x, *POOLED[layer])
+        return np.concatenate([fine, x.reshape(n_rows, -1)], 1)
 
 
 def _convolved(x: Array, weight: Array) -> Array:
@@ -106,13 +112,3 @@ def _pooled(x: Array, by_rows: int, by_bands: int) -> Array:
     cut = x[: rows * by_rows].reshape(rows, by_rows, bands, by_bands, -1)
     greatest: Array = cut.max((1, 3))
     return greatest
-
-
-@lru_cache(1)
-def _layers() -> list[tuple[Array, Array]]:
-    """Kernels (O, C, t, f) and biases (O,) of every layer."""
-    from safetensors.numpy import load_file
-
-    held = load_file(WEIGHTS)
-    return [(held[f"weight{i}"].astype(np.float32), held[f"bias{i}"].astype(np.float32))
-            for i in range(N_LAYERS)]  # fmt: skip
