@@ -351,7 +351,7 @@ def part_ears(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import landmarks
 
     _usable(work)
-    return landmarks.ears(work / "home", options.ids)
+    return landmarks.ears(work / "home", options.ids, options.seconds)
 
 
 def part_coding(work: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -75,24 +75,28 @@ def hearing(home: Path, names: Sequence[str], others: Sequence[str], seeds: int)
             "rows": rows}  # fmt: skip
 
 
-def ears(home: Path, names: Sequence[str]) -> dict[str, Any]:
-    """What each voice says of the mouths of `names`, learnt from their own footage alone, through
-    LokiTalk's encoder (a linear map beside small nets); one seed."""
-    preset = presets.load(["landmark", "tiny"])
-    rows = {
-        voice: {
-            name: _score(preset, _heard(home, name, preset, voice), None, 0, windows=True)
-            for name in names
+def ears(home: Path, names: Sequence[str], seconds: Sequence[float]) -> dict[str, Any]:
+    """What each voice says of the mouths of `names`, learnt from the first seconds of their own
+    footage alone, through LokiTalk's encoder (a linear map beside small nets); one seed."""
+    rows = []
+    for length in seconds:
+        preset = presets.load(["landmark", "tiny"], [f"data.train_s={length:g}"])
+        for voice in ("embedding", "mel"):
+            for name in names:
+                clip = _heard(home, name, preset, voice)
+                rows.append({"voice": voice, "train_s": length, "name": name}
+                            | _score(preset, clip, None, 0, windows=True))  # fmt: skip
+    figures = ("landmark_error_face_heights", "opening_r")
+    means = [
+        {"voice": voice, "train_s": length}
+        | {
+            figure: round(float(np.mean([
+                row[figure] for row in rows if (row["voice"], row["train_s"]) == (voice, length)
+            ])), 5)
+            for figure in figures
         }
-        for voice in ("embedding", "mel")
-    }
-    means = {
-        voice: {
-            key: round(float(np.mean([figures[key] for figures in people.values()])), 5)
-            for key in ("landmark_error_face_heights", "opening_r")
-        }
-        for voice, people in rows.items()
-    }
+        for length in seconds for voice in ("embedding", "mel")
+    ]  # fmt: skip
     return {"people": list(names), "mean": means, "rows": rows}
 
 

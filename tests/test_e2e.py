@@ -239,6 +239,13 @@ def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path) -> No
     assert np.array_equal(blinks, again)
 
 
+def test_the_shortest_speech_makes_one_frame(home: Path, tmp_path: Path) -> None:
+    media.write_wav(tmp_path / "tick.wav", np.full(400, 0.1, np.float32))  # 25 ms
+    ok("render", "--id", "speaker", "--run", "lokitalk+tiny", "--audio", tmp_path / "tick.wav",
+       "-o", tmp_path / "tick.mp4", "--home", home)  # fmt: skip
+    assert media.frame_count(tmp_path / "tick.mp4") == 1
+
+
 def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path) -> None:
     out = tmp_path / "clear.webm"
     made = ok(

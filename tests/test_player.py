@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from talkhead_cli.contracts import SilentProgress
+from talkhead_cli.contracts import SilentProgress, TalkheadError
 from talkhead_cli.jobs import footage, player
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.player import Player
@@ -64,3 +64,10 @@ def test_frames_that_march_together_are_the_same_frames(
     show.open_views(rows)
     closer = [n for _, n in show.pictures(rows)]
     assert all(b == 2 * a for a, b in zip(n_points, closer, strict=True)), "twice the samples"
+
+
+def test_what_heard_otherwise_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    run = Run.named(tmp_path, "old")
+    run.write_meta(speech={"backend": "mel", "n_features": 46, "window": 33})
+    with pytest.raises(TalkheadError, match="'old' was trained by an older version"):
+        player.heard_by(run)

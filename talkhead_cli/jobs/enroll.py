@@ -98,9 +98,7 @@ def _build(
     from either side, and as further pictures show them."""
     signals = seen[0].signals
     aabb = player.box_for(preset, signals.camera)
-    speech = start.meta()["speech"]
-    heard = speech["n_steps"], speech["n_features"]
-    avatar, marcher, _ = player.build(preset, heard, aabb.to(where), where)
+    avatar, marcher, _ = player.build(preset, player.heard_by(start), aabb.to(where), where)
     priors.begin_from(avatar, start)
     avatar.eval()
     marcher.eval()

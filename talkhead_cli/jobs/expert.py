@@ -16,6 +16,7 @@ from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.avatars.expert import Expert
 from talkhead_cli.blocks.sync import N_FRAMES, agreement, offset_of
 from talkhead_cli.contracts import FPS, MisuseError, Progress, TalkheadError
+from talkhead_cli.jobs import player
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.preset import Train
@@ -115,8 +116,9 @@ def opened(prior: Run) -> Judge:
     """The expert of a finished prior."""
     text = prior.preset_text()
     assert text is not None
-    preset, speech = presets.from_yaml(text), prior.meta()["speech"]
-    net = Expert(preset.avatar.size, n_steps=speech["n_steps"], n_features=speech["n_features"])
+    preset = presets.from_yaml(text)
+    n_steps, n_features = player.heard_by(prior)
+    net = Expert(preset.avatar.size, n_steps=n_steps, n_features=n_features)
     priors.begin_from(net, prior)
     net.eval()
     return Judge(prior, net)

@@ -181,6 +181,17 @@ def box_for(preset: Preset, camera: Camera) -> Tensor:
     return footage.box_of(camera) if own is None else torch.tensor(own)
 
 
+def heard_by(run: Run) -> tuple[int, int]:
+    """The shape (W, A) of a window of speech as a run, or a prior, hears it."""
+    speech = run.meta()["speech"]
+    if "n_steps" not in speech:
+        raise TalkheadError(
+            f"'{run.name}' was trained by an older version, which heard speech otherwise; train it "
+            "again with --fresh"
+        )
+    return speech["n_steps"], speech["n_features"]
+
+
 def build(
     preset: Preset, heard: Sequence[int], aabb: Tensor, device: torch.device, n_people: int = 1
 ) -> tuple[Avatar, nn.Module, str]:
@@ -207,10 +218,8 @@ def load(run: Run, device: torch.device) -> Player:
         raise TalkheadError(f"run '{run.name}' has no preset.yaml; run finetune again")
     preset = presets.from_yaml(text)
     tensors = run.weights()
-    speech = run.meta()["speech"]
     aabb = tensors["avatar.aabb"]
-    heard = speech["n_steps"], speech["n_features"]
-    avatar, marcher, why = build(preset, heard, aabb.to(device), device)
+    avatar, marcher, why = build(preset, heard_by(run), aabb.to(device), device)
     for prefix, module in (("avatar.", avatar), ("marcher.", marcher)):
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         try:

@@ -73,8 +73,7 @@ class Script:
         per_frame = self.ear.rate_hz // FPS
         room = voice.n_steps(window, self.ear.rate_hz) // per_frame + 1
         low = max(0, int(frames.min()) - room)
-        last = len(self.pcm) // SAMPLES_PER_FRAME
-        high = min(last, int(frames.max()) + 1 + room) * per_frame
+        high = min(self.n_frames, int(frames.max()) + 1 + room) * per_frame
         stream = self.ear.features(
             self.pcm, high - low * per_frame, first=low * per_frame, scale=PCM_SCALE
         )
