@@ -27,15 +27,15 @@ Array = NDArray[np.float32]
 WEIGHTS = Path(__file__).with_name("embedding.safetensors")
 N_MEL, LOW_HZ, HIGH_HZ = 32, 60.0, 3800.0
 PCM = 32768.0  # the network knows samples as 16-bit numbers
-FLOOR_DB = 30.0  # of the power of such samples: about what rounding to 16 bits leaves
+# Of the power of such samples.  The published front end cuts 80 dB under a clip's loudest moment,
+# which a part of a sound does not know.
+FLOOR_DB = 30.0
 LEAK, LEAST = 0.2, -0.4  # the activation: max(x, LEAK x, LEAST)
 # Layers that pooling follows, by (rows, bands); reading ends with layer 18.
 POOLED = {2: (2, 2), 6: (1, 2), 10: (2, 2), 14: (1, 2)}
 N_LAYERS = 19
-# Layers that are read, and how many of their channels times bands there are: one that still
-# knows sounds (220 ms of them), one that knows syllables (560 ms).
-FINE, COARSE = 14, 18
-N_FEATURES = 96 * 4 + 96 * 2
+FINE, COARSE = 14, 18  # the layers that are read: their rows hear 400 and 560 ms
+N_FEATURES = 96 * 4 + 96 * 2  # channels times bands of either
 ROWS = SAMPLES_PER_FRAME // HOP  # of mel, a frame
 FIELD = 56  # mel rows that a row hears
 BEFORE = 26  # of these, how many come before the frame's first
