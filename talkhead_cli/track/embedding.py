@@ -1,10 +1,9 @@
 """Speech features of a small network that comes with the package: Google's speech embedding.
 
-A stack of 1 x 3 and 3 x 1 convolutions over 32 mel bands, trained to tell five thousand words
-apart in two hundred million pieces of speech (Lin et al. 2020, arXiv 2002.01322).  What the
-middle of it says of a moment goes with lips far better than mel bands do.  It is fully
-convolutional in time, so a whole sound is one pass, and its two poolings by two make its clock
-that of the video: one row a frame.
+A stack of 1 x 3 and 3 x 1 convolutions over 32 mel bands, trained so that small models can tell
+words apart by it (Lin et al. 2020, arXiv 2002.01322).  What the middle of it says of a moment
+goes with lips far better than mel bands do.  It is fully convolutional in time, so a whole sound
+is one pass, and its two poolings by two make its clock that of the video: one row a frame.
 
 numpy alone, as voice.py.  `benchmarks/embedding.py` made the weights' file; NOTICE says of what.
 """
