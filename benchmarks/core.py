@@ -74,7 +74,7 @@ def load(home: Path, name: str, device: str, run: str | None = None, every: int 
     show = player.load(found, march.device_of(device))
     clip = footage.load(space, show.preset.data, SilentProgress())
     held = clip.held[::every]
-    rows = show.listen(clip.signals[held])
+    rows = show.heard(clip.signals, held)
     truth = torch.from_numpy(clip.pictures[held.numpy()].astype(np.float32) / 255)
     boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held.numpy()], clip.size_px)
     return Bench(show, clip, rows, truth, boxes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -107,9 +108,6 @@ def machine() -> dict[str, Any]:
     if cpu.exists():
         names = [r for r in cpu.read_text().splitlines() if r.startswith("model name")]
         model = names[0].partition(":")[2].strip() if names else ""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
     import torch
 
     return {
@@ -117,7 +115,23 @@ def machine() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),
-        "versions": {p: importlib.metadata.version(p) for p in PACKAGES},
-        "commit": commit,
+        "versions": {p: _version(p) for p in PACKAGES},
+        "commit": _commit(),
         "private_clips": CLIPS.is_dir(),
     }
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed: a GPU machine need not track faces."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """None outside a checkout, or without git."""
+    asked = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    with contextlib.suppress(OSError):
+        return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or None
+    return None

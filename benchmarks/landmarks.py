@@ -179,8 +179,10 @@ def _score(
         clip = replace(clip, signals=clip.signals.with_(audio=audio))
     avatar = _fit_speech(preset, preset.train, [clip], prior, windows)
     held = clip.signals[clip.held]
+    first = max(0, int(clip.held[0]) - avatar.past)
     with torch.no_grad():
-        said = avatar.listen(held).landmarks
+        said = avatar.listen(clip.signals[first : int(clip.held[-1]) + 1]).landmarks
+    said = said[clip.held - first]
     mouth = avatar.person(held).mouth
     error = (said - held.landmarks)[:, MOUTH].norm(dim=2).mean()
     true, heard = (mouth.opening(mouth.code(held.with_(landmarks=m))).numpy()
@@ -269,7 +271,7 @@ def _mouths(show: player.Player, home: Path, name: str) -> dict[str, Any]:
     clip = footage.load(Workspace.open(home, name), show.preset.data, SilentProgress())
     signals = clip.signals[clip.held]
     found = {}
-    for by, driven in {"tracked": signals, "heard": show.listen(signals)}.items():
+    for by, driven in {"tracked": signals, "heard": show.heard(clip.signals, clip.held)}.items():
         scores = []
         for row, (frame, _) in zip(clip.held.tolist(), show.pictures(driven), strict=True):
             marks = clip.signals.landmarks_px[row, 48:68] * clip.size_px

@@ -155,7 +155,7 @@ def score(home: Path, name: str, run_name: str) -> dict[str, float]:
     clip = footage.load(space, show.preset.data, SilentProgress())
     held, quiet = clip.held.numpy(), SilentProgress()
     truth = np.ascontiguousarray(clip.pictures[held])
-    film, *_ = evaluate._film(show, show.listen(clip.signals[clip.held]), quiet)
+    film, *_ = evaluate._film(show, show.heard(clip.signals, clip.held), quiet)
     seen_truth, seen = evaluate._measure(truth, quiet), evaluate._measure(film, quiet)
     boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
     picture = evaluate._picture_figures(truth, film, boxes)

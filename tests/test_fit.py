@@ -11,12 +11,14 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 
-from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
-from talkhead_cli.jobs import finetune as job
-from talkhead_cli.jobs import fit, footage, player, shots
+from talkhead_cli import march
+from talkhead_cli.avatars.lokitalk.method import LokiTalk
+from talkhead_cli.contracts import MisuseError, Signals, SilentProgress, TalkheadError
+from talkhead_cli.jobs import fit, footage, player, shots, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import pick_run
+from talkhead_cli.jobs.pretrain import pretrain
 from talkhead_cli.march import picture_rays
 from talkhead_cli.store import Run, Workspace
 
@@ -71,7 +73,7 @@ def test_training_bears_half_precision(
                      f"train.stages.{name}.n_points=2000"]  # fmt: skip
     losses = {}
     for precision in ("32-true", "bf16-mixed"):
-        monkeypatch.setitem(job.PRECISION, "cpu", precision)
+        monkeypatch.setitem(team.PRECISION, "cpu", precision)
         run = finetune(home, "speaker", SilentProgress(), names=[method, "tiny"],
                        settings=settings, device="cpu", run_name=precision)  # fmt: skip
         losses[precision] = run.meta()["figures"]["loss"]
@@ -149,6 +151,91 @@ def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(
     calls["n"], poisoned = 0, set(range(45, 10_000))
     with pytest.raises(TalkheadError, match="rates"):
         finetune(home, "speaker", progress, names=PRESETS, settings=SHORT, run_name="always")
+
+
+def test_a_loss_that_is_not_a_number_right_after_a_resume_is_borne(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, calls = fit.Step.forward, {"n": 0}
+
+    def sick(self: fit.Step, *args: Any) -> fit.Lost:
+        lost = honest(self, *args)
+        calls["n"] += 1
+        return lost._replace(loss=lost.loss * float("nan")) if calls["n"] == 1 else lost
+
+    names = {"names": PRESETS, "settings": SHORT, "run_name": "resumed"}
+    finetune(home, "speaker", SilentProgress(), **names, stop_after=lambda p: p.total >= 47)
+    monkeypatch.setattr(fit.Step, "forward", sick)
+    progress = SilentProgress()
+    assert finetune(home, "speaker", progress, **names).is_finished
+    assert any("not a number" in note for note in progress.notes)
+
+
+def test_a_roll_back_leaves_the_averages_of_what_does_not_learn() -> None:
+    class Pair(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.old, self.new = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
+
+    pair = Pair()
+    average = fit._Average(pair, 0.9)  # type: ignore[arg-type]
+    with torch.no_grad():
+        for value in (1.0, 3.0):
+            pair.old.fill_(value)
+            average.update(pair)  # type: ignore[arg-type]
+    settled = average.weights["old"].clone()
+    assert 1 < settled < 3
+    pair.old.requires_grad_(False)
+    with torch.no_grad():
+        pair.new.fill_(5.0)
+    average.restart(pair)  # type: ignore[arg-type]
+    assert torch.equal(average.weights["old"], settled) and average.weights["new"] == 5
+
+
+def test_draws_follow_the_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two seeds see other rays and frames, not other first weights alone."""
+    monkeypatch.setattr(Fabric, "seed_everything", lambda self, seed, **_: torch.manual_seed(7))
+    first = []
+    for index, seed in enumerate((3, 3, 4)):
+        losses: list[float] = []
+
+        def watch(place: fit.Place, seen: list[float] = losses) -> bool:
+            seen.append(place.figures["loss"])
+            return place.total >= 2
+
+        finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT,
+                 run_name=f"run{index}", seed=seed, stop_after=watch)  # fmt: skip
+        first.append(losses)
+    assert first[0] == first[1] != first[2]
+
+
+def test_every_person_s_space_reaches_the_grid(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a step mixes everybody, always in the same order."""
+    seen: list[int] = []
+    grown = march.PackedMarcher.refresh
+
+    def watch(self: march.PackedMarcher, field: Any, step: int) -> None:
+        seen.append(int(field.whose))
+        grown(self, field, step)
+
+    asked = LokiTalk.condition
+
+    def known(self: LokiTalk, signals: Signals) -> Any:
+        field = asked(self, signals)
+        field.whose = signals.person[0]
+        return field
+
+    monkeypatch.setattr(march.PackedMarcher, "refresh", watch)
+    monkeypatch.setattr(LokiTalk, "condition", known)
+    shutil.copytree(home / "speaker", home / "twin")
+    pretrain(
+        home, ["speaker", "twin"], "both", SilentProgress(), preset_names=PRESETS, device="cpu",
+        settings=["data.size_px=64", "march.resolution=16", "march.every=1",
+                  "pretrain.stages.speech.steps=1", "pretrain.stages.detail.steps=0",
+                  "pretrain.stages.shape.steps=3", "pretrain.stages.shape.n_points=2000",
+                  "pretrain.stages.shape.n_people=0"],
+    )  # fmt: skip
+    assert set(seen) == {0, 1}
 
 
 def test_training_lowers_the_colour_loss(home: Path) -> None:

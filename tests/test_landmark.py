@@ -14,9 +14,10 @@ from conftest import hearing
 from talkhead_cli import march
 from talkhead_cli.avatars.landmark import UPPER, Face, Landmark
 from talkhead_cli.blocks.gaussians import WAVES, GaussianCode, _Waves
+from talkhead_cli.blocks.modulated import ModulatedConv
 from talkhead_cli.blocks.rigid import shoulders_in_picture
 from talkhead_cli.blocks.speech import SpeechTransformer
-from talkhead_cli.blocks.style_unet import ModulatedConv, StyleUNet, haar, unhaar
+from talkhead_cli.blocks.style_unet import StyleUNet, haar, unhaar
 from talkhead_cli.contracts import Camera, Signals, SilentProgress
 from talkhead_cli.jobs import footage
 from talkhead_cli.jobs import preset as presets

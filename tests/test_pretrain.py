@@ -160,10 +160,18 @@ def test_only_what_came_from_a_prior_learns_at_the_common_rate() -> None:
     preset = presets.load(PRESETS, ["train.common_rates={speech: 0.25, pose: 0.1}"])
     with pytest.raises(MisuseError, match="sppech"):
         presets.load(PRESETS, ["train.common_rates={sppech: 0.25}"])
-    slow = presets.slowed(preset, ["speech", "volume"])
+    slow = presets.begun_from(preset, ["speech", "volume"])
     before, after = preset.train.stages, slow.train.stages
     assert after["speech"].rates["speech"] == 0.25 * before["speech"].rates["speech"]
     assert after["detail"].rates == before["detail"].rates
+    assert presets.begun_from(preset, None).train.stages == before
+
+
+def test_stages_are_for_those_who_begin_from_a_prior_or_from_nothing() -> None:
+    preset = presets.load(["talk3d", "tiny"])
+    found, fitted = (presets.begun_from(preset, shared) for shared in (["decoder"], None))
+    assert {"invert", "tune"} == found.train.stages.keys() - fitted.train.stages.keys()
+    assert {"still"} == fitted.train.stages.keys() - found.train.stages.keys()
 
 
 def test_the_command_line_names_people_in_three_ways(crowd: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from talkhead_cli.jobs import footage, player, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.pretrain import pretrain
 from talkhead_cli.store import Workspace
 
 PX = 64
@@ -248,7 +249,8 @@ def test_speech_of_a_prior_says_the_same_mouths_in_the_persons_own_shapes(
     torch.manual_seed(1)
     rows = clip.signals[clip.train]
     new = Talk3D.build("tiny", **hearing(rows), px=PX).eval()
-    shared = {k: v.clone() for k, v in avatar.common_state().items()}
+    crowd = Talk3D.build("tiny", **hearing(rows), px=PX, n_people=2)
+    shared = crowd.common_state() | {k: v.clone() for k, v in avatar.common_state().items()}
     shared["mouth_basis"] = shared["mouth_basis"] @ torch.linalg.qr(torch.randn(8, 8))[0]
     new.take_common(shared)
     theirs = Mouth()
@@ -261,6 +263,97 @@ def test_speech_of_a_prior_says_the_same_mouths_in_the_persons_own_shapes(
         same = own.landmarks(own.coded(new.speech.known(rows)))
     assert torch.allclose(own.basis.abs(), avatar.mouth_basis.abs(), atol=1e-3)
     assert torch.allclose(same, theirs.landmarks(theirs.coded(said)), atol=1e-4)
+
+
+def test_people_of_a_generator_differ_and_a_new_one_begins_as_their_mean(
+    clip: Footage, fresh: Talk3D
+) -> None:
+    torch.manual_seed(2)
+    rows = clip.signals[clip.train[:1]]
+    crowd = Talk3D.build("tiny", **hearing(rows), px=PX, n_people=3).eval()
+    crowd.survey([clip.signals[clip.train]] * 2)
+    crowd.calibrate(clip.signals[clip.train], clip.mesh, fresh.aabb)
+    assert crowd.latents is not None and crowd.generator is not None
+    styles = torch.cat([crowd.latents(index) for index in range(3)])
+    assert torch.allclose(styles.mean(0), torch.zeros(styles.shape[1]), atol=1e-6)
+    with torch.no_grad():
+        drawn_of = [crowd._drawn(index) for index in range(3)]
+    assert not torch.allclose(drawn_of[0], drawn_of[1], atol=1e-3)
+    assert not any(level.any() for level in crowd.planes.levels), "the pyramid is silent"
+
+    shared = crowd.common_state()
+    assert not any(name.startswith(("latents", "planes", "editor", "people")) for name in shared)
+    new = Talk3D.build("tiny", **hearing(rows), px=PX).eval()
+    new.take_common(shared)
+    with torch.no_grad():
+        assert torch.allclose(new._drawn(0), crowd.generator(torch.zeros(1, styles.shape[1])))
+    new.calibrate(clip.signals[clip.train], clip.mesh, fresh.aabb)
+    assert torch.equal(new.face, crowd.face) and torch.equal(new.frame, crowd.frame)
+    for part in ("generator", "latents"):
+        assert new.part(part) and part in new.parts()
+    before = drawn(new, rows)[2].rgb
+    new.finish()
+    assert torch.allclose(drawn(new, rows)[2].rgb, before, atol=1e-5)
+    left = {name for name in new.state_dict() if not name.startswith("speech.known")}
+    assert left == fresh.state_dict().keys(), "a person like any other"
+
+
+def test_latents_and_generator_learn_from_what_is_drawn(clip: Footage, fresh: Talk3D) -> None:
+    torch.manual_seed(2)
+    crowd = Talk3D.build("tiny", **hearing(clip.signals), px=PX, n_people=2)
+    crowd.survey([clip.signals[clip.train]] * 2)
+    crowd.calibrate(clip.signals[clip.train], clip.mesh, fresh.aabb)
+    stages = presets.load(["talk3d", "tiny"]).pretrain
+    assert stages is not None
+    stage = stages.stages["detail"]
+    shot = shots.draw(clip, stage, 64, crowd.aabb, torch.Generator().manual_seed(0))
+    marcher, _ = march.build(march.MarchOptions(n_steps=16), crowd.aabb, "cpu")
+    field = crowd.condition(shot.signals)
+    rendered = marcher.march(field, shot.rays)
+    frame = crowd.compose(rendered, shot.rays, shot.signals, shot.plate)
+    losses = crowd.losses([StepResult(shot, field, rendered, frame)])
+    assert {"latent", "rough", "symmetry"} <= losses.keys()
+    sum(losses[name] * weight for name, weight in stage.weights.items()).backward()
+    for part in ("generator", "latents", "decoder"):
+        assert all(p.grad is not None and bool(p.grad.any()) for p in crowd.part(part)), part
+
+
+def test_a_person_is_found_in_a_prior_and_goes_on_after_a_kill(
+    speaker_home: Path, tmp_path: Path
+) -> None:
+    for name in ("one", "two", "new"):
+        shutil.copytree(speaker_home / "speaker", tmp_path / name)
+        space = Workspace(tmp_path, name)
+        space.note(id=name, source={**space.manifest()["source"], "sha256": name * 8})
+    names, small = ["talk3d", "tiny"], [f"data.size_px={PX}", "march.resolution=16"]
+    preset = presets.load(names)
+    assert preset.pretrain is not None
+    pretrain(
+        tmp_path, ["one", "two"], "heads", SilentProgress(), preset_names=names, device="cpu",
+        settings=[*small, *(f"pretrain.stages.{stage}.{value}" for stage in preset.pretrain.stages
+                            for value in ("steps=3", "n_points=2000"))],
+    )  # fmt: skip
+    settings = [*small, *(f"train.stages.{stage}.{value}" for stage in preset.train.stages
+                          for value in ("steps=3", "n_points=2000"))]  # fmt: skip
+    weights = {}
+    for run_name, kills in (("whole", ()), ("cut", (8, 11, 14))):  # invert, tune, speak
+        for kill in kills:
+            finetune(
+                tmp_path, "new", SilentProgress(), names=names, settings=settings,
+                run_name=run_name, device="cpu", stop_after=lambda p, k=kill: p.total >= k,
+            )  # fmt: skip
+        run = finetune(tmp_path, "new", SilentProgress(), names=names, settings=settings,
+                       run_name=run_name, device="cpu")  # fmt: skip
+        assert run.meta()["steps"] == 18 and run.meta()["prior"]["name"] == "heads"
+        weights[run_name] = run.weights()
+    assert not any("generator" in name or "latents" in name for name in weights["whole"])
+    assert weights["whole"].keys() == weights["cut"].keys()
+    for name, value in weights["whole"].items():
+        assert torch.allclose(value.float(), weights["cut"][name].float(), atol=1e-4), name
+    show = player.load(run, torch.device("cpu"))
+    clip = footage.load(Workspace.open(tmp_path, "new"), show.preset.data, SilentProgress())
+    ((frame, _),) = show.pictures(show.heard(clip.signals, clip.held[:1]))
+    assert frame.rgb.shape == (1, PX, PX, 3)
 
 
 def test_each_signal_has_its_token(clip: Footage, avatar: Talk3D) -> None:
@@ -379,8 +472,15 @@ def test_whole_pictures_lose_by_what_is_finished_and_what_was_marched(
     assert found["mouth"] > 5 * found["whole"] > 0 and found["raw"] < 1e-9
 
 
-def test_every_part_learns_and_parts_are_all_there_is(clip: Footage, avatar: Talk3D) -> None:
-    stages = presets.load(["talk3d", "tiny"]).train.stages
+@pytest.mark.parametrize("from_prior", [False, True])
+def test_every_part_learns_and_parts_are_all_there_is(clip: Footage, from_prior: bool) -> None:
+    avatar = built(clip)
+    if from_prior:
+        avatar.take_common(
+            Talk3D.build("tiny", **hearing(clip.signals), px=PX, n_people=2).common_state()
+        )
+    begun = presets.begun_from(presets.load(["talk3d", "tiny"]), () if from_prior else None)
+    stages = begun.train.stages
     named = [id(p) for name in avatar.parts() for p in avatar.part(name)]
     taught = {id(p) for s in stages.values() for name in s.learn for p in avatar.part(name)}
     learnable = {id(p) for n, p in avatar.named_parameters() if n != "speech.linear.weight"

@@ -75,8 +75,8 @@ def by_one(home: Path, settings: list[str], n_steps: int) -> tuple[dict[str, tor
         optimizer.zero_grad()
         value = 0.0
         for rank in range(2):
-            rng.manual_seed(fit._mix(index, rank, 0))
-            torch.manual_seed(fit._mix(index, rank, 7919))
+            rng.manual_seed(fit._mix(index, rank, 0, seed=0))
+            torch.manual_seed(fit._mix(index, rank, 7919, seed=0))
             drawn = fit.Drawn([shots.draw(shorter, stage, 0, avatar.aabb, rng)])
             loss = step(drawn, stage.weights).loss / 2
             loss.backward()

@@ -130,6 +130,9 @@ class Avatar(nn.Module):
     def settle(self, kept: Signals) -> None:
         """After a stage that kept rows from training (`inner_split`): measure on those rows."""
 
+    def finish(self) -> None:
+        """After training: become what a finished person needs, the same pictures as before."""
+
     def listen(self, signals: Signals) -> Signals:
         """What speech says about the face, written into the signals; by default nothing.
 

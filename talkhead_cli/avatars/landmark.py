@@ -272,7 +272,8 @@ class LandmarkField:
         code, near = avatar.code(x, self._tables, row)
         gaze = self._gaze.index_select(0, row)
         told = avatar.to_ambient(code)
-        ambient = avatar.ambient_net(torch.cat([features, gaze], 1), told=(told, near)).tanh()
+        ambient = avatar.ambient_net(torch.cat([features, gaze], 1), told=(told, near))
+        ambient = ambient.float().tanh()  # a place
         hidden = avatar.density_net(torch.cat([features, avatar.ambient(ambient)], 1))
         density = (hidden[:, 0] - 1.5).clamp(max=7.0).exp()
         return density, hidden[:, 1:], ambient

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkhead_cli.avatars.base import Avatar, StepResult, averaged
+from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.mouth import (
     MOUTH,
     N_CODES,
@@ -19,7 +20,14 @@ from talkhead_cli.blocks.mouth import (
     usual_scale,
 )
 from talkhead_cli.blocks.regions import Relief
-from talkhead_cli.blocks.rigid import PoseCorrection, after, moved, shoulders_in_head, undone
+from talkhead_cli.blocks.rigid import (
+    PoseCorrection,
+    after,
+    alignment,
+    moved,
+    shoulders_in_head,
+    undone,
+)
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import RayBundle, Signals
 
@@ -205,3 +213,43 @@ class PersonalAvatar(Avatar):
 
     def part(self, name: str) -> list[nn.Parameter]:
         return [p for module in self._parts()[name] for p in module.parameters()]
+
+
+class SharedAvatar(PersonalAvatar):
+    """One whose networks people share, not its speech alone: places are told as a face has them
+    that they share, by one affine map of each person's landmarks at rest (`alignment`).
+
+    face (68, 3) landmarks at rest that people share · frame (6,) the box in which networks are
+    told places: one person's is `aabb`, and a prior's is kept by those who begin from it
+    """
+
+    common = (*PersonalAvatar.common, "face", "frame", "pose_correction.", "shading.")
+    face: Tensor
+    frame: Tensor
+
+    def __init__(self, people: Sequence[Person], speech: SpeechEncoder) -> None:
+        super().__init__(people, speech)
+        self.register_buffer("face", torch.zeros(68, 3))
+        self.register_buffer("frame", torch.zeros(6))
+        self.shading = Shading()
+
+    @torch.no_grad()
+    def survey(self, people: Sequence[Signals]) -> None:
+        super().survey(people)
+        if not self.face.any():
+            self.face.copy_(torch.stack([s.landmarks.mean(0) for s in people]).mean(0))
+
+    @torch.no_grad()
+    def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
+        super().calibrate(signals, mesh, aabb)
+        if not self.frame.any():
+            self.frame.copy_(aabb)
+
+    def shared(self, person: Person) -> Tensor:
+        """From the person's head space to the face that people share, (1, 3, 4)."""
+        return alignment(person.mouth.neutral, self.face)
+
+    @property
+    def reach(self) -> Tensor:
+        """Half-size (3,) of what planes hold; the face stays in their middle."""
+        return torch.maximum(-self.frame[:3], self.frame[3:]) * 1.1

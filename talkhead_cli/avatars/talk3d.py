@@ -8,10 +8,14 @@
 
 so that before training each picture is the still identity, exactly.
 
-The generator that gives P in the paper has restricted weights.  Here P is fitted freely to the
-person's own footage, as a pyramid of planes (coarse ones say what no frame shows), with what
+The generator that gives P in the paper has restricted weights.  Here P is either fitted freely to
+the person's own footage, as a pyramid of planes (coarse ones say what no frame shows), with what
 keeps a head a head from sides that nobody filmed: the tracked mesh's own depth, left like
-right, smoothness.  First it is fitted alone, as a still head; then it goes on learning beside U.
+right, smoothness.  Or it begins from a generator of our own, which `pretrain` taught the still
+heads of many people, each by a latent.  A new one is found in it as in VIVE3D (Fruehstueck et al.
+2023), which the paper takes: first the latent (inversion), then the generator's weights as well
+(tuning).  The pyramid, silent so far, goes on to say what the generator does not; a finished
+person has planes alone.  Either way a still head comes first, and goes on learning beside U.
 
 Where we differ on purpose:
 * Pictures are steady crops round the head already, and rays meet the head in head space: the
@@ -27,6 +31,7 @@ Where we differ on purpose:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,13 +41,13 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from talkhead_cli.avatars.base import StepResult, distance, shaped
-from talkhead_cli.avatars.personal import Person, PersonalAvatar
-from talkhead_cli.blocks.light import Shading
+from talkhead_cli.avatars.personal import Person, SharedAvatar
 from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
+from talkhead_cli.blocks.plane_generator import Latents, PlaneGenerator
 from talkhead_cli.blocks.plane_unet import PlaneUNet
-from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes, gathered
+from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes, asymmetry, gathered, roughness
 from talkhead_cli.blocks.regions import picture_masks
 from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.blocks.speech import SpeechEncoder
@@ -63,6 +68,7 @@ class _Widths:
     channels: int
     edited: int  # side at which planes are edited
     unet: tuple[int, ...]
+    generator: tuple[int, ...]
     decoder: int
     features: int  # marched, colours among them
     magnification: int
@@ -70,18 +76,24 @@ class _Widths:
 
 
 SIZES = {
-    "tiny": _Widths((16, 32, 64, 128), 16, 64, (16, 32, 48), 48, 12, 1, 24),
-    "full": _Widths((16, 32, 64, 128, 256), 32, 256, (64, 128, 256), 64, 32, 4, 64),
-}
+    "tiny": _Widths((16, 32, 64, 128), 16, 64, (16, 32, 48), (64, 64, 48, 32, 24), 48, 12, 1,
+                    24),
+    "full": _Widths((16, 32, 64, 128, 256), 32, 256, (64, 128, 256),
+                    (256, 256, 256, 128, 96, 64), 64, 32, 4, 64),
+}  # fmt: skip
 
 
-class Talk3D(PersonalAvatar):
-    """Talk3D's avatar.
+class Talk3D(SharedAvatar):
+    """Talk3D's avatar; of several people, or begun from them, also the `generator` of their planes
+    and their `latents`.
 
     For comparisons: `unheard`, names of TOKENS that are silenced · `still`, the identity alone.
     """
 
+    common = (*SharedAvatar.common, "generator.", "decoder.", "upscaler.")
     heeds = frozenset({"sync"})
+    generator: PlaneGenerator | None
+    latents: Latents | None
 
     def __init__(
         self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1,
@@ -91,11 +103,10 @@ class Talk3D(PersonalAvatar):
             [Person() for _ in range(n_people)],
             SpeechEncoder.of_windows(n_steps, n_features, N_CODES),
         )
-        widths = SIZES[size]
+        widths = self.widths = SIZES[size]
         self.magnification = widths.magnification
         self.n_features, self.edited = widths.features, widths.edited
         self.still, self.unheard = False, frozenset[str]()
-        self.shading = Shading()
         self.planes = PlanePyramid(widths.planes, widths.channels)
         self.decoder = Mlp(widths.channels, widths.decoder, 1 + widths.features, 3)
         self.tokens = nn.ModuleDict({
@@ -109,6 +120,9 @@ class Talk3D(PersonalAvatar):
             widths.channels, widths.edited, widths.unet, len(TOKENS), TOKEN_WIDTH, split=split
         )
         self.upscaler = Upscaler(widths.features + 1, widths.upscaler, widths.magnification)
+        self.generator, self.latents = None, None
+        if n_people > 1:
+            self._be_generated(n_people)
 
     @classmethod
     def build(
@@ -117,20 +131,57 @@ class Talk3D(PersonalAvatar):
     ) -> Self:  # fmt: skip
         return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
 
+    # -- who people are --------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _be_generated(self, n_people: int) -> None:
+        """From now on planes come out of a generator, and the pyramid adds what it does not say:
+        nothing so far."""
+        widths = self.widths
+        made = PlaneGenerator(widths.channels, widths.planes[-1], widths.generator)
+        self.generator = made.to(self.aabb.device)
+        self.latents = Latents(n_people).to(self.aabb.device)
+        for level in self.planes.levels:
+            level.zero_()
+
+    def take_common(self, tensors: Mapping[str, Tensor]) -> None:
+        if self.generator is None:
+            self._be_generated(1)
+        super().take_common(tensors)
+
+    def finish(self) -> None:
+        """A person's planes, whatever they came from."""
+        if (drawn := self._drawn(0)) is not None:
+            with torch.no_grad():
+                self.planes.levels[-1].add_(drawn)
+        self.generator, self.latents = None, None
+
+    def _drawn(self, index: int) -> Tensor | None:
+        """What the generator says of a person's planes, (3, C, S, S)."""
+        if self.generator is None:
+            return None
+        assert self.latents is not None
+        planes: Tensor = self.generator(self.latents(index))
+        return planes
+
     # -- hop 8 to 10 -----------------------------------------------------------------------
 
     def condition(self, signals: Signals) -> Talk3DField:
         person = self.person(signals)
         stance = person.stance(signals)
-        identity = self.planes()
-        change = None
+        identity, change = self.planes(), None
+        drawn = self._drawn(int(signals.person[0]) if len(self.people) > 1 else 0)
+        if drawn is not None:
+            identity = identity + drawn
         if not (self.still or self.editor.is_silent):
             seen = F.avg_pool2d(identity, identity.shape[-1] // self.edited)
             change = self.editor(seen, self._told(signals, stance))
         return Talk3DField(
             self,
             identity=identity,
+            drawn=drawn,
             change=change,
+            shared=self.shared(person),
             shoulders=self.shoulders(signals),
             light=self.shading(stance[:, :6].clamp(-MAX_POSE, MAX_POSE)),
             chin=person.mouth.neutral[8, 1],
@@ -191,6 +242,11 @@ class Talk3D(PersonalAvatar):
             "rough": self.planes.roughness(),
             "symmetry": self.planes.asymmetry(),
         }
+        assert isinstance(result.field, Talk3DField)
+        if (drawn := result.field.drawn) is not None and self.latents is not None:
+            losses["rough"] = losses["rough"] + roughness(drawn)
+            losses["symmetry"] = losses["symmetry"] + asymmetry(drawn)
+            losses["latent"] = self.latents.styles.square().mean()
         if shot.rays.layout is not None:
             losses |= patch_losses(frame.rgb, shot.target.view(*shot.rays.layout, 3), self.judges)
         return losses
@@ -224,6 +280,8 @@ class Talk3D(PersonalAvatar):
             "decoder": [self.decoder, self.shading],
             "editor": [self.editor, self.tokens],
             "upscaler": [self.upscaler],
+            **({} if self.generator is None else {"generator": [self.generator]}),
+            **({} if self.latents is None else {"latents": [self.latents]}),
         }
 
     def part(self, name: str) -> list[nn.Parameter]:
@@ -233,25 +291,25 @@ class Talk3D(PersonalAvatar):
 class Talk3DField:
     """Talk3D's field, closed over the planes of T rows.
 
-    identity (3, C, S, S) · change (T, 3, C, s, s) what rows add to it, None for nothing; it may be
-    coarser, since the reading of a sum is the sum of readings · shoulders (T, 3, 4) from where
-    a row shows them to where they rest · light (T, 3, 4) what the row's light adds to the logits
-    of the head's colour, by place · chin () height of the chin at rest
+    identity (3, C, S, S) · drawn, as much of it as a generator says · change (T, 3, C, s, s) what
+    rows add to it, None for nothing; it may be coarser, since the reading of a sum is the sum of
+    readings · shared (1, 3, 4) from head space to the face that planes are laid out by ·
+    shoulders (T, 3, 4) from where a row shows them to where they rest · light (T, 3, 4) what the
+    row's light adds to the logits of the head's colour, by place · chin () its height at rest
     """
 
     n_detached = 0
 
     def __init__(
-        self, avatar: Talk3D, *, identity: Tensor, change: Tensor | None, shoulders: Tensor,
-        light: Tensor, chin: Tensor,
+        self, avatar: Talk3D, *, identity: Tensor, drawn: Tensor | None, change: Tensor | None,
+        shared: Tensor, shoulders: Tensor, light: Tensor, chin: Tensor,
     ) -> None:  # fmt: skip
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(shoulders)
-        self.channels = avatar.n_features
+        self.channels, self.drawn = avatar.n_features, drawn
         self._identity = RowPlanes(identity[None])
         self._change = None if change is None else RowPlanes(change)
         self._shoulders, self._light, self._chin = shoulders, light, chin
-        low, high = avatar.aabb[:3], avatar.aabb[3:]
-        self._reach = torch.maximum(-low, high) * 1.1
+        self._shared, self._reach = shared, avatar.reach
 
     def density(self, x: Tensor, row: Tensor) -> Tensor:
         return self._decoded(x, row)[0]
@@ -265,7 +323,7 @@ class Talk3DField:
         """x (N, 3), row (N,) -> density (N,), features (N, F), share of the shoulders (N, 1)."""
         torso = ((x[:, 1:2] - self._chin - 0.12) / 0.05).sigmoid()
         x = x + torso * (moved(x, self._shoulders, row) - x)
-        at = gathered(x, self._reach)
+        at = gathered(moved(x, self._shared, row), self._reach)
         read = self._identity(at, row)
         if self._change is not None:
             read = read + self._change(at, row)

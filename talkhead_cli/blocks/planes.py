@@ -5,15 +5,35 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 # The two coordinates that each plane keeps: xy, xz, yz.
-_PAIRS = ((0, 1), (0, 2), (1, 2))
+_PAIRS = (slice(0, 2), slice(0, 3, 2), slice(1, 3))
 GATHER = 1.6  # how much more room planes give the face than the picture's rim
-_HAS_TRITON = importlib.util.find_spec("triton") is not None  # part of torch's builds for CUDA
+
+
+@cache
+def triton_obstacle() -> str:
+    """Why planes cannot be read by the Triton kernel on this GPU, "" if they can.
+
+    Triton comes with torch's CUDA builds and compiles what starts its kernels with the machine's C
+    compiler, which may be missing.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return "there is no triton"
+    try:
+        from talkhead_cli.blocks.planes_triton import ReadPlanes
+
+        level = torch.zeros(3, 1, 2, 2, device="cuda")
+        ReadPlanes.apply(torch.zeros(1, 3, device="cuda"), torch.float32, level)
+    except Exception as error:  # whatever compiler and driver raise
+        said = str(error).strip().splitlines()
+        return f"{type(error).__name__}: {said[0] if said else ''}"
+    return ""
 
 
 class TriPlanes(nn.Module):
@@ -35,14 +55,14 @@ class TriPlanes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 3), the box mapped to [-1, 1] -> (N, n_out); outside, the border's value."""
         assert x.ndim == 2 and x.shape[1] == 3, x.shape
-        if x.is_cuda and _HAS_TRITON:
+        if x.is_cuda and triton_obstacle() == "":
             from talkhead_cli.blocks.planes_triton import ReadPlanes
 
             half = torch.is_autocast_enabled("cuda")
             dtype = torch.get_autocast_dtype("cuda") if half else x.dtype
             read: Tensor = ReadPlanes.apply(x, dtype, *self.levels)
             return read
-        grid = torch.stack([x[:, list(pair)] for pair in _PAIRS]).unsqueeze(2)  # (3, N, 1, 2)
+        grid = torch.stack([x[:, pair] for pair in _PAIRS]).unsqueeze(2)  # (3, N, 1, 2)
         # PyTorch shares out pictures among a CPU's cores: three go ill into two, six halves well.
         parts = 2 if torch.get_num_threads() > 1 and self.channels % 2 == 0 else 1
         grid = grid.repeat_interleave(parts, 0)
@@ -56,7 +76,7 @@ class TriPlanes(nn.Module):
 
     def roughness(self) -> Tensor:
         """Mean squared difference of neighbouring texels, over planes and levels."""
-        return torch.stack([_roughness(level) for level in self.levels]).mean()
+        return torch.stack([roughness(level) for level in self.levels]).mean()
 
 
 class Planes2d(nn.Module):
@@ -80,7 +100,7 @@ class Planes2d(nn.Module):
 
     def roughness(self) -> Tensor:
         """As for three planes."""
-        return torch.stack([_roughness(level) for level in self.levels]).mean()
+        return torch.stack([roughness(level) for level in self.levels]).mean()
 
 
 class PlanePyramid(nn.Module):
@@ -104,13 +124,11 @@ class PlanePyramid(nn.Module):
 
     def roughness(self) -> Tensor:
         """Mean squared difference of neighbouring texels, over planes and levels."""
-        return torch.stack([_roughness(level) for level in self.levels]).mean()
+        return torch.stack([roughness(level) for level in self.levels]).mean()
 
     def asymmetry(self) -> Tensor:
         """Mean squared difference of the planes and their mirror image in x."""
-        return torch.stack([
-            (level[:2] - level[:2].flip(-1)).square().mean() for level in self.levels
-        ]).mean()  # fmt: skip
+        return torch.stack([asymmetry(level) for level in self.levels]).mean()
 
 
 class RowPlanes:
@@ -127,7 +145,7 @@ class RowPlanes:
     def __call__(self, x: Tensor, row: Tensor) -> Tensor:
         """x (N, 3) in [-1, 1], row (N,) -> (N, C), the mean of the three planes' readings (EG3D);
         outside, the border's value."""
-        at = torch.stack([x[:, list(pair)] for pair in _PAIRS])  # (3, N, 2)
+        at = torch.stack([x[:, pair] for pair in _PAIRS])  # (3, N, 2)
         if self.n_rows > 1:
             edge = 1 - 1 / self._mosaic.shape[2]  # outermost texels' centres: no neighbour is read
             across = (at[..., 0].clamp(-edge, edge) + 1 + 2 * row) / self.n_rows - 1
@@ -148,7 +166,7 @@ def scattered(x: Tensor, reach: Tensor) -> Tensor:
     return (x * math.asinh(GATHER)).sinh() * reach / GATHER
 
 
-def _roughness(texels: Tensor) -> Tensor:
+def roughness(texels: Tensor) -> Tensor:
     """Mean squared difference along rows and down columns of (..., s, s), summed.
 
     The sum of squares is the form p' L p with the Laplacian L of the grid, whose gradient is
@@ -164,6 +182,11 @@ def _roughness(texels: Tensor) -> Tensor:
     # autograd sees half of the gradient: L stands still
     form = torch.dot(texels.flatten(), laplacian.flatten())
     return (2 * form - form.detach()) / (texels.numel() / texels.shape[-1] * n)
+
+
+def asymmetry(planes: Tensor) -> Tensor:
+    """Mean squared difference of planes xy, xz, yz (3, C, s, s) and their mirror image in x."""
+    return (planes[:2] - planes[:2].flip(-1)).square().mean()
 
 
 def frequencies(x: Tensor, n_octaves: int) -> Tensor:

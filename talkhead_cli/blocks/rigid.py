@@ -51,6 +51,16 @@ def undone(motion: Tensor) -> Tensor:
     return torch.cat([back, -back @ motion[:, :, 3:]], 2)
 
 
+@exact
+def alignment(neutral: Tensor, face: Tensor) -> Tensor:
+    """The affine map (1, 3, 4) that best carries a person's landmarks at rest (68, 3) to those of
+    the face that people share; none at all where they are the same."""
+    known = F.pad(neutral, (0, 1), value=1.0)
+    gram = known.T @ known + 1e-3 * torch.eye(4, device=known.device)
+    change = torch.linalg.solve(gram, known.T @ (face - neutral)).T
+    return (torch.eye(3, 4, device=known.device) + change)[None]
+
+
 class PoseCorrection(nn.Module):
     """A small rigid motion of head space that follows linearly from what was tracked.
 

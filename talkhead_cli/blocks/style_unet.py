@@ -11,12 +11,14 @@ After the torso network of GtsTalkNeRF's release, in turn a StyleGAN2 decoder (K
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from talkhead_cli.blocks.modulated import ModulatedConv, twice
+from talkhead_cli.blocks.precision import exact
 
 PAINT = 4.0  # the canvas learns so much faster than the net
 
@@ -36,25 +38,6 @@ def unhaar(bands: Tensor) -> Tensor:
     n, channels, h, w = low.shape
     rows = torch.stack([torch.stack([a, b], -1), torch.stack([c, d], -1)], -3)
     return rows.reshape(n, channels, 2 * h, 2 * w) / 2
-
-
-class ModulatedConv(nn.Module):
-    """3x3 convolution whose input channels are scaled by a style, and demodulated (StyleGAN2)."""
-
-    def __init__(self, n_in: int, n_out: int, n_style: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(n_out, n_in, 3, 3) / math.sqrt(9 * n_in))
-        self.bias = nn.Parameter(torch.zeros(n_out))
-        self.scale = nn.Linear(n_style, n_in)
-        nn.init.ones_(self.scale.bias)
-
-    def forward(self, x: Tensor, style: Tensor) -> Tensor:
-        """x (B, C, H, W), style (B, S) -> (B, n_out, H, W)."""
-        scale = self.scale(style)
-        strength = self.weight.square().sum((2, 3)) @ scale.square().T  # (n_out, B)
-        y = F.conv2d(x * scale[:, :, None, None], self.weight, padding=1)
-        y = y * (strength.T + 1e-8).rsqrt()[:, :, None, None] + self.bias[:, None, None]
-        return math.sqrt(2) * F.leaky_relu(y, 0.2)
 
 
 class StyleUNet(nn.Module):
@@ -101,9 +84,8 @@ class StyleUNet(nn.Module):
         carry (B, 2, 3) affine map from the picture's place, in [-1, 1], to the canvas's
         -> (B, 4, H, W), premultiplied."""
         style = self.style(signals)
-        grid = F.affine_grid(carry, [len(head), 1, *head.shape[2:]], align_corners=False)
         canvas = F.grid_sample(
-            PAINT * self.canvas.expand(len(head), -1, -1, -1), grid.to(self.canvas.dtype),
+            PAINT * self.canvas.expand(len(head), -1, -1, -1), _places(carry, head),
             padding_mode="border", align_corners=False,
         )  # fmt: skip
         kept: list[Tensor] = []
@@ -121,12 +103,18 @@ class StyleUNet(nn.Module):
         for i, (pair, tell) in enumerate(zip(self.up, self.tell, strict=True)):
             assert isinstance(pair, nn.ModuleList)
             if i:
-                x = torch.cat([_twice(x), kept[-1 - i]], 1)
+                x = torch.cat([twice(x), kept[-1 - i]], 1)
             for conv in pair:
                 x = conv(x, style)
-            told = tell(x) if told is None else tell(x) + haar(_twice(unhaar(told)))
+            told = tell(x) if told is None else tell(x) + haar(twice(unhaar(told)))
         assert told is not None
         return head + (1 - head[:, 3:]) * canvas + unhaar(told)
+
+
+@exact
+def _places(carry: Tensor, head: Tensor) -> Tensor:
+    """Where on the canvas the pixels of `head` (B, C, H, W) lie, (B, H, W, 2)."""
+    return F.affine_grid(carry.float(), [len(head), 1, *head.shape[2:]], align_corners=False)
 
 
 def _silent(layer: nn.Conv2d) -> nn.Conv2d:
@@ -139,7 +127,3 @@ def _silent(layer: nn.Conv2d) -> nn.Conv2d:
 class _PixelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
-
-
-def _twice(x: Tensor) -> Tensor:
-    return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)

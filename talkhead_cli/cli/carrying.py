@@ -26,6 +26,7 @@ def export(
     The dataset folder has the layout of RAD-NeRF, ER-NeRF and SyncTalk.
     """
     with speaking(verbose) as report:
+        from talkhead_cli.contracts import MisuseError
         from talkhead_cli.jobs.exchange import export_avatar, export_dataset
         from talkhead_cli.store import home_folder
         from talkhead_cli.store.parcel import SUFFIX
@@ -33,6 +34,10 @@ def export(
         if out.suffix == SUFFIX:
             say([export_avatar(home_folder(home), name, out, report, run_name=run)], {}, json)
         else:
+            if run is not None:
+                raise MisuseError(
+                    f"a dataset is of footage, not of a run; --run goes with -o NAME{SUFFIX}"
+                )
             say([export_dataset(home_folder(home), name, out, report)], {}, json)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from talkhead_cli import media
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs.evaluate import TAG, evaluate
+from talkhead_cli.jobs.evaluate import TAG, evaluate, refuse_stale
 from talkhead_cli.store import Run, Workspace, list_runs
 from talkhead_cli.store.files import read_json, write_json
 
@@ -45,6 +45,8 @@ def compare(
     runs = [_run(space, word) for word in wanted]
     if len({run.name for run in runs}) < 2:
         raise MisuseError("--compare needs at least two different runs, like lokitalk,landmark")
+    for run in runs:
+        refuse_stale(space, run)
     figures = {run.name: _figures(home, name, run, progress, device) for run in runs}
     _same_protocol(figures)
     folder = space.root / "compare" / re.sub(r"[^\w.+-]", "-", "-and-".join(figures))

@@ -26,7 +26,7 @@ from talkhead_cli.jobs import expert, footage, looks, player
 from talkhead_cli.jobs import maps as sheets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.player import Player
-from talkhead_cli.store import Workspace, weights
+from talkhead_cli.store import Run, Workspace, weights
 from talkhead_cli.track import face, voice
 from talkhead_cli.track.pose import RIGID
 
@@ -68,10 +68,7 @@ def evaluate(
             f"run '{run.name}' was trained on the whole clip (data.holdout: 0), so nothing is "
             "left to evaluate on; train one with data.holdout above 0"
         )
-    if run.meta()["footage"] != space.fingerprint:
-        raise TalkheadError(
-            f"'{name}' was preprocessed again since run '{run.name}' was trained; train it anew"
-        )
+    refuse_stale(space, run)
     if (run.meta().get("prior") or {}).get("knew_person"):
         progress.note(f"the prior of run '{run.name}' knew '{name}': these figures flatter")
     clip = footage.load(space, show.preset.data, progress)
@@ -83,13 +80,16 @@ def evaluate(
     signals = clip.signals[clip.held]
 
     progress.stage("render held-out", len(held))
-    heard = show.listen(signals)
+    # what is said before the held-out frames is heard too, where the method listens back
+    first = max(0, int(held[0]) - show.avatar.past)
+    stretch, own = clip.signals[first : int(held[-1]) + 1], clip.held - first
+    heard = show.listen(stretch)[own]
     rendered, heads, seconds, n_points = _film(show, heard, progress)
     seen_truth, seen = _measure(truth, progress), _measure(rendered, progress)
     controls = []
-    for index, audio in enumerate(_other_speech(clip, len(held))):
+    for index, audio in enumerate(_other_speech(clip, len(stretch))):
         progress.stage(f"control {index + 1} of {N_CONTROLS}", len(held))
-        mute, *_ = _film(show, show.listen(signals.with_(audio=audio)), progress)
+        mute, *_ = _film(show, show.listen(stretch.with_(audio=audio))[own], progress)
         controls.append(_measure(mute, progress))
 
     sound = media.read_wav(space.audio)
@@ -127,6 +127,14 @@ def evaluate(
     if maps:
         made.append(sheets.draw(show, heard, truth, run.evaluation / "maps.png"))
     return figures, made
+
+
+def refuse_stale(space: Workspace, run: Run) -> None:
+    """A run's figures stand for the footage that it was trained on."""
+    if run.meta()["footage"] != space.fingerprint:
+        raise TalkheadError(
+            f"'{space.id}' was preprocessed again since run '{run.name}' was trained; train it anew"
+        )
 
 
 def _film(

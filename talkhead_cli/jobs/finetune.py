@@ -23,10 +23,6 @@ from talkhead_cli.jobs.prior import Start
 from talkhead_cli.store import Run, Workspace, list_runs
 
 N_PORTRAITS = 4  # pictures of a new person that a prior is shown
-# Half where it is faster: a CPU's casts cost more than its half-precision products gain.
-PRECISION: dict[str, team.Precision] = {
-    "cuda": "16-mixed", "cpu": "32-true",
-}  # fmt: skip
 
 
 def finetune(
@@ -81,14 +77,13 @@ def finetune(
     with space.locked() if chief else nullcontext():
         if fresh and chief:
             run.clear()
-        fabric = team.fabric(where, PRECISION[where.type], devices, nodes)
+        fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         where = fabric.device
         fabric.barrier()
         if _is_finished(run, preset, space, start, progress):
             return run
         fabric.barrier()
         began = time.monotonic()
-        spent = run.meta().get("seconds", 0.0)
         if chief:
             run.write_preset(preset.to_yaml())
             run.write_meta(
@@ -104,11 +99,10 @@ def finetune(
             preset, clip.signals.audio.shape[1:], aabb.to(where), where
         )
         progress.note(f"marching: {why}")
-        stages = preset
         if start is not None:
             priors.begin_from(avatar, start.prior)
-            stages = presets.slowed(preset, avatar.common_parts())
             progress.note(_introduced(start, name))
+        stages = presets.begun_from(preset, None if start is None else avatar.common_parts())
         judge = expert.asked(home, preset.method, preset.train, hears, progress)
         if judge is not None:
             judge.sits_by(avatar, where)
@@ -128,16 +122,18 @@ def finetune(
             marcher.eval()
             speaker = player.person(avatar, run, where)
             player.discover(speaker, marcher, clip.signals[clip.train], where)
+        set_up = time.monotonic() - began
         place = fit.fit(
             stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
             stop_after=stop_after,
         )  # fmt: skip
         if not chief:
             return run
-        seconds = spent + time.monotonic() - began
-        if place.stage < len(preset.train.stages):
+        seconds = set_up + place.seconds
+        if place.stage < len(stages.train.stages):
             run.write_meta(seconds=round(seconds, 1))
             return run
+        avatar.finish()
         avatar.eval()
         marcher.eval()
         if len(clip.held):  # poses that films replay, though training never shows them

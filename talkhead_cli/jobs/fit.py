@@ -28,7 +28,8 @@ SAVE_EVERY_S = 20.0
 GOOD_EVERY = 100  # steps between the states a NaN rolls back to
 MAX_ROLLBACKS = 3
 WARM_UP = 50  # steps
-START_RAYS, MAX_RAYS = 512, 16_384
+START_RAYS = 512
+MAX_RAYS = {"cpu": 16_384, "cuda": 65_536}  # of random ones; of patches half as many
 
 
 class Drawn:
@@ -89,6 +90,7 @@ class Place:
     total: int = 0
     n_rays: float = START_RAYS
     rollbacks: int = 0
+    seconds: float = 0.0  # of all its sessions
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -119,21 +121,34 @@ def fit(
         step_module.load_state_dict(held["module"])
         average.load(held["average"])
         progress.note(f"continuing from step {place.total}")
+    clock = _Clock(place)
     stages = list(preset.train.stages.items())
     while place.stage < len(stages):
         name, stage = stages[place.stage]
         trainer = _StageLoop(
-            name, stage, preset, step_module, average, people, run, fabric, progress, writer, rng
-        )
+            name, stage, preset, step_module, average, people, run, fabric, progress, writer, rng,
+            seed, clock,
+        )  # fmt: skip
         resume = held["optimizer"] if held is not None else None
         held = None
         if not trainer.go(place, resume, stop_after):
             return place
         place.stage, place.step = place.stage + 1, 0
+    clock.read(place)
     if writer is not None:
         writer.close()
     average.give(avatar)
     return place
+
+
+class _Clock:
+    """Seconds of training, those before an interruption too."""
+
+    def __init__(self, place: Place) -> None:
+        self._began = time.monotonic() - place.seconds
+
+    def read(self, place: Place) -> None:
+        place.seconds = time.monotonic() - self._began
 
 
 class _StageLoop:
@@ -152,10 +167,13 @@ class _StageLoop:
         progress: Progress,
         writer: Any,
         rng: torch.Generator,
+        seed: int,
+        clock: _Clock,
     ) -> None:
         self.name, self.stage, self.preset = name, stage, preset
         self.module, self.average, self.run = module, average, run
         self.fabric, self.progress, self.writer, self.rng = fabric, progress, writer, rng
+        self.seed, self.clock = seed, clock
         self.avatar = module.avatar
         self.n_steps = max(1, round(stage.steps * preset.train.scale)) if stage.steps else 0
         self.avatar.noise = stage.noise
@@ -190,7 +208,7 @@ class _StageLoop:
         if place.step:
             self.progress.advance(place.step)
         while place.step < self.n_steps:
-            if place.step % GOOD_EVERY == 0:
+            if good is None or place.step % GOOD_EVERY == 0:
                 good = (
                     copy.deepcopy(self.module.state_dict()),
                     copy.deepcopy(self.optimizer.state_dict()),
@@ -222,8 +240,9 @@ class _StageLoop:
     def _one(self, place: Place) -> tuple[dict[str, float], float]:
         """One optimiser step; the losses as numbers, and their weighted sum."""
         self._schedule(place.step)
-        self.rng.manual_seed(_mix(place.total, self.fabric.global_rank, place.rollbacks))
-        torch.manual_seed(_mix(place.total, self.fabric.global_rank, 7919))
+        rank, seed = self.fabric.global_rank, self.seed
+        self.rng.manual_seed(_mix(place.total, rank, place.rollbacks, seed=seed))
+        torch.manual_seed(_mix(place.total, rank, 7919, seed=seed))
         device = self.fabric.device
         drawn = [
             _to(
@@ -241,8 +260,10 @@ class _StageLoop:
         ]
         learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
         if learns_space and place.total % self.preset.march.every == 0:
+            # everybody in turn: the grid is to hold them all
+            shot = drawn[place.total // self.preset.march.every % len(drawn)]
             with torch.no_grad():
-                made = self.avatar.enroll(drawn[0].portrait).condition(drawn[0].signals)
+                made = self.avatar.enroll(shot.portrait).condition(shot.signals)
                 self.module.marcher.refresh(made, place.total)  # type: ignore[operator]
         loss, terms, n_points = self.wrapped(Drawn(drawn), self.stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
@@ -255,9 +276,12 @@ class _StageLoop:
             self.optimizer.step()
         if n_points and self.stage.rays != "picture":
             want = place.n_rays * self.stage.n_points / n_points
-            limit = MAX_RAYS if self.stage.rays == "random" else MAX_RAYS // 2
+            limit = MAX_RAYS[device.type] // (1 if self.stage.rays == "random" else 2)
             place.n_rays = min(max(0.9 * place.n_rays + 0.1 * want, 128), limit)
-        figures = {k: float(v) for k, v in terms.items()} | {"loss": value}
+        read = torch.stack(
+            [term.float() for term in terms.values()]
+        ).tolist()  # all in one copy from the device
+        figures = dict(zip(terms, read, strict=True)) | {"loss": value}
         if n_points:
             figures |= {"rays": float(int(place.n_rays)), "points": float(n_points)}
         return figures, value
@@ -303,6 +327,7 @@ class _StageLoop:
         place.step = step
 
     def _save(self, place: Place) -> None:
+        self.clock.read(place)
         if not self.fabric.is_global_zero:
             return
         self.run.save_resume({
@@ -336,9 +361,11 @@ class _Average:
             torch._foreach_lerp_([means[i] for i in at], [news[i] for i in at], share)
 
     def restart(self, avatar: Avatar) -> None:
+        """Forget what the parts that learn have been since; the others stand as they were left."""
         for name, parameter in avatar.named_parameters():
-            self.counts[name] = 0
-            self.weights[name].copy_(parameter.detach())
+            if parameter.requires_grad:
+                self.counts[name] = 0
+                self.weights[name].copy_(parameter.detach())
 
     @torch.no_grad()
     def give(self, avatar: Avatar) -> None:
@@ -380,9 +407,8 @@ def _shown(losses: dict[str, float]) -> dict[str, float]:
     return {k: losses[k] for k in ("loss", "rays") if k in losses}
 
 
-def _mix(*numbers: int) -> int:
-    """One seed out of several."""
-    seed = 0
+def _mix(*numbers: int, seed: int) -> int:
+    """One seed out of several numbers and the job's own."""
     for number in numbers:
         seed = (seed * 1_000_003 + number + 12_345) % (2**31 - 1)
     return seed

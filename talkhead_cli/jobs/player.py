@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from talkhead_cli import march
 from talkhead_cli.avatars import avatar_class
 from talkhead_cli.avatars.base import Avatar, Speaker
+from talkhead_cli.blocks.planes import triton_obstacle
 from talkhead_cli.contracts import Camera, Field, Frame, RayBundle, Signals, TalkheadError
 from talkhead_cli.jobs import footage, portraits
 from talkhead_cli.jobs import preset as presets
@@ -51,7 +52,7 @@ class Player:
     ) -> Iterator[tuple[Frame, int]]:
         """One frame (B = 1) and its number of field points for each row; signals have listened."""
         background = (self.plate if plate is None else plate).reshape(-1, 3).to(self.device)
-        n = self.rows_at_once(signals.camera.size_px)
+        n = self.rows_at_once(signals.camera.size_px // self.avatar.magnification)
 
         def batch(index: int) -> tuple[Frame, int]:
             rows = signals[slice(index * n, (index + 1) * n)]
@@ -68,7 +69,7 @@ class Player:
                 yield frames[index], n_points // len(frames.rgb)
 
     def rows_at_once(self, size_px: int) -> int:
-        """Frames that march together: one by one on a CPU, whose cores share them out."""
+        """Frames of that side that march together; one by one on a CPU, whose cores share them."""
         if self.device.type == "cpu":
             return 1
         return min(MAX_ROWS, max(1, PIXELS_AT_ONCE // size_px**2))
@@ -95,7 +96,14 @@ class Player:
             # Seen from elsewhere, what guides it is coarser than a surface: few samples speckle.
             self.marcher.n_samples = CLOSER * self.preset.march.n_samples
 
+    def heard(self, signals: Signals, rows: Tensor) -> Signals:
+        """Rows (n,) of a film's signals as its speech says them, heard in order."""
+        first = max(0, int(rows.min()) - self.avatar.past)
+        return self.listen(signals[first : int(rows.max()) + 1])[rows - first]
+
     def listen(self, signals: Signals) -> Signals:
+        """What speech says of consecutive rows; the first `avatar.past` of them lack what came
+        before."""
         with torch.no_grad():
             return self.avatar.listen(signals.to(self.device)).to("cpu")
 
@@ -203,6 +211,8 @@ def build(
     )  # fmt: skip
     options = march.MarchOptions(**preset.march.model_dump())
     marcher, why = march.build(options, aabb, device)
+    if device.type == "cuda" and (lacks := triton_obstacle()):
+        why += f"; planes are read by plain torch, more slowly ({lacks})"
     return avatar.to(device), marcher.to(device), why
 
 

@@ -67,6 +67,7 @@ class Stage(_Strict):
     shown        whether a speech-only step shows its rows' pictures too
     portraits    pictures of each person that the avatar is made from, or told apart by
     rare         share of the rows drawn where eyes are shut or mouths wide open
+    start        who passes through it: those who begin from a prior, from nothing, or any
     n_people     people mixed in a step when there are many (0: all of them)
     """
 
@@ -91,6 +92,7 @@ class Stage(_Strict):
     rare: Annotated[float, Field(ge=0, le=1)] = 0.0
     portraits: Annotated[int, Field(ge=0)] = 0
     n_people: Annotated[int, Field(ge=0)] = 0
+    start: Literal["any", "nothing", "prior"] = "any"
 
     @model_validator(mode="after")
     def _rates_are_for_what_learns(self) -> Stage:
@@ -143,14 +145,16 @@ class Preset(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def slowed(preset: Preset, parts: Collection[str]) -> Preset:
-    """The preset with the rates of `parts` at `train.common_rates` of what they were."""
-    common = {part: share for part, share in preset.train.common_rates.items() if part in parts}
+def begun_from(preset: Preset, shared: Collection[str] | None) -> Preset:
+    """The preset as one passes through it who begins from a prior that taught the parts `shared`,
+    which learn at `train.common_rates` from there; None: who begins from nothing."""
+    slower = {p: share for p, share in preset.train.common_rates.items() if p in (shared or ())}
+    other = "prior" if shared is None else "nothing"
     stages = {
         name: stage.model_copy(update={"rates": {
-            part: rate * common.get(part, 1) for part, rate in stage.rates.items()
+            part: rate * slower.get(part, 1) for part, rate in stage.rates.items()
         }})
-        for name, stage in preset.train.stages.items()
+        for name, stage in preset.train.stages.items() if stage.start != other
     }  # fmt: skip
     return preset.model_copy(update={"train": preset.train.model_copy(update={"stages": stages})})
 

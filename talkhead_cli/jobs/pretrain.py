@@ -63,7 +63,7 @@ def pretrain(
         if fresh and chief:
             prior.clear()
         where = march.device_of(device)
-        fabric = team.fabric(where, "32-true", devices, nodes)
+        fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         fabric.barrier()
         if prior.is_finished and prior.meta()["method"] != preset.method:
             raise MisuseError(
@@ -139,6 +139,7 @@ def _train(
     ])  # fmt: skip
     for clip, own in zip(clips, rows, strict=True):
         avatar.calibrate(clip.signals[own].to(where), clip.mesh.to(where), aabb.to(where))
+    set_up = time.monotonic() - began
     place = fit.fit(
         preset.model_copy(update={"train": stages}), avatar, marcher, clips, prior, fabric,
         progress, seed=seed, stop_after=stop_after,
@@ -154,7 +155,7 @@ def _train(
     prior.write_meta(
         finished=True,
         finished_at=time.time(),
-        seconds=round(time.monotonic() - began, 1),
+        seconds=round(set_up + place.seconds, 1),
         steps=place.total,
         figures=place.figures,
         method=preset.method,

@@ -8,6 +8,7 @@ import importlib.util
 import os
 import shutil
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -168,19 +169,45 @@ def free_gb() -> float:
 
 
 def _make_way() -> None:
-    """Tell the compiler how many of it may run, and where pip put the headers it wants."""
+    """Tell the compiler how many of it may run, where the toolkit is, and where pip put the headers
+    and the ninja it wants; before torch looks for any of them."""
     os.environ.setdefault("MAX_JOBS", str(compilers(free_gb(), os.cpu_count() or 1)))
+    places = [sysconfig.get_path("scripts")]  # of an environment that nobody activated
+    if (home := _toolkit()) is not None:
+        os.environ.setdefault("CUDA_HOME", str(home))
+        places.append(str(home / "bin"))
+    searched = os.environ.get("PATH", "").split(os.pathsep)
+    os.environ["PATH"] = os.pathsep.join([*searched, *(p for p in places if p not in searched)])
     headers = _headers()
     known = os.environ.get("CPLUS_INCLUDE_PATH", "")
     if headers is not None and str(headers) not in known.split(os.pathsep):
         os.environ["CPLUS_INCLUDE_PATH"] = os.pathsep.join(p for p in (known, str(headers)) if p)
 
 
+def _toolkit() -> Path | None:
+    """Where the CUDA toolkit lies: a folder with what programs are linked against.
+
+    The nvcc on PATH may be a script that calls the real one, and says nothing of where that is.
+    """
+    for home in _homes():
+        if any((home / lib / "libcudart.so").exists() for lib in ("lib64", "lib")):
+            return home
+    return None
+
+
+def _homes() -> list[Path]:
+    """Where a toolkit may lie, likeliest first."""
+    nvcc = shutil.which("nvcc")
+    said = os.environ.get("CUDA_HOME")
+    return [
+        *([Path(said)] if said else []), *([Path(nvcc).resolve().parents[1]] if nvcc else []),
+        Path("/usr/local/cuda"), Path("/opt/cuda"),
+    ]  # fmt: skip
+
+
 def _headers() -> Path | None:
     """The folder that holds the CUDA libraries' headers: the toolkit's, else pip's."""
-    homes = [Path(nvcc).resolve().parents[1] for nvcc in [shutil.which("nvcc")] if nvcc]
-    if os.environ.get("CUDA_HOME"):
-        homes.insert(0, Path(os.environ["CUDA_HOME"]))
+    homes = _homes()
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or []) if spec else []:
         homes += sorted(Path(place).glob("cu*"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from talkhead_cli.avatars.personal import Person
@@ -44,7 +43,7 @@ class LokiField:
         # Networks are told places as the face that people share has them, in its own frame.
         low, high = avatar.frame[:3], avatar.frame[3:]
         middle, half = (low + high) / 2, (high - low) / 2 * 1.1
-        self._shared = alignment(person.mouth.neutral, avatar.face)
+        self._shared = avatar.shared(person)
         self._framed = torch.cat([self._shared[..., :3], self._shared[..., 3:] - middle[:, None]],
                                  2) / half[:, None]  # fmt: skip
         self._reach = avatar.reach
@@ -133,13 +132,3 @@ def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:
         bias[column] = 3 - 4 * (centre / radius).square().sum()
     weight[1, 3], bias[3] = 1 / 0.05, -(neutral[8, 1] + 0.12) / 0.05
     return weight, bias
-
-
-@exact
-def alignment(neutral: Tensor, face: Tensor) -> Tensor:
-    """The affine map (1, 3, 4) that best carries a person's landmarks at rest (68, 3) to those of
-    the face that people share; none at all where they are the same."""
-    known = F.pad(neutral, (0, 1), value=1.0)
-    gram = known.T @ known + 1e-3 * torch.eye(4, device=known.device)
-    change = torch.linalg.solve(gram, known.T @ (face - neutral)).T
-    return (torch.eye(3, 4, device=known.device) + change)[None]

@@ -28,7 +28,7 @@ on purpose:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
@@ -39,10 +39,9 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from talkhead_cli.avatars.base import Speaker, StepResult, distance, shaped
-from talkhead_cli.avatars.lokitalk.field import LokiField, alignment
+from talkhead_cli.avatars.lokitalk.field import LokiField
 from talkhead_cli.avatars.lokitalk.transfer import Transfer, laid_out, told_of
-from talkhead_cli.avatars.personal import Person, PersonalAvatar
-from talkhead_cli.blocks.light import Shading
+from talkhead_cli.avatars.personal import Person, SharedAvatar
 from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
@@ -79,21 +78,15 @@ SIZES = {
 }
 
 
-class LokiTalk(PersonalAvatar):
-    """LokiTalk's avatar; of several people, also what tells them apart (`transfer`).
-
-    face (68, 3) landmarks at rest that people share · frame (6,) the box in which networks are
-    told places: one person's is `aabb`, and a prior's is kept by those who begin from it
-    """
+class LokiTalk(SharedAvatar):
+    """LokiTalk's avatar; of several people, also what tells them apart (`transfer`)."""
 
     common = (
-        *PersonalAvatar.common, "mouth_scale", "face", "frame", "pose_correction.", "shading.",
-        "lip_code.", "eye_code.", "pose_code.", "attention.", "torso_field.", "to_", "gate.",
-        "volume.", "density_net.", "colour_net.", "transfer.",
+        *SharedAvatar.common, "mouth_scale", "lip_code.", "eye_code.", "pose_code.", "attention.",
+        "face_field.", "torso_field.", "to_", "gate.", "volume.", "density_net.", "colour_net.",
+        "transfer.",
     )  # fmt: skip
     own_shapes = False  # networks that draw mouths know people's
-    face: Tensor
-    frame: Tensor
     transfer: Transfer | None
     maps: Mapping[str, tuple[str, ...]] = MappingProxyType({
         "attention": ("lips attend", "eyes attend", "torso attends"),
@@ -109,10 +102,7 @@ class LokiTalk(PersonalAvatar):
         )
         widths = self.widths = SIZES[size]
         self.octaves = widths.octaves
-        self.register_buffer("face", torch.zeros(68, 3))
-        self.register_buffer("frame", torch.zeros(6))
         n_position = 3 * (1 + 2 * widths.octaves)
-        self.shading = Shading()
         self.lip_code = Mlp(N_CODES, 32, N_CODE)
         self.eye_code = Mlp(2 * 3 + 2 + 2, 32, N_CODE)
         self.pose_code = Mlp(6 + 4, 32, N_CODE)
@@ -140,22 +130,6 @@ class LokiTalk(PersonalAvatar):
 
     # -- who people are ----------------------------------------------------------------------
 
-    @torch.no_grad()
-    def survey(self, people: Sequence[Signals]) -> None:
-        super().survey(people)
-        self.face.copy_(torch.stack([s.landmarks.mean(0) for s in people]).mean(0))
-
-    @torch.no_grad()
-    def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        super().calibrate(signals, mesh, aabb)
-        if not self.frame.any():
-            self.frame.copy_(aabb)
-
-    @property
-    def reach(self) -> Tensor:
-        """Half-size (3,) of what the volume's planes hold; the face stays in their middle."""
-        return torch.maximum(-self.frame[:3], self.frame[3:]) * 1.1
-
     def enroll(self, portrait: Portrait | None) -> Speaker:
         if self.transfer is None or portrait is None:
             return super().enroll(portrait)
@@ -181,11 +155,11 @@ class LokiTalk(PersonalAvatar):
         """What pictures say that a person has of its own: changes of parameters."""
         assert self.transfer is not None
         signals = portrait.signals
-        neutral = self.person(signals).mouth.neutral
+        person = self.person(signals)
         seen = laid_out(
-            portrait, px=self.transfer.px, reach=self.reach, shared=alignment(neutral, self.face),
+            portrait, px=self.transfer.px, reach=self.reach, shared=self.shared(person),
             aimed=self.correction(signals), shoulders=self.shoulders(signals),
-            chin=float(neutral[8, 1]),
+            chin=float(person.mouth.neutral[8, 1]),
         )  # fmt: skip
         changes: dict[str, Tensor] = self.transfer(seen, told_of(signals))
         return changes
