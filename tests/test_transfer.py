@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from conftest import hearing
 
 from talkhead_cli.avatars.lokitalk import LokiTalk
-from talkhead_cli.avatars.lokitalk.field import alignment
 from talkhead_cli.avatars.lokitalk.transfer import N_SEEN, VECTORS, laid_out
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.planes import gathered, scattered
+from talkhead_cli.blocks.rigid import alignment
 from talkhead_cli.blocks.variant import variant
 from talkhead_cli.contracts import Portrait, Signals, SilentProgress
 from talkhead_cli.jobs import footage

@@ -34,11 +34,20 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from talkhead_cli.avatars.base import StepResult, distance, shaped
-from talkhead_cli.avatars.personal import Person, PersonalAvatar
+from talkhead_cli.avatars.personal import (
+    BROW_NOISE,
+    EYE_NOISE,
+    GAZE_NOISE,
+    LIP_NOISE,
+    POSE_NOISE,
+    Person,
+    PersonalAvatar,
+    noisy,
+)
 from talkhead_cli.blocks.gaussians import GaussianCode
 from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.loss import patch_losses, solid_losses
-from talkhead_cli.blocks.mlp import Mlp
+from talkhead_cli.blocks.mlp import Mlp, density_of
 from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES
 from talkhead_cli.blocks.planes import Planes2d, TriPlanes, gathered
 from talkhead_cli.blocks.precision import exact
@@ -51,10 +60,6 @@ from talkhead_cli.contracts import N_LANDMARKS, Frame, RayBundle, Rendered, Sign
 UPPER = torch.tensor([i for i in range(N_LANDMARKS) if i not in MOUTH.tolist()])
 UPPER_RIDGE = 0.01  # per row
 COLOUR, AMBIENT = slice(0, 3), slice(3, 4)
-# Noise in training, lest the twenty-odd things that move in a track name each of its frames.
-LIP_NOISE = 0.25  # in standard deviations
-EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
-STANCE_NOISE = 0.1
 LOOK_SCALE = 5.0
 
 
@@ -163,7 +168,7 @@ class Landmark(PersonalAvatar):
         assert isinstance(person, Face)
         pose, gaze, marks = person.mouth.pose(signals), signals.gaze, signals.landmarks
         if self.training:
-            gaze = gaze + self.noise * GAZE_NOISE * torch.randn_like(gaze)
+            gaze = noisy(gaze, self.noise * GAZE_NOISE)
             marks = marks + self.noise * person.noise(marks)
         return LandmarkField(
             self,
@@ -196,7 +201,7 @@ class Landmark(PersonalAvatar):
         person = self.person(signals)
         stance = person.stance(signals)
         if self.training:
-            stance = stance + self.noise * STANCE_NOISE * torch.randn_like(stance)
+            stance = noisy(stance, self.noise * POSE_NOISE)
         stance = stance.clamp(-MAX_POSE, MAX_POSE)
         carry = shoulders_in_picture(signals.body, signals.camera, person.mouth.pose_mean)
         whole: Tensor = self.torso(head.permute(0, 3, 1, 2).float(), stance, carry)
@@ -275,5 +280,5 @@ class LandmarkField:
         ambient = avatar.ambient_net(torch.cat([features, gaze], 1), told=(told, near))
         ambient = ambient.float().tanh()  # a place
         hidden = avatar.density_net(torch.cat([features, avatar.ambient(ambient)], 1))
-        density = (hidden[:, 0] - 1.5).clamp(max=7.0).exp()
+        density = density_of(hidden[:, 0])
         return density, hidden[:, 1:], ambient

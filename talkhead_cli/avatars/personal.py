@@ -31,6 +31,23 @@ from talkhead_cli.blocks.rigid import (
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import RayBundle, Signals
 
+# Noise on the driving signals in training.  Twenty-odd numbers can name each of a few hundred
+# frames; without noise networks learn the frames by heart.
+LIP_NOISE, POSE_NOISE = 0.25, 0.1  # in standard deviations of the person's own
+EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
+N_EYES = 2 * 3 + 2 + 2
+
+
+def noisy(x: Tensor, size: float | Tensor) -> Tensor:
+    """The tensor with normal noise of a standard deviation, which broadcasts."""
+    return x + size * torch.randn_like(x)
+
+
+def eyes_told(eye: Tensor, gaze: Tensor, brow: Tensor) -> Tensor:
+    """What networks are told of eyes: openness (T, 2), by waves too, gaze and brows (T, 2) in much
+    the same size -> (T, N_EYES)."""
+    return torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos(), 4 * gaze, 10 * brow], 1)
+
 
 class Person(nn.Module):
     """What is measured of one person.

@@ -41,15 +41,26 @@ from torch import Tensor, nn
 from typing_extensions import Self
 
 from talkhead_cli.avatars.base import StepResult, distance, shaped
-from talkhead_cli.avatars.personal import Person, SharedAvatar
+from talkhead_cli.avatars.personal import (
+    BROW_NOISE,
+    EYE_NOISE,
+    GAZE_NOISE,
+    LIP_NOISE,
+    N_EYES,
+    POSE_NOISE,
+    Person,
+    SharedAvatar,
+    eyes_told,
+    noisy,
+)
 from talkhead_cli.blocks.loss import patch_losses, solid_losses
-from talkhead_cli.blocks.mlp import Mlp
+from talkhead_cli.blocks.mlp import Mlp, density_of
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
 from talkhead_cli.blocks.plane_generator import Latents, PlaneGenerator
 from talkhead_cli.blocks.plane_unet import PlaneUNet
 from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes, asymmetry, gathered, roughness
 from talkhead_cli.blocks.regions import picture_masks
-from talkhead_cli.blocks.rigid import moved
+from talkhead_cli.blocks.rigid import below_chin, moved
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.sync import sync_losses
 from talkhead_cli.blocks.upscale import Upscaler
@@ -57,9 +68,6 @@ from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
 
 TOKEN_WIDTH = 64
 TOKENS = ("speech", "eyes", "nothing", "rotation", "place")
-# Noise on the driving signals in training, lest the nets learn the frames by heart.
-LIP_NOISE, POSE_NOISE = 0.25, 0.1  # in standard deviations
-EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
 
 
 @dataclass(frozen=True)
@@ -111,7 +119,7 @@ class Talk3D(SharedAvatar):
         self.decoder = Mlp(widths.channels, widths.decoder, 1 + widths.features, 3)
         self.tokens = nn.ModuleDict({
             "speech": Mlp(N_CODES, TOKEN_WIDTH, TOKEN_WIDTH),
-            "eyes": Mlp(2 * 3 + 2 + 2, TOKEN_WIDTH, TOKEN_WIDTH),
+            "eyes": Mlp(N_EYES, TOKEN_WIDTH, TOKEN_WIDTH),
             "rotation": Mlp(3, TOKEN_WIDTH, TOKEN_WIDTH),
             "place": Mlp(3 + 4, TOKEN_WIDTH, TOKEN_WIDTH),
         })  # fmt: skip
@@ -194,15 +202,14 @@ class Talk3D(SharedAvatar):
         )  # fmt: skip
         if self.training:
             stance, lips, eye, gaze, brow = (
-                x + self.noise * noise * torch.randn_like(x)
-                for x, noise in ((stance, POSE_NOISE), (lips, LIP_NOISE), (eye, EYE_NOISE),
+                noisy(x, self.noise * size)
+                for x, size in ((stance, POSE_NOISE), (lips, LIP_NOISE), (eye, EYE_NOISE),
                                  (gaze, GAZE_NOISE), (brow, BROW_NOISE))
             )  # fmt: skip
         stance = stance.clamp(-MAX_POSE, MAX_POSE)
-        wave = torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos()], 1)
         heard = {
             "speech": lips.clamp(-4, 4),
-            "eyes": torch.cat([wave, 4 * gaze, 10 * brow], 1),
+            "eyes": eyes_told(eye, gaze, brow),
             "rotation": stance[:, :3],
             "place": stance[:, 3:],
         }
@@ -321,14 +328,14 @@ class Talk3DField:
 
     def _decoded(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, 3), row (N,) -> density (N,), features (N, F), share of the shoulders (N, 1)."""
-        torso = ((x[:, 1:2] - self._chin - 0.12) / 0.05).sigmoid()
+        torso = below_chin(x[:, 1:2], self._chin)
         x = x + torso * (moved(x, self._shoulders, row) - x)
         at = gathered(moved(x, self._shared, row), self._reach)
         read = self._identity(at, row)
         if self._change is not None:
             read = read + self._change(at, row)
         decoded = self.avatar.decoder(read)
-        density = (decoded[:, 0].float() - 1.5).clamp(max=7.0).exp()
+        density = density_of(decoded[:, 0])
         return density, decoded[:, 1:], torso
 
 

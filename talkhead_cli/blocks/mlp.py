@@ -5,6 +5,12 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 
+def density_of(raw: Tensor) -> Tensor:
+    """What a network says of density (N,) -> density per face height: thin at first, and bounded,
+    since float16 ends at 65504."""
+    return (raw.float() - 1.5).clamp(max=7.0).exp()
+
+
 class Mlp(nn.Sequential):
     """Linear layers with ReLU between; `last_scale` shrinks the last layer's initial weights."""
 

@@ -26,6 +26,15 @@ def rotations(vector: Tensor) -> Tensor:
     return one + angle.sin() * cross + (1 - angle.cos()) * (cross @ cross)
 
 
+CHIN_GAP, CHIN_SOFT = 0.12, 0.05  # face heights
+
+
+def below_chin(y: Tensor, chin: Tensor | float) -> Tensor:
+    """How much of a point at height y of head space hangs on the shoulders, 0 to 1; chin: its
+    height at rest."""
+    return ((y - chin - CHIN_GAP) / CHIN_SOFT).sigmoid()
+
+
 @exact
 def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
     """Points (N, 3) under the motions (T, 3, 4), [R | t], of their rows (N,)."""

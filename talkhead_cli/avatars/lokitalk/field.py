@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from talkhead_cli.avatars.personal import Person
-from talkhead_cli.blocks.mlp import by_row
+from talkhead_cli.blocks.mlp import by_row, density_of
 from talkhead_cli.blocks.planes import frequencies, gathered
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import EYES, LIPS
-from talkhead_cli.blocks.rigid import moved
+from talkhead_cli.blocks.rigid import CHIN_GAP, CHIN_SOFT, moved
 
 if TYPE_CHECKING:
     from talkhead_cli.avatars.lokitalk.method import LokiTalk
@@ -75,7 +75,7 @@ class LokiField:
 
         features = avatar.volume(gathered(moved(x, self._shared, row), self._reach))
         hidden = avatar.density_net(features, (driven, self._density))
-        density = (hidden[:, 0] - 1.5).clamp(max=7.0).exp()
+        density = density_of(hidden[:, 0])
         return density, hidden[:, 1:], attention, torch.cat([face_shift, torso_shift], 1)
 
     def _moved_by_face(
@@ -130,5 +130,5 @@ def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:
         # 3 - 4 |(x - centre) / radius|^2
         weight[:3, column], weight[3:, column] = 8 * centre / radius**2, -4 / radius**2
         bias[column] = 3 - 4 * (centre / radius).square().sum()
-    weight[1, 3], bias[3] = 1 / 0.05, -(neutral[8, 1] + 0.12) / 0.05
+    weight[1, 3], bias[3] = 1 / CHIN_SOFT, -(neutral[8, 1] + CHIN_GAP) / CHIN_SOFT
     return weight, bias

@@ -41,7 +41,18 @@ from typing_extensions import Self
 from talkhead_cli.avatars.base import Speaker, StepResult, distance, shaped
 from talkhead_cli.avatars.lokitalk.field import LokiField
 from talkhead_cli.avatars.lokitalk.transfer import Transfer, laid_out, told_of
-from talkhead_cli.avatars.personal import Person, SharedAvatar
+from talkhead_cli.avatars.personal import (
+    BROW_NOISE,
+    EYE_NOISE,
+    GAZE_NOISE,
+    LIP_NOISE,
+    N_EYES,
+    POSE_NOISE,
+    Person,
+    SharedAvatar,
+    eyes_told,
+    noisy,
+)
 from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
@@ -53,12 +64,7 @@ from talkhead_cli.contracts import Frame, Portrait, RayBundle, Rendered, Signals
 
 # Channels that the marcher composites: colour, then auxiliary maps with detached weights.
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
-# Noise on the driving signals in training.  Twenty-odd numbers can name each of a few hundred
-# frames; without noise the networks learn the frames by heart.
-LIP_NOISE = 0.25  # in standard deviations of the person's own mouth
-MAX_LIPS = 4.0  # further out, codes are held
-EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
-POSE_NOISE = 0.1  # in standard deviations
+MAX_LIPS = 4.0  # standard deviations; further out, codes are held
 N_CODE, N_GATE = 16, 12
 
 
@@ -104,7 +110,7 @@ class LokiTalk(SharedAvatar):
         self.octaves = widths.octaves
         n_position = 3 * (1 + 2 * widths.octaves)
         self.lip_code = Mlp(N_CODES, 32, N_CODE)
-        self.eye_code = Mlp(2 * 3 + 2 + 2, 32, N_CODE)
+        self.eye_code = Mlp(N_EYES, 32, N_CODE)
         self.pose_code = Mlp(6 + 4, 32, N_CODE)
         self.attention = Mlp(n_position, 32, 3, last_scale=0.1)
         self.face_field = Mlp(n_position, widths.trunk, 3, 3, last_scale=0.01)
@@ -173,14 +179,12 @@ class LokiTalk(SharedAvatar):
         vigour = person.mouth.vigour
         if self.training:
             signals = _disturbed(signals, self.noise)
-            pose = pose + self.noise * POSE_NOISE * torch.randn_like(pose)
-            lips = lips + self.noise * LIP_NOISE * vigour * torch.randn_like(lips)
+            pose = noisy(pose, self.noise * POSE_NOISE)
+            lips = noisy(lips, self.noise * LIP_NOISE * vigour)
         far = MAX_LIPS * vigour.clamp_min(1)
-        eye = signals.eye
-        wave = torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos()], 1)
         codes = (
             self.lip_code(lips.clamp(-far, far)),
-            self.eye_code(torch.cat([wave, 4 * signals.gaze, 10 * signals.brow], 1)),
+            self.eye_code(eyes_told(signals.eye, signals.gaze, signals.brow)),
         )
         pose_code = self.pose_code(pose.clamp(-MAX_POSE, MAX_POSE))
         return LokiField(
@@ -263,12 +267,8 @@ def _mapped(maps: nn.ModuleList, codes: tuple[Tensor, Tensor]) -> Tensor:
 
 def _disturbed(signals: Signals, noise: float) -> Signals:
     """Eyes, gaze and brows with a little noise."""
-
-    def noisy(x: Tensor, size: float) -> Tensor:
-        return x + noise * size * torch.randn_like(x)
-
     return signals.with_(
-        eye=noisy(signals.eye, EYE_NOISE),
-        gaze=noisy(signals.gaze, GAZE_NOISE),
-        brow=noisy(signals.brow, BROW_NOISE),
+        eye=noisy(signals.eye, noise * EYE_NOISE),
+        gaze=noisy(signals.gaze, noise * GAZE_NOISE),
+        brow=noisy(signals.brow, noise * BROW_NOISE),
     )

@@ -29,6 +29,7 @@ from talkhead_cli.blocks.appearance import AppearanceEncoder
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.planes import TriPlanes, scattered
 from talkhead_cli.blocks.precision import exact
+from talkhead_cli.blocks.rigid import below_chin
 from talkhead_cli.contracts import RELIEF_SIDE, Camera, Portrait, Signals
 
 N_SEEN = 3 + 6 + 1  # colours, labels, whether the picture reaches there
@@ -127,7 +128,7 @@ def laid_out(
                           align_corners=True)[:, 0, 0]  # fmt: skip
     point = torch.cat([own[:, :2].expand(len(portrait), -1, -1), depth[..., None]], 2)
     carried = _through(_inverse(shoulders), point)
-    point = torch.lerp(point, carried, ((point[..., 1:2] - chin - 0.12) / 0.05).sigmoid())
+    point = torch.lerp(point, carried, below_chin(point[..., 1:2], chin))
     point = _through(_inverse(aimed), point)
     grid = _in_picture(point, portrait.signals.camera).view(len(portrait), px, px, 2)
     picture = portrait.pictures.permute(0, 3, 1, 2)
