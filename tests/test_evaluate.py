@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from talkhead_cli.contracts import SilentProgress, TalkheadError
 from talkhead_cli.jobs import evaluate as job
 from talkhead_cli.jobs import maps
+from talkhead_cli.jobs.compare import compare
 from talkhead_cli.jobs.evaluate import Measured
+from talkhead_cli.store import Run, Workspace
 
 
 def still_face(n: int) -> np.ndarray:
@@ -103,3 +109,15 @@ def test_a_sheet_has_a_line_for_each_name_and_its_pictures_in_order() -> None:
     assert drawn[cell // 2, middle, 0].tolist() == [10, 100, 200]
     assert drawn[cell + cell // 2, middle, 0].tolist() == [200, 100, 10]
     assert drawn[:cell, :margin].any() and drawn[cell:, :margin].any(), "names are written"
+
+
+def test_figures_of_other_footage_are_not_compared(speaker_home: Path, tmp_path: Path) -> None:
+    """Even where they were written down in time."""
+    shutil.copytree(speaker_home / "speaker", tmp_path / "speaker")
+    space = Workspace.open(tmp_path, "speaker")
+    for name in ("one", "two"):
+        run = Run.named(space.runs, name)
+        run.write_meta(finished=True, finished_at=0.0, footage="of before")
+        run.write_figures({"protocol": {"frames": [0, 1], "size_px": 64}})
+    with pytest.raises(TalkheadError, match="preprocessed again"):
+        compare(tmp_path, "speaker", ["one", "two"], SilentProgress())

@@ -267,6 +267,18 @@ def test_shots_know_their_truth(speaker_home: Path) -> None:
     assert torch.equal(truth, shot.target)
     assert torch.allclose(shot.labels.sum(1), torch.ones(len(truth)), atol=0.02)
     assert set(frame.tolist()) <= set(clip.train.tolist())
+    picture = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 2})
+    whole = shots.draw(clip, picture, 0, aabb, rng)
+    assert whole.rays is not None and whole.target is not None and whole.labels is not None
+    frame = whole.signals.moment[whole.rays.row]
+    x, y = whole.rays.pixel.long().unbind(1)
+    truth = torch.from_numpy(clip.pictures[frame.numpy(), y.numpy(), x.numpy()]).float() / 255
+    assert torch.equal(truth, whole.target)
+    at = ((p + 0.5) * clip.labels.shape[-1] / clip.size_px for p in (y, x))
+    line, column = (p.long().numpy() for p in at)
+    labels = torch.from_numpy(clip.labels[frame.numpy(), :, line, column]).float() / 255
+    assert torch.equal(labels, whole.labels)
+    assert whole.plate is not None and torch.equal(whole.plate, clip.plate[y, x])
     patch = shots.draw(clip, preset.train.stages["lips"], 2048, aabb, rng)
     assert patch.rays is not None and patch.rays.layout is not None
     assert len(patch.rays) == torch.tensor(patch.rays.layout).prod()

@@ -171,6 +171,14 @@ def test_what_is_no_parcel_is_said_in_a_sentence(parcel: Path, tmp_path: Path) -
     assert not (tmp_path / "there").exists()
 
 
+def test_a_run_is_asked_for_in_vain_where_footage_is_exported(
+    space: Workspace, tmp_path: Path
+) -> None:
+    asked = talkhead("export", "--id", space.id, "--run", "any", "-o", tmp_path / "out",
+                     "--home", space.root.parent)  # fmt: skip
+    assert asked.exit_code == 2 and "--run" in asked.output and not (tmp_path / "out").exists()
+
+
 def test_the_commands_carry_an_avatar(space: Workspace, tmp_path: Path) -> None:
     out = tmp_path / "a.talkhead"
     result = talkhead("export", "--id", "alice", "-o", out, "--home", space.root.parent)

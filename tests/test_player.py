@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
-from talkhead_cli.contracts import SilentProgress, TalkheadError
+from talkhead_cli.contracts import Signals, SilentProgress, TalkheadError
 from talkhead_cli.jobs import footage, player
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.player import Player
@@ -71,3 +72,27 @@ def test_what_heard_otherwise_is_refused_in_a_sentence(tmp_path: Path) -> None:
     run.write_meta(speech={"backend": "mel", "n_features": 46, "window": 33})
     with pytest.raises(TalkheadError, match="'old' was trained by an older version"):
         player.heard_by(run)
+
+
+def test_rows_of_a_film_are_heard_with_what_came_before_them(
+    speaker_home: Path, tmp_path: Path
+) -> None:
+    """As in the whole film, wherever they lie; here by one who adds up three rows' sound."""
+
+    class Adding:
+        past = 2
+
+        def listen(self, signals: Signals) -> Signals:
+            loud = signals.audio.mean((1, 2))
+            summed = torch.stack([loud[max(0, i - 2) : i + 1].sum() for i in range(len(loud))])
+            return signals.with_(landmarks=summed[:, None, None].expand(-1, 68, 3))
+
+    preset = presets.load(["lokitalk", "tiny"], ["data.size_px=64"])
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    show = Player(Run(tmp_path), preset, Adding(), nn.Identity(), clip.plate,  # type: ignore[arg-type]
+                  torch.device("cpu"), "")  # fmt: skip
+    whole = show.listen(clip.signals).landmarks
+    for rows in (torch.arange(40, 50), torch.tensor([0, 1]), torch.tensor([30, 47, 60])):
+        heard = show.heard(clip.signals, rows)
+        assert torch.allclose(heard.landmarks, whole[rows], atol=1e-5)
+        assert torch.equal(heard.moment, clip.signals.moment[rows])
