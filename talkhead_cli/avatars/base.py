@@ -68,7 +68,6 @@ class Avatar(nn.Module):
     heeds: frozenset[str] = frozenset()
     needs_portrait = False
     box: tuple[float, ...] | None = None
-    hears_speech = True  # whether the method can be driven by sound alone
 
     def __init__(self) -> None:
         super().__init__()

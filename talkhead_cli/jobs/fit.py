@@ -17,6 +17,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
+from talkhead_cli import march
 from talkhead_cli.avatars.base import Avatar, StepResult
 from talkhead_cli.contracts import Progress, Shot, Signals, TalkheadError
 from talkhead_cli.jobs import shots
@@ -55,7 +56,7 @@ class Lost(NamedTuple):
 class Step(nn.Module):
     """Condition, march, compose, lose and weigh, in one forward: what Fabric wraps."""
 
-    def __init__(self, avatar: Avatar, marcher: nn.Module) -> None:
+    def __init__(self, avatar: Avatar, marcher: march.Marcher) -> None:
         super().__init__()
         self.avatar, self.marcher = avatar, marcher
 
@@ -70,7 +71,7 @@ class Step(nn.Module):
             speaker = self.avatar.enroll(shot.portrait)
             rays = speaker.aim(shot.signals, shot.rays)
             made = speaker.condition(shot.signals)
-            rendered = self.marcher.march(made, rays)  # type: ignore[operator]
+            rendered = self.marcher.march(made, rays)
             frame = speaker.compose(rendered, rays, shot.signals, shot.plate)
             results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
             n_points += rendered.n_points
@@ -97,7 +98,7 @@ class Place:
 def fit(
     preset: Preset,
     avatar: Avatar,
-    marcher: nn.Module,
+    marcher: march.Marcher,
     people: list[Footage],
     run: Run,
     fabric: Fabric,
@@ -177,7 +178,7 @@ class _StageLoop:
         self.avatar = module.avatar
         self.n_steps = max(1, round(stage.steps * preset.train.scale)) if stage.steps else 0
         self.avatar.noise = stage.noise
-        module.marcher.exploring = stage.explore  # type: ignore[assignment]
+        module.marcher.exploring = stage.explore
         self.people = people
         self.kept: list[Signals] = []
         if stage.inner_split:
@@ -264,7 +265,7 @@ class _StageLoop:
             shot = drawn[place.total // self.preset.march.every % len(drawn)]
             with torch.no_grad():
                 made = self.avatar.enroll(shot.portrait).condition(shot.signals)
-                self.module.marcher.refresh(made, place.total)  # type: ignore[operator]
+                self.module.marcher.refresh(made, place.total)
         loss, terms, n_points = self.wrapped(Drawn(drawn), self.stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
         # of the whole team: all go on together, or all go back

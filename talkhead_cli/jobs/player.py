@@ -10,7 +10,7 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from talkhead_cli import march
 from talkhead_cli.avatars import avatar_class
@@ -42,7 +42,7 @@ class Player:
     run: Run
     preset: Preset
     avatar: Speaker
-    marcher: nn.Module
+    marcher: march.Marcher
     plate: Tensor
     device: torch.device
     note: str  # which marcher, and why
@@ -84,7 +84,7 @@ class Player:
         with torch.autocast(kind, HALF.get(kind), enabled=kind in HALF):
             rays = self.avatar.aim(signals, rays)
             field = self.avatar.condition(signals)
-            rendered = self.marcher.march(field, rays)  # type: ignore[operator]
+            rendered = self.marcher.march(field, rays)
             behind = background.repeat(len(rows), 1)
             frames = self.avatar.compose(rendered, rays, signals, behind)
         return frames, rendered.n_points
@@ -113,15 +113,19 @@ class Player:
 
 
 @torch.no_grad()
-def open_views(avatar: Speaker, marcher: nn.Module, signals: Signals, device: torch.device) -> None:
+def open_views(
+    avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device
+) -> None:
     """Show the marcher at most N_VIEWS of the rows, spread over them."""
-    marcher.reveal(_views(avatar, marcher, signals, device, N_VIEWS))  # type: ignore[operator]
+    marcher.reveal(_views(avatar, marcher, signals, device, N_VIEWS))
 
 
 @torch.no_grad()
-def discover(avatar: Speaker, marcher: nn.Module, signals: Signals, device: torch.device) -> None:
+def discover(
+    avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device
+) -> None:
     """Show the marcher a person on whom it was not trained, by at most N_FIRST of the rows."""
-    marcher.discover(_views(avatar, marcher, signals, device, N_FIRST))  # type: ignore[operator]
+    marcher.discover(_views(avatar, marcher, signals, device, N_FIRST))
 
 
 def mouthing(speaker: Speaker, signals: Signals, n: int) -> Signals:
@@ -136,7 +140,7 @@ def mouthing(speaker: Speaker, signals: Signals, n: int) -> Signals:
 
 
 def _views(
-    avatar: Speaker, marcher: nn.Module, signals: Signals, device: torch.device, n: int
+    avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device, n: int
 ) -> list[tuple[Field, RayBundle]]:
     grid = getattr(marcher, "occupancy", None)
     if grid is None:
@@ -202,7 +206,7 @@ def heard_by(run: Run) -> tuple[int, int]:
 
 def build(
     preset: Preset, heard: Sequence[int], aabb: Tensor, device: torch.device, n_people: int = 1
-) -> tuple[Avatar, nn.Module, str]:
+) -> tuple[Avatar, march.Marcher, str]:
     """A fresh avatar and marcher for a preset; heard (W, A) the shape of a window of speech."""
     n_steps, n_features = heard
     avatar = avatar_class(preset.method).build(
@@ -216,7 +220,7 @@ def build(
     return avatar.to(device), marcher.to(device), why
 
 
-def save(run: Run, avatar: Avatar, marcher: nn.Module) -> None:
+def save(run: Run, avatar: Avatar, marcher: march.Marcher) -> None:
     tensors = {f"avatar.{k}": v for k, v in avatar.state_dict().items()}
     run.save_weights(tensors | {f"marcher.{k}": v for k, v in marcher.state_dict().items()})
 

@@ -7,7 +7,7 @@ numbers; what moved the points there is the field's affair.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "DenseMarcher",
     "GuidedMarcher",
     "MarchOptions",
+    "Marcher",
     "NerfaccMarcher",
     "OccupancyGrid",
     "PackedMarcher",
@@ -38,6 +39,7 @@ __all__ = [
     "step_length",
 ]
 
+Marcher: TypeAlias = DenseMarcher | PackedMarcher | GuidedMarcher
 KINDS = ("auto", "packed", "dense", "nerfacc")
 
 
@@ -78,9 +80,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def build(
-    options: MarchOptions, aabb: Tensor, device: torch.device | str
-) -> tuple[DenseMarcher | PackedMarcher | GuidedMarcher, str]:
+def build(options: MarchOptions, aabb: Tensor, device: torch.device | str) -> tuple[Marcher, str]:
     """The marcher for a box (6,) on a device, and one line that says why this one."""
     device = torch.device(device)
     if options.kind not in KINDS:

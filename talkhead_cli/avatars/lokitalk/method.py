@@ -204,7 +204,6 @@ class LokiTalk(SharedAvatar):
         parts = {
             "attention": shaped(rendered.feature[:, ATTENTION], rays),
             "shift": shaped(rendered.feature[:, SHIFTS], rays),
-            "spread": shaped(rendered.spread, rays),
         }
         return Frame(
             shaped(rgb, rays), shaped(rendered.opacity, rays), distance(rendered, rays), parts
