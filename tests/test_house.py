@@ -254,3 +254,9 @@ def test_help_is_quick_and_loads_nothing_heavy() -> None:
 
 def test_freed_memory_is_kept_where_the_c_library_can() -> None:
     assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
+
+
+def test_tables_of_figures_are_those_of_the_results() -> None:
+    asked = [sys.executable, str(ROOT / "benchmarks" / "tables.py"), "--check"]
+    done = subprocess.run(asked, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from talkhead_cli import __version__, march
 from talkhead_cli.avatars import METHODS, avatar_class
+from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import expert, fit, footage, looks, player, portraits, team
 from talkhead_cli.jobs import preset as presets
@@ -48,6 +50,65 @@ def finetune(
     there are several (`team.run`).
     A run that was interrupted continues from its last save; a finished one is left as it is.
     """
+    preset, space = _asked_for(home, name, names, settings)
+    where = march.device_of(device)
+    hears = priors.speech_facts(space, preset)
+    if prior is None:
+        prior = _prior_by_default(home, space, preset, run_name, names, settings, hears, fresh)
+    elif prior == "none" and avatar_class(preset.method).needs_portrait:
+        raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
+    start = priors.choose(home, prior, preset, space, hears, progress)
+    run = Run.named(space.runs, run_name or _run_name(names, settings, start))
+    chief = team.is_chief()
+    with space.locked() if chief else nullcontext():
+        if fresh and chief:
+            run.clear()
+        fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
+        fabric.barrier()
+        if _is_finished(run, preset, space, start, progress):
+            return run
+        fabric.barrier()
+        began = time.monotonic()
+        if chief:
+            run.write_preset(preset.to_yaml())
+            run.write_meta(
+                identity=name, version=__version__, footage=space.fingerprint, seed=seed,
+                prior=None if start is None else start.facts(),
+            )  # fmt: skip
+        fabric.seed_everything(seed, verbose=False)
+        with fabric.rank_zero_first():  # which caches the pixels
+            clip = footage.load(space, preset.data, progress)
+        avatar, marcher, stages = _begun(preset, name, clip, start, fabric.device, progress)
+        judge = expert.asked(home, preset.method, preset.train, hears, progress)
+        looks.seat(avatar, judge, preset.train, fabric.device, progress)
+        if avatar.needs_portrait:
+            if chief:
+                run.save_portrait(portraits.to_arrays(clip.portrait(clip.best_likeness())))
+            fabric.barrier()
+            _discover(avatar, marcher, clip, run, fabric.device)
+        set_up = time.monotonic() - began
+        place = fit.fit(
+            stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
+            stop_after=stop_after,
+        )  # fmt: skip
+        if not chief:
+            return run
+        run.write_meta(seconds=round(set_up + place.seconds, 1))
+        if place.stage == len(stages.train.stages):
+            _finish(avatar, marcher, clip, run, space, fabric.device)
+            run.write_meta(
+                finished=True, finished_at=time.time(), steps=place.total, figures=place.figures,
+                n_train=len(clip.train), n_held=len(clip.held),
+                device=march.device_name(fabric.device), torch=torch.__version__, speech=hears,
+                source=space.manifest()["source"], consent=space.manifest().get("consent", []),
+            )  # fmt: skip
+    return run
+
+
+def _asked_for(
+    home: Path, name: str, names: Sequence[str], settings: Sequence[str]
+) -> tuple[Preset, Workspace]:
+    """The preset, which must draw people, and the identity, which must be heard."""
     preset = presets.load(names, settings)
     if preset.method not in METHODS:
         raise MisuseError(
@@ -60,105 +121,74 @@ def finetune(
             f"'{name}' was preprocessed without sound, so its speech cannot be learnt; "
             "preprocess a clip that has sound"
         )
-    where = march.device_of(device)
-    hears = priors.speech_facts(space, preset)
-    from_pictures = avatar_class(preset.method).needs_portrait
-    if from_pictures and prior == "none":
-        raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
-    if prior is None:
-        named = run_name or presets.run_name(names, settings)
-        if not fresh:
-            prior = priors.begun(list_runs(space.runs), named, exactly=run_name is not None)
-        if from_pictures and prior is None:
-            prior = priors.newest(home, preset.method, preset, hears)
-    start = priors.choose(home, prior, preset, space, hears, progress)
-    run = Run.named(space.runs, run_name or _run_name(names, settings, start))
-    chief = team.is_chief()
-    with space.locked() if chief else nullcontext():
-        if fresh and chief:
-            run.clear()
-        fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
-        where = fabric.device
-        fabric.barrier()
-        if _is_finished(run, preset, space, start, progress):
-            return run
-        fabric.barrier()
-        began = time.monotonic()
-        if chief:
-            run.write_preset(preset.to_yaml())
-            run.write_meta(
-                identity=name, version=__version__, footage=space.fingerprint, seed=seed,
-                prior=None if start is None else start.facts(),
-            )  # fmt: skip
+    return preset, space
 
-        fabric.seed_everything(seed, verbose=False)
-        with fabric.rank_zero_first():  # which caches the pixels
-            clip = footage.load(space, preset.data, progress)
-        aabb = player.box_for(preset, clip.signals.camera[clip.train])
-        avatar, marcher, why = player.build(
-            preset, clip.signals.audio.shape[1:], aabb.to(where), where
-        )
-        progress.note(f"marching: {why}")
-        if start is not None:
-            priors.begin_from(avatar, start.prior)
-            progress.note(_introduced(start, name))
-        stages = presets.begun_from(preset, None if start is None else avatar.common_parts())
-        judge = expert.asked(home, preset.method, preset.train, hears, progress)
-        if judge is not None:
-            judge.sits_by(avatar, where)
-        eye = looks.asked(preset.train, progress)
-        if eye is not None:
-            avatar.judges.append(eye.to(where))
-        hearing = clip.train[clip.heard[clip.train]]
-        avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb.to(where))
-        if start is not None:
-            avatar.meet(clip.portrait(clip.best_likeness(N_PORTRAITS)).to(where))
-        if from_pictures:
-            likeness = clip.portrait(clip.best_likeness())
-            if chief:
-                run.save_portrait(portraits.to_arrays(likeness))
-            fabric.barrier()
-            avatar.eval()
-            marcher.eval()
-            speaker = player.person(avatar, run, where)
-            player.discover(speaker, marcher, clip.signals[clip.train], where)
-        set_up = time.monotonic() - began
-        place = fit.fit(
-            stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
-            stop_after=stop_after,
-        )  # fmt: skip
-        if not chief:
-            return run
-        seconds = set_up + place.seconds
-        if place.stage < len(stages.train.stages):
-            run.write_meta(seconds=round(seconds, 1))
-            return run
-        avatar.finish()
-        avatar.eval()
-        marcher.eval()
-        if len(clip.held):  # poses that films replay, though training never shows them
-            speaker = player.person(avatar, run, where)
-            player.open_views(speaker, marcher, clip.signals[clip.held], where)
-            if from_pictures:  # nor did training show it any others
-                player.open_views(speaker, marcher, clip.signals[clip.train], where)
-        player.save(run, avatar, marcher)
-        run.save_drive(_drive(space, clip))
-        shutil.copyfile(space.plate_file, run.plate_file)
-        run.write_meta(
-            finished=True,
-            finished_at=time.time(),
-            seconds=round(seconds, 1),
-            steps=place.total,
-            figures=place.figures,
-            n_train=len(clip.train),
-            n_held=len(clip.held),
-            device=march.device_name(where),
-            torch=torch.__version__,
-            speech=hears,
-            source=space.manifest()["source"],
-            consent=space.manifest().get("consent", []),
-        )  # fmt: skip
-    return run
+
+def _prior_by_default(
+    home: Path, space: Workspace, preset: Preset, run_name: str | None, names: Sequence[str],
+    settings: Sequence[str], hears: dict[str, Any], fresh: bool,
+) -> str | None:  # fmt: skip
+    """The prior of a run that goes on; for a method that draws by priors, else the newest that
+    fits; None leaves the choice."""
+    if not fresh:
+        named = run_name or presets.run_name(names, settings)
+        begun = priors.begun(list_runs(space.runs), named, exactly=run_name is not None)
+        if begun is not None:
+            return begun
+    if avatar_class(preset.method).needs_portrait:
+        return priors.newest(home, preset.method, preset, hears)
+    return None
+
+
+def _begun(
+    preset: Preset,
+    name: str,
+    clip: Footage,
+    start: Start | None,
+    where: torch.device,
+    progress: Progress,
+) -> tuple[Avatar, march.Marcher, Preset]:
+    """Avatar and marcher before training, and the preset as one passes through it from there."""
+    aabb = player.box_for(preset, clip.signals.camera[clip.train]).to(where)
+    avatar, marcher, why = player.build(preset, clip.signals.audio.shape[1:], aabb, where)
+    progress.note(f"marching: {why}")
+    if start is not None:
+        priors.begin_from(avatar, start.prior)
+        progress.note(_introduced(start, name))
+    stages = presets.begun_from(preset, None if start is None else avatar.common_parts())
+    hearing = clip.train[clip.heard[clip.train]]
+    avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb)
+    if start is not None:
+        avatar.meet(clip.portrait(clip.best_likeness(N_PORTRAITS)).to(where))
+    return avatar, marcher, stages
+
+
+def _discover(
+    avatar: Avatar, marcher: march.Marcher, clip: Footage, run: Run, where: torch.device
+) -> None:
+    """Show the marcher a person who is drawn without training."""
+    avatar.eval()
+    marcher.eval()
+    speaker = player.person(avatar, run, where)
+    player.discover(speaker, marcher, clip.signals[clip.train], where)
+
+
+def _finish(
+    avatar: Avatar, marcher: march.Marcher, clip: Footage, run: Run, space: Workspace,
+    where: torch.device,
+) -> None:  # fmt: skip
+    """Save all that renders the person."""
+    avatar.finish()
+    avatar.eval()
+    marcher.eval()
+    if len(clip.held):  # poses that films replay, though training never shows them
+        speaker = player.person(avatar, run, where)
+        player.open_views(speaker, marcher, clip.signals[clip.held], where)
+        if avatar.needs_portrait:  # nor did training show it any others
+            player.open_views(speaker, marcher, clip.signals[clip.train], where)
+    player.save(run, avatar, marcher)
+    run.save_drive(_drive(space, clip))
+    shutil.copyfile(space.plate_file, run.plate_file)
 
 
 def refined(names: Sequence[str], steps: int | None) -> list[str]:

@@ -1,13 +1,28 @@
-"""LPIPS at work, where its weights are: a word in the losses, and a figure."""
+"""Who judges pictures in training; LPIPS among them, where its weights are, and as a figure."""
 
 from __future__ import annotations
 
+import torch
+
+from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.blocks.perceptual import Perceptual
 from talkhead_cli.contracts import Progress
+from talkhead_cli.jobs.expert import Judge
 from talkhead_cli.jobs.preset import Train
 from talkhead_cli.store import weights
 
 LOSSES = ("lpips", "whole_lpips")  # by its word
+
+
+def seat(
+    avatar: Avatar, judge: Judge | None, train: Train, where: torch.device, progress: Progress
+) -> None:
+    """Hand an avatar those whose word the stages weigh: the lip-sync expert, if it was found, and
+    LPIPS."""
+    if judge is not None:
+        judge.sits_by(avatar, where)
+    if (eye := asked(train, progress)) is not None:
+        avatar.judges.append(eye.to(where))
 
 
 def asked(train: Train, progress: Progress) -> Perceptual | None:

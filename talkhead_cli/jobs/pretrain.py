@@ -126,11 +126,7 @@ def _train(
     avatar, marcher, _ = player.build(
         preset, clips[0].signals.audio.shape[1:], aabb.to(where), where, len(clips)
     )
-    if judge is not None:
-        judge.sits_by(avatar, where)
-    eye = looks.asked(stages, progress)
-    if eye is not None:
-        avatar.judges.append(eye.to(where))
+    looks.seat(avatar, judge, stages, where, progress)
     rows = [clip.train[clip.heard[clip.train]] for clip in clips]
     few = max(SURVEYED // len(clips), MIN_SURVEYED)
     avatar.survey([

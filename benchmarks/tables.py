@@ -1,0 +1,100 @@
+"""Write the tables of README.md and benchmarks/README.md out of the newest results.
+
+    python benchmarks/tables.py            rewrites what stands between their markers
+    python benchmarks/tables.py --check    says which are not what the results say, and exits with 1
+
+A method's figures are those of the newest file of `bench.py quality --presets METHOD,tiny`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FILES = {  # by method; lokitalk is what bench.py trains unless told otherwise
+    "lokitalk": "*-quality.json", "landmark": "*-quality-landmark.json",
+    "talk3d": "*-quality-talk3d.json", "s3d": "*-quality-s3d.json",
+}  # fmt: skip
+FEW_BLINKS = 2  # what follows so few says nothing of eyes
+
+
+def quality(method: str) -> dict[str, dict[str, Any]]:
+    """What `evaluate` said of each person, from the newest file of the method."""
+    files = sorted(RESULTS.glob(FILES[method]))
+    if not files:
+        return {}
+    held = json.loads(files[-1].read_text())
+    people = held.get("quality", held)
+    rows = {name: row.get("figures", row) for name, row in people.items() if isinstance(row, dict)}
+    return {name: row for name, row in rows.items() if "picture" in row}
+
+
+def short() -> str:
+    """Each method in a line: README's table."""
+    lines = ["| preset | held-out seconds of | PSNR | lips | baseline | other speech | eyes |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for method in FILES:
+        for name, row in quality(method).items():
+            lips = row["lips"]
+            lines.append(
+                f"| `{method}` | {name} | {row['picture']['face_box']['psnr_db']:.1f} dB "
+                f"| {lips['correlation']['r']:.2f} | {lips['linear_baseline']['r']:.2f} "
+                f"| {lips['mismatched_control']['r']:.2f} | {_eyes(row)} |"
+            )
+    return "\n".join(lines)
+
+
+def whole() -> str:
+    """The same with all that `evaluate` says."""
+    lines = ["| preset | person | PSNR face / full | SSIM face | mouth landmarks off | lips, 90 % "
+             "| baseline | other speech, three stretches | spread | eyes | jitter / truth's |",
+             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    for method in FILES:
+        for name, row in quality(method).items():
+            picture, lips = row["picture"], row["lips"]
+            found, (low, high) = lips["correlation"], lips["correlation"]["interval_90"]
+            others = ", ".join(f"{c['r']:.2f}" for c in lips["mismatched_control"]["each"])
+            lines.append(
+                f"| `{method}` | {name} | {picture['face_box']['psnr_db']:.2f} / "
+                f"{picture['full']['psnr_db']:.2f} dB | {picture['face_box']['ssim']:.3f} "
+                f"| {row['lmd_px_at_512']:.2f} px | {found['r']:.2f} [{low:.2f}, {high:.2f}] "
+                f"| {lips['linear_baseline']['r']:.2f} | {others} | {found['spread']:.2f} "
+                f"| {_eyes(row)} | {row['jitter_px_at_512']['ratio']:.2f} |"
+            )
+    return "\n".join(lines)
+
+
+def _eyes(row: dict[str, Any]) -> str:
+    eyes = row["eyes"]
+    few = " (one blink)" if eyes["blinks_in_truth"] < FEW_BLINKS else ""
+    return f"{eyes['correlation']['r']:.2f}{few}"
+
+
+def filled(text: str) -> str:
+    """A text with its tables as the results have them."""
+    for name, table in (("short", short()), ("whole", whole())):
+        begin, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
+        if begin in text:
+            head, _, rest = text.partition(begin)
+            text = head + begin + table + end + rest.partition(end)[2]
+    return text
+
+
+def main() -> int:
+    stale = []
+    for path in (ROOT / "README.md", ROOT / "benchmarks" / "README.md"):
+        text = path.read_text()
+        if (made := filled(text)) != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if "--check" not in sys.argv:
+                path.write_text(made)
+    print("\n".join(stale) or "as the results have them")
+    return 1 if stale and "--check" in sys.argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
