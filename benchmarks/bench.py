@@ -27,8 +27,8 @@ from kit import CLIPS, RESULTS, asked, clip, looped, machine, shown, speech, tal
 
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
-    "ears", "hearing", "coding", "views", "tokens", "strangers", "deformations", "expert", "files",
-    "photo", "trackers", "voices",
+    "ears", "hearing", "coding", "views", "heads", "tokens", "strangers", "deformations",
+    "expert", "files", "photo", "trackers", "voices",
 )  # fmt: skip
 ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
@@ -363,6 +363,15 @@ def part_coding(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return landmarks.coding(work / "home", options.ids, seeds=2, scale=options.scale)
 
 
+def part_heads(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Talk3D of each of --ids from a generator of everybody else's heads and from nothing, at
+    --scale of the steps; contact sheets stay in the work folder."""
+    import talk3d
+
+    others = [name for name in _others(work, options) if name not in options.ids]
+    return talk3d.heads(work / "home", options.ids, others, options.scale, work / "views")
+
+
 def part_views(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Each method from where nobody filmed; contact sheets stay in the work folder."""
     import talk3d
@@ -471,7 +480,7 @@ def main() -> None:
         "--shares", default="0.1,0.25,1", type=_numbers, help="of the steps in transfer"
     )
     parser.add_argument(
-        "--scale", type=float, default=0.3, help="of the steps in coding and tokens"
+        "--scale", type=float, default=0.3, help="of the steps in coding, heads and tokens"
     )
     parser.add_argument("--work", type=Path, help="folder to work in, kept  [default: temporary]")
     options = parser.parse_args()

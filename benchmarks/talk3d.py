@@ -1,6 +1,7 @@
 """What Talk3D is worth: views that nobody filmed, and what its tokens and convolutions do.
 
 `views` carries the camera round each method's avatar and asks the face mesh where the face is;
+`heads` sets planes found in a generator of other people's heads against planes fitted freely;
 `tokens` trains avatars without one of the tokens each, and with plain convolutions.
 """
 
@@ -23,14 +24,16 @@ from talkhead_cli.blocks.planes import RowPlanes
 from talkhead_cli.contracts import Camera, Signals, SilentProgress
 from talkhead_cli.jobs import drive as drives
 from talkhead_cli.jobs import footage, player
-from talkhead_cli.jobs.evaluate import MEASURE_PX, psnr
+from talkhead_cli.jobs.evaluate import MEASURE_PX, evaluate, psnr
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import Player
+from talkhead_cli.jobs.pretrain import pretrain
 from talkhead_cli.store import Workspace
 from talkhead_cli.track import face
 from talkhead_cli.track.pose import RIGID
 
 VIEWS = ((0, 0), (-15, 0), (15, 0), (-30, 0), (30, 0), (0, -10), (0, 10))  # yaw, pitch, degrees
+PRESETS = ("talk3d", "tiny")
 NOSE, EARS = 4, (234, 454)  # of the face mesh
 N_ROWS = 3  # footage rows that are looked at from elsewhere
 REPORT_PX = 128  # errors are said in pixels of such a picture
@@ -129,6 +132,39 @@ def _as_grey(depth: Array) -> NDArray[np.uint8]:
     low, high = (np.quantile(depth[solid], q) for q in (0.01, 0.99)) if solid.any() else (0, 1)
     grey = np.where(solid, 1 - 0.85 * ((depth - low) / max(high - low, 1e-6)).clip(0, 1), 0)
     return np.repeat((grey * 255).astype(np.uint8)[..., None], 3, 2)
+
+
+# -- heads ---------------------------------------------------------------------------------------
+
+
+def heads(
+    home: Path, names: Sequence[str], others: Sequence[str], scale: float, sheets: Path
+) -> dict[str, Any]:
+    """Each person at `scale` of the steps, from a prior of `others`, none of whom is in `names`,
+    and from nothing: held-out figures, and views as in `views`."""
+    assert not set(names) & set(others)
+    quiet = SilentProgress()
+    prior = pretrain(home, others, "heads", quiet, preset_names=PRESETS, device="cpu").meta()
+    assert set(prior["people"]) == set(others), "this prior is of others; use another --work"
+    found: dict[str, Any] = {"scale": scale, "pretrain_s": prior["seconds"]}
+    for name in names:
+        rows: dict[str, Any] = {}
+        for start, begun in (("none", "none"), ("others", "heads")):
+            run = finetune(
+                home, name, quiet, names=PRESETS, settings=[f"train.scale={scale}"],
+                run_name=f"head-{start}", prior=begun, device="cpu",
+            )  # fmt: skip
+            figures, _ = evaluate(home, name, quiet, run_name=run.name, device="cpu")
+            rows[start] = {
+                "psnr_face_db": figures["picture"]["face_box"]["psnr_db"],
+                "psnr_full_db": figures["picture"]["full"]["psnr_db"],
+                "lips_r": figures["lips"]["correlation"]["r"],
+                "eyes_r": figures["eyes"]["correlation"]["r"],
+                "lmd_px_at_512": figures["lmd_px_at_512"],
+                "views": views(home, [name], [run.name], sheets)[name][run.name],
+            }
+        found[name] = rows
+    return found
 
 
 # -- tokens --------------------------------------------------------------------------------------
