@@ -77,10 +77,11 @@ def _eyes(row: dict[str, Any]) -> str:
 def filled(text: str) -> str:
     """A text with its tables as the results have them."""
     for name, table in (("short", short()), ("whole", whole())):
-        begin, end = f"<!-- table {name} -->\n", "\n<!-- end -->"
+        begin, end = f"<!-- table {name} -->\n", "<!-- end -->\n"
         if begin in text:
-            head, _, rest = text.partition(begin)
-            text = head + begin + table + end + rest.partition(end)[2]
+            head, rest = text.split(begin)
+            _, after = rest.split(end)
+            text = head + begin + table + "\n" + end + after
     return text
 
 
