@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import shutil
+from collections.abc import Container
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -131,24 +133,30 @@ def test_a_runs_name_never_leads_out_of_its_folder(home: Path, name: str) -> Non
     assert not (home.parent / "x").exists()
 
 
+HONEST = fit.Step.forward
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: Container[int]) -> None:
+    """From now on the losses of these steps, counted from one, are not numbers."""
+    count = itertools.count(1)
+
+    def sick(self: fit.Step, *args: Any) -> fit.Lost:
+        lost = HONEST(self, *args)
+        return lost._replace(loss=lost.loss * float("nan")) if next(count) in steps else lost
+
+    monkeypatch.setattr(fit.Step, "forward", sick)
+
+
 def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, calls = fit.Step.forward, {"n": 0}
-
-    def sick(self: fit.Step, *args: Any) -> fit.Lost:
-        lost = honest(self, *args)
-        calls["n"] += 1
-        return lost._replace(loss=lost.loss * float("nan")) if calls["n"] in poisoned else lost
-
-    monkeypatch.setattr(fit.Step, "forward", sick)
     progress = SilentProgress()
-    poisoned = {45}
+    poison(monkeypatch, {45})
     run = finetune(home, "speaker", progress, names=PRESETS, settings=SHORT, run_name="once")
     assert run.is_finished and any("not a number" in note for note in progress.notes)
     assert all(bool(torch.isfinite(w).all()) for w in run.weights().values())
 
-    calls["n"], poisoned = 0, set(range(45, 10_000))
+    poison(monkeypatch, range(45, 10_000))
     with pytest.raises(TalkheadError, match="rates"):
         finetune(home, "speaker", progress, names=PRESETS, settings=SHORT, run_name="always")
 
@@ -156,16 +164,9 @@ def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(
 def test_a_loss_that_is_not_a_number_right_after_a_resume_is_borne(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest, calls = fit.Step.forward, {"n": 0}
-
-    def sick(self: fit.Step, *args: Any) -> fit.Lost:
-        lost = honest(self, *args)
-        calls["n"] += 1
-        return lost._replace(loss=lost.loss * float("nan")) if calls["n"] == 1 else lost
-
     names = {"names": PRESETS, "settings": SHORT, "run_name": "resumed"}
     finetune(home, "speaker", SilentProgress(), **names, stop_after=lambda p: p.total >= 47)
-    monkeypatch.setattr(fit.Step, "forward", sick)
+    poison(monkeypatch, {1})
     progress = SilentProgress()
     assert finetune(home, "speaker", progress, **names).is_finished
     assert any("not a number" in note for note in progress.notes)

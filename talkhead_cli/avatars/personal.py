@@ -43,10 +43,21 @@ def noisy(x: Tensor, size: float | Tensor) -> Tensor:
     return x + size * torch.randn_like(x)
 
 
-def eyes_told(eye: Tensor, gaze: Tensor, brow: Tensor) -> Tensor:
+def disturbed(signals: Signals, noise: float) -> Signals:
+    """Eyes, gaze and brows with a little noise, `noise` times the usual."""
+    return signals.with_(
+        eye=noisy(signals.eye, noise * EYE_NOISE),
+        gaze=noisy(signals.gaze, noise * GAZE_NOISE),
+        brow=noisy(signals.brow, noise * BROW_NOISE),
+    )
+
+
+def eyes_told(signals: Signals) -> Tensor:
     """What networks are told of eyes: openness (T, 2), by waves too, gaze and brows (T, 2) in much
     the same size -> (T, N_EYES)."""
-    return torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos(), 4 * gaze, 10 * brow], 1)
+    eye = signals.eye
+    waves = (torch.pi * eye).sin(), (torch.pi * eye).cos()
+    return torch.cat([eye, *waves, 4 * signals.gaze, 10 * signals.brow], 1)
 
 
 class Person(nn.Module):

@@ -42,14 +42,12 @@ from typing_extensions import Self
 
 from talkhead_cli.avatars.base import StepResult, distance, shaped
 from talkhead_cli.avatars.personal import (
-    BROW_NOISE,
-    EYE_NOISE,
-    GAZE_NOISE,
     LIP_NOISE,
     N_EYES,
     POSE_NOISE,
     Person,
     SharedAvatar,
+    disturbed,
     eyes_told,
     noisy,
 )
@@ -197,19 +195,15 @@ class Talk3D(SharedAvatar):
 
     def _told(self, signals: Signals, stance: Tensor) -> Tensor:
         """The tokens (T, 5, TOKEN_WIDTH) of each row."""
-        lips, eye, gaze, brow = (
-            self.person(signals).mouth.code(signals), signals.eye, signals.gaze, signals.brow
-        )  # fmt: skip
+        lips = self.person(signals).mouth.code(signals)
         if self.training:
-            stance, lips, eye, gaze, brow = (
-                noisy(x, self.noise * size)
-                for x, size in ((stance, POSE_NOISE), (lips, LIP_NOISE), (eye, EYE_NOISE),
-                                 (gaze, GAZE_NOISE), (brow, BROW_NOISE))
-            )  # fmt: skip
+            stance = noisy(stance, self.noise * POSE_NOISE)
+            lips = noisy(lips, self.noise * LIP_NOISE)
+            signals = disturbed(signals, self.noise)
         stance = stance.clamp(-MAX_POSE, MAX_POSE)
         heard = {
             "speech": lips.clamp(-4, 4),
-            "eyes": eyes_told(eye, gaze, brow),
+            "eyes": eyes_told(signals),
             "rotation": stance[:, :3],
             "place": stance[:, 3:],
         }

@@ -123,9 +123,10 @@ def _train(
     fabric.seed_everything(seed, verbose=False)
     boxes = torch.stack([player.box_for(preset, clip.signals.camera) for clip in clips])
     aabb = torch.cat([boxes[:, :3].amin(0), boxes[:, 3:].amax(0)])  # holds all of them
-    avatar, marcher, _ = player.build(
+    avatar, marcher, why = player.build(
         preset, clips[0].signals.audio.shape[1:], aabb.to(where), where, len(clips)
     )
+    progress.note(f"marching: {why}")
     looks.seat(avatar, judge, stages, where, progress)
     rows = [clip.train[clip.heard[clip.train]] for clip in clips]
     few = max(SURVEYED // len(clips), MIN_SURVEYED)

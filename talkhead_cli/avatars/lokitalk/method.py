@@ -42,14 +42,12 @@ from talkhead_cli.avatars.base import Speaker, StepResult, distance, shaped
 from talkhead_cli.avatars.lokitalk.field import LokiField
 from talkhead_cli.avatars.lokitalk.transfer import Transfer, laid_out, told_of
 from talkhead_cli.avatars.personal import (
-    BROW_NOISE,
-    EYE_NOISE,
-    GAZE_NOISE,
     LIP_NOISE,
     N_EYES,
     POSE_NOISE,
     Person,
     SharedAvatar,
+    disturbed,
     eyes_told,
     noisy,
 )
@@ -178,13 +176,13 @@ class LokiTalk(SharedAvatar):
         pose, lips = person.stance(signals), person.mouth.code(signals)
         vigour = person.mouth.vigour
         if self.training:
-            signals = _disturbed(signals, self.noise)
+            signals = disturbed(signals, self.noise)
             pose = noisy(pose, self.noise * POSE_NOISE)
             lips = noisy(lips, self.noise * LIP_NOISE * vigour)
         far = MAX_LIPS * vigour.clamp_min(1)
         codes = (
             self.lip_code(lips.clamp(-far, far)),
-            self.eye_code(eyes_told(signals.eye, signals.gaze, signals.brow)),
+            self.eye_code(eyes_told(signals)),
         )
         pose_code = self.pose_code(pose.clamp(-MAX_POSE, MAX_POSE))
         return LokiField(
@@ -262,12 +260,3 @@ def _two(n_in: int, n_out: int, *, of: int) -> nn.ModuleList:
 def _mapped(maps: nn.ModuleList, codes: tuple[Tensor, Tensor]) -> Tensor:
     """Codes (T, N_CODE) of lips and eyes, each through its map -> (2 T, n_out), row by row."""
     return torch.stack([m(c) for m, c in zip(maps, codes, strict=True)], 1).flatten(0, 1)
-
-
-def _disturbed(signals: Signals, noise: float) -> Signals:
-    """Eyes, gaze and brows with a little noise."""
-    return signals.with_(
-        eye=noisy(signals.eye, noise * EYE_NOISE),
-        gaze=noisy(signals.gaze, noise * GAZE_NOISE),
-        brow=noisy(signals.brow, noise * BROW_NOISE),
-    )
