@@ -23,6 +23,7 @@ from talkhead_cli.store import Workspace
 from talkhead_cli.track import face, matte, pose
 from talkhead_cli.track import scout as scouting
 from talkhead_cli.track.crop import MIN_FACE_PX, Crop, choose_crop
+from talkhead_cli.track.zoom import STILL, Zoom
 
 Array = NDArray[np.floating[Any]]
 Arrays = dict[str, NDArray[Any]]
@@ -378,6 +379,8 @@ def test_gaps_without_any_face_are_refused() -> None:
 
 # ---------------------------------------------------------------- the crop
 
+SQUARE = (0, 0, 512, 512)
+
 
 def test_crop_lies_inside_the_picture_and_holds_the_face(a_face: Array) -> None:
     rng = np.random.default_rng(1)
@@ -388,7 +391,7 @@ def test_crop_lies_inside_the_picture_and_holds_the_face(a_face: Array) -> None:
         room = np.array([width, height]) - np.ptp(mesh, axis=0)
         mesh += rng.uniform(0, 1, 2) * room - mesh.min(0)
         points = mesh + rng.normal(0, 0.02 * tall, (6, 1, 2))
-        square = choose_crop(points.astype(np.float32), np.ones(6, bool), (width, height))
+        square = choose_crop(points.astype(np.float32), np.ones(6, bool), (0, 0, width, height))
         assert square.side % 2 == 0
         assert 0 <= square.x <= width - square.side and 0 <= square.y <= height - square.side
         inside = (mesh >= [square.x, square.y]) & (mesh <= [square.x + square.side] * 2 + np.array(
@@ -399,7 +402,7 @@ def test_crop_lies_inside_the_picture_and_holds_the_face(a_face: Array) -> None:
 
 def test_crop_of_a_face_with_room_is_roomy_and_level(a_face: Array) -> None:
     mesh = a_face * 0.5 + 600
-    square = choose_crop(mesh[None].astype(np.float32), np.ones(1, bool), (2000, 2000))
+    square = choose_crop(mesh[None].astype(np.float32), np.ones(1, bool), (0, 0, 2000, 2000))
     tall = np.linalg.norm(mesh[10] - mesh[152])
     assert 2.0 * tall < square.side < 3.0 * tall
     centre = (mesh.min(0) + mesh.max(0)) / 2
@@ -408,10 +411,18 @@ def test_crop_of_a_face_with_room_is_roomy_and_level(a_face: Array) -> None:
     assert square.scale(512) == 512 / square.side
 
 
+def test_the_crop_is_where_a_nearer_shot_shows_it() -> None:
+    square, size = Crop(100, 80, 200), (1000, 600)
+    assert square.zoomed(STILL, size) == (100, 80, 200, 200)
+    assert square.zoomed(Zoom(1.5, (-50.0, 20.4)), size) == (100, 140, 300, 300)
+    # rounding leads nowhere outside
+    assert square.zoomed(Zoom(3.001, (-300.0, -240.0)), size) == (0, 0, 600, 600)
+
+
 def test_crop_ignores_frames_without_a_face(a_face: Array) -> None:
     points = np.stack([a_face, np.full_like(a_face, np.nan)]).astype(np.float32)
     found = np.array([True, False])
-    assert choose_crop(points, found, (512, 512)) == choose_crop(points[:1], found[:1], (512, 512))
+    assert choose_crop(points, found, SQUARE) == choose_crop(points[:1], found[:1], SQUARE)
 
 
 @pytest.mark.parametrize("share", [0.2, 0.9])
@@ -419,13 +430,13 @@ def test_a_tiny_face_is_refused_with_its_size(a_face: Array, share: float) -> No
     tall = np.linalg.norm(a_face[10] - a_face[152])
     mesh = a_face * share * MIN_FACE_PX / tall
     with pytest.raises(TalkheadError, match=f"only {share * MIN_FACE_PX:.0f} pixels"):
-        choose_crop(mesh[None].astype(np.float32), np.ones(1, bool), (512, 512))
+        choose_crop(mesh[None].astype(np.float32), np.ones(1, bool), SQUARE)
 
 
 def test_a_film_without_a_face_has_no_crop() -> None:
     nothing = np.full((3, face.N_MESH, 3), np.nan, np.float32)
     with pytest.raises(TalkheadError, match="no face"):
-        choose_crop(nothing, np.zeros(3, bool), (512, 512))
+        choose_crop(nothing, np.zeros(3, bool), SQUARE)
 
 
 # ---------------------------------------------------------------- the scout

@@ -81,7 +81,7 @@ def portrait_of(
             f"the face in {path.name} is only {tall:.0f} pixels tall; give a larger picture, in "
             f"which it has at least {MIN_FACE_PX} (150 or more looks good)"
         )
-    crop = choose_crop(points, found, (width, height))
+    crop = choose_crop(points, found, (0, 0, width, height))
     if crop.side < size_px:
         progress.note(
             f"the head's square is {crop.side} px in {path.name}; it is enlarged to {size_px} px"

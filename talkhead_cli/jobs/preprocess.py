@@ -20,7 +20,6 @@ from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Stages, ranges
 from talkhead_cli.media import Part
 from talkhead_cli.store import Workspace, check_id
 from talkhead_cli.store.files import sha256_of
-from talkhead_cli.track.crop import choose_crop
 from talkhead_cli.track.scout import FACES
 
 MAX_OFFSET_S = 10.0
@@ -100,7 +99,7 @@ def preprocess(
             known_offset,
             needs=("mesh",),
         )
-        crop = choose_crop(faces.points, faces.found, (probe.width, probe.height))
+        crop = work.crop(faces)
         if crop.side < size_px:
             progress.note(
                 f"the head's square is {crop.side} px in the film; it is enlarged to {size_px} px"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cv2
@@ -25,10 +25,11 @@ from talkhead_cli.store import Workspace
 from talkhead_cli.store.files import atomic, digest
 from talkhead_cli.store.workspace import PIECE
 from talkhead_cli.track import face, lipsync, matte, pose, voice
-from talkhead_cli.track.crop import Crop
+from talkhead_cli.track.crop import Crop, choose_crop
 from talkhead_cli.track.pose import HeadTrack
 from talkhead_cli.track.scout import Scene, scout
-from talkhead_cli.track.shots import Shots
+from talkhead_cli.track.shots import Shots, Takes
+from talkhead_cli.track.zoom import STILL, common_window
 
 MIN_SECONDS = 3.0
 MESH_MAX_SIDE = 1280
@@ -40,7 +41,7 @@ N_EVIDENCE = 40  # frames that tell hair from torso by motion
 RESTLESS = 4.0  # of 255; a still background is off by 1 to 2, for noise and shadows
 MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 2, "mesh": 3, "film": 2, "tracks": 2, "labels": 1}
+VERSIONS = {"sound": 2, "mesh": 4, "film": 2, "tracks": 2, "labels": 1}
 
 
 class Stages:
@@ -133,7 +134,23 @@ class Stages:
             spool.seek(0)
             points = np.fromfile(spool, np.float32).reshape(-1, face.N_MESH, 3)
         found = ~np.isnan(points[:, 0, 0])
-        kept, faded = shots.kept(n * SCOUT_EVERY for n in scene.seen_in), shots.faded()
+        takes = shots.kept(n * SCOUT_EVERY for n in scene.seen_in)
+        takes = takes.in_pixels(float(scale[0]), (x, y))
+        kept = self._remaining(takes, shots.faded())
+        takes.undo(points)
+        placed = {"landmarks": np.stack(marks)} if marks else {}
+        for of_film in placed.values():
+            takes.undo(of_film)
+        colours = [skin[index] for index in skin if kept[index]]
+        self.space.save("shots", {
+            "kept": kept, "takes": takes.to_array(),
+            "skin": np.concatenate(colours) if colours else np.zeros((0, 3), np.float32),
+        })  # fmt: skip
+        return {"points": points, "found": found & kept, **placed}
+
+    def _remaining(self, takes: Takes, faded: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which frames (T,) are kept, and what there is to say of it."""
+        kept, zoomed = takes.flags(len(faded)), takes.flags(len(faded), zoomed=True)
         if not kept.all():
             self.progress.note(
                 f"the film is cut: frames {', '.join(ranges(~kept))} show another picture than "
@@ -145,14 +162,31 @@ class Stages:
                 f"the picture fades in or out in frames {', '.join(ranges(kept & faded))}; they "
                 "are left out"
             )
-            kept = kept & ~faded
-        colours = [skin[index] for index in skin if kept[index]]
-        self.space.save("shots", {
-            "kept": kept,
-            "skin": np.concatenate(colours) if colours else np.zeros((0, 3), np.float32),
-        })  # fmt: skip
-        placed = {"landmarks": np.stack(marks)} if marks else {}
-        return {"points": points, "found": found & kept, **placed}
+        if zoomed.any():
+            times = sorted({f"{take.zoom.scale:.2f}" for take in takes if take.zoom != STILL})
+            self.progress.note(
+                f"frames {', '.join(ranges(zoomed))} show the picture {', '.join(times)} times as "
+                "large, which was undone"
+            )
+        return kept & ~faded
+
+    def _takes(self) -> Takes:
+        return Takes.from_array(self.space.load("shots")["takes"])
+
+    def crop(self, faces: face.Faces) -> Crop:
+        """The square round the head, inside what every kept frame shows."""
+        bounds = common_window([take.zoom for take in self._takes()], self.size)
+        return choose_crop(faces.points, faces.found, bounds)
+
+    def _cropped(
+        self, crop: Crop, size_px: int, n_frames: int, first: int = 0
+    ) -> Iterator[NDArray[np.uint8]]:
+        """Frames of the square from `first` on, zooms undone."""
+        for begin, end, zoom in self._takes().spans(first, first + n_frames):
+            yield from self.part.frames(
+                first=begin, n_frames=end - begin, crop=crop.zoomed(zoom, self.size),
+                size=(size_px, size_px),
+            )  # fmt: skip
 
     def pose(self, faces: face.Faces) -> HeadTrack:
         self.progress.stage("head pose", None)
@@ -235,8 +269,6 @@ class Stages:
         kept = np.flatnonzero(stored["kept"])
         mesh = self._mesh_in_crop(faces, crop)
         reference = _reference_frame(mesh, faces.found)
-        cut = (crop.x, crop.y, crop.side, crop.side)
-        size = (size_px, size_px)
         skin_model = matte.SkinModel.fit(stored["skin"])
         wanted = set(_spread(kept, N_PLATE).tolist())
         thumbs_at = np.unique(np.append(_spread(kept, N_EVIDENCE), reference))
@@ -245,7 +277,7 @@ class Stages:
         tracked = np.zeros(n_frames, bool)
         parse = backends.parser_of(self.chosen["labels"])
         piece: dict[str, list[Any]] = {}
-        first_picture = next(self.part.frames(first=reference, n_frames=1, crop=cut, size=size))
+        first_picture = next(self._cropped(crop, size_px, 1, reference))
         self.progress.stage("crop, matte, shoulders", n_frames)
         with (
             matte.Segmenter() as segment,
@@ -256,7 +288,7 @@ class Stages:
             person = cv2.resize(segment(first_picture), (matte.MAP_PX, matte.MAP_PX))
             prior = matte.torso_prior(mesh[reference])
             shoulders = matte.BodyTracker(first_picture, (person * prior).astype(np.uint8))
-            stream = self.part.frames(n_frames=n_frames, crop=cut, size=size)
+            stream = self._cropped(crop, size_px, n_frames)
             for index, rgb in enumerate(followed(self.progress, stream)):
                 out.write(rgb)
                 mask = segment(rgb)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 
 from talkhead_cli.contracts import TalkheadError
 from talkhead_cli.track.face import CHIN, TOP
+from talkhead_cli.track.zoom import Box, Zoom
 
 HEIGHTS_PER_SIDE = 2.3  # face heights along one side: head, hair and shoulders
 ABOVE_CENTRE = 0.08  # the face sits this share of the side above the middle
@@ -27,12 +29,21 @@ class Crop:
         """Output pixels per source pixel."""
         return size_px / self.side
 
+    def zoomed(self, zoom: Zoom, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """The same square (x, y, w, h) in a shot of `size` (w, h) that shows it nearer."""
+        side = min(round(zoom.scale * self.side), *size)
+        x, y = (
+            min(max(0, round(zoom.scale * start + shift)), whole - side)
+            for start, shift, whole in zip((self.x, self.y), zoom.shift, size, strict=True)
+        )
+        return x, y, side, side
 
-def choose_crop(
-    points: NDArray[np.float32], found: NDArray[np.bool_], size: tuple[int, int]
-) -> Crop:
-    """The square around the head of mesh points (T, 478, >=2), inside a picture (w, h)."""
-    width, height = size
+
+def choose_crop(points: NDArray[np.float32], found: NDArray[np.bool_], bounds: Box) -> Crop:
+    """The square around the head of mesh points (T, 478, >=2), inside what can be cut out."""
+    left, top, right, bottom = (
+        *(math.ceil(edge) for edge in bounds[:2]), *(math.floor(edge) for edge in bounds[2:])
+    )  # fmt: skip
     seen = points[found]
     if len(seen) == 0:
         raise TalkheadError("no face was found in any frame; film one person facing the camera")
@@ -46,7 +57,7 @@ def choose_crop(
     high = np.percentile(seen[..., :2].max(1), 98, axis=0)
     centre = (low + high) / 2
     side = max(HEIGHTS_PER_SIDE * face_px, 1.25 * float((high - low).max()))
-    side = int(min(side, width, height)) // 2 * 2
-    x = int(np.clip(centre[0] - side / 2, 0, width - side))
-    y = int(np.clip(centre[1] - side * (0.5 - ABOVE_CENTRE), 0, height - side))
+    side = int(min(side, right - left, bottom - top)) // 2 * 2
+    x = int(np.clip(centre[0] - side / 2, left, right - side))
+    y = int(np.clip(centre[1] - side * (0.5 - ABOVE_CENTRE), top, bottom - side))
     return Crop(x, y, side)

@@ -1,23 +1,29 @@
-"""Cuts: where one shot of a film ends, and which shots show the same picture again."""
+"""Cuts: where one shot of a film ends, and which shots show the same picture again, or the same
+picture nearer (editors zoom in between sentences)."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 from talkhead_cli.track.face import CHIN, TOP
+from talkhead_cli.track.zoom import STILL, Zoom, measured, shows_head
 
 Array = NDArray[np.floating[Any]]
 
 THUMB = (64, 36)  # width, height of what is compared
+ZOOM_PX = 480  # width of the pictures that zooms are measured in
+MIN_ZOOM, LEANT = 0.02, 0.08  # what is none; how much larger faces are where nothing else tells
 # of 255: a cut changes at least that much, and so many times more than is usual
 JUMP, OVER_USUAL = 18.0, 8.0
+# ... or somewhat less, if the face is of another size or elsewhere, in face heights, at once
+SIZE_JUMP, PLACE_JUMP = 0.05, 0.1
 USUAL_OF = 50  # frames before, whose changes are usual
 SAME = 12.0  # of 255: half of the picture's points may differ by that much between takes
 NEAR = 0.6  # face heights by which the face may have moved between takes
@@ -32,25 +38,40 @@ def thumb(rgb: NDArray[np.uint8]) -> Array:
     return cv2.resize(rgb, THUMB, interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
+def face_of(mesh: Array) -> Array:
+    """Mesh (478, >=2) -> x, y of the face's middle, and its height."""
+    top, chin = mesh[TOP, :2], mesh[CHIN, :2]
+    return np.array([*(top + chin) / 2, np.linalg.norm(top - chin)])
+
+
 class CutFinder:
     """Says of frame after frame whether it begins a shot: all of the picture changes at once."""
 
     def __init__(self) -> None:
         self._last: Array | None = None
+        self._face: Array | None = None
         self._changes: deque[float] = deque(maxlen=USUAL_OF)
 
-    def __call__(self, small: Array) -> bool:
-        if self._last is None:
-            self._last = small
+    def __call__(self, small: Array, face: Array | None = None) -> bool:
+        """small: the frame's `thumb` · face: x, y, height of the face, if one is seen"""
+        before, self._last = self._last, small
+        leapt, self._face = _leapt(self._face, face), face
+        if before is None:
             return False
-        change = float(np.abs(small - self._last).mean())
-        self._last = small
+        change = float(np.abs(small - before).mean())
         known = len(self._changes) >= 3
         usual = float(np.median(self._changes)) if known else 0.0
-        cut = known and change > JUMP and change > OVER_USUAL * usual + 4
+        cut = known and (change > JUMP or leapt) and change > OVER_USUAL * usual + 4
         if not cut:
             self._changes.append(change)
         return cut
+
+
+def _leapt(before: Array | None, face: Array | None) -> bool:
+    if before is None or face is None:
+        return False
+    size = abs(np.log(face[2] / before[2]))
+    return bool(size > SIZE_JUMP or np.linalg.norm(face[:2] - before[:2]) > PLACE_JUMP * before[2])
 
 
 @dataclass
@@ -60,6 +81,7 @@ class _Shot:
     first: int
     end: int
     picture: Array
+    large: Array  # grey, ZOOM_PX wide
     light: list[float] = field(default_factory=list)  # of every frame, 0 to 255
     n_faces: int = 0
     face: Array = field(default_factory=lambda: np.zeros(3))  # x, y, height, summed
@@ -67,6 +89,16 @@ class _Shot:
     @property
     def mean_picture(self) -> Array:
         found: Array = self.picture / (self.end - self.first)
+        return found
+
+    @property
+    def mean_large(self) -> NDArray[np.uint8]:
+        return (self.large / (self.end - self.first)).astype(np.uint8)
+
+    @property
+    def mean_face(self) -> Array:
+        """x, y, height."""
+        found: Array = self.face / self.n_faces
         return found
 
     def lit(self) -> tuple[int, int]:
@@ -83,28 +115,90 @@ class _Shot:
         return self.first + begin, self.first + end
 
 
+class Take(NamedTuple):
+    """Frames first ... end that are kept, and how they show the picture of the main shot."""
+
+    first: int
+    end: int
+    zoom: Zoom
+
+
+class Takes(list[Take]):
+    """What is kept of a film, in its order."""
+
+    def in_pixels(self, scale: float, offset: tuple[float, float]) -> Takes:
+        """The same where points lie at scale * p + offset."""
+        return Takes(take._replace(zoom=take.zoom.in_pixels(scale, offset)) for take in self)
+
+    def flags(self, n_frames: int, *, zoomed: bool = False) -> NDArray[np.bool_]:
+        """(n_frames,) which are kept, or which of these are zoomed."""
+        flags = np.zeros(n_frames, bool)
+        for first, end, zoom in self:
+            flags[first:end] = not zoomed or zoom != STILL
+        return flags
+
+    def undo(self, points: Array) -> None:
+        """Points (T, ..., >=2) of all frames, carried in place to where the main shot has them."""
+        for first, end, zoom in self:
+            if zoom != STILL:
+                points[first:end] = zoom.undone(points[first:end])
+
+    def spans(self, first: int, end: int) -> Iterator[Take]:
+        """Frames first ... end in pieces of one zoom each; between takes it is as before."""
+        begin, zoom = 0, self[0].zoom
+        for start, next_zoom in [*((take.first, take.zoom) for take in self), (end, None)]:
+            if next_zoom == zoom:
+                continue
+            piece = Take(max(begin, first), min(start, end), zoom)
+            if piece.first < piece.end:
+                yield piece
+            if next_zoom is not None:
+                begin, zoom = start, next_zoom
+
+    def to_array(self) -> Array:
+        """(n, 5)"""
+        rows = [[first, end, zoom.scale, *zoom.shift] for first, end, zoom in self]
+        return np.array(rows, np.float64).reshape(-1, 5)
+
+    @classmethod
+    def from_array(cls, rows: Array) -> Takes:
+        """The inverse of `to_array`."""
+        return cls(
+            Take(int(first), int(end), Zoom(scale, (x, y)))
+            for first, end, scale, x, y in rows.tolist()
+        )
+
+
 class Shots:
     """Splits a film into shots while its frames go by, in memory that does not grow with length."""
 
     def __init__(self) -> None:
         self._cut = CutFinder()
         self._shots: list[_Shot] = []
+        self._size, self._shrunk = (0, 0), 1.0  # of frames, and of what zooms are measured in
 
     def see(self, rgb: NDArray[np.uint8], mesh: Array | None) -> None:
         """The next frame, and its face (478, >=2) in pixels, if there is one."""
         small = thumb(rgb)
-        cut = self._cut(small)
-        if cut or not self._shots:
+        self._size, self._shrunk = (rgb.shape[1], rgb.shape[0]), ZOOM_PX / rgb.shape[1]
+        size = (ZOOM_PX, max(1, round(rgb.shape[0] * self._shrunk)))
+        large = cv2.resize(
+            cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA
+        )
+        face = None if mesh is None else face_of(mesh)
+        if self._cut(small, face) or not self._shots:
             index = self._shots[-1].end if self._shots else 0
-            self._shots.append(_Shot(index, index, np.zeros_like(small)))
+            self._shots.append(
+                _Shot(index, index, np.zeros_like(small), np.zeros(large.shape, np.float32))
+            )
         shot = self._shots[-1]
         shot.end += 1
         shot.picture += small
+        shot.large += large
         shot.light.append(float(small.mean()))
-        if mesh is not None:
-            middle = (mesh[TOP, :2] + mesh[CHIN, :2]) / 2
+        if face is not None:
             shot.n_faces += 1
-            shot.face += [*middle, np.linalg.norm(mesh[TOP, :2] - mesh[CHIN, :2])]
+            shot.face += face
 
     def edges(self) -> list[tuple[int, int]]:
         """First frame and end of each shot."""
@@ -117,34 +211,50 @@ class Shots:
             flags[slice(*shot.lit())] = False
         return flags
 
-    def kept(self, wanted: Iterable[int] = ()) -> NDArray[np.bool_]:
-        """(T,) frames of the shot that shows most of the face, and of those that show the same:
-        the picture where it was, the face where it was and as large.
+    def kept(self, wanted: Iterable[int] = ()) -> Takes:
+        """The shot that shows most of the face, and those that show the same: the picture where it
+        was, the face where it was and as large, or all of it nearer or further off with room for
+        the head.
 
         `wanted` are frames that are known to show the face that is meant.  Frames beside a cut are
         not kept: trackers look across.
         """
         known = np.array(sorted(wanted), int)
 
-        def shows(shot: _Shot) -> tuple[int, int]:
+        def meant(shot: _Shot) -> tuple[int, int]:
             return int(((known >= shot.first) & (known < shot.end)).sum()), shot.n_faces
 
-        main = max(self._shots, key=shows)
-        flags = np.zeros(self._shots[-1].end, bool)
+        main = max(self._shots, key=meant)
+        takes = Takes()
         for shot in self._shots:
-            if shot is main or _alike(shot, main):
-                flags[shot.first : shot.end] = True
-        for shot in self._shots[1:]:
-            flags[shot.first - 1 : shot.first + 1] = False
-        return flags
+            zoom = STILL if shot is main else self._shown(shot, main)
+            if zoom is not None:
+                first = shot.first + (shot is not self._shots[0])
+                end = shot.end - (shot is not self._shots[-1])
+                if first < end:
+                    takes.append(Take(first, end, zoom))
+        return takes
+
+    def _shown(self, shot: _Shot, main: _Shot) -> Zoom | None:
+        """How a shot shows the picture of the main one; None if it shows another."""
+        if not shot.n_faces or not main.n_faces:
+            return None
+        shrunk = self._shrunk
+        zoom = measured(
+            shot.mean_large, main.mean_large, shot.mean_face * shrunk, main.mean_face * shrunk, SAME
+        )
+        size = shot.mean_face[2] / main.mean_face[2] if zoom is None else zoom.scale
+        if _alike(shot, main) and abs(np.log(size)) < (LEANT if zoom is None else MIN_ZOOM):
+            return STILL  # what moved is the person
+        if zoom is None:
+            return None
+        zoom = zoom.in_pixels(1 / shrunk, (0.0, 0.0))
+        return zoom if shows_head(zoom.window(self._size), main.mean_face) else None
 
 
 def _alike(shot: _Shot, main: _Shot) -> bool:
-    if not shot.n_faces or not main.n_faces:
-        return False
     change = np.abs(shot.mean_picture - main.mean_picture).mean(-1)
     if np.median(change) > SAME:
         return False
-    here, there = shot.face / shot.n_faces, main.face / main.n_faces
-    moved = np.linalg.norm(here[:2] - there[:2]) / there[2]
-    return bool(moved < NEAR and abs(np.log(here[2] / there[2])) < 0.25)
+    here, there = shot.mean_face, main.mean_face
+    return bool(np.linalg.norm(here[:2] - there[:2]) < NEAR * there[2])
