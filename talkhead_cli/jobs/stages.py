@@ -25,6 +25,7 @@ from talkhead_cli.store import Workspace
 from talkhead_cli.store.files import atomic, digest
 from talkhead_cli.store.workspace import PIECE
 from talkhead_cli.track import face, lipsync, matte, pose, voice
+from talkhead_cli.track.captions import CaptionFinder
 from talkhead_cli.track.crop import Crop, choose_crop
 from talkhead_cli.track.pose import HeadTrack
 from talkhead_cli.track.scout import Scene, scout
@@ -276,6 +277,7 @@ class Stages:
         warps = np.tile(np.eye(2, 3), (n_frames, 1, 1))
         tracked = np.zeros(n_frames, bool)
         parse = backends.parser_of(self.chosen["labels"])
+        captions = CaptionFinder()
         piece: dict[str, list[Any]] = {}
         first_picture = next(self._cropped(crop, size_px, 1, reference))
         self.progress.stage("crop, matte, shoulders", n_frames)
@@ -291,6 +293,7 @@ class Stages:
             stream = self._cropped(crop, size_px, n_frames)
             for index, rgb in enumerate(followed(self.progress, stream)):
                 out.write(rgb)
+                captions.see(rgb)
                 mask = segment(rgb)
                 maps = {"matte": mask, "skin": skin_model(rgb)}
                 if parse is not None:
@@ -312,6 +315,12 @@ class Stages:
                         "maps", index // PIECE * PIECE, {k: np.stack(v) for k, v in piece.items()}
                     )
                     piece = {}
+        if captions.lines is not None:
+            top, bottom = captions.lines
+            self.progress.note(
+                f"captions are burnt into the picture, {top:.0%} to {bottom:.0%} of the way down; "
+                "they will be learnt as if they were part of the person: take the film without them"
+            )
         plate, seen = matte.make_plate(plate_frames, plate_mattes)
         unrest = matte.unrest(plate_frames, plate_mattes, plate)
         if unrest > RESTLESS:

@@ -13,6 +13,8 @@ from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, Progress, TalkheadError
 from talkhead_cli.jobs.check.look import MAX_SIDE, Piece, pieces_of
 from talkhead_cli.jobs.check.report import LIMITS, Array, Curve, Finding, Report, Segment
 from talkhead_cli.track import face, lipsync, voice
+from talkhead_cli.track.captions import CaptionFinder
+from talkhead_cli.track.crop import ABOVE_CENTRE, HEIGHTS_PER_SIDE
 from talkhead_cli.track.scout import scout
 from talkhead_cli.track.shots import THUMB, CutFinder
 
@@ -40,7 +42,8 @@ def check(video: Path, progress: Progress) -> Report:
         report.findings.append(Finding(
             "faces", "warn", f"{scene.n_faces} people", "preprocess --face left|right|largest"
         ))  # fmt: skip
-    pieces = pieces_of(report, video, about.duration_s, scene.roi, progress)
+    captions = CaptionFinder()
+    pieces = pieces_of(report, video, about.duration_s, scene.roi, captions, progress)
     scale = max(scene.roi[2], scene.roi[3]) / min(MAX_SIDE, max(scene.roi[2], scene.roi[3]))
     found = np.concatenate([p.found for p in pieces])
     report.more("face", "found", float(found.mean()), f"in {found.mean():.0%} of the frames",
@@ -49,6 +52,7 @@ def check(video: Path, progress: Progress) -> Report:
         return report
     _picture(report, pieces, scale)
     _motion(report, pieces)
+    _captions(report, pieces, captions, scene.roi[3] / scale)
     samples = _sound(report, video, about)
     stream = None if samples is None else voice.features(samples)
     if stream is not None and report.figures["level"] >= LIMITS["level"][1]:
@@ -119,6 +123,26 @@ def _motion(report: Report, pieces: list[Piece]) -> None:
     report.less("background", "moving", moving,
                 f"changes by {moving:.1f} of 255 within a second",
                 "put the camera on a stand, before something that does not move")  # fmt: skip
+
+
+def _captions(
+    report: Report, pieces: list[Piece], captions: CaptionFinder, height_px: float
+) -> None:
+    """Words over what would be learnt; `height_px` of the pictures that were looked at."""
+    if captions.lines is None:
+        return
+    top, bottom = (share * height_px for share in captions.lines)
+    points = np.concatenate([p.mesh[p.found] for p in pieces])[..., 1]
+    middle = float(np.median(points.min(1) + points.max(1))) / 2
+    tall = float(np.median(points[:, face.CHIN] - points[:, face.TOP]))
+    above, below = (HEIGHTS_PER_SIDE * (0.5 + by) * tall for by in (-ABOVE_CENTRE, ABOVE_CENTRE))
+    over = middle - above < bottom and top < middle + below
+    report.findings.append(Finding(
+        "captions", "warn" if over else "pass",
+        "burnt in over the chest" if over else "burnt in, below what is cut out",
+        "take the film without them: they are learnt as if they were part of the person"
+        if over else ""
+    ))  # fmt: skip
 
 
 def _cuts(piece: Piece) -> list[int]:

@@ -16,6 +16,7 @@ from talkhead_cli import media
 from talkhead_cli.contracts import FPS, Progress, TalkheadError
 from talkhead_cli.jobs.check.report import Array, Finding, Report
 from talkhead_cli.track import face, pose
+from talkhead_cli.track.captions import CaptionFinder
 from talkhead_cli.track.shots import thumb
 
 PIECE, MAX_PIECES = 10 * FPS, 6
@@ -48,13 +49,13 @@ class Piece:
 
 def pieces_of(
     report: Report, video: Path, seconds: float, roi: tuple[int, int, int, int],
-    progress: Progress,
+    captions: CaptionFinder, progress: Progress,
 ) -> list[Piece]:  # fmt: skip
     """What can be looked at: the picture may end before the sound, or the file be cut short."""
     pieces: list[Piece] = []
     for first, n in spread(seconds):
         try:
-            pieces.append(_look(video, first, n, roi, progress))
+            pieces.append(_look(video, first, n, roi, captions, progress))
         except TalkheadError:
             if not pieces:
                 raise
@@ -77,8 +78,9 @@ def spread(seconds: float) -> list[tuple[int, int]]:
 
 
 def _look(
-    video: Path, first: int, n: int, roi: tuple[int, int, int, int], progress: Progress
-) -> Piece:
+    video: Path, first: int, n: int, roi: tuple[int, int, int, int], captions: CaptionFinder,
+    progress: Progress,
+) -> Piece:  # fmt: skip
     shrink = min(1.0, MAX_SIDE / max(roi[2], roi[3]))
     size = (max(2, round(roi[2] * shrink)), max(2, round(roi[3] * shrink)))
     progress.stage(f"frames from {first / FPS:.0f} s on", n)
@@ -88,6 +90,7 @@ def _look(
     with face.FaceMesh() as mesh:
         for rgb in _frames(video, first, n, roi, size):
             seen = mesh(rgb)
+            captions.see(rgb)
             rows["mesh"].append(blank if seen is None else seen)
             rows["thumb"].append(thumb(rgb))
             if len(rows["thumb"]) in (1, n // 2):

@@ -1,0 +1,64 @@
+"""Captions that are burnt into a film: words that come at once, all in the same few lines."""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+SIDE_PX = 128  # of what is compared
+# of 255: a point pops where it changes by more in one frame, and in those beside it by less
+POP, CALM = 22, 7
+MIN_POINTS = 40  # that pop in a frame ...
+MIN_LINES, MAX_LINES, MIN_WIDTH = 2, 12, 10  # ... nearly all in a low, wide box
+MIN_POPS, PER_POP = 4, 250  # so often, and at least once in so many frames ...
+APART = 3  # ... with their middles so many lines from each other at most
+EDGE = 4  # lines at the picture's lower edge, where hands come and go
+RIM = 5  # percent of the points that may lie outside the box, on each side
+
+
+class CaptionFinder:
+    """Looks for captions while frames of one size go by.
+
+    Hands and heads change a picture for several frames on end and over more of its height; in
+    films that repeat frames they jump, but not in lines.
+    """
+
+    def __init__(self) -> None:
+        self._last: deque[NDArray[np.int16]] = deque(maxlen=4)
+        self._boxes: list[tuple[float, float]] = []  # first and last line
+        self._n_seen = 0
+
+    def see(self, rgb: NDArray[np.uint8]) -> None:
+        """The next frame (H, W, 3)."""
+        grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
+        small = cv2.resize(grey, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA)
+        self._last.append(small.astype(np.int16))
+        self._n_seen += 1
+        if len(self._last) < 4:
+            return
+        before, change, after = np.abs(np.diff(np.stack(self._last), axis=0))
+        line, column = np.nonzero((change > POP) & (before < CALM) & (after < CALM))
+        if len(line) < MIN_POINTS:
+            return
+        (top, bottom), (left, right) = (
+            np.percentile(at, [RIM, 100 - RIM]) for at in (line, column)
+        )
+        low_and_wide = MIN_LINES <= bottom - top < MAX_LINES and right - left >= MIN_WIDTH
+        if low_and_wide and bottom < SIDE_PX - EDGE:
+            self._boxes.append((float(top), float(bottom)))
+
+    @property
+    def lines(self) -> tuple[float, float] | None:
+        """Top and bottom of the captions as shares of the picture's height, if there are any."""
+        boxes: NDArray[Any] = np.array(self._boxes).reshape(-1, 2)
+        middle = boxes.mean(1)
+        together = np.abs(middle[:, None] - middle) <= APART
+        most = int(together.sum(1).argmax()) if len(boxes) else 0
+        if not len(boxes) or together[most].sum() < max(MIN_POPS, self._n_seen / PER_POP):
+            return None
+        top, bottom = np.median(boxes[together[most]], axis=0)
+        return float(top) / SIDE_PX, float(bottom + 1) / SIDE_PX
