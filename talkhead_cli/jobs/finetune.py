@@ -80,7 +80,7 @@ def finetune(
             clip = footage.load(space, preset.data, progress)
         avatar, marcher, stages = _begun(preset, name, clip, start, fabric.device, progress)
         judge = expert.asked(home, preset.method, preset.train, hears, progress)
-        looks.seat(avatar, judge, preset.train, fabric.device, progress)
+        looks.seat(avatar, judge, preset, preset.train, fabric.device, progress)
         if avatar.needs_portrait:
             if chief:
                 run.save_portrait(portraits.to_arrays(clip.portrait(clip.best_likeness())))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from talkhead_cli import march
 from talkhead_cli.avatars.base import Avatar, StepResult
 from talkhead_cli.contracts import Progress, Shot, Signals, TalkheadError
-from talkhead_cli.jobs import shots
+from talkhead_cli.jobs import critic, shots
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset, Stage
 from talkhead_cli.store import Run
@@ -46,11 +46,12 @@ class Drawn:
 
 class Lost(NamedTuple):
     """loss () the weighted sum · terms () by name, unweighted · how many points the field was
-    asked for."""
+    asked for · for a critic to learn from, whole pictures (B, H, W, 3) and their truth."""
 
     loss: Tensor
     terms: dict[str, Tensor]
     n_points: int
+    pictures: list[tuple[Tensor, Tensor]]
 
 
 class Step(nn.Module):
@@ -79,7 +80,14 @@ class Step(nn.Module):
         weighed = [weights[name] * term for name, term in terms.items() if weights.get(name)]
         assert weighed, "the stage weighs none of its losses"
         loss = torch.stack(weighed).sum()
-        return Lost(loss, {name: term.detach() for name, term in terms.items()}, n_points)
+        pictures = [_with_its_truth(r) for r in results] if weights.get("critic") else []
+        return Lost(loss, {name: term.detach() for name, term in terms.items()}, n_points, pictures)
+
+
+def _with_its_truth(result: StepResult) -> tuple[Tensor, Tensor]:
+    assert result.frame is not None and result.shot.target is not None
+    made = result.frame.rgb.detach()
+    return made, result.shot.target.view(made.shape)
 
 
 @dataclass
@@ -130,10 +138,9 @@ def fit(
             name, stage, preset, step_module, average, people, run, fabric, progress, writer, rng,
             seed, clock,
         )  # fmt: skip
-        resume = held["optimizer"] if held is not None else None
-        held = None
-        if not trainer.go(place, resume, stop_after):
+        if not trainer.go(place, held, stop_after):
             return place
+        held = None
         place.stage, place.step = place.stage + 1, 0
     clock.read(place)
     if writer is not None:
@@ -196,13 +203,17 @@ class _StageLoop:
             groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8, fused=True
         )
         self.wrapped, self.optimizer = fabric.setup(module, optimizer)
+        learner = critic.of(self.avatar)
+        self.critic = None if learner is None else critic.Turns(learner, stage, fabric)
 
     def go(
-        self, place: Place, resume: dict[str, Any] | None, stop: Callable[[Place], bool] | None
+        self, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool] | None
     ) -> bool:
-        """Run the stage to its end; False when stopped early."""
-        if resume is not None:
-            self.optimizer.load_state_dict(resume)
+        """Run the stage to its end, from where it was saved if it was; False when stopped early."""
+        if held is not None:
+            self.optimizer.load_state_dict(held["optimizer"])
+            if self.critic is not None:
+                self.critic.load(held["critic"])
         good, saved_at = None, time.monotonic()
         self.module.train()
         self.progress.stage(f"train: {self.name}", self.n_steps, "steps")
@@ -210,11 +221,7 @@ class _StageLoop:
             self.progress.advance(place.step)
         while place.step < self.n_steps:
             if good is None or place.step % GOOD_EVERY == 0:
-                good = (
-                    copy.deepcopy(self.module.state_dict()),
-                    copy.deepcopy(self.optimizer.state_dict()),
-                    place.step,
-                )
+                good = copy.deepcopy(self._state()), place.step
             losses, loss = self._one(place)
             if not math.isfinite(loss):
                 self._roll_back(place, good)
@@ -266,7 +273,7 @@ class _StageLoop:
             with torch.no_grad():
                 made = self.avatar.enroll(shot.portrait).condition(shot.signals)
                 self.module.marcher.refresh(made, place.total)
-        loss, terms, n_points = self.wrapped(Drawn(drawn), self.stage.weights)
+        loss, terms, n_points, pictures = self.wrapped(Drawn(drawn), self.stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
         # of the whole team: all go on together, or all go back
         shared = self.fabric.all_reduce(loss.detach(), reduce_op="mean")
@@ -275,6 +282,8 @@ class _StageLoop:
         if math.isfinite(value):
             self.fabric.backward(loss)
             self.optimizer.step()
+            if self.critic is not None and pictures:
+                terms["told_apart"] = self.critic.learn(pictures)
         if n_points and self.stage.rays != "picture":
             want = place.n_rays * self.stage.n_points / n_points
             limit = MAX_RAYS[device.type] // (1 if self.stage.rays == "random" else 2)
@@ -314,9 +323,11 @@ class _StageLoop:
                 f"training of stage '{self.name}' keeps producing NaN; lower the stage's rates, "
                 f"for example -s train.stages.{self.name}.rates.{self.stage.learn[0]}=0.001"
             )
-        module, optimizer, step = good
-        self.module.load_state_dict(module)
-        self.optimizer.load_state_dict(optimizer)
+        state, step = good
+        self.module.load_state_dict(state["module"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic is not None:
+            self.critic.load(state["critic"])
         self.average.restart(self.avatar)
         for group in self.optimizer.param_groups:
             group["rate"] *= 0.5
@@ -332,11 +343,16 @@ class _StageLoop:
         if not self.fabric.is_global_zero:
             return
         self.run.save_resume({
-            "place": {**vars(place)},
-            "module": self.module.state_dict(),
-            "average": self.average.state(),
-            "optimizer": self.optimizer.state_dict(),
+            "place": {**vars(place)}, "average": self.average.state(), **self._state(),
         })  # fmt: skip
+
+    def _state(self) -> dict[str, Any]:
+        """Everything that learns in the stage."""
+        return {
+            "module": self.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "critic": None if self.critic is None else self.critic.state(),
+        }
 
 
 class _Average:

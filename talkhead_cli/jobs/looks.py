@@ -1,4 +1,4 @@
-"""Who judges pictures in training; LPIPS among them, where its weights are, and as a figure."""
+"""Who judges pictures in training, and LPIPS, one of them, as a figure."""
 
 from __future__ import annotations
 
@@ -7,22 +7,26 @@ import torch
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.blocks.perceptual import Perceptual
 from talkhead_cli.contracts import Progress
+from talkhead_cli.jobs import critic
 from talkhead_cli.jobs.expert import Judge
-from talkhead_cli.jobs.preset import Train
+from talkhead_cli.jobs.preset import Preset, Train
 from talkhead_cli.store import weights
 
 LOSSES = ("lpips", "whole_lpips")  # by its word
 
 
 def seat(
-    avatar: Avatar, judge: Judge | None, train: Train, where: torch.device, progress: Progress
-) -> None:
-    """Hand an avatar those whose word the stages weigh: the lip-sync expert, if it was found, and
-    LPIPS."""
+    avatar: Avatar, judge: Judge | None, preset: Preset, train: Train, where: torch.device,
+    progress: Progress,
+) -> None:  # fmt: skip
+    """Hand an avatar those whose word the stages weigh: the lip-sync expert, if it was found, LPIPS
+    and a picture critic."""
     if judge is not None:
         judge.sits_by(avatar, where)
     if (eye := asked(train, progress)) is not None:
         avatar.judges.append(eye.to(where))
+    if (new := critic.asked(avatar, preset.method, train, preset.avatar.size)) is not None:
+        avatar.judges.append(new.to(where))
 
 
 def asked(train: Train, progress: Progress) -> Perceptual | None:

@@ -59,6 +59,7 @@ class Stage(_Strict):
     learn        parts of the avatar that move · rates: their learning rates
     fall         share of the rates that is left at the end
     weights      of the losses
+    critic_rate  at which the picture critic learns, where the loss `critic` is weighed
     listen       share of the rows that are driven by what speech says, not by what was tracked
     inner_split  share of the training rows that is kept aside, for the avatar to settle on
     freeze_grid  leave the occupancy grid as it is
@@ -83,6 +84,7 @@ class Stage(_Strict):
     rates: dict[str, Annotated[float, Field(gt=0)]]
     fall: Annotated[float, Field(gt=0, le=1)] = 0.1
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}
+    critic_rate: Annotated[float, Field(gt=0)] = 2e-4
     listen: Annotated[float, Field(ge=0, le=1)] = 0.0
     inner_split: Annotated[float, Field(ge=0, le=0.5)] = 0.0
     freeze_grid: bool = False

@@ -127,7 +127,7 @@ def _train(
         preset, clips[0].signals.audio.shape[1:], aabb.to(where), where, len(clips)
     )
     progress.note(f"marching: {why}")
-    looks.seat(avatar, judge, stages, where, progress)
+    looks.seat(avatar, judge, preset, stages, where, progress)
     rows = [clip.train[clip.heard[clip.train]] for clip in clips]
     few = max(SURVEYED // len(clips), MIN_SURVEYED)
     avatar.survey([

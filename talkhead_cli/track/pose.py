@@ -24,7 +24,9 @@ Array = NDArray[np.float64]
 
 LEFT_EAR, RIGHT_EAR = 234, 454  # mesh points nearest to the ears, as seen in the picture
 MIRRORED = ((33, 263), (133, 362), (234, 454), (61, 291), (127, 356), (50, 280))
-# Forehead, nose bridge, eye corners, temples and cheekbones: bone under thin skin.
+# Forehead, nose bridge, eye corners, temples and cheekbones: bone under thin skin.  Without corners
+# of eyes and cheeks, which expressions move, less of what is seen is left unexplained, but pictures
+# of two people came out 0.15 dB worse, and the synthetic speaker's pose no truer.
 RIGID = np.array(
     [10, 67, 109, 338, 297, 54, 103, 284, 332, 21, 251, 151, 108, 337, 9, 8, 168, 6, 197, 195, 5]
     + [4, 1, 33, 133, 263, 362, 127, 356, 162, 389, 234, 454, 93, 323, 50, 280, 117, 346, 118, 347]

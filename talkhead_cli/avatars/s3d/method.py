@@ -50,6 +50,7 @@ from talkhead_cli.avatars.s3d.field import (
 )
 from talkhead_cli.avatars.s3d.speaker import MAPS, S3DSpeaker
 from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
+from talkhead_cli.blocks.critic import critic_losses
 from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MOUTH, N_CODES, Mouth, principal_shapes, usual_scale
@@ -88,7 +89,7 @@ class S3D(Avatar):
     DEFORMATIONS (naive: told what drives alone; concatenated: and what the picture looks like)."""
 
     needs_portrait = True
-    heeds = frozenset({"sync"})
+    heeds = frozenset({"sync", "critic"})
     maps = MAPS
     box = (-1.0, -1.1, -0.75, 1.0, 1.1, 0.45)
     common = ("",)  # nothing is a single person's
@@ -247,6 +248,7 @@ class S3D(Avatar):
         alive = picture_masks(shot.signals, labels)[..., :2].amax(-1)
         return (
             sync_losses(self.judges, frame.rgb, shot.signals)
+            | critic_losses(self.judges, frame.rgb)
             | {
                 "whole": error.mean(),
                 "mouth": (error * alive).sum() / alive.sum().clamp_min(1),

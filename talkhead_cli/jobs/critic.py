@@ -1,0 +1,62 @@
+"""The picture critic in training: by turns, the avatar learns to pass and the critic to tell."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from talkhead_cli.avatars.base import Avatar
+from talkhead_cli.blocks.critic import Critic, hinge, shown
+from talkhead_cli.contracts import MisuseError
+from talkhead_cli.jobs.preset import Stage, Train
+
+
+def asked(avatar: Avatar, method: str, train: Train, size: Any) -> Critic | None:
+    """A critic that has learnt nothing yet, for stages that weigh its word; None if none does."""
+    stages = {n: s for n, s in train.stages.items() if s.steps and s.weights.get("critic")}
+    for name, stage in stages.items():
+        if "critic" not in avatar.heeds:
+            raise MisuseError(f"preset {method} has no loss 'critic'; stage '{name}' weighs it")
+        if stage.rays != "picture":
+            raise MisuseError(f"stage '{name}' weighs 'critic', which needs rays picture")
+    return Critic(size) if stages else None
+
+
+def of(avatar: Avatar) -> Critic | None:
+    """The critic among an avatar's judges."""
+    return next((judge for judge in avatar.judges if isinstance(judge, Critic)), None)
+
+
+class Turns:
+    """The critic's side of a stage: its optimiser, and its step after each of the avatar's."""
+
+    def __init__(self, critic: Critic, stage: Stage, fabric: Fabric) -> None:
+        self.critic, self.fabric = critic, fabric
+        critic.requires_grad_(True)  # what does not learn now would not be set up
+        optimizer = torch.optim.Adam(critic.parameters(), lr=stage.critic_rate, betas=(0.0, 0.99))
+        self._wrapped, self._optimizer = fabric.setup(critic, optimizer)
+        critic.requires_grad_(False).eval()
+
+    def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """One step on what was drawn just now and what it should have been, (B, H, W, 3) each;
+        what the critic loses, ()."""
+        self.critic.requires_grad_(True).train()
+        made, true = (torch.cat(pictures) for pictures in zip(*pairs, strict=True))
+        scores = self._wrapped(torch.cat(shown(made, true))).float()
+        loss = hinge(*scores.chunk(2))
+        self._optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(loss)
+        self._optimizer.step()
+        self.critic.requires_grad_(False).eval()
+        return loss.detach()
+
+    def state(self) -> dict[str, Any]:
+        return {"net": self.critic.state_dict(), "optimizer": self._optimizer.state_dict()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        self.critic.load_state_dict(state["net"])
+        self._optimizer.load_state_dict(state["optimizer"])

@@ -1,0 +1,138 @@
+"""The picture critic: what it learns, when it is frozen, and that a run goes on with it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor
+
+from talkhead_cli.avatars.s3d import S3D
+from talkhead_cli.blocks.critic import Critic, critic_losses, hinge, shown
+from talkhead_cli.contracts import MisuseError, SilentProgress
+from talkhead_cli.jobs import critic, fit
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.store import Run
+
+STAGE = presets.load(["s3d", "tiny"]).pretrain.stages["finish"]  # type: ignore[union-attr]
+
+ALONE = Fabric(accelerator="cpu", devices=1)
+
+
+def pictures(n: int, seed: int) -> Tensor:
+    """Random pictures with fine detail."""
+    return torch.rand(n, 32, 32, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def blurred(sharp: Tensor) -> Tensor:
+    return F.avg_pool2d(sharp.movedim(-1, 1), 3, stride=1, padding=1).movedim(1, -1)
+
+
+def test_a_critic_comes_to_tell_blurred_from_sharp_and_gives_way_to_sharpening() -> None:
+    torch.manual_seed(0)
+    net = Critic("tiny")
+    turns = critic.Turns(net, STAGE.model_copy(update={"critic_rate": 2e-3}), ALONE)
+    losses = [float(turns.learn([(blurred(p), p)])) for p in (pictures(4, s) for s in range(60))]
+    assert losses[0] == pytest.approx(2, abs=0.5) and losses[-1] < 1
+    fresh = pictures(4, 1000)
+    assert net(fresh).mean() > net(blurred(fresh)).mean() + 0.5, "pictures that it never saw"
+    drawn = blurred(fresh).requires_grad_(True)
+    optimizer = torch.optim.Adam([drawn], lr=0.01)
+    for _ in range(10):
+        optimizer.zero_grad()
+        critic_losses([net], drawn)["critic"].backward()
+        optimizer.step()
+    edges = [p.diff(dim=2).square().mean() for p in (drawn.detach(), blurred(fresh))]
+    assert float(edges[0]) > 1.2 * float(edges[1]), "its word is to be sharper"
+    assert all(p.grad is None or not p.requires_grad for p in net.parameters())
+
+
+def test_a_critic_is_frozen_except_in_its_own_step() -> None:
+    torch.manual_seed(0)
+    net = Critic("tiny")
+    turns = critic.Turns(net, STAGE, ALONE)
+    before = {k: v.clone() for k, v in net.state_dict().items()}
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    net(pictures(1, 0))
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    turns.learn([(blurred(pictures(1, 0)), pictures(1, 0))])
+    assert not net.training and not any(p.requires_grad for p in net.parameters())
+    assert any(not torch.equal(v, before[k]) for k, v in net.state_dict().items())
+    turns.load({**turns.state(), "net": before})
+    assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
+
+
+def test_a_hinge_is_at_rest_where_scores_are_beyond_one() -> None:
+    assert float(hinge(torch.tensor([-1.5]), torch.tensor([1.0]))) == 0
+    assert float(hinge(torch.tensor([0.0]), torch.tensor([0.0]))) == 2
+
+
+def test_both_of_a_pair_are_shown_alike() -> None:
+    torch.manual_seed(3)
+    true = pictures(64, 0)
+    made, same = shown(true, true)
+    assert torch.equal(made, same)
+    one = made.view(64, -1)
+    assert (one - true.view(64, -1)).abs().amax(1).min() > 0, "none as it was"
+    order = [float(torch.corrcoef(torch.stack([m.flatten(), t.flatten()]))[0, 1])
+             for m, t in zip(made, true, strict=True)]  # fmt: skip
+    mirrored = sum(r < 0.5 for r in order)
+    assert 16 < mirrored < 48
+
+
+@pytest.mark.parametrize("size, px", [("tiny", 64), ("tiny", 128), ("full", 512)])
+def test_every_patch_has_a_score(size: str, px: int) -> None:
+    net = Critic(size)  # type: ignore[arg-type]
+    scores = net(torch.rand(2, px, px, 3))
+    times = 2 ** len(net.levels)
+    assert scores.shape == (2, px // times - 1, px // times - 1)
+
+
+def test_a_critic_is_asked_only_where_it_can_be_heard() -> None:
+    avatar = S3D("tiny", n_steps=33, n_features=4)
+
+    def found(*settings: str, method: str = "s3d") -> Critic | None:
+        stages = presets.load([method, "tiny"], settings).train
+        return critic.asked(avatar, method, stages, "tiny")
+
+    on = ["train.stages.refine.steps=3", "train.stages.refine.weights.critic=0.1"]
+    assert found() is None and found(on[1]) is None, "no steps, no critic"
+    assert isinstance(found(*on), Critic)
+    with pytest.raises(MisuseError, match="needs rays picture"):
+        found(*on, "train.stages.refine.rays=random")
+    avatar.heeds = frozenset()
+    with pytest.raises(MisuseError, match="no loss 'critic'"):
+        found(*on)
+
+
+def test_a_killed_run_goes_on_with_its_critic(speaker_home: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(speaker_home, tmp_path / "home"))
+    shutil.copytree(home / "speaker", home / "twin")
+    settings = ["data.size_px=64", "march.resolution=16", "march.n_steps=12",
+                "pretrain.stages.speech.steps=1", "pretrain.stages.speech_all.steps=1",
+                "pretrain.stages.pairs.steps=1", "pretrain.stages.finish.steps=6",
+                "pretrain.stages.finish.weights.critic=0.1",
+                "pretrain.stages.finish.critic_rate=0.01",
+                "pretrain.stages.sync.steps=0"]  # fmt: skip
+    told: list[float] = []
+
+    def train(name: str, until: int = 99) -> Run:
+        def watch(place: fit.Place) -> bool:
+            told.append(place.figures.get("told_apart", -1.0))
+            return place.total >= until
+
+        return pretrain(home, ["speaker", "twin"], name, SilentProgress(), settings=settings,
+                        preset_names=["s3d", "tiny"], device="cpu", stop_after=watch)  # fmt: skip
+
+    whole = train("whole").weights()
+    assert told[:3] == [-1] * 3 and len(set(told[3:])) == 6 and min(told[3:]) > 0
+    assert not train("cut", until=6).is_finished
+    cut = train("cut").weights()
+    assert told[9:] == pytest.approx(told[:9], abs=1e-5)
+    for name, value in whole.items():
+        assert torch.allclose(value, cut[name], atol=1e-5), name
