@@ -29,6 +29,13 @@ def pictures(n: int, seed: int) -> Tensor:
     return torch.rand(n, 32, 32, 3, generator=torch.Generator().manual_seed(seed))
 
 
+def learn(turns: critic.Turns, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+    with turns.learning():
+        loss = turns.told_apart(pairs)
+        loss.backward()
+    return loss.detach()
+
+
 def blurred(sharp: Tensor) -> Tensor:
     return F.avg_pool2d(sharp.movedim(-1, 1), 3, stride=1, padding=1).movedim(1, -1)
 
@@ -37,7 +44,7 @@ def test_a_critic_comes_to_tell_blurred_from_sharp_and_gives_way_to_sharpening()
     torch.manual_seed(0)
     net = Critic("tiny")
     turns = critic.Turns(net, STAGE.model_copy(update={"critic_rate": 2e-3}), ALONE)
-    losses = [float(turns.learn([(blurred(p), p)])) for p in (pictures(4, s) for s in range(60))]
+    losses = [float(learn(turns, [(blurred(p), p)])) for p in (pictures(4, s) for s in range(60))]
     assert losses[0] == pytest.approx(2, abs=0.5) and losses[-1] < 1
     fresh = pictures(4, 1000)
     assert net(fresh).mean() > net(blurred(fresh)).mean() + 0.5, "pictures that it never saw"
@@ -60,7 +67,7 @@ def test_a_critic_is_frozen_except_in_its_own_step() -> None:
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     net(pictures(1, 0))
     assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
-    turns.learn([(blurred(pictures(1, 0)), pictures(1, 0))])
+    learn(turns, [(blurred(pictures(1, 0)), pictures(1, 0))])
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     assert any(not torch.equal(v, before[k]) for k, v in net.state_dict().items())
     turns.load({**turns.state(), "net": before})

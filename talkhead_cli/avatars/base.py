@@ -52,6 +52,7 @@ class Avatar(nn.Module):
     `judges` are frozen networks that a job hands in for their word in the losses; a list, so
     that they are neither trained nor saved with the avatar.
     One that `needs_portrait` learns to draw people whom it never met (`enroll`), within `box`.
+    One that `begins_with` published generators is built for one of them and is given it (`borrow`).
     `past` is how many rows before a row `listen` has to be given for it to hear the row as in
     the whole speech.  Whole pictures are marched `magnification` times smaller than they come out
     of `compose`.  `maps` are parts of a frame that are worth a look: the names of their channels,
@@ -66,6 +67,7 @@ class Avatar(nn.Module):
     own: tuple[str, ...] = ()
     noise = 1.0
     heeds: frozenset[str] = frozenset()
+    begins_with: frozenset[str] = frozenset()
     needs_portrait = False
     box: tuple[float, ...] | None = None
 
@@ -105,6 +107,11 @@ class Avatar(nn.Module):
             if have != want:
                 raise ValueError(f"{name} is {have and tuple(have)}, not {want and tuple(want)}")
             own[name].copy_(tensors[name])
+
+    def borrow(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin with the published generator that it was built for; ValueError names what does not
+        fit."""
+        raise NotImplementedError
 
     def survey(self, people: Sequence[Signals]) -> None:
         """Read what is common to `people` and measured, before any of them is calibrated."""

@@ -8,14 +8,15 @@
 
 so that before training each picture is the still identity, exactly.
 
-The generator that gives P in the paper has restricted weights.  Here P is either fitted freely to
-the person's own footage, as a pyramid of planes (coarse ones say what no frame shows), with what
-keeps a head a head from sides that nobody filmed: the tracked mesh's own depth, left like
-right, smoothness.  Or it begins from a generator of our own, which `pretrain` taught the still
-heads of many people, each by a latent.  A new one is found in it as in VIVE3D (Fruehstueck et al.
-2023), which the paper takes: first the latent (inversion), then the generator's weights as well
-(tuning).  The pyramid, silent so far, goes on to say what the generator does not; a finished
-person has planes alone.  Either way a still head comes first, and goes on learning beside U.
+The generator that gives P in the paper is EG3D's, whose weights are restricted; who has them and
+may use them begins with it (`borrow`).  Else P is fitted freely to the person's own footage, as a
+pyramid of planes (coarse ones say what no frame shows), with what keeps a head a head from sides
+that nobody filmed: the tracked mesh's own depth, left like right, smoothness.  Or it begins from a
+generator of our own, which `pretrain` taught the still heads of many people, each by a latent.  In
+either generator a new one is found as in VIVE3D (Fruehstueck et al. 2023), which the paper takes:
+first the latent (inversion), then the generator's weights as well (tuning).  The pyramid, silent so
+far, goes on to say what the generator does not; a finished person has planes alone.  Each time a
+still head comes first, and goes on learning beside U.
 
 Where we differ on purpose:
 * Pictures are steady crops round the head already, and rays meet the head in head space: the
@@ -51,6 +52,16 @@ from talkhead_cli.avatars.personal import (
     eyes_told,
     noisy,
 )
+from talkhead_cli.blocks.eg3d import (
+    KINDS,
+    N_STYLES,
+    EG3DDecoder,
+    EG3DGenerator,
+    EG3DPlacing,
+    Kind,
+    checked,
+)
+from talkhead_cli.blocks.eg3d import N_STYLE as N_EG3D_STYLE
 from talkhead_cli.blocks.loss import patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp, density_of
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
@@ -98,13 +109,16 @@ class Talk3D(SharedAvatar):
 
     common = (*SharedAvatar.common, "generator.", "decoder.", "upscaler.")
     heeds = frozenset({"sync"})
-    generator: PlaneGenerator | None
+    begins_with = frozenset(KINDS)
+    generator: PlaneGenerator | EG3DGenerator | None
     latents: Latents | None
+    placing: EG3DPlacing | None
 
     def __init__(
         self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1,
-        split: bool = True,
+        split: bool = True, borrowed: Kind | None = None,
     ) -> None:  # fmt: skip
+        """borrowed: the published generator that the decoder is of"""
         super().__init__(
             [Person() for _ in range(n_people)],
             SpeechEncoder.of_windows(n_steps, n_features, N_CODES),
@@ -114,7 +128,11 @@ class Talk3D(SharedAvatar):
         self.n_features, self.edited = widths.features, widths.edited
         self.still, self.unheard = False, frozenset[str]()
         self.planes = PlanePyramid(widths.planes, widths.channels)
-        self.decoder = Mlp(widths.channels, widths.decoder, 1 + widths.features, 3)
+        self.borrowed = borrowed
+        self.decoder: nn.Module = (
+            EG3DDecoder() if borrowed
+            else Mlp(widths.channels, widths.decoder, 1 + widths.features, 3)
+        )  # fmt: skip
         self.tokens = nn.ModuleDict({
             "speech": Mlp(N_CODES, TOKEN_WIDTH, TOKEN_WIDTH),
             "eyes": Mlp(N_EYES, TOKEN_WIDTH, TOKEN_WIDTH),
@@ -126,16 +144,18 @@ class Talk3D(SharedAvatar):
             widths.channels, widths.edited, widths.unet, len(TOKENS), TOKEN_WIDTH, split=split
         )
         self.upscaler = Upscaler(widths.features + 1, widths.upscaler, widths.magnification)
-        self.generator, self.latents = None, None
+        self.generator, self.latents, self.placing = None, None, None
         if n_people > 1:
             self._be_generated(n_people)
 
     @classmethod
     def build(
         cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
-        n_people: int = 1,
+        n_people: int = 1, borrowed: Kind | None = None,
     ) -> Self:  # fmt: skip
-        return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
+        return cls(
+            size, n_steps=n_steps, n_features=n_features, n_people=n_people, borrowed=borrowed
+        )
 
     # -- who people are --------------------------------------------------------------------
 
@@ -150,6 +170,21 @@ class Talk3D(SharedAvatar):
         for level in self.planes.levels:
             level.zero_()
 
+    @torch.no_grad()
+    def borrow(self, tensors: Mapping[str, Tensor]) -> None:
+        """Begin with EG3D's generator and decoder: tensors as its file names them; ValueError names
+        what does not fit."""
+        assert self.borrowed is not None and isinstance(self.decoder, EG3DDecoder)
+        known, where = checked(tensors), self.aabb.device
+        self.generator = EG3DGenerator()
+        self.generator.take(known)
+        self.generator.to(where)
+        self.decoder.take(known)
+        self.latents = Latents(1, (N_STYLES, N_EG3D_STYLE)).to(where)
+        self.placing = EG3DPlacing(self.borrowed).to(where)
+        for level in self.planes.levels:
+            level.zero_()
+
     def take_common(self, tensors: Mapping[str, Tensor]) -> None:
         if self.generator is None:
             self._be_generated(1)
@@ -160,14 +195,18 @@ class Talk3D(SharedAvatar):
         if (drawn := self._drawn(0)) is not None:
             with torch.no_grad():
                 self.planes.levels[-1].add_(drawn)
-        self.generator, self.latents = None, None
+        self.generator, self.latents, self.placing = None, None, None
 
     def _drawn(self, index: int) -> Tensor | None:
         """What the generator says of a person's planes, (3, C, S, S)."""
         if self.generator is None:
             return None
         assert self.latents is not None
-        planes: Tensor = self.generator(self.latents(index))
+        planes: Tensor
+        if self.placing is None:
+            planes = self.generator(self.latents(index))
+        else:
+            planes = self.placing(self.generator(self.latents(index)[0]), self.reach)
         return planes
 
     # -- hop 8 to 10 -----------------------------------------------------------------------
@@ -282,8 +321,12 @@ class Talk3D(SharedAvatar):
             "editor": [self.editor, self.tokens],
             "upscaler": [self.upscaler],
             **({} if self.generator is None else {"generator": [self.generator]}),
-            **({} if self.latents is None else {"latents": [self.latents]}),
+            **({} if self.latents is None else {"latents": self._finds()}),
         }
+
+    def _finds(self) -> list[nn.Module]:
+        """What tells one person of the generator's from another."""
+        return [module for module in (self.latents, self.placing) if module is not None]
 
     def part(self, name: str) -> list[nn.Parameter]:
         return super().part(name) + ([self.nothing] if name == "editor" else [])

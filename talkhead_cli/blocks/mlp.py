@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+THIN = 1.5  # log of how much thinner than 1 space is before training
+
 
 def density_of(raw: Tensor) -> Tensor:
     """What a network says of density (N,) -> density per face height: thin at first, and bounded,
     since float16 ends at 65504."""
-    return (raw.float() - 1.5).clamp(max=7.0).exp()
+    return (raw.float() - THIN).clamp(max=7.0).exp()
+
+
+def raw_density_of(density: Tensor) -> Tensor:
+    """The inverse of `density_of`."""
+    return (density + 1e-6).log() + THIN
 
 
 class Mlp(nn.Sequential):

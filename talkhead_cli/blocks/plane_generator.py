@@ -22,19 +22,19 @@ SPREAD = 0.1  # of the planes at first
 
 
 class Latents(nn.Module):
-    """Who people are: N_STYLE numbers each.
+    """Who people are: a style each, N_STYLE numbers by default.
 
     Of many they count from their mean, so that zero stands for nobody in particular; one who comes
     later begins there.
     """
 
-    def __init__(self, n_people: int) -> None:
+    def __init__(self, n_people: int, shape: tuple[int, ...] = (N_STYLE,)) -> None:
         super().__init__()
-        many = torch.randn(n_people, N_STYLE) if n_people > 1 else torch.zeros(1, N_STYLE)
+        many = torch.randn(n_people, *shape) if n_people > 1 else torch.zeros(1, *shape)
         self.styles = nn.Parameter(many)
 
     def forward(self, index: int) -> Tensor:
-        """The style (1, N_STYLE) of a person."""
+        """The style of a person, (1, N_STYLE)."""
         styles: Tensor = self.styles
         if len(styles) > 1:
             styles = styles - styles.mean(0)

@@ -124,10 +124,15 @@ def models_import(
     file: Annotated[Path, typer.Argument(help="The file, as published.")],
     verbose: Verbose = False,
 ) -> None:
-    """Bring weights that you fetched yourself; their sha256 is checked."""
+    """Bring weights that you fetched yourself: their sha256 is checked, or their layout."""
     with speaking(verbose):
         from talkhead_cli.store import weights
 
+        if weights.is_converted(name):
+            from talkhead_cli.jobs import borrowed
+
+            answer(borrowed.take_in(name, file))
+            return
         answer(weights.import_file(name, file))
 
 

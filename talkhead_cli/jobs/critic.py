@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,27 +33,30 @@ def of(avatar: Avatar) -> Critic | None:
 
 
 class Turns:
-    """The critic's side of a stage: its optimiser, and its step after each of the avatar's."""
+    """The critic's side of a stage: its optimiser, for a step after each of the avatar's."""
 
     def __init__(self, critic: Critic, stage: Stage, fabric: Fabric) -> None:
-        self.critic, self.fabric = critic, fabric
+        self.critic = critic
         critic.requires_grad_(True)  # what does not learn now would not be set up
         optimizer = torch.optim.Adam(critic.parameters(), lr=stage.critic_rate, betas=(0.0, 0.99))
         self._wrapped, self._optimizer = fabric.setup(critic, optimizer)
         critic.requires_grad_(False).eval()
 
-    def learn(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """One step on what was drawn just now and what it should have been, (B, H, W, 3) each;
-        what the critic loses, ()."""
+    @contextmanager
+    def learning(self) -> Iterator[None]:
+        """A step of the critic by the gradients that come up inside."""
         self.critic.requires_grad_(True).train()
-        made, true = (torch.cat(pictures) for pictures in zip(*pairs, strict=True))
-        scores = self._wrapped(torch.cat(shown(made, true))).float()
-        loss = hinge(*scores.chunk(2))
         self._optimizer.zero_grad(set_to_none=True)
-        self.fabric.backward(loss)
+        yield
         self._optimizer.step()
         self.critic.requires_grad_(False).eval()
-        return loss.detach()
+
+    def told_apart(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """What the critic loses, (), on what was drawn just now and what it should have been,
+        (B, H, W, 3) each."""
+        made, true = (torch.cat(pictures) for pictures in zip(*pairs, strict=True))
+        scores: Tensor = self._wrapped(torch.cat(shown(made, true))).float()
+        return hinge(*scores.chunk(2))
 
     def state(self) -> dict[str, Any]:
         return {"net": self.critic.state_dict(), "optimizer": self._optimizer.state_dict()}

@@ -16,7 +16,7 @@ from talkhead_cli import __version__, march
 from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import expert, fit, footage, looks, player, portraits, team
+from talkhead_cli.jobs import borrowed, expert, fit, footage, looks, player, portraits, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
@@ -53,6 +53,12 @@ def finetune(
     preset, space = _asked_for(home, name, names, settings)
     where = march.device_of(device)
     hears = priors.speech_facts(space, preset)
+    if preset.avatar.generator is not None:
+        if prior not in (None, "none"):
+            raise MisuseError(
+                f"one begins with a prior or with {preset.avatar.generator}, not with both"
+            )
+        prior = "none"
     if prior is None:
         prior = _prior_by_default(home, space, preset, run_name, names, settings, hears, fresh)
     elif prior == "none" and avatar_class(preset.method).needs_portrait:
@@ -74,6 +80,7 @@ def finetune(
             run.write_meta(
                 identity=name, version=__version__, footage=space.fingerprint, seed=seed,
                 prior=None if start is None else start.facts(),
+                **borrowed.facts(preset.avatar.generator),
             )  # fmt: skip
         fabric.seed_everything(seed, verbose=False)
         with fabric.rank_zero_first():  # which caches the pixels
@@ -155,7 +162,10 @@ def _begun(
     if start is not None:
         priors.begin_from(avatar, start.prior)
         progress.note(_introduced(start, name))
-    stages = presets.begun_from(preset, None if start is None else avatar.common_parts())
+    if (generator := preset.avatar.generator) is not None:
+        borrowed.begin(avatar, generator, progress)
+    knows = start is not None or generator is not None
+    stages = presets.begun_from(preset, avatar.common_parts() if knows else None)
     hearing = clip.train[clip.heard[clip.train]]
     avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb)
     if start is not None:

@@ -283,7 +283,10 @@ class _StageLoop:
             self.fabric.backward(loss)
             self.optimizer.step()
             if self.critic is not None and pictures:
-                terms["told_apart"] = self.critic.learn(pictures)
+                with self.critic.learning():
+                    told = self.critic.told_apart(pictures)
+                    self.fabric.backward(told)
+                terms["told_apart"] = told.detach()
         if n_points and self.stage.rays != "picture":
             want = place.n_rays * self.stage.n_points / n_points
             limit = MAX_RAYS[device.type] // (1 if self.stage.rays == "random" else 2)

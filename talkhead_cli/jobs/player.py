@@ -16,7 +16,15 @@ from talkhead_cli import march
 from talkhead_cli.avatars import avatar_class
 from talkhead_cli.avatars.base import Avatar, Speaker
 from talkhead_cli.blocks.planes import triton_obstacle
-from talkhead_cli.contracts import Camera, Field, Frame, RayBundle, Signals, TalkheadError
+from talkhead_cli.contracts import (
+    Camera,
+    Field,
+    Frame,
+    MisuseError,
+    RayBundle,
+    Signals,
+    TalkheadError,
+)
 from talkhead_cli.jobs import footage, portraits
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import SpeechStats, read_plate
@@ -209,9 +217,13 @@ def build(
 ) -> tuple[Avatar, march.Marcher, str]:
     """A fresh avatar and marcher for a preset; heard (W, A) the shape of a window of speech."""
     n_steps, n_features = heard
-    avatar = avatar_class(preset.method).build(
+    method, generator = avatar_class(preset.method), preset.avatar.generator
+    if generator is not None and generator not in method.begins_with:
+        raise MisuseError(f"preset {preset.method} does not begin with a generator: {generator}")
+    avatar = method.build(
         preset.avatar.size, n_steps=n_steps, n_features=n_features,
         px=preset.data.size_px, n_people=n_people,
+        **({} if generator is None else {"borrowed": generator}),
     )  # fmt: skip
     options = march.MarchOptions(**preset.march.model_dump())
     marcher, why = march.build(options, aabb, device)

@@ -127,9 +127,17 @@ class Render(_Strict):
 
 
 class AvatarOptions(_Strict):
-    """size: the one dial that each method maps to its widths."""
+    """size: the one dial that each method maps to its widths · generator: somebody else's, that the
+    planes of a full-sized talk3d begin with."""
 
     size: Literal["tiny", "full"] = "full"
+    generator: Literal["eg3d", "eg3d-fixed"] | None = None
+
+    @model_validator(mode="after")
+    def _generators_are_of_one_size(self) -> AvatarOptions:
+        if self.generator is not None and self.size != "full":
+            raise ValueError(f"{self.generator} goes with size full, not {self.size}")
+        return self
 
 
 class Preset(_Strict):

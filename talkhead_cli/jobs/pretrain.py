@@ -54,6 +54,11 @@ def pretrain(
             f"preset '{'+'.join(preset_names)}' has no stages to pretrain; use one that has, such "
             "as lokitalk"
         )
+    if preset.avatar.generator is not None:
+        raise MisuseError(
+            "pretrain teaches a generator of its own; finetune begins a person with "
+            f"{preset.avatar.generator}"
+        )
     stages = preset.pretrain
     hears_alone = "speech" in preset.train.stages  # people learn their own pictures
     out = out or ("prior" if hears_alone else preset.method)

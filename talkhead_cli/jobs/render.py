@@ -98,7 +98,8 @@ def render(
     write_json(sidecar, {
         "synthetic": True, **tags,
         "talkhead": __version__, "speech_sha256": sha256_of(speech), "film_sha256": sha256_of(out),
-        "run_meta": {k: show.run.meta().get(k) for k in ("version", "steps", "source", "torch")},
+        "run_meta": {k: show.run.meta().get(k)
+                     for k in ("version", "steps", "source", "torch", "generator")},
         "consent": show.run.meta().get("consent", []),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(wishes).items()},
         "frames": n_frames, "fps": FPS, "size_px": size,

@@ -29,6 +29,7 @@ TIMEOUT_S = 30
 FAN = "https://www.adrianbulat.com/downloads/python-fan/"
 FACEXLIB = "https://github.com/xinntao/facexlib/releases/download/"
 TORCH = "https://download.pytorch.org/"
+EG3D = "NVIDIA source code licence: non-commercial research"
 MEDIAPIPE = "https://storage.googleapis.com/mediapipe-models/"
 
 
@@ -38,7 +39,8 @@ class Weights:
 
     url: the folder it is published in, with / at the end · sha256: all of it, or as much of its
     beginning as was published (torch's hub puts that into file names); "" where nothing was ·
-    bytes: 0 where not known
+    bytes: 0 where not known · url "" for what nobody publishes as a file by itself, and what is
+    kept of it after `import` is another file
     """
 
     name: str
@@ -75,6 +77,10 @@ KNOWN = {
         Weights("fan3d", "3DFAN4-7835d9f11d.pth.tar", FAN,
                 "68 landmarks of the face in space, as seen (face-alignment)", "BSD-3-Clause",
                 "7835d9f11d"),
+        Weights("eg3d", "ffhqrebalanced512-128.safetensors", "",
+                "a generator of faces that talk3d begins with", EG3D),
+        Weights("eg3d-fixed", "ffhq-fixed-triplane512-128.safetensors", "",
+                "the same, with planes on all three pairs of axes (VIVE3D, Talk3D)", EG3D),
         Weights("lpips", "alexnet-owt-7be5be79.pth", TORCH + "models/",
                 "LPIPS: how alike pictures look, in training and in evaluate", "BSD-3-Clause",
                 "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02", 244_408_911),
@@ -120,6 +126,8 @@ def shipped(path: Path) -> dict[str, NDArray[Any]]:
 def need(name: str) -> Path:
     """The file of known weights, or one sentence that says how to bring it."""
     found = find(name)
+    if found is None and is_converted(name):
+        raise TalkheadError(f"the weights of {name} are not on this machine; {_by_hand(name)}")
     if found is None:
         raise TalkheadError(
             f"the weights of {name} ({_known(name).file}) are not on this machine; run: talkhead "
@@ -146,6 +154,10 @@ def load(name: str) -> dict[str, Any]:
 
     path = right(name)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return dict(load_file(path))
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises whatever the torn file provokes
         raise TalkheadError(f"{path} cannot be read ({error}); fetch the file again") from error
@@ -186,6 +198,31 @@ def import_file(name: str, file: Path) -> Path:
     return target
 
 
+def is_converted(name: str) -> bool:
+    """Whether `import` makes another file of the published one."""
+    return not _known(name).url
+
+
+def keep(name: str, tensors: dict[str, Any], facts: dict[str, str]) -> Path:
+    """Save tensors that were made of a published file, with where they come from."""
+    from safetensors.torch import save_file
+
+    target = folder() / _known(name).file
+    with atomic(target) as part:
+        save_file(tensors, part)
+        digest = sha256_of(part)
+    write_json(_record_of(target), {"sha256": digest, **facts})
+    return target
+
+
+def _by_hand(name: str) -> str:
+    published = Path(_known(name).file).with_suffix(".pkl").name
+    return (
+        f"fetch {published} yourself, if its licence suits you ({licence(name)}), and run: "
+        f"talkhead models import {name} {published}"
+    )
+
+
 def pull(name: str, progress: Progress, *, source: str | None = None, sha256: str = "") -> Path:
     """Fetch known weights into the folder, whole and checked, or not at all.
 
@@ -193,6 +230,8 @@ def pull(name: str, progress: Progress, *, source: str | None = None, sha256: st
     default where it is published.  sha256: what the file must have; needed where none is published
     """
     weights = _known(name)
+    if is_converted(name):
+        raise MisuseError(f"{name} is not published as a file by itself; {_by_hand(name)}")
     source = weights.url if source is None else source
     if "://" not in source:
         place = Path(source) / weights.file

@@ -1,0 +1,50 @@
+"""Generators that others have published, for an avatar to begin with.
+
+Their files are pickled objects: taken in once, as tensors alone, and kept as safetensors.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from talkhead_cli.avatars.base import Avatar
+from talkhead_cli.blocks import eg3d
+from talkhead_cli.contracts import Progress, TalkheadError
+from talkhead_cli.store import pickles, weights
+from talkhead_cli.store.files import sha256_of
+
+NETWORK = "G_ema"  # the averaged one of those that a file holds
+
+
+def take_in(name: str, file: Path) -> Path:
+    """Convert a published file into the folder of weights; refuses what is not laid out as it is
+    known to be, and runs nothing of it."""
+    if not file.is_file():
+        raise TalkheadError(f"there is no file {file}")
+    held = pickles.networks(file)
+    if NETWORK not in held:
+        raise TalkheadError(f"{file} holds {', '.join(sorted(held))}, and no {NETWORK}")
+    try:
+        tensors = eg3d.checked(held[NETWORK])
+    except ValueError as error:
+        raise TalkheadError(f"{file} is not {name} as it was published: {error}") from error
+    return weights.keep(name, tensors, {"from": file.name, "of": sha256_of(file)})
+
+
+def begin(avatar: Avatar, name: str, progress: Progress) -> None:
+    """Load a generator into a fresh avatar that begins with it."""
+    state = weights.load(name)
+    try:
+        avatar.borrow(state)
+    except ValueError as error:
+        raise TalkheadError(
+            f"{weights.need(name)} does not hold {name} ({error}); import its file again"
+        ) from error
+    terms = weights.licence(name)
+    progress.note(f"generator: {name}; what is made with it is bound by its licence ({terms})")
+
+
+def facts(name: str | None) -> dict[str, Any]:
+    """What a run keeps of the generator that it begins with, if it does."""
+    return {} if name is None else {"generator": {"name": name, "licence": weights.licence(name)}}
