@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from talkhead_cli.avatars.s3d import S3D
-from talkhead_cli.blocks.critic import Critic, critic_losses, hinge, shown
+from talkhead_cli.blocks.critic import REACH, Critic, critic_losses, faces_of, hinge, shown
 from talkhead_cli.contracts import MisuseError, SilentProgress
 from talkhead_cli.jobs import critic, fit
 from talkhead_cli.jobs import preset as presets
@@ -26,14 +27,20 @@ ALONE = Fabric(accelerator="cpu", devices=1)
 
 def pictures(n: int, seed: int) -> Tensor:
     """Random pictures with fine detail."""
-    return torch.rand(n, 32, 32, 3, generator=torch.Generator().manual_seed(seed))
+    return torch.rand(n, 64, 64, 3, generator=torch.Generator().manual_seed(seed))
 
 
 def learn(turns: critic.Turns, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     with turns.learning():
-        loss = turns.told_apart(pairs)
+        loss = turns.told_apart([(made, true, marks(len(made))) for made, true in pairs])
         loss.backward()
     return loss.detach()
+
+
+def marks(n: int) -> Tensor:
+    """Landmarks round which a crop is the whole picture."""
+    box = torch.tensor([[-1.0, -1.0], [1.0, 1.0]]) / (4 * REACH) + 0.5
+    return box.repeat(34, 1).expand(n, 68, 2)
 
 
 def blurred(sharp: Tensor) -> Tensor:
@@ -52,7 +59,7 @@ def test_a_critic_comes_to_tell_blurred_from_sharp_and_gives_way_to_sharpening()
     optimizer = torch.optim.Adam([drawn], lr=0.01)
     for _ in range(10):
         optimizer.zero_grad()
-        critic_losses([net], drawn)["critic"].backward()
+        critic_losses([net], drawn, marks(4))["critic"].backward()
         optimizer.step()
     edges = [p.diff(dim=2).square().mean() for p in (drawn.detach(), blurred(fresh))]
     assert float(edges[0]) > 1.2 * float(edges[1]), "its word is to be sharper"
@@ -92,12 +99,25 @@ def test_both_of_a_pair_are_shown_alike() -> None:
     assert 16 < mirrored < 48
 
 
-@pytest.mark.parametrize("size, px", [("tiny", 64), ("tiny", 128), ("full", 512)])
-def test_every_patch_has_a_score(size: str, px: int) -> None:
-    net = Critic(size)  # type: ignore[arg-type]
-    scores = net(torch.rand(2, px, px, 3))
-    times = 2 ** len(net.levels)
-    assert scores.shape == (2, px // times - 1, px // times - 1)
+@pytest.mark.parametrize("size", ["tiny", "full"])
+def test_every_patch_has_a_score(size: Literal["tiny", "full"]) -> None:
+    net = Critic(size)
+    scores = net(torch.rand(2, net.side, net.side, 3))
+    n = net.side // 2 ** len(net.levels) - 1
+    assert scores.shape == (2, n, n)
+
+
+def test_a_crop_is_the_face_wherever_it_is() -> None:
+    line = torch.linspace(0, 1, 128)
+    ramp = torch.stack([*torch.meshgrid(line, line, indexing="xy"), torch.zeros(128, 128)], -1)
+    face = torch.tensor([0.6, 0.3]) + 0.1 * (2 * torch.rand(68, 2) - 1)
+    face[:2] = torch.tensor([[0.5, 0.2], [0.7, 0.4]])
+    (found,) = faces_of(ramp[None], face[None], 40)
+    edges = 0.6 + REACH * 0.2 * torch.tensor([-39 / 40, 39 / 40])
+    assert torch.allclose(found[20, [0, -1], 0], edges, atol=6e-3)
+    assert torch.allclose(found[[0, -1], 20, 1], edges - 0.3, atol=6e-3)
+    still = torch.rand(2, 64, 64, 3)
+    assert torch.allclose(faces_of(still, marks(2), 64), still, atol=1e-4)
 
 
 def test_a_critic_is_asked_only_where_it_can_be_heard() -> None:
@@ -123,7 +143,6 @@ def test_a_killed_run_goes_on_with_its_critic(speaker_home: Path, tmp_path: Path
     settings = ["data.size_px=64", "march.resolution=16", "march.n_steps=12",
                 "pretrain.stages.speech.steps=1", "pretrain.stages.speech_all.steps=1",
                 "pretrain.stages.pairs.steps=1", "pretrain.stages.finish.steps=6",
-                "pretrain.stages.finish.weights.critic=0.1",
                 "pretrain.stages.finish.critic_rate=0.01",
                 "pretrain.stages.sync.steps=0"]  # fmt: skip
     told: list[float] = []

@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from talkhead_cli.avatars.base import Avatar
-from talkhead_cli.blocks.critic import Critic, hinge, shown
+from talkhead_cli.blocks.critic import Critic, faces_of, hinge, shown
 from talkhead_cli.contracts import MisuseError
 from talkhead_cli.jobs.preset import Stage, Train
 
@@ -51,10 +51,12 @@ class Turns:
         self._optimizer.step()
         self.critic.requires_grad_(False).eval()
 
-    def told_apart(self, pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    def told_apart(self, shots: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """What the critic loses, (), on what was drawn just now and what it should have been,
-        (B, H, W, 3) each."""
-        made, true = (torch.cat(pictures) for pictures in zip(*pairs, strict=True))
+        (B, H, W, 3) each, with the landmarks (B, 68, 2) in both."""
+        side = self.critic.side
+        pairs = [(faces_of(m, marks, side), faces_of(t, marks, side)) for m, t, marks in shots]
+        made, true = (torch.cat(faces) for faces in zip(*pairs, strict=True))
         scores: Tensor = self._wrapped(torch.cat(shown(made, true))).float()
         return hinge(*scores.chunk(2))
 

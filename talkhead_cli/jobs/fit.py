@@ -46,12 +46,13 @@ class Drawn:
 
 class Lost(NamedTuple):
     """loss () the weighted sum · terms () by name, unweighted · how many points the field was
-    asked for · for a critic to learn from, whole pictures (B, H, W, 3) and their truth."""
+    asked for · for a critic to learn from, whole pictures (B, H, W, 3), their truth and the
+    landmarks in them (B, 68, 2)."""
 
     loss: Tensor
     terms: dict[str, Tensor]
     n_points: int
-    pictures: list[tuple[Tensor, Tensor]]
+    pictures: list[tuple[Tensor, Tensor, Tensor]]
 
 
 class Step(nn.Module):
@@ -84,10 +85,10 @@ class Step(nn.Module):
         return Lost(loss, {name: term.detach() for name, term in terms.items()}, n_points, pictures)
 
 
-def _with_its_truth(result: StepResult) -> tuple[Tensor, Tensor]:
+def _with_its_truth(result: StepResult) -> tuple[Tensor, Tensor, Tensor]:
     assert result.frame is not None and result.shot.target is not None
     made = result.frame.rgb.detach()
-    return made, result.shot.target.view(made.shape)
+    return made, result.shot.target.view(made.shape), result.shot.signals.landmarks_px
 
 
 @dataclass

@@ -248,7 +248,7 @@ class S3D(Avatar):
         alive = picture_masks(shot.signals, labels)[..., :2].amax(-1)
         return (
             sync_losses(self.judges, frame.rgb, shot.signals)
-            | critic_losses(self.judges, frame.rgb)
+            | critic_losses(self.judges, frame.rgb, shot.signals.landmarks_px)
             | {
                 "whole": error.mean(),
                 "mouth": (error * alive).sum() / alive.sum().clamp_min(1),
