@@ -22,8 +22,8 @@ from talkhead_cli.jobs import render as render_job
 # Every method, none left out: a preset of its name over tiny.yaml, in seconds.
 SMALL = ["data.size_px=64", "march.resolution=32", "march.n_steps=32"]
 STEPS = {
-    "speech": 150, "speech_all": 20, "shape": 100, "detail": 80, "torso": 20, "still": 60,
-    "speak": 60, "upscale": 15, "pairs": 60, "finish": 10, "refine": 5, "sync": 3,
+    "speech": 150, "speech_all": 20, "shape": 150, "detail": 150, "torso": 40, "still": 100,
+    "speak": 150, "upscale": 30, "pairs": 120, "finish": 20, "refine": 10, "sync": 3,
 }  # fmt: skip
 
 
