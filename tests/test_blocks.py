@@ -213,6 +213,22 @@ def test_speech_encoder_is_quiet_in_eval_and_noisy_in_training(make: Any) -> Non
     assert not torch.equal(encoder.votes(heard), encoder.votes(heard))
 
 
+def test_nets_of_the_speech_encoder_hear_noise_of_their_own() -> None:
+    """Equal nets, equal rows: votes on a row are as unlike as votes on two rows."""
+    torch.manual_seed(0)
+    encoder = SpeechEncoder.of_windows(33, 10, 4)
+    first, *others = encoder.nets
+    for net in others:
+        net.load_state_dict(first.state_dict())
+    encoder.train()
+    for module in encoder.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    votes = encoder.votes(signals_of(torch.zeros(64, 33, 10))).detach()
+    by_net, by_row = votes.std(0).mean(), votes.std(1).mean()
+    assert by_row > 1e-3 and by_net == pytest.approx(float(by_row), rel=0.2)
+
+
 def test_the_linear_map_of_speech_is_a_ridge_solution() -> None:
     torch.manual_seed(0)
     encoder = SpeechEncoder.of_windows(5, 4, 2)

@@ -538,6 +538,25 @@ def test_a_new_pose_is_seen_once_it_is_revealed() -> None:
     assert not marcher.lattice.watching
 
 
+def test_a_thin_sheet_that_a_march_leaps_over_is_seen_once_it_is_revealed() -> None:
+    """Thinner than a step of the march, aslant; the look at new poses takes shorter steps."""
+
+    def sheet(x: Tensor, row: Tensor) -> Tensor:
+        off = (x[:, 2] - 0.5 * x[:, 0] - 0.2).abs()
+        return 400 * (off < 0.25 * coarse).float() * (x.abs().amax(1) < 0.75)
+
+    coarse = step_length(BOX, 16)
+    lattice = PackedMarcher(OccupancyGrid(BOX, coarse, 32), coarse, early_stop=0.0)
+    marcher = GuidedMarcher(lattice, 5, N_STEPS).eval()
+    marcher.occupancy.forget()
+    field, rays = Solid(sheet), picture(48, 0.1)
+    marcher.reveal([(field, picture(64, yaw)) for yaw in (-0.1, 0.0, 0.1)])
+    true = DenseMarcher(BOX, 512).eval().march(field, rays).opacity
+    holes = (marcher.march(field, rays).opacity < 0.5) & (true > 0.9)
+    assert float(holes.sum() / (true > 0.9).sum()) < 0.05
+    assert lattice.step == coarse
+
+
 def test_guided_gradients_reach_density_and_spare_it_where_detached() -> None:
     rays = picture(6)
     strength = torch.tensor(2.0, requires_grad=True)

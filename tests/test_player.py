@@ -67,6 +67,16 @@ def test_frames_that_march_together_are_the_same_frames(
     assert all(b == 2 * a for a, b in zip(n_points, closer, strict=True)), "twice the samples"
 
 
+def test_new_poses_are_the_furthest_from_what_is_known_first() -> None:
+    known = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
+    near, off, far = [0.99, 0.0], [0.5, 0.3], [0.0, 2.0]
+    poses = torch.tensor([near, off, far, [0.0, 2.01], [0.5, 0.3]])
+    first, second = player.novel(poses, known, 5)
+    assert {first, second} == {3, 1} and first == 3, "each news once"
+    assert player.novel(poses, known, 1) == [3]
+    assert player.novel(poses[:1], known, 5) == [], "no news"
+
+
 def test_what_heard_otherwise_is_refused_in_a_sentence(tmp_path: Path) -> None:
     run = Run.named(tmp_path, "old")
     run.write_meta(speech={"backend": "mel", "n_features": 46, "window": 33})

@@ -79,9 +79,14 @@ class SpeechEncoder(nn.Module):
     def votes(self, signals: Signals) -> Tensor:
         """What each net says, (n_nets, T, K); in training, of noisy copies."""
         heard = signals.audio.transpose(1, 2)
+        if not self.training:
+            return torch.stack([net(heard, signals) for net in self.nets])
+        # Normal numbers take longer than all that nets make of them: drawn once, and each net has
+        # another row's.
+        noise = torch.randn_like(heard)
         return torch.stack([
-            net(_disturbed(heard) if self.training else heard, signals)
-            for net in self.nets
+            net(_disturbed(heard, noise.roll(index, 0)), signals)
+            for index, net in enumerate(self.nets)
         ])  # fmt: skip
 
     @torch.no_grad()
@@ -241,10 +246,10 @@ class _Attention(nn.Module):
         return x + self.think(self.between(x))
 
 
-def _disturbed(heard: Tensor) -> Tensor:
+def _disturbed(heard: Tensor, noise: Tensor) -> Tensor:
     """Standardised features (T, A, W) with noise as large as they are, and a microphone's tilt."""
     tilt = 0.15 * torch.randn_like(heard[:, :, :1])
-    return heard + torch.randn_like(heard) + tilt
+    return heard + noise + tilt
 
 
 def ridge_map(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:

@@ -193,7 +193,10 @@ def _finish(
     marcher.eval()
     if len(clip.held):  # poses that films replay, though training never shows them
         speaker = player.person(avatar, run, where)
-        player.open_views(speaker, marcher, clip.signals[clip.held], where)
+        known = player.stances(clip.signals[clip.train])
+        new = player.novel(player.stances(clip.signals[clip.held]), known, player.N_VIEWS)
+        if new:
+            player.open_views(speaker, marcher, clip.signals[clip.held[new]], where)
         if avatar.needs_portrait:  # nor did training show it any others
             player.open_views(speaker, marcher, clip.signals[clip.train], where)
     player.save(run, avatar, marcher)

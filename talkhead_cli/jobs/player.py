@@ -37,6 +37,7 @@ WIDE_OPEN = 0.15  # face heights
 LOWER_MOUTH = [*range(5, 12), *range(55, 60), *range(65, 68)]  # of the 68: chin, lower lip
 N_FIRST = 4  # pictures that show it a person
 N_VIEWS = 24  # pictures that show a marcher new poses
+NEWS = 0.04  # radians and face heights from which on a pose is a new one: about a cell of the grid
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # of one march on a GPU; some 3 GB
 # Half precision where it is faster: on the tensor cores of a GPU.  A CPU's casts cost more.
 HALF = {"cuda": torch.float16}
@@ -126,6 +127,21 @@ def open_views(
 ) -> None:
     """Show the marcher at most N_VIEWS of the rows, spread over them."""
     marcher.reveal(_views(avatar, marcher, signals, device, N_VIEWS))
+
+
+def novel(poses: Tensor, known: Tensor, n: int) -> list[int]:
+    """At most n rows of `poses` (T, K) that are new beside `known` (M, K), the furthest first, until
+    all that are left lie near one that is known or chosen."""
+    away, rows = torch.cdist(poses, known).amin(1), []
+    while len(rows) < n and float(away.max()) > NEWS:
+        rows.append(int(away.argmax()))
+        away = torch.minimum(away, torch.cdist(poses, poses[rows[-1:]])[:, 0])
+    return rows
+
+
+def stances(signals: Signals) -> Tensor:
+    """Where head and shoulders are, in radians and face heights, (T, 10)."""
+    return torch.cat([signals.pose, signals.body], 1)
 
 
 @torch.no_grad()

@@ -14,6 +14,9 @@ from .occupancy import OccupancyGrid
 from .rays import intersect_box
 
 FIRST_ROUND = 4  # samples; about what it takes to pass from air into skin
+# Steps of a look at new poses, in steps of a march.  Cells that a step leaps over are worth next to
+# nothing to whom they guide: of thin shoulders they left holes as large as themselves.
+LOOK_STEP = 0.5
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,11 @@ class PackedMarcher(nn.Module):
             grid.extend(field, [0])
         if not grid.watched:
             return
-        self._watch(views)
+        step, self.step = self.step, LOOK_STEP * self.step
+        try:
+            self._watch(views)
+        finally:
+            self.step = step
         grid.close_unseen(known)
 
     @torch.no_grad()
