@@ -130,8 +130,8 @@ def open_views(
 
 
 def novel(poses: Tensor, known: Tensor, n: int) -> list[int]:
-    """At most n rows of `poses` (T, K) that are new beside `known` (M, K), the furthest first, until
-    all that are left lie near one that is known or chosen."""
+    """At most n rows of `poses` (T, K) that are new beside `known` (M, K), the furthest first,
+    until all that are left lie near one that is known or chosen."""
     away, rows = torch.cdist(poses, known).amin(1), []
     while len(rows) < n and float(away.max()) > NEWS:
         rows.append(int(away.argmax()))
