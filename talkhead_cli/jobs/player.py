@@ -132,7 +132,8 @@ def open_views(
 def novel(poses: Tensor, known: Tensor, n: int) -> list[int]:
     """At most n rows of `poses` (T, K) that are new beside `known` (M, K), the furthest first,
     until all that are left lie near one that is known or chosen."""
-    away, rows = torch.cdist(poses, known).amin(1), []
+    away = torch.cdist(poses, known).amin(1)
+    rows: list[int] = []
     while len(rows) < n and float(away.max()) > NEWS:
         rows.append(int(away.argmax()))
         away = torch.minimum(away, torch.cdist(poses, poses[rows[-1:]])[:, 0])
