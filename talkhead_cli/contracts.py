@@ -17,7 +17,7 @@ Axes
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:  # `--help` must not pay for torch
@@ -215,14 +215,15 @@ class Rendered:
     feature (R, C) composited channels, the last `n_detached` with detached weights
     opacity (R, 1) in [0, 1] · depth (R, 1) expected distance of what was hit, not
     normalised by opacity · spread (R, 1) variance of that distance along the ray,
-    sum w t^2 - (sum w t)^2 / sum w (0 for a thin surface) · n_points sent to the field
+    sum w t^2 - (sum w t)^2 / sum w (0 for a thin surface) · n_points sent to the field, a
+    number () on the device where nobody waited for it
     """
 
     feature: Tensor
     opacity: Tensor
     depth: Tensor
     spread: Tensor
-    n_points: int
+    n_points: int | Tensor
 
 
 @dataclass(frozen=True)
@@ -288,6 +289,28 @@ class Shot:
     labels: Tensor | None = None
     plate: Tensor | None = None
     portrait: Portrait | None = None
+
+
+def unpacked(thing: Any) -> list[Tensor]:
+    """All tensors in dataclasses of this file, however deep, in a fixed order."""
+    if hasattr(thing, "data_ptr"):  # who reads contracts need not load torch
+        return [thing]
+    if isinstance(thing, dict):
+        return [t for part in thing.values() for t in unpacked(part)]
+    if not is_dataclass(thing):
+        return []
+    return [t for f in fields(thing) for t in unpacked(getattr(thing, f.name))]
+
+
+def repacked(like: Any, tensors: Iterator[Tensor]) -> Any:
+    """The same with other tensors, in the order of `unpacked`."""
+    if hasattr(like, "data_ptr"):
+        return next(tensors)
+    if isinstance(like, dict):
+        return {name: repacked(part, tensors) for name, part in like.items()}
+    if not is_dataclass(like) or isinstance(like, type):
+        return like
+    return replace(like, **{f.name: repacked(getattr(like, f.name), tensors) for f in fields(like)})
 
 
 @runtime_checkable

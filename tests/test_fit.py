@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import shutil
 from collections.abc import Container
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,21 @@ from typing import Any
 import pytest
 import torch
 from lightning_fabric import Fabric
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk.method import LokiTalk
-from talkhead_cli.contracts import MisuseError, Signals, SilentProgress, TalkheadError
+from talkhead_cli.contracts import (
+    MisuseError,
+    RayBundle,
+    Signals,
+    SilentProgress,
+    TalkheadError,
+    repacked,
+    unpacked,
+)
 from talkhead_cli.jobs import fit, footage, player, shots, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
@@ -253,6 +265,88 @@ def test_training_lowers_the_colour_loss(home: Path) -> None:
         settings=[*SHORT, *only, "train.stages.shape.steps=90"], stop_after=watch,
     )  # fmt: skip
     assert len(seen) == 90 and sum(seen[-8:]) < 0.4 * sum(seen[:8])
+
+
+def test_shots_drawn_from_memory_are_those_drawn_from_the_disk(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    aabb = footage.box_of(clip.signals.camera[clip.train])
+    near = clip.on(torch.device("cpu"))
+    assert near.near is not None
+    whole = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 2})
+    for stage in (*preset.train.stages.values(), whole):
+        found = [
+            unpacked(shots.draw(c, stage, 2048, aabb, torch.Generator().manual_seed(1)))
+            for c in (clip, near)
+        ]
+        assert len(found[0]) > 10
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_what_is_unpacked_is_repacked(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    aabb = footage.box_of(clip.signals.camera[clip.train])
+    shot = shots.draw(clip, preset.train.stages["lips"], 2048, aabb, torch.Generator())
+    twice = repacked(shot, (2 * t for t in unpacked(shot)))
+    assert twice.rays.layout == shot.rays.layout and twice.portrait is None  # type: ignore[union-attr]
+    assert torch.equal(twice.signals.camera.k, 2 * shot.signals.camera.k)
+    assert twice.signals.camera.size_px == shot.signals.camera.size_px
+    assert torch.equal(twice.target, 2 * shot.target)  # type: ignore[operator]
+    assert all(torch.equal(a, 2 * b) for a, b in zip(*map(unpacked, (twice, shot)), strict=True))
+
+
+@pytest.mark.parametrize("name", ["speech", "detail", "lips"])
+def test_a_step_that_is_recorded_waits_for_nobody(
+    speaker_home: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """On a device without numbers nobody can wait for one, forwards or backwards; and nothing is
+    fetched from the CPU, but for single numbers."""
+    preset = presets.load(["lokitalk", "tiny"], ["data.size_px=64"])
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    box = footage.box_of(clip.signals.camera[clip.train])
+    cpu = torch.device("cpu")
+    avatar, marcher, _ = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
+    avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
+    assert isinstance(marcher, march.GuidedMarcher) and avatar.has_kernel
+    stage = preset.train.stages[name]
+    shot = shots.draw(clip, stage, 4000, box, torch.Generator().manual_seed(0))
+    marcher.fused = marcher.whole = True
+
+    def laid(marcher: march.GuidedMarcher, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
+        room = rays.near.expand(-1, marcher.n_samples).contiguous()
+        return room, torch.empty_like(room), rays.row >= 0
+
+    step = fit.Step(avatar, marcher).to("meta").train()
+    drawn = fit.Drawn([repacked(shot, (t.to("meta") for t in unpacked(shot)))])
+    monkeypatch.setattr(march.GuidedMarcher, "_laid", laid)
+    monkeypatch.setattr(Tensor, "is_cuda", property(lambda t: t.device.type == "meta"))
+    monkeypatch.setattr("talkhead_cli.blocks.planes.triton_obstacle", lambda: "there is none")
+    halves = torch.autocast  # which knows no such device
+    monkeypatch.setattr(
+        torch, "autocast",
+        lambda kind, *a, **k: nullcontext() if kind == "meta" else halves(kind, *a, **k),
+    )  # fmt: skip
+    step(drawn, stage.weights)  # constants cross once
+
+    class Fetched(TorchDispatchMode):
+        found: list[str] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None):
+            out = func(*args, **(kwargs or {}))
+            tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
+            if any(t.device.type == "cpu" and t.ndim for t in tensors):
+                self.found.append(str(func))
+            return out
+
+    with Fetched() as fetched:
+        lost = step(drawn, stage.weights)
+        slopes = torch.autograd.grad(lost.loss, avatar.part(stage.learn[0]))
+    assert fetched.found == [] and all(slope.is_meta for slope in slopes)
+    with Fetched() as fetched, pytest.raises(NotImplementedError):
+        torch.ones(3).to("meta").nonzero()  # it would have been seen
+    assert fetched.found
 
 
 def test_shots_know_their_truth(speaker_home: Path) -> None:

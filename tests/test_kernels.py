@@ -1,7 +1,4 @@
-"""CUDA kernels where no CUDA is: interpreted against their torch twins, and compiled for real.
-
-Triton decides on import whether it interprets, so the interpreter runs in a process of its own.
-"""
+"""CUDA kernels where no CUDA is: interpreted against their torch twins, and compiled for real."""
 
 from __future__ import annotations
 
@@ -9,6 +6,8 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,64 +16,110 @@ from talkhead_cli.blocks.planes import TriPlanes
 
 triton = pytest.importorskip("triton")
 
-TWINS = """
-import json, torch
-from talkhead_cli.blocks.planes import TriPlanes
-from talkhead_cli.blocks.planes_triton import ReadPlanes
 
-worst = {}
-torch.manual_seed(0)
-for n in (0, 1, 300):
-    planes = TriPlanes((5, 16, 9), 4)
-    x = (torch.rand(n, 3) * 2.6 - 1.3).requires_grad_()  # a third lies outside the box
-    twins = [planes(x), ReadPlanes.apply(x, torch.float32, *planes.levels)]
-    weight = torch.randn_like(twins[0])
-    slopes = [torch.autograd.grad((t * weight).sum(), [x, *planes.levels]) for t in twins]
-    pairs = {"value": twins, "x": [s[0] for s in slopes]}
-    pairs |= {f"level {i}": [s[1 + i] for s in slopes] for i in range(3)}
-    for name, (a, b) in pairs.items():
-        assert a.shape == b.shape and (n == 0 or a.abs().max() > 0), name
-        gap = float((a - b).detach().abs().max() / a.detach().abs().max()) if n else 0.0
-        worst[name] = max(worst.get(name, 0.0), gap)
-half = ReadPlanes.apply(x, torch.float16, *planes.levels)
-worst["half"] = float((half - twins[0]).detach().abs().max())
-print(json.dumps({"worst": worst, "half": str(half.dtype)}))
-"""
-
-
-def test_planes_kernel_equals_grid_sample_in_values_and_gradients() -> None:
+def twins(device: str) -> dict[str, dict[str, float]]:
+    """How far kernels lie from their torch twins, by kernel and by what they say."""
+    interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
+    script = Path(__file__).with_name("kernel_twins.py")
     done = subprocess.run(
-        [sys.executable, "-c", TWINS], env={**os.environ, "TRITON_INTERPRET": "1"},
+        [sys.executable, str(script), device], env={**os.environ, **interpreted},
         capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found.pop("half") == "torch.float16"
-    assert found["worst"].pop("half") < 1e-3
-    assert set(found["worst"]) == {"value", "x", "level 0", "level 1", "level 2"}
-    assert max(found["worst"].values()) < 1e-5, found
+    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    return found
+
+
+@pytest.mark.parametrize("device", [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a CUDA device"
+    )),
+])  # fmt: skip
+def test_kernels_equal_their_twins(device: str) -> None:
+    found = twins(device)
+    planes = found["planes"]
+    assert planes.pop("half") < 1e-3
+    assert set(planes) == {"value", "x", "level 0", "level 1", "level 2"}
+    assert max(planes.values()) < 1e-5, planes
+    marching = found["marching"]
+    assert len(marching) == 7 and max(marching.values()) < 1e-5, marching
+    # products of sixteen bits
+    limits = {"density": 0.01, "colour": 0.002, "attention": 0.001, "shift": 0.005}
+    assert set(found["field"]) == set(limits)
+    for name, limit in limits.items():
+        assert found["field"][name] < limit, (name, found["field"])
+    assert len(found["recording"]) == (2 if device == "cuda" else 0)
+    assert max(found["recording"].values(), default=0) < 1e-5, found["recording"]
+
+
+def compiled(kernel: Any, architecture: int, kinds: dict[str, str], **constants: Any) -> Any:
+    """A kernel as a GPU of that architecture would run it; none is needed to make it."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    source = ASTSource(
+        fn=kernel, signature={**kinds, **dict.fromkeys(constants, "constexpr")},
+        constexprs=constants,
+    )  # fmt: skip
+    made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+    assert len(made.asm["cubin"]) > 1000
+    return made
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("precision", ["*fp32", "*fp16"])
 def test_planes_kernels_compile(architecture: int, precision: str) -> None:
-    """The interpreter takes much that the compiler refuses; no GPU is needed to ask it."""
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
-
+    """The interpreter takes much that the compiler refuses."""
     from talkhead_cli.blocks import planes_triton as kernels
 
     counts = dict.fromkeys(("n", "side", "stride", "column"), "i32")
     read = {"x": "*fp32", "texels": "*fp32", "out": precision, **counts}
     spread = {"x": "*fp32", "texels": "*fp32", "grad": precision, "grad_x": "*fp32",
               "grad_texels": "*fp32", **counts}  # fmt: skip
-    for kernel, signature in ((kernels._read, read), (kernels._spread, spread)):
-        source = ASTSource(
-            fn=kernel, signature={**signature, "C": "constexpr", "BLOCK": "constexpr"},
-            constexprs={"C": 4, "BLOCK": kernels.BLOCK},
+    for kernel, kinds in ((kernels._read, read), (kernels._spread, spread)):
+        compiled(kernel, architecture, kinds, C=4, BLOCK=kernels.BLOCK)
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_marching_kernels_compile(architecture: int) -> None:
+    from talkhead_cli.march import guided_triton as kernels
+
+    floats = dict.fromkeys(
+        ("origins", "directions", "nears", "fars", "box", "aabb", "worth", "shifts", "t", "width"),
+        "*fp32",
+    )
+    for shifted in (True, False):
+        compiled(
+            kernels._lay, architecture, {**floats, "alive": "*i1", "n": "i32"},
+            D=128, N=48, K=8, ROOM=8, SHIFTED=shifted, BLOCK=kernels.BLOCK,
         )  # fmt: skip
-        made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-        assert len(made.asm["cubin"]) > 1000
+    floats = dict.fromkeys(("density", "channels", "t", "width", "maps"), "*fp32")
+    compiled(
+        kernels._composite, architecture, {**floats, "alive": "*i1", "n": "i32"},
+        K=8, C=8, ROOM=8, BLOCK=kernels.BLOCK,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+@pytest.mark.parametrize("one_row", [True, False])
+def test_the_fields_kernel_compiles_and_keeps_to_its_registers(
+    architecture: int, one_row: bool
+) -> None:
+    from talkhead_cli.avatars.lokitalk import field_triton as kernels
+
+    floats = dict.fromkeys(
+        ("x", "d", "found", "colours", "biases", "waves", "affine", "rows", "face", "density",
+         "torso"), "*fp32",
+    )  # fmt: skip
+    halves = dict.fromkeys(("matrices", "texels"), "*fp16")
+    counts = {"row": "*i64", "levels": "*i32", "n": "i32"}
+    made = compiled(
+        kernels._field, architecture, {**floats, **halves, **counts},
+        E=48, W=64, H=64, L=5, ONE=one_row, BLOCK=kernels.BLOCK,
+    )  # fmt: skip
+    assert made.asm["ptx"].count("ld.local") == 0
+    assert made.metadata.shared < 48 * 1024
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

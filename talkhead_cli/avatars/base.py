@@ -31,6 +31,7 @@ class Speaker(Protocol):
     past: int
     magnification: int
     maps: Mapping[str, tuple[str, ...]]
+    has_kernel: bool
 
     @property
     def neutral(self) -> Tensor | None: ...
@@ -56,7 +57,8 @@ class Avatar(nn.Module):
     `past` is how many rows before a row `listen` has to be given for it to hear the row as in
     the whole speech.  Whole pictures are marched `magnification` times smaller than they come out
     of `compose`.  `maps` are parts of a frame that are worth a look: the names of their channels,
-    none of them negative.
+    none of them negative.  One that `has_kernel` answers by one where no gradients are wanted
+    (its field `skips`), and nothing it does with rays and signals waits for a CUDA device.
     """
 
     aabb: Tensor
@@ -69,6 +71,7 @@ class Avatar(nn.Module):
     heeds: frozenset[str] = frozenset()
     begins_with: frozenset[str] = frozenset()
     needs_portrait = False
+    has_kernel = False
     box: tuple[float, ...] | None = None
 
     def __init__(self) -> None:

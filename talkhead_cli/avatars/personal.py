@@ -20,6 +20,7 @@ from talkhead_cli.blocks.mouth import (
     usual_scale,
 )
 from talkhead_cli.blocks.regions import Relief
+from talkhead_cli.blocks.remember import remembered
 from talkhead_cli.blocks.rigid import (
     PoseCorrection,
     after,
@@ -275,7 +276,11 @@ class SharedAvatar(PersonalAvatar):
 
     def shared(self, person: Person) -> Tensor:
         """From the person's head space to the face that people share, (1, 3, 4)."""
-        return alignment(person.mouth.neutral, self.face)
+        neutral, face = person.mouth.neutral, self.face
+        found: Tensor = remembered(
+            person, "alignment", [neutral, face], lambda: alignment(neutral, face)
+        )
+        return found
 
     @property
     def reach(self) -> Tensor:

@@ -11,7 +11,8 @@ from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.speech import ridge_map
 from talkhead_cli.contracts import Signals
 
-MOUTH = torch.tensor([*range(4, 13), *range(48, 68)])  # jaw and lips of the 68
+JAW, LIPS = slice(4, 13), slice(48, 68)  # of the 68
+MOUTH = torch.cat([torch.arange(68)[JAW], torch.arange(68)[LIPS]])
 INNER_LIPS = [62, 66]  # middle of the upper and of the lower one
 N_CODES = 8
 SPREAD = 0.9  # share of the true spread of the opening that heard mouths are given
@@ -138,7 +139,9 @@ class Mouth(nn.Module):
 
     def code(self, signals: Signals) -> Tensor:
         """Mouth code (T, K) of the landmarks, in units of the scale."""
-        mouth = (signals.landmarks - self.neutral)[:, MOUTH].flatten(1)
+        away = signals.landmarks - self.neutral
+        jaw, lips = away[:, JAW], away[:, LIPS]  # slices: a GPU would wait for a list of numbers
+        mouth = torch.cat([jaw, lips], 1).flatten(1)
         return mouth @ self.basis / self.scale
 
     def leant(self, signals: Signals) -> Tensor:

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkhead_cli.blocks.precision import exact
+from talkhead_cli.blocks.remember import constant
 from talkhead_cli.contracts import Camera
 
 TWIST = 0.02  # radians and face heights; the scale on which corrections are learnt
@@ -103,7 +104,7 @@ def shoulders_in_head(pose: Tensor, body: Tensor, rest: Tensor) -> Tensor:
     home_turn, home = rotations(rest[None, :3])[0], rest[3:]
     roll = rotations(F.pad(body[:, 2:3], (2, 0)))
     # The shoulders roll about a pivot half a face height under the chin.
-    pivot = home + home_turn @ home.new_tensor([0.0, 1.1, 0.0])
+    pivot = home + home_turn @ constant(0.0, 1.1, 0.0, device=home.device)
     still = roll.transpose(1, 2) @ turn
     offset = move - pivot - F.pad(body[:, :2], (0, 1))
     at_rest = (roll.transpose(1, 2) @ offset[..., None])[..., 0] + pivot - home
@@ -122,7 +123,7 @@ def shoulders_in_picture(body: Tensor, camera: Camera, rest: Tensor) -> Tensor:
     # the torso stands about where the head does on average
     depth = rest[5]
     focal = 2 * camera.k[:, 0, 0] / camera.size_px / depth  # [-1, 1] per face height
-    pivot_at = rest[3:5] + rest.new_tensor([0.0, 1.1])
+    pivot_at = rest[3:5] + constant(0.0, 1.1, device=rest.device)
     centre = 2 * camera.k[:, :2, 2] / camera.size_px - 1
     pivot = centre + focal[:, None] * pivot_at
     shift = focal[:, None] * body[:, :2]

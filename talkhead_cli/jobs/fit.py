@@ -19,7 +19,14 @@ from torch import Tensor, nn
 
 from talkhead_cli import march
 from talkhead_cli.avatars.base import Avatar, StepResult
-from talkhead_cli.contracts import Progress, Shot, Signals, TalkheadError
+from talkhead_cli.contracts import (
+    Progress,
+    Shot,
+    Signals,
+    TalkheadError,
+    repacked,
+    unpacked,
+)
 from talkhead_cli.jobs import critic, shots
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset, Stage
@@ -76,7 +83,7 @@ class Step(nn.Module):
             rendered = self.marcher.march(made, rays)
             frame = speaker.compose(rendered, rays, shot.signals, shot.plate)
             results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
-            n_points += rendered.n_points
+            n_points += int(rendered.n_points)
         terms = self.avatar.losses(results)
         weighed = [weights[name] * term for name, term in terms.items() if weights.get(name)]
         assert weighed, "the stage weighs none of its losses"
@@ -121,6 +128,7 @@ def fit(
     At the end the avatar holds the averaged weights.  `stop_after` ends the loop early, as a
     kill would (tests).
     """
+    people = [_near(person, fabric.device) for person in people]
     step_module = Step(avatar, marcher)
     average = _Average(avatar, preset.train.ema)
     place, held = Place(), run.resume_state()
@@ -200,12 +208,35 @@ class _StageLoop:
             {"params": self.avatar.part(part), "lr": stage.rates[part], "rate": stage.rates[part]}
             for part in stage.learn
         ]
+        self.replay = self._recording()
         optimizer = torch.optim.Adam(
-            groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8, fused=True
-        )
+            groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8, fused=True,
+            capturable=self.replay is not None,
+        )  # fmt: skip
         self.wrapped, self.optimizer = fabric.setup(module, optimizer)
+        self._rates_on_device()
         learner = critic.of(self.avatar)
         self.critic = None if learner is None else critic.Turns(learner, stage, fabric)
+
+    def _recording(self) -> march.Replay[Lost] | None:
+        """What records this stage's steps and plays them: on a GPU that one process trains one
+        person on, where no step waits for it.  Rays are as many in every step then."""
+        marcher, stage = self.module.marcher, self.stage
+        alone = self.fabric.world_size == 1 and len(self.people) == 1 and not stage.portraits
+        steady = stage.rays == "none" or (
+            stage.rays != "picture" and not stage.explore
+            and isinstance(marcher, march.GuidedMarcher) and marcher.fused
+        )  # fmt: skip
+        recorded = self.fabric.device.type == "cuda" and alone and steady and self.avatar.has_kernel
+        if isinstance(marcher, march.GuidedMarcher):
+            marcher.whole = recorded
+        return march.Replay(self._learn, self.fabric.device) if recorded else None
+
+    def _rates_on_device(self) -> None:
+        """A recorded step reads its rates where it runs."""
+        if self.replay is not None:
+            for group in self.optimizer.param_groups:
+                group["lr"] = torch.tensor(float(group["lr"]), device=self.fabric.device)
 
     def go(
         self, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool] | None
@@ -213,6 +244,7 @@ class _StageLoop:
         """Run the stage to its end, from where it was saved if it was; False when stopped early."""
         if held is not None:
             self.optimizer.load_state_dict(held["optimizer"])
+            self._rates_on_device()
             if self.critic is not None:
                 self.critic.load(held["critic"])
         good, saved_at = None, time.monotonic()
@@ -252,21 +284,11 @@ class _StageLoop:
         rank, seed = self.fabric.global_rank, self.seed
         self.rng.manual_seed(_mix(place.total, rank, place.rollbacks, seed=seed))
         torch.manual_seed(_mix(place.total, rank, 7919, seed=seed))
-        device = self.fabric.device
-        drawn = [
-            _to(
-                shots.draw(
-                    p,
-                    self.stage,
-                    int(place.n_rays),
-                    self.avatar.aabb.cpu(),
-                    self.rng,
-                    self.avatar.magnification,
-                ),
-                device,
+        if self.replay is not None and self.stage.rays != "none":
+            place.n_rays = min(
+                self.stage.n_points // self.preset.march.n_samples, self._most_rays()
             )
-            for p in self._mixed()
-        ]
+        drawn = [self._draw(person, int(place.n_rays)) for person in self._mixed()]
         learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
         if learns_space and place.total % self.preset.march.every == 0:
             # everybody in turn: the grid is to hold them all
@@ -274,38 +296,66 @@ class _StageLoop:
             with torch.no_grad():
                 made = self.avatar.enroll(shot.portrait).condition(shot.signals)
                 self.module.marcher.refresh(made, place.total)
-        loss, terms, n_points, pictures = self.wrapped(Drawn(drawn), self.stage.weights)
+        lost = self._step(drawn) if self.replay is None else self._replayed(drawn)
+        # all in one copy from the device
+        terms = [lost.loss.detach().float(), *(term.float() for term in lost.terms.values())]
+        value, *read = torch.stack(terms).tolist()
+        if lost.n_points and self.stage.rays != "picture" and self.replay is None:
+            want = place.n_rays * self.stage.n_points / lost.n_points
+            place.n_rays = min(max(0.9 * place.n_rays + 0.1 * want, 128), self._most_rays())
+        figures = dict(zip(lost.terms, read, strict=True)) | {"loss": value}
+        if lost.n_points:
+            figures |= {"rays": float(int(place.n_rays)), "points": float(lost.n_points)}
+        return figures, value
+
+    def _most_rays(self) -> int:
+        return MAX_RAYS[self.fabric.device.type] // (1 if self.stage.rays == "random" else 2)
+
+    def _draw(self, person: Footage, n_rays: int) -> Shot:
+        aabb = self.avatar.aabb.to(person.device)
+        shot = shots.draw(person, self.stage, n_rays, aabb, self.rng, self.avatar.magnification)
+        tensors = (t.to(self.fabric.device) for t in unpacked(shot))
+        return repacked(shot, tensors)
+
+    def _step(self, drawn: list[Shot]) -> Lost:
+        """One step of the optimiser, and of the critic, unless what is lost is not a number."""
+        lost = self.wrapped(Drawn(drawn), self.stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
         # of the whole team: all go on together, or all go back
-        shared = self.fabric.all_reduce(loss.detach(), reduce_op="mean")
+        shared = self.fabric.all_reduce(lost.loss.detach(), reduce_op="mean")
         assert isinstance(shared, Tensor)
-        value = float(shared)
-        if math.isfinite(value):
-            self.fabric.backward(loss)
+        if math.isfinite(float(shared)):
+            self.fabric.backward(lost.loss)
             self.optimizer.step()
-            if self.critic is not None and pictures:
+            if self.critic is not None and lost.pictures:
                 with self.critic.learning():
-                    told = self.critic.told_apart(pictures)
+                    told = self.critic.told_apart(lost.pictures)
                     self.fabric.backward(told)
-                terms["told_apart"] = told.detach()
-        if n_points and self.stage.rays != "picture":
-            want = place.n_rays * self.stage.n_points / n_points
-            limit = MAX_RAYS[device.type] // (1 if self.stage.rays == "random" else 2)
-            place.n_rays = min(max(0.9 * place.n_rays + 0.1 * want, 128), limit)
-        read = torch.stack(
-            [term.float() for term in terms.values()]
-        ).tolist()  # all in one copy from the device
-        figures = dict(zip(terms, read, strict=True)) | {"loss": value}
-        if n_points:
-            figures |= {"rays": float(int(place.n_rays)), "points": float(n_points)}
-        return figures, value
+                lost.terms["told_apart"] = told.detach()
+        return lost._replace(loss=shared)
+
+    def _replayed(self, drawn: list[Shot]) -> Lost:
+        """The same by the recording."""
+        assert self.replay is not None
+        (self._like,) = drawn
+        return self.replay(*unpacked(self._like))
+
+    def _learn(self, *tensors: Tensor) -> Lost:
+        """What is recorded: a step on the tensors of a shot like the one drawn last.  Gradients
+        that are not numbers leave no trace: whoever scales the loss passes them over."""
+        shot = repacked(self._like, iter(tensors))
+        lost: Lost = self.wrapped(Drawn([shot]), self.stage.weights)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.fabric.backward(lost.loss)
+        self.optimizer.step()
+        return lost._replace(loss=lost.loss.detach())
 
     @torch.no_grad()
     def _with_what_is_said(self, person: Footage) -> Footage:
         """The footage with the landmarks that speech says of every row, heard in order."""
         self.avatar.eval()
-        said = self.avatar.listen(person.signals.to(self.fabric.device)).landmarks.cpu()
-        return replace(person, said=said)
+        said = self.avatar.listen(person.signals.to(self.fabric.device)).landmarks
+        return replace(person, said=said.to(person.device))
 
     def _mixed(self) -> list[Footage]:
         """The people of this step."""
@@ -318,7 +368,11 @@ class _StageLoop:
         """Warm-up, then an exponential fall."""
         scale = min(1.0, (step + 1) / WARM_UP) * self.stage.fall ** (step / max(1, self.n_steps))
         for group in self.optimizer.param_groups:
-            group["lr"] = group["rate"] * scale
+            rate = group["rate"] * scale
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _roll_back(self, place: Place, good: Any) -> None:
         place.rollbacks += 1
@@ -330,6 +384,9 @@ class _StageLoop:
         state, step = good
         self.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.replay is not None:  # it played on what was just replaced
+            self.replay = march.Replay(self._learn, self.fabric.device)
+            self._rates_on_device()
         if self.critic is not None:
             self.critic.load(state["critic"])
         self.average.restart(self.avatar)
@@ -413,15 +470,11 @@ def _inner_split(people: list[Footage], stage: Stage) -> tuple[list[Footage], li
     return shorter, kept
 
 
-def _to(shot: Shot, device: torch.device) -> Shot:
-    if device.type == "cpu":
-        return shot
-    rays = None if shot.rays is None else shot.rays.to(device)
-    target, labels, plate = (
-        t if t is None else t.to(device) for t in (shot.target, shot.labels, shot.plate)
-    )
-    portrait = None if shot.portrait is None else shot.portrait.to(device)
-    return Shot(shot.signals.to(device), rays, target, labels, plate, portrait)
+def _near(person: Footage, device: torch.device) -> Footage:
+    """The footage on a GPU, if half of what is free there holds it: a step that picks its pixels
+    from the disk takes longer for that than for all the rest."""
+    size = person.pictures.nbytes + person.labels.nbytes
+    return person.on(device) if size < march.room_on(device) / 2 else person
 
 
 def _shown(losses: dict[str, float]) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -71,6 +71,14 @@ class SpeechStats:
 
 
 @dataclass(frozen=True)
+class Near:
+    """pictures (T, s, s, 3) · labels (T, 128, 128, 6), uint8 on the device that trains"""
+
+    pictures: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
 class Footage:
     """One person's clip, ready for training.
 
@@ -79,6 +87,8 @@ class Footage:
     pictures  (T, s, s, 3) uint8 · labels (T, 6, 128, 128) uint8 · plate (s, s, 3) in [0, 1]
     mesh      (478, 3) rigid face in head space · lip_truth (T,) lip aperture as tracked
     said      (T, 68, 3) landmarks as speech says them, for stages that train on these too
+    near      pictures and labels where training is, for machines with room for them; else training
+              picks what it needs from the disk, and sends it there
     """
 
     signals: Signals
@@ -92,6 +102,22 @@ class Footage:
     mesh: Tensor
     lip_truth: NDArray[np.float32]
     said: Tensor | None = None
+    near: Near | None = None
+
+    def on(self, device: torch.device) -> Footage:
+        """The same with all that training draws from on a device."""
+        pictures, labels = (torch.from_numpy(np.array(part)).to(device)
+                            for part in (self.pictures, self.labels))  # fmt: skip
+        return replace(
+            self, signals=self.signals.to(device), plate=self.plate.to(device),
+            said=None if self.said is None else self.said.to(device),
+            near=Near(pictures, labels.permute(0, 2, 3, 1).contiguous()),
+        )  # fmt: skip
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is drawn from."""
+        return self.signals.pose.device
 
     @property
     def size_px(self) -> int:
@@ -105,7 +131,7 @@ class Footage:
     @cached_property
     def rare(self) -> Tensor:
         """Training rows of which random ones hold few: eyes all but shut, mouths wide open."""
-        rows = self.signals[self.train]
+        rows = self.signals[self.train].to("cpu")
         mouth = rows.landmarks[:, 66, 1] - rows.landmarks[:, 62, 1]
         n = max(1, len(self.train) // 20)
         shut, wide = rows.eye.mean(1).argsort()[:n], mouth.argsort(descending=True)[:n]

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,8 @@ from talkhead_cli.contracts import (
     RayBundle,
     Signals,
     TalkheadError,
+    repacked,
+    unpacked,
 )
 from talkhead_cli.jobs import footage, portraits
 from talkhead_cli.jobs import preset as presets
@@ -39,6 +41,8 @@ N_FIRST = 4  # pictures that show it a person
 N_VIEWS = 24  # pictures that show a marcher new poses
 NEWS = 0.04  # radians and face heights from which on a pose is a new one: about a cell of the grid
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # of one march on a GPU; some 3 GB
+BY_KERNEL = 4  # times as many where a kernel asks the field: what lies between takes no memory
+REPLAYED_FROM = 8  # batches of one size; fewer are not worth a recording
 # Half precision where it is faster: on the tensor cores of a GPU.  A CPU's casts cost more.
 HALF = {"cuda": torch.float16}
 DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new film
@@ -55,6 +59,7 @@ class Player:
     plate: Tensor
     device: torch.device
     note: str  # which marcher, and why
+    _recorded: dict[Any, march.Replay[tuple[Frame, Any]]] = field(default_factory=dict)
 
     def pictures(
         self, signals: Signals, plate: Tensor | None = None
@@ -62,12 +67,15 @@ class Player:
         """One frame (B = 1) and its number of field points for each row; signals have listened."""
         background = (self.plate if plate is None else plate).reshape(-1, 3).to(self.device)
         n = self.rows_at_once(signals.camera.size_px // self.avatar.magnification)
+        n_batches = -(-len(signals) // n)
+        replays = self._asks_a_kernel and n_batches >= REPLAYED_FROM
 
         def batch(index: int) -> tuple[Frame, int]:
             rows = signals[slice(index * n, (index + 1) * n)]
+            if replays and len(rows) == n:
+                return self._replayed(rows, background)
             return self._pictures(rows.to(self.device), background)
 
-        n_batches = -(-len(signals) // n)
         n_threads = torch.get_num_threads() if self.device.type == "cpu" else 1
         for frames, n_points in (
             map(batch, range(n_batches))
@@ -81,19 +89,44 @@ class Player:
         """Frames of that side that march together; one by one on a CPU, whose cores share them."""
         if self.device.type == "cpu":
             return 1
-        return min(MAX_ROWS, max(1, PIXELS_AT_ONCE // size_px**2))
+        pixels = PIXELS_AT_ONCE * (BY_KERNEL if self._asks_a_kernel else 1)
+        return min(MAX_ROWS, max(1, pixels // size_px**2))
 
-    @torch.no_grad()
+    @property
+    def _asks_a_kernel(self) -> bool:
+        """Whether a picture is made without waiting for the device."""
+        fused = isinstance(self.marcher, march.GuidedMarcher) and self.marcher.fused
+        return fused and not self.marcher.exploring and self.avatar.has_kernel
+
+    def _replayed(self, signals: Signals, background: Tensor) -> tuple[Frame, int]:
+        """All rows in one march that was recorded: a picture's thousand small operations take a
+        CPU longer to start than a GPU to do."""
+        assert isinstance(self.marcher, march.GuidedMarcher)
+        key = len(signals), signals.camera.size_px, self.marcher.n_samples, self.marcher.n_cells
+
+        def draw(behind: Tensor, *tensors: Tensor) -> tuple[Frame, Any]:
+            return self._drawn(repacked(signals, iter(tensors)), behind)
+
+        if key not in self._recorded:
+            self._recorded[key] = march.Replay(draw, self.device)
+        frames, n_points = self._recorded[key](background, *unpacked(signals))
+        return repacked(frames, (t.clone() for t in unpacked(frames))), int(n_points)
+
     def _pictures(self, signals: Signals, background: Tensor) -> tuple[Frame, int]:
         """All rows in one march."""
+        frames, n_points = self._drawn(signals, background)
+        return frames, int(n_points)
+
+    @torch.no_grad()
+    def _drawn(self, signals: Signals, background: Tensor) -> tuple[Frame, Any]:
         rows = torch.arange(len(signals), device=self.device)
         camera = signals.camera.smaller(self.avatar.magnification)
         rays = march.picture_rays(camera, rows, self.avatar.aabb)
         kind = self.device.type
         with torch.autocast(kind, HALF.get(kind), enabled=kind in HALF):
             rays = self.avatar.aim(signals, rays)
-            field = self.avatar.condition(signals)
-            rendered = self.marcher.march(field, rays)
+            asked = self.avatar.condition(signals)
+            rendered = self.marcher.march(asked, rays)
             behind = background.repeat(len(rows), 1)
             frames = self.avatar.compose(rendered, rays, signals, behind)
         return frames, rendered.n_points
@@ -244,8 +277,12 @@ def build(
     )  # fmt: skip
     options = march.MarchOptions(**preset.march.model_dump())
     marcher, why = march.build(options, aabb, device)
-    if device.type == "cuda" and (lacks := triton_obstacle()):
-        why += f"; planes are read by plain torch, more slowly ({lacks})"
+    if device.type == "cuda":
+        lacks = triton_obstacle()
+        if isinstance(marcher, march.GuidedMarcher):
+            marcher.fused = not lacks
+        if lacks:
+            why += f"; planes and samples go through plain torch, more slowly ({lacks})"
     return avatar.to(device), marcher.to(device), why
 
 

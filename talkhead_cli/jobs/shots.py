@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from talkhead_cli.blocks.remember import constant
 from talkhead_cli.contracts import Shot, Signals
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Stage
@@ -28,10 +26,11 @@ def draw(
     if stage.rays == "none":
         rows = footage.train[footage.heard[footage.train]]
         rows = _in_sequence(rows, stage.batch, stage.in_sequence, rng)
+        signals = footage.signals[rows.to(footage.device)]
         if not stage.shown:
-            return Shot(footage.signals[rows])
+            return Shot(signals)
         seen = torch.from_numpy(footage.pictures[rows.numpy()]).float() / 255
-        return Shot(footage.signals[rows], target=seen)
+        return Shot(signals, target=seen)
     n_frames = min(stage.n_frames, max(1, n_rays // 16))
     if stage.rays == "patch":
         n_frames = max(1, min(n_frames, n_rays // stage.patch_px**2))
@@ -45,21 +44,20 @@ def draw(
     if stage.rare:
         n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
         rows = torch.cat([_pick(footage.rare, n_rare, rng), rows])[: len(rows)]
-    signals = footage.signals[rows]
+    at = rows.to(footage.device)
+    signals = footage.signals[at]
     if footage.said is not None:
         # rows that follow each other are all of one kind: lips do not jump
         n_draws = len(rows) if stage.in_sequence == 1 else 1
-        mouths = torch.rand(n_draws, 1, 1, generator=rng) < stage.listen
-        signals = signals.with_(
-            landmarks=torch.where(mouths, footage.said[rows], signals.landmarks)
-        )
+        mouths = _rand(n_draws, 1, 1, rng=rng, on=signals.pose) < stage.listen
+        signals = signals.with_(landmarks=torch.where(mouths, footage.said[at], signals.landmarks))
     others = None
     if stage.portraits:
         others = footage.portrait(_pick(footage.train, stage.portraits, rng))
     if stage.rays == "picture":
         camera = signals.camera.smaller(magnification)
-        rays = picture_rays(camera, torch.arange(n_frames), aabb)
-        return with_truth(footage, rows, Shot(signals, rays, portrait=others))
+        rays = picture_rays(camera, torch.arange(n_frames, device=footage.device), aabb)
+        return with_truth(footage, at, Shot(signals, rays, portrait=others))
     if stage.rays == "patch":
         row, pixel = _patches(signals, stage, rng)
         layout = (n_frames, stage.patch_px, stage.patch_px)
@@ -67,7 +65,7 @@ def draw(
         row, pixel = _pixels(signals, n_rays, rng)
         layout = None
     rays = pixel_rays(signals.camera, row, pixel, aabb, layout=layout)
-    return with_truth(footage, rows, Shot(signals, rays, portrait=others))
+    return with_truth(footage, at, Shot(signals, rays, portrait=others))
 
 
 def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
@@ -75,27 +73,58 @@ def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
     the finished pictures where the rays are whole ones."""
     rays = shot.rays
     assert rays is not None
-    scale = footage.labels.shape[-1] / footage.size_px
-
-    def labelled(pixel: NDArray[Any]) -> NDArray[Any]:
-        """Lines or columns of pictures -> those of label maps."""
-        return np.floor((pixel + 0.5) * scale).astype(int)
-
     if rays.whole:  # slices: picking pixels one by one takes a hundred times as long
-        frames = rows.numpy()
-        side = labelled(np.arange(footage.size_px))
-        colours = footage.pictures[frames].reshape(-1, 3)
-        labels = footage.labels[frames].transpose(0, 2, 3, 1)[:, side][:, :, side]
-        labels = labels.reshape(-1, labels.shape[-1])
         plate = footage.plate.reshape(-1, 3).repeat(len(rows), 1)
+        seen = _whole_from_disk(footage, rows) if footage.near is None else _whole(footage, rows)
     else:
-        (column, line), frames = rays.pixel.long().unbind(1), rows[rays.row].numpy()
-        x, y = column.numpy(), line.numpy()
-        colours = footage.pictures[frames, y, x]
-        labels = footage.labels[frames, :, labelled(y), labelled(x)]
+        column, line = rays.pixel.long().unbind(1)
         plate = footage.plate[line, column]
-    target, labelled_as = (torch.from_numpy(part).float() / 255 for part in (colours, labels))
-    return replace(shot, target=target, labels=labelled_as, plate=plate)
+        frame = rows[rays.row]
+        pick = _pick_from_disk if footage.near is None else _pick_pixels
+        seen = pick(footage, frame, line, column)
+    target, labels = (part.float() / 255 for part in seen)
+    return replace(shot, target=target, labels=labels, plate=plate)
+
+
+def _whole(footage: Footage, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Colours and labels of every pixel of whole frames, uint8, where training is."""
+    near = footage.near
+    assert near is not None
+    side = _labelled(footage, torch.arange(footage.size_px, device=rows.device))
+    labels = near.labels[rows][:, side][:, :, side]
+    return near.pictures[rows].view(-1, 3), labels.reshape(-1, labels.shape[-1])
+
+
+def _whole_from_disk(footage: Footage, rows: Tensor) -> tuple[Tensor, Tensor]:
+    frames = rows.numpy()
+    side = _labelled(footage, torch.arange(footage.size_px)).numpy()
+    labels = footage.labels[frames].transpose(0, 2, 3, 1)[:, side][:, :, side]
+    colours = footage.pictures[frames].reshape(-1, 3)
+    return torch.from_numpy(colours), torch.from_numpy(labels.reshape(-1, labels.shape[-1]))
+
+
+def _pick_pixels(
+    footage: Footage, frame: Tensor, line: Tensor, column: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Colours and labels of single pixels (R,), uint8, where training is."""
+    near = footage.near
+    assert near is not None
+    at = (frame, _labelled(footage, line), _labelled(footage, column))
+    return near.pictures[frame, line, column], near.labels[at]
+
+
+def _pick_from_disk(
+    footage: Footage, frame: Tensor, line: Tensor, column: Tensor
+) -> tuple[Tensor, Tensor]:
+    y, x = (_labelled(footage, at).numpy() for at in (line, column))
+    colours = footage.pictures[frame.numpy(), line.numpy(), column.numpy()]
+    return torch.from_numpy(colours), torch.from_numpy(footage.labels[frame.numpy(), :, y, x])
+
+
+def _labelled(footage: Footage, pixel: Tensor) -> Tensor:
+    """Lines or columns of pictures -> those of label maps."""
+    scale = footage.labels.shape[-1] / footage.size_px
+    return ((pixel + 0.5) * scale).floor().long()
 
 
 def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:
@@ -126,13 +155,15 @@ def _pixels(signals: Signals, n_rays: int, rng: torch.Generator) -> tuple[Tensor
     rows, places = [], []
     for region, share in SHARES.items():
         n = max(1, round(share * per_row))
-        unit = torch.rand(len(signals), n, 2, generator=rng)
+        unit = _rand(len(signals), n, 2, rng=rng, on=marks)
         if region == "all":
             at = unit * size
         else:
             centre, radius = _region(marks, region, rng)
             at = centre[:, None] + (2 * unit - 1) * radius[:, None]
-        rows.append(torch.arange(len(signals))[:, None].expand(-1, n).flatten())
+        rows.append(
+            torch.arange(len(signals), device=marks.device)[:, None].expand(-1, n).flatten()
+        )
         places.append(at.flatten(0, 1))
     pixel = torch.cat(places).floor().clamp(0, size - 1) + 0.5
     return torch.cat(rows), pixel
@@ -143,23 +174,25 @@ def _patches(signals: Signals, stage: Stage, rng: torch.Generator) -> tuple[Tens
     size, side = signals.camera.size_px, stage.patch_px
     marks = signals.landmarks_px * size
     if stage.region == "all":
-        centre = torch.rand(len(signals), 2, generator=rng) * size
+        centre = _rand(len(signals), 2, rng=rng, on=marks) * size
     else:
         name = {"lips": "mouth", "eyes": "eyes"}[stage.region]
         centre, radius = _region(marks, name, rng)
-        centre = centre + (torch.rand(len(signals), 2, generator=rng) - 0.5) * radius
+        centre = centre + (_rand(len(signals), 2, rng=rng, on=marks) - 0.5) * radius
     corner = (centre - side / 2).round().clamp(0, size - side)
-    line, column = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    along = torch.arange(side, device=marks.device)
+    line, column = torch.meshgrid(along, along, indexing="ij")
     offset = torch.stack([column, line], -1).flatten(0, 1) + 0.5
     pixel = (corner[:, None] + offset).flatten(0, 1)
-    return torch.arange(len(signals)).repeat_interleave(side * side), pixel
+    row = torch.arange(len(signals), device=marks.device)[:, None].expand(-1, side * side)
+    return row.flatten(), pixel
 
 
 def _region(marks: Tensor, region: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
     """Centre and half-size (T, 2) of a region's box; one of the two eyes at random."""
     if region == "eyes":
         left, right = marks[:, 36:42], marks[:, 42:48]
-        which = torch.rand(len(marks), 1, 1, generator=rng) < 0.5
+        which = _rand(len(marks), 1, 1, rng=rng, on=marks) < 0.5
         points, grow = torch.where(which, left, right), (1.5, 2.4)
     elif region == "mouth":
         points, grow = marks[:, 48:68], (1.3, 1.8)
@@ -168,4 +201,9 @@ def _region(marks: Tensor, region: str, rng: torch.Generator) -> tuple[Tensor, T
     low, high = points.amin(1), points.amax(1)
     half = (high - low) / 2
     floor = half.amax(1, keepdim=True) * 0.35
-    return (low + high) / 2, torch.maximum(half, floor) * torch.tensor(grow)
+    return (low + high) / 2, torch.maximum(half, floor) * constant(*grow, device=marks.device)
+
+
+def _rand(*shape: int, rng: torch.Generator, on: Tensor) -> Tensor:
+    """Random numbers beside a tensor; drawn on the CPU, so that they are the same everywhere."""
+    return torch.rand(shape, generator=rng).to(on.device, non_blocking=True)

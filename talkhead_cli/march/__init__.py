@@ -19,6 +19,7 @@ from .guided import GuidedMarcher
 from .occupancy import OccupancyGrid
 from .packed import PackedMarcher
 from .rays import intersect_box, picture_rays, pixel_rays, step_length
+from .replay import Replay
 
 __all__ = [
     "DenseMarcher",
@@ -28,6 +29,7 @@ __all__ = [
     "NerfaccMarcher",
     "OccupancyGrid",
     "PackedMarcher",
+    "Replay",
     "build",
     "check",
     "device_name",
@@ -36,6 +38,7 @@ __all__ = [
     "obstacle",
     "picture_rays",
     "pixel_rays",
+    "room_on",
     "step_length",
 ]
 
@@ -78,6 +81,11 @@ def device_of(name: str) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What to call a device in records."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def room_on(device: torch.device) -> int:
+    """Bytes that are free on a CUDA device; none on any other, whose memory is the machine's."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def build(options: MarchOptions, aabb: Tensor, device: torch.device | str) -> tuple[Marcher, str]:

@@ -32,6 +32,9 @@ class GuidedMarcher(nn.Module):
 
     While it is `exploring`, every sample of the lattice that lies in an occupied cell is taken,
     as `PackedMarcher` does: what was seen so far guides nobody yet.
+
+    `fused`: by kernels of its own (guided_triton.py), on a CUDA device that can compile them ·
+    `whole`: with these, rays that meet nothing come along, so that nobody waits to hear which do.
     """
 
     def __init__(self, lattice: PackedMarcher, n_samples: int, n_cells: int) -> None:
@@ -40,6 +43,7 @@ class GuidedMarcher(nn.Module):
         assert n_samples > 0 and n_cells > 0
         self.lattice, self.n_samples, self.n_cells = lattice, n_samples, n_cells
         self.exploring = False
+        self.fused = self.whole = False
 
     @property
     def occupancy(self) -> OccupancyGrid:
@@ -61,6 +65,8 @@ class GuidedMarcher(nn.Module):
         """Integrate `field` along `rays`."""
         if self.exploring:
             return self.lattice.march(field, rays)
+        if self.fused and not torch.is_grad_enabled() and getattr(field, "skips", False):
+            return self._without_waiting(field, rays)
         n = POINTS_AT_ONCE // self.n_samples
         if torch.is_grad_enabled() or not rays.origins.is_cpu or len(rays) <= n:
             return self._march(field, rays)
@@ -97,16 +103,50 @@ class GuidedMarcher(nn.Module):
         feature, opacity, depth, spread = full.split((field.channels, 1, 1, 1), 1)
         return Rendered(feature, opacity, depth, spread, n * k)
 
+    def _without_waiting(self, field: Field, rays: RayBundle) -> Rendered:
+        """All rays in one go, and whoever starts it need not know how many of them meet anything:
+        the field passes over points of row -1.  No gradients."""
+        from . import guided_triton as kernels
+
+        t, width, alive = self._laid(rays)
+        shape = n, k = t.shape
+        d = rays.directions[:, None].expand(n, k, 3)
+        x = torch.addcmul(rays.origins[:, None], t[..., None], d)
+        row = torch.where(alive, rays.row, -1)[:, None].expand(shape)
+        density, channels = field(x.view(-1, 3), d.reshape(-1, 3), row.reshape(-1))
+        maps = kernels.composite(density, channels, t, width, alive)
+        feature, opacity, depth, spread = maps.split((field.channels, 1, 1, 1), 1)
+        return Rendered(feature, opacity, depth, spread, k * alive.sum())
+
+    def _laid(self, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
+        """As `lay`, by the kernel: of all rays (R, K), and whether each has any samples (R,)."""
+        from . import guided_triton as kernels
+
+        grid, k = self.occupancy, self.n_samples
+        shift = (torch.rand_like(rays.near) - 0.5) / k if self.training else None
+        return kernels.lay(rays, grid.tight_box(), grid.aabb, self._worth(), self.n_cells, k, shift)
+
+    def _worth(self) -> Tensor:
+        """What each of the grid's cells is worth, (D, D, D)."""
+        grid = self.occupancy
+        return torch.where(grid.occupied, grid.seen + FLOOR, 0.0)
+
     @torch.no_grad()
     def lay(self, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
         """Distances t (A, K), ascending, their widths (A, K), and the rays (A,) that have any.
 
         A ray's widths add up to its length inside occupied cells.
         """
+        if self.fused:
+            t, width, crossing = self._laid(rays)
+            if self.whole:
+                return t, width, torch.arange(len(rays), device=t.device)
+            alive = crossing.nonzero().squeeze(1)  # where a GPU waits, once per march
+            return t[alive], width[alive], alive
         grid, k, device = self.occupancy, self.n_samples, rays.near.device
         enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
         near, far = torch.maximum(enter, rays.near), torch.minimum(leave, rays.far)
-        worth = torch.where(grid.occupied, grid.seen + FLOOR, 0.0).view(-1)
+        worth = self._worth().view(-1)
         lane = torch.arange(self.n_cells, device=device) + 0.5
         # Odd cuts are samples, even ones the edges between them.
         cuts = torch.arange(2 * k + 1, device=device) / (2 * k)
@@ -118,7 +158,7 @@ class GuidedMarcher(nn.Module):
             at = grid.cells(rays.origins[part], rays.directions[part], start + cell * lane)
             value = worth.index_select(0, at.view(-1)).view(at.shape) * (cell > 0)
             total = value.cumsum(1)
-            alive = (total[:, -1] > 0).nonzero().squeeze(1)  # where a GPU waits, once per march
+            alive = (total[:, -1] > 0).nonzero().squeeze(1)
             start, cell, value, total = (v[alive] for v in (start, cell, value, total))
             share = cuts.expand(len(alive), -1)
             if self.training:

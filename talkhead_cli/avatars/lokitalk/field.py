@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,9 +10,10 @@ from torch import Tensor
 
 from talkhead_cli.avatars.personal import Person
 from talkhead_cli.blocks.mlp import by_row, density_of
-from talkhead_cli.blocks.planes import frequencies, gathered
+from talkhead_cli.blocks.planes import frequencies, gathered, triton_obstacle
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import EYES, LIPS
+from talkhead_cli.blocks.remember import constant, remembered
 from talkhead_cli.blocks.rigid import CHIN_GAP, CHIN_SOFT, moved
 
 if TYPE_CHECKING:
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
 MAX_SHIFT = 0.15  # face heights; guards the displacement fields
 LOOK_SCALE = 5.0  # a talking head turns by a few degrees: directions hardly differ
+DEPTH = 0.3  # of a face's shift: one camera hardly sees it, and it would be noise from the side
 REACH = 0.02  # attention under which a region's field is not asked
 
 
@@ -28,17 +31,20 @@ class LokiField:
     face (2 T, trunk), density (2 T, head), torso (T, trunk): what a row's lip and eye codes, and
     its pose code, add to the first layers of the three nets · shoulders (T, 3, 4) ·
     light (T, 3, 4) what the row's light adds to the logits of the head's colour, by place
+
+    skips: whether points of row -1 may be among those asked, of which nothing is wanted
     """
 
     channels = 8
     n_detached = 5
+    skips = False
 
     def __init__(
         self, avatar: LokiTalk, person: Person, *, face: Tensor, density: Tensor, torso: Tensor,
         shoulders: Tensor, light: Tensor,
     ) -> None:  # fmt: skip
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(torso)
-        self._face, self._density, self._torso = face, density, torso
+        self._codes = self._face, self._density, self._torso = face, density, torso
         self._shoulders, self._light = shoulders, light
         # Networks are told places as the face that people share has them, in its own frame.
         low, high = avatar.frame[:3], avatar.frame[3:]
@@ -47,12 +53,34 @@ class LokiField:
         self._framed = torch.cat([self._shared[..., :3], self._shared[..., 3:] - middle[:, None]],
                                  2) / half[:, None]  # fmt: skip
         self._reach = avatar.reach
-        self._prior_weight, self._prior_bias = _prior(person.mouth.neutral)
+        neutral = person.mouth.neutral
+        self._prior_weight, self._prior_bias = remembered(
+            person, "attention", [neutral], lambda: _prior(neutral)
+        )
+        # Pictures on a GPU need no gradients: one kernel asks everything of a point.
+        if neutral.is_cuda and not torch.is_grad_enabled() and triton_obstacle() == "":
+            from talkhead_cli.avatars.lokitalk import field_triton as kernel
+
+            self.skips, self._asked = True, kernel.of(self)
+
+    def told(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+        """All that a kernel wants to be told besides the weights: what holds for every point
+        (55,), for the points of a row (T, 24), and the codes of rows."""
+        everywhere = torch.cat([
+            self._framed.flatten(), self._shared.flatten(), self._prior_weight.flatten(),
+            self._prior_bias, self._reach,
+        ])  # fmt: skip
+        rows = torch.cat([self._shoulders.flatten(1), self._light.flatten(1)], 1)
+        return everywhere.float(), rows.float(), self._codes
 
     def density(self, x: Tensor, row: Tensor) -> Tensor:
+        if self.skips:
+            return self._asked(x, x, row)[0]
         return self._static(x, row)[0]
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        if self.skips:
+            return self._asked(x, d, row)
         density, hidden, attention, shifts = self._static(x, row)
         logits = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1))
         # light falls on the person's own head; shoulders do not turn with it
@@ -82,30 +110,26 @@ class LokiField:
         self, x: Tensor, encoded: Tensor, driven: Tensor, reach: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Points after the face field, (N, 3), and how far they went, (N, 1)."""
-        near = (reach.detach() > REACH).nonzero().squeeze(1)
-        raw = self.avatar.face_field(
-            encoded.index_select(0, near), (driven.index_select(0, near), self._face)
-        )
-        shift = MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh()
-        # a single camera hardly sees depth: motion along it would only be noise from the side
-        shift = shift * shift.new_tensor([1.0, 1.0, 0.3])
-        shift = shift * reach.index_select(0, near).clamp(max=1)[:, None]
-        length = x.new_zeros(len(x), 1).index_add(0, near, shift.abs().sum(1, keepdim=True))
-        return x.index_add(0, near, shift), length
+
+        def shift(encoded: Tensor, driven: Tensor, reach: Tensor) -> Tensor:
+            raw = self.avatar.face_field(encoded, (driven, self._face))
+            found = MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh()
+            found = found * constant(1.0, 1.0, DEPTH, device=x.device)
+            return found * reach.clamp(max=1)[:, None]
+
+        return _shifted(x, reach.detach() > REACH, shift, encoded, driven, reach)
 
     def _moved_by_torso(self, x: Tensor, torso: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """Points after the torso field, (N, 3), and how far they went, (N, 1)."""
-        near = (torso.detach().squeeze(1) > REACH).nonzero().squeeze(1)
-        point, weight = x.index_select(0, near), torso.index_select(0, near)
-        rows = row.index_select(0, near)
-        there = moved(point.detach(), self._framed, rows)
-        encoded = frequencies(there, self.avatar.octaves)
-        own = by_row(torch.ones_like(weight), rows, self.n_rows)
-        raw = self.avatar.torso_field(encoded, (own, self._torso))
-        carried = moved(point, self._shoulders, rows)
-        shift = weight * (carried - point + MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh())
-        length = x.new_zeros(len(x), 1).index_add(0, near, shift.abs().sum(1, keepdim=True))
-        return x.index_add(0, near, shift), length
+
+        def shift(point: Tensor, weight: Tensor, row: Tensor) -> Tensor:
+            encoded = frequencies(moved(point.detach(), self._framed, row), self.avatar.octaves)
+            own = by_row(torch.ones_like(weight), row, self.n_rows)
+            raw = self.avatar.torso_field(encoded, (own, self._torso))
+            carried = moved(point, self._shoulders, row)
+            return weight * (carried - point + MAX_SHIFT * (raw.float() / MAX_SHIFT).tanh())
+
+        return _shifted(x, torso.detach().squeeze(1) > REACH, shift, x, torso, row)
 
     @exact
     def _prior(self, x: Tensor) -> Tensor:
@@ -114,6 +138,23 @@ class LokiField:
             self._prior_bias, torch.cat([x, x * x], 1), self._prior_weight
         ).unbind(1)
         return torch.stack([lips, torch.maximum(left, right), torso], 1).clamp(-6, 6)
+
+
+def _shifted(
+    x: Tensor, near: Tensor, shift: Callable[..., Tensor], *told: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Points x (N, 3), those that are `near` (N,) shifted, and how far they went, (N, 1).
+
+    A CPU asks the field of those points alone; a GPU of all, since it would have to say how many
+    there are before anybody may go on.
+    """
+    if x.is_cuda:
+        shifts = shift(*told) * near[:, None]
+        return x + shifts, shifts.abs().sum(1, keepdim=True)
+    at = near.nonzero().squeeze(1)
+    shifts = shift(*(t.index_select(0, at) for t in told))
+    length = x.new_zeros(len(x), 1).index_add(0, at, shifts.abs().sum(1, keepdim=True))
+    return x.index_add(0, at, shifts), length
 
 
 def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:

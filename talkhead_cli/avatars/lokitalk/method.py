@@ -91,6 +91,7 @@ class LokiTalk(SharedAvatar):
         "transfer.",
     )  # fmt: skip
     own_shapes = False  # networks that draw mouths know people's
+    has_kernel = True
     transfer: Transfer | None
     maps: Mapping[str, tuple[str, ...]] = MappingProxyType({
         "attention": ("lips attend", "eyes attend", "torso attends"),

@@ -27,6 +27,7 @@ class S3DSpeaker:
     """A person as a portrait shows them, drawn by the network."""
 
     past = 0
+    has_kernel = False
     maps: Mapping[str, tuple[str, ...]] = MAPS
 
     def __init__(self, avatar: S3D, faces: Sequence[Face]) -> None:

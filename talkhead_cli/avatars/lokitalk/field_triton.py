@@ -1,0 +1,398 @@
+"""LokiTalk's field as one CUDA kernel, for pictures: the twin of `LokiField.__call__` in Triton.
+
+Operation by operation, a point moves some seven kilobytes through the GPU's memory; here it brings
+its place and takes its colour away, and what lies between stays in registers.  Matrix products are
+of sixteen bits with sums of thirty-two; places are exact.  There are no gradients.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from talkhead_cli.avatars.lokitalk import field
+from talkhead_cli.blocks.mlp import THIN
+from talkhead_cli.blocks.planes import GATHER
+from talkhead_cli.blocks.remember import remembered
+
+if TYPE_CHECKING:
+    from talkhead_cli.avatars.lokitalk.field import LokiField
+    from talkhead_cli.avatars.lokitalk.method import LokiTalk
+
+BLOCK, WARPS = 64, 4  # points per program, and who shares them
+N_HIDDEN = 16  # what the density's net says to the colour's
+OUT = 16  # columns of a small layer, and of a piece of input: the least that products take
+CHANNELS = 4  # of a texel
+# Kernels read constants of this kind alone.
+_OUT, _THIN, _GATHER = tl.constexpr(OUT), tl.constexpr(THIN), tl.constexpr(GATHER)
+_WHOLE = tl.constexpr(math.asinh(GATHER))
+_MAX_SHIFT, _DEPTH = tl.constexpr(field.MAX_SHIFT), tl.constexpr(field.DEPTH)
+_REACH, _LOOK = tl.constexpr(field.REACH), tl.constexpr(field.LOOK_SCALE)
+
+
+class Packed(NamedTuple):
+    """An avatar's weights as the kernel reads them, padded to powers of two.
+
+    matrices  (M,) float16, layer after layer, inputs down and outputs across
+    biases    (B,) float32 · texels (S,) float16, level after level, channels last
+    levels    (2, L) int32 of the planes: where a level's texels begin, their side
+    waves     (3, E) float32 of the frequency encoding: axis, turns per unit, turns ahead; an
+              axis of 3 is none
+    sizes     E, trunk, head as padded, L
+    """
+
+    matrices: Tensor
+    biases: Tensor
+    texels: Tensor
+    levels: Tensor
+    waves: Tensor
+    sizes: tuple[int, int, int, int]
+
+
+def of(asked_of: LokiField) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """What the kernel says of points x (N, 3) seen along d (N, 3), row (N,): density (N,) and
+    channels (N, 8), float32; -1 for a row is a point that nobody asks for, and is empty."""
+    avatar = asked_of.avatar
+    learnt = [t for layer in _layers(avatar) for t in (layer.weight, layer.bias)]
+    learnt += list(avatar.volume.levels)
+    weights = remembered(avatar, "kernel", learnt, lambda: packed(avatar))
+    affine, rows, codes = asked_of.told()
+
+    def asked(x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        return evaluate(weights, x, d, row, affine, rows, codes)
+
+    return asked
+
+
+def _layers(avatar: LokiTalk) -> list[nn.Linear]:
+    """In the order in which points pass them."""
+    nets = (avatar.attention, avatar.face_field, avatar.torso_field, avatar.density_net,
+            avatar.colour_net)  # fmt: skip
+    return [m for net in nets for m in net if isinstance(m, nn.Linear)]
+
+
+@torch.no_grad()
+def packed(avatar: LokiTalk) -> Packed:
+    """Lay an avatar's weights out."""
+    device, n = avatar.aabb.device, avatar.octaves
+    encoded = _rounded(3 * (1 + 2 * n))
+    trunk, head = (triton.next_power_of_2(n) for n in (avatar.widths.trunk, avatar.widths.head))
+    levels = list(avatar.volume.levels)
+    assert {tuple(level.shape[:2]) for level in levels} == {(3, CHANNELS)}, "other planes"
+    layers = _layers(avatar)
+    colour = layers[-2].weight
+    # what the density's net says besides the density is what the colour's net hears
+    maps = [*(layer.weight for layer in layers[:-2]), F.pad(colour[:, :N_HIDDEN], (1, 0)),
+            layers[-1].weight]  # fmt: skip
+    # a level's readings are padded one by one, since points read level after level
+    read = maps[-4].unflatten(1, (len(levels), -1))
+    maps[-4] = F.pad(read, (0, OUT - read.shape[2])).flatten(1)
+    field = [(encoded, trunk), (trunk, trunk), (trunk, OUT)]
+    rooms = [(encoded, 32), (32, OUT), *field, *field, (len(levels) * OUT, head), (head, 32),
+             (32, 32), (32, OUT)]  # fmt: skip
+    matrices = [
+        F.pad(w.T, (0, b - w.shape[0], 0, a - w.shape[1]))
+        for w, (a, b) in zip(maps, rooms, strict=True)
+    ]
+    biases = [
+        F.pad(layer.bias, (0, b - len(layer.bias)))
+        for layer, (_, b) in zip(layers, rooms, strict=True)
+    ]
+    looks = colour[:, N_HIDDEN:].T  # (3, 32), by the direction of view
+
+    begins = itertools.accumulate((level.numel() for level in levels[:-1]), initial=0)
+    shape = [list(begins), [level.shape[-1] for level in levels]]
+    texels = torch.cat([level.permute(0, 2, 3, 1).flatten() for level in levels])
+
+    waves = [(axis, 0.0, 0.0) for axis in range(3)]
+    for phase in (0.0, 0.25):  # a cosine is a sine a quarter of a turn ahead
+        waves += [(axis, 2.0 ** (k - 1), phase) for axis in range(3) for k in range(n)]
+    waves += [(3, 0.0, 0.0)] * (encoded - len(waves))
+    return Packed(
+        torch.cat([m.flatten() for m in matrices]).half(),
+        torch.cat([*biases, looks.flatten()]).float(),
+        texels.half(),
+        torch.tensor(shape, dtype=torch.int32, device=device),
+        torch.tensor(waves, dtype=torch.float32, device=device).T.contiguous(),
+        (encoded, trunk, head, len(levels)),
+    )
+
+
+def _rounded(n: int) -> int:
+    """n columns in whole pieces, since encodings are made piece by piece."""
+    return -(-n // OUT) * OUT
+
+
+@torch.no_grad()
+def evaluate(
+    weights: Packed, x: Tensor, d: Tensor, row: Tensor, affine: Tensor, rows: Tensor,
+    codes: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Density (N,) and channels (N, 8) of points.
+
+    affine (55,) what places are told by: framing (12), alignment (12), attention by place (6, 4)
+    and (4,), reach of the planes (3,) · rows (T, 24) shoulders and light of each row · codes: what
+    rows' codes add to first layers, face (2 T, trunk), density (2 T, head), torso (T, trunk)
+    """
+    n = len(x)
+    encoded, trunk, head, n_levels = weights.sizes
+    found, colours = x.new_empty(n), x.new_empty(n, 8)
+    face, density, torso = (
+        F.pad(code.float(), (0, wide - code.shape[1]))
+        for code, wide in zip(codes, (trunk, head, trunk), strict=True)
+    )
+    if n:
+        _field[(triton.cdiv(n, BLOCK),)](
+            x.contiguous(), d.contiguous(), row, found, colours, n,
+            weights.matrices, weights.biases, weights.texels, weights.levels, weights.waves,
+            affine, rows, face, density, torso,
+            E=encoded, W=trunk, H=head, L=n_levels, ONE=len(torso) == 1,
+            BLOCK=BLOCK, num_warps=WARPS,
+        )  # fmt: skip
+    return found, colours
+
+
+@triton.jit
+def _affine(place, x0, x1, x2):
+    """A point under its map [A | b] (3, 4), or one that all points share."""
+    y0 = tl.load(place) * x0 + tl.load(place + 1) * x1 + tl.load(place + 2) * x2
+    y1 = tl.load(place + 4) * x0 + tl.load(place + 5) * x1 + tl.load(place + 6) * x2
+    y2 = tl.load(place + 8) * x0 + tl.load(place + 9) * x1 + tl.load(place + 10) * x2
+    return y0 + tl.load(place + 3), y1 + tl.load(place + 7), y2 + tl.load(place + 11)
+
+
+@triton.jit
+def _times(h, matrices, at, K: tl.constexpr, N: tl.constexpr):
+    """h (B, K) times the matrix (K, N) that begins at `at` -> (B, N) float32."""
+    down, across = tl.arange(0, K), tl.arange(0, N)
+    return tl.dot(h.to(tl.float16), tl.load(matrices + at + down[:, None] * N + across[None, :]))
+
+
+@triton.jit
+def _bias(biases, at, N: tl.constexpr):
+    return tl.load(biases + at + tl.arange(0, N))[None, :]
+
+
+@triton.jit
+def _layer(h, matrices, biases, at, bias, K: tl.constexpr, N: tl.constexpr):
+    """h (B, K) through the layer whose matrix begins at `at` -> (B, N) float32."""
+    return _times(h, matrices, at, K, N) + _bias(biases, bias, N)
+
+
+@triton.jit
+def _codes(table, row, N: tl.constexpr, ONE: tl.constexpr):
+    """What the codes of points' rows add, (B or 1, N)."""
+    across = tl.arange(0, N)
+    if ONE:
+        codes = tl.load(table + across)[None, :]
+    else:
+        codes = tl.load(table + row[:, None] * N + across[None, :])
+    return codes
+
+
+@triton.jit
+def _column(h, i, N: tl.constexpr):
+    """Column i of h (B, N)."""
+    return tl.sum(tl.where(tl.arange(0, N)[None, :] == i, h, 0.0), 1)
+
+
+@triton.jit
+def _waves(table, first, f0, f1, f2, E: tl.constexpr):
+    """Columns of the frequency encoding of places from `first` on, (B, 16)."""
+    across = first + tl.arange(0, _OUT)
+    axis = tl.load(table + across)[None, :]
+    rate = tl.load(table + E + across)[None, :]
+    phase = tl.load(table + 2 * E + across)[None, :]
+    at = tl.where(axis == 0, f0[:, None], tl.where(axis == 1, f1[:, None], f2[:, None]))
+    return tl.where(axis == 3, 0.0, tl.where(rate == 0, at, _sine(at * rate + phase)))
+
+
+@triton.jit
+def _sine(turns):
+    """sin(2 pi turns) to 4e-6: the library's own, good for angles of any size, fills the
+    instruction cache."""
+    t = turns - tl.floor(turns + 0.5)
+    t = tl.where(t > 0.25, 0.5 - t, tl.where(t < -0.25, -0.5 - t, t))
+    x = 6.283185307179586 * t
+    y = x * x
+    return x * (1 + y * (-1 / 6 + y * (1 / 120 + y * (-1 / 5040 + y / 362880))))
+
+
+@triton.jit
+def _tanh(x):
+    return 2 * tl.sigmoid(2 * x) - 1
+
+
+@triton.jit
+def _gathered(x, reach):
+    """asinh(GATHER x / reach) / asinh(GATHER), odd in x."""
+    u = tl.abs(_GATHER * x / reach)
+    y = tl.log(u + tl.sqrt(u * u + 1)) / _WHOLE
+    return tl.where(x < 0, -y, y)
+
+
+@triton.jit
+def _read(texels, side, p0, p1, p2):
+    """Bilinear readings of one level's planes xy, xz, yz, (B, 16), the first 12 of which are such;
+    outside, the border's value."""
+    across = tl.arange(0, _OUT)
+    plane = tl.minimum(across // 4, 2)[None, :]
+    u = tl.where(plane == 2, p1[:, None], p0[:, None])
+    v = tl.where(plane == 0, p1[:, None], p2[:, None])
+    last = (side - 1).to(tl.float32)
+    u = tl.minimum(tl.maximum(((u + 1) * side - 1) * 0.5, 0.0), last)
+    v = tl.minimum(tl.maximum(((v + 1) * side - 1) * 0.5, 0.0), last)
+    u0, v0 = u.to(tl.int32), v.to(tl.int32)
+    right, below = u - u0.to(tl.float32), v - v0.to(tl.float32)
+    u1, v1 = tl.minimum(u0 + 1, side - 1), tl.minimum(v0 + 1, side - 1)
+    first = texels + plane * side * side * 4 + (across % 4)[None, :]
+    a = tl.load(first + (v0 * side + u0) * 4).to(tl.float32)
+    b = tl.load(first + (v0 * side + u1) * 4).to(tl.float32)
+    top = a + right * (b - a)
+    a = tl.load(first + (v1 * side + u0) * 4).to(tl.float32)
+    b = tl.load(first + (v1 * side + u1) * 4).to(tl.float32)
+    return top + below * (a + right * (b - a) - top)
+
+
+@triton.jit
+def _field(
+    x, d, row, found, colours, n,
+    matrices, biases, texels, levels, waves,
+    affine, rows, face, density, torso,
+    E: tl.constexpr, W: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
+    ONE: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = point < n
+    own = tl.load(row + point, mask=here, other=-1).to(tl.int32)
+    asked = own >= 0
+    if tl.max(own, 0) < 0:
+        tl.store(found + point, tl.zeros((BLOCK,), tl.float32), mask=here)
+        return
+    own = tl.maximum(own, 0)
+    x0 = tl.load(x + 3 * point, mask=here, other=0.0)
+    x1 = tl.load(x + 3 * point + 1, mask=here, other=0.0)
+    x2 = tl.load(x + 3 * point + 2, mask=here, other=0.0)
+
+    # Attention by place, and where it starts from: ellipsoids and a half-space.
+    f0, f1, f2 = _affine(affine, x0, x1, x2)
+    at, bias = E * 32 + 32 * _OUT, 32 + _OUT  # of the face field
+    h = tl.zeros((BLOCK, 32), tl.float32)
+    g = tl.zeros((BLOCK, W), tl.float32)
+    for k in range(0, E, _OUT):
+        encoded = _waves(waves, k, f0, f1, f2, E)
+        h += _times(encoded, matrices, k * 32, _OUT, 32)
+        g += _times(encoded, matrices, at + k * W, _OUT, W)
+    h = tl.maximum(h + _bias(biases, 0, 32), 0.0)
+    h = _layer(h, matrices, biases, E * 32, 32, 32, _OUT)
+    lips = _column(h, 0, _OUT) + _prior(affine + 24, x0, x1, x2, 0)
+    eyes = _column(h, 1, _OUT) + tl.maximum(
+        _prior(affine + 24, x0, x1, x2, 1), _prior(affine + 24, x0, x1, x2, 2)
+    )
+    below = _column(h, 2, _OUT) + _prior(affine + 24, x0, x1, x2, 3)
+    lips, eyes, below = tl.sigmoid(lips), tl.sigmoid(eyes), tl.sigmoid(below)
+
+    # The face field.
+    y0, y1, y2 = x0, x1, x2
+    moved_by_face = tl.zeros((BLOCK,), tl.float32)
+    reach = lips + eyes
+    if tl.max(tl.where(asked, reach, 0.0), 0) > _REACH:
+        g += _bias(biases, bias, W) + lips[:, None] * _codes(face, 2 * own, W, ONE)
+        g = tl.maximum(g + eyes[:, None] * _codes(face + W, 2 * own, W, ONE), 0.0)
+        h = tl.maximum(_layer(g, matrices, biases, at + E * W, bias + W, W, W), 0.0)
+        h = _layer(h, matrices, biases, at + E * W + W * W, bias + 2 * W, W, _OUT)
+        scale = tl.where(reach > _REACH, tl.minimum(reach, 1.0), 0.0) * _MAX_SHIFT
+        s0 = scale * _tanh(_column(h, 0, _OUT) / _MAX_SHIFT)
+        s1 = scale * _tanh(_column(h, 1, _OUT) / _MAX_SHIFT)
+        s2 = _DEPTH * scale * _tanh(_column(h, 2, _OUT) / _MAX_SHIFT)
+        moved_by_face = tl.abs(s0) + tl.abs(s1) + tl.abs(s2)
+        y0, y1, y2 = y0 + s0, y1 + s1, y2 + s2
+    at, bias = at + E * W + W * W + W * _OUT, bias + 2 * W + _OUT
+
+    # The torso field, where the face field led to.
+    moved_by_torso = tl.zeros((BLOCK,), tl.float32)
+    z0, z1, z2 = y0, y1, y2
+    if tl.max(tl.where(asked, below, 0.0), 0) > _REACH:
+        f0, f1, f2 = _affine(affine, y0, y1, y2)
+        g = _bias(biases, bias, W) + _codes(torso, own, W, ONE) + tl.zeros((BLOCK, W), tl.float32)
+        for k in range(0, E, _OUT):
+            g += _times(_waves(waves, k, f0, f1, f2, E), matrices, at + k * W, _OUT, W)
+        h = tl.maximum(
+            _layer(tl.maximum(g, 0.0), matrices, biases, at + E * W, bias + W, W, W), 0.0
+        )
+        h = _layer(h, matrices, biases, at + E * W + W * W, bias + 2 * W, W, _OUT)
+        c0, c1, c2 = _own_affine(rows, own, y0, y1, y2, 0, ONE)
+        scale = tl.where(below > _REACH, below, 0.0)
+        s0 = scale * (c0 - y0 + _MAX_SHIFT * _tanh(_column(h, 0, _OUT) / _MAX_SHIFT))
+        s1 = scale * (c1 - y1 + _MAX_SHIFT * _tanh(_column(h, 1, _OUT) / _MAX_SHIFT))
+        s2 = scale * (c2 - y2 + _MAX_SHIFT * _tanh(_column(h, 2, _OUT) / _MAX_SHIFT))
+        moved_by_torso = tl.abs(s0) + tl.abs(s1) + tl.abs(s2)
+        z0, z1, z2 = z0 + s0, z1 + s1, z2 + s2
+    at, bias = at + E * W + W * W + W * _OUT, bias + 2 * W + _OUT
+
+    # The canonical volume there.
+    p0, p1, p2 = _affine(affine + 12, z0, z1, z2)
+    p0 = _gathered(p0, tl.load(affine + 52))
+    p1 = _gathered(p1, tl.load(affine + 53))
+    p2 = _gathered(p2, tl.load(affine + 54))
+    h = tl.zeros((BLOCK, H), tl.float32)
+    for level in range(L):
+        side = tl.load(levels + L + level)
+        read = _read(texels + tl.load(levels + level), side, p0, p1, p2)
+        h += _times(read, matrices, at + level * _OUT * H, _OUT, H)
+    h += _bias(biases, bias, H)
+    h += lips[:, None] * _codes(density, 2 * own, H, ONE)
+    h += eyes[:, None] * _codes(density + H, 2 * own, H, ONE)
+    at, bias = at + L * _OUT * H, bias + H
+    h = _layer(tl.maximum(h, 0.0), matrices, biases, at, bias, H, 32)
+    at, bias = at + H * 32, bias + 32
+    solid = tl.exp(tl.minimum(_column(h, 0, 32) - _THIN, 7.0))
+    tl.store(found + point, tl.where(asked, solid, 0.0), mask=here)
+
+    # Colour, by the direction of view and the room's light.
+    h = _layer(h, matrices, biases, at, bias, 32, 32)
+    look = biases + bias + 32 + _OUT
+    for axis in tl.static_range(3):
+        along = _LOOK * tl.load(d + 3 * point + axis, mask=here, other=0.0)
+        h += along[:, None] * tl.load(look + axis * 32 + tl.arange(0, 32))[None, :]
+    at, bias = at + 32 * 32, bias + 32
+    h = _layer(tl.maximum(h, 0.0), matrices, biases, at, bias, 32, _OUT)
+    l0, l1, l2 = _own_affine(rows, own, x0, x1, x2, 12, ONE)
+    head = 1 - below
+    place = colours + 8 * point
+    tl.store(place, tl.sigmoid(_column(h, 0, _OUT) + head * l0), mask=here)
+    tl.store(place + 1, tl.sigmoid(_column(h, 1, _OUT) + head * l1), mask=here)
+    tl.store(place + 2, tl.sigmoid(_column(h, 2, _OUT) + head * l2), mask=here)
+    tl.store(place + 3, lips, mask=here)
+    tl.store(place + 4, eyes, mask=here)
+    tl.store(place + 5, below, mask=here)
+    tl.store(place + 6, moved_by_face, mask=here)
+    tl.store(place + 7, moved_by_torso, mask=here)
+
+
+@triton.jit
+def _own_affine(rows, own, x0, x1, x2, at: tl.constexpr, ONE: tl.constexpr):
+    """A point under its own row's map, which begins `at` numbers into the row."""
+    if ONE:
+        y0, y1, y2 = _affine(rows + at, x0, x1, x2)
+    else:
+        y0, y1, y2 = _affine(rows + own * 24 + at, x0, x1, x2)
+    return y0, y1, y2
+
+
+@triton.jit
+def _prior(table, x0, x1, x2, i: tl.constexpr):
+    """Logit i (of 4) of attention by place alone: a quadratic form."""
+    y = tl.load(table + 24 + i)
+    y += tl.load(table + i) * x0 + tl.load(table + 4 + i) * x1 + tl.load(table + 8 + i) * x2
+    y += tl.load(table + 12 + i) * x0 * x0 + tl.load(table + 16 + i) * x1 * x1
+    y += tl.load(table + 20 + i) * x2 * x2
+    return tl.minimum(tl.maximum(y, -6.0), 6.0)
