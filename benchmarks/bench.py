@@ -23,16 +23,18 @@ from typing import Any
 
 import numpy as np
 from charts import line_chart
-from kit import CLIPS, RESULTS, asked, clip, looped, machine, shown, speech, talkhead
+from kit import CLIPS, RESULTS, ROOT, asked, clip, looped, machine, run, shown, speech, talkhead
 
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
     "ears", "hearing", "coding", "views", "heads", "tokens", "strangers", "deformations",
     "expert", "files", "photo", "trackers", "voices",
 )  # fmt: skip
-ON_CUDA = ("core", "parity", "curve")  # a GPU machine need not be able to track faces
+ON_CUDA = ("kernels", "core", "parity", "curve")  # a GPU machine need not be able to track faces
+USUAL = {"cpu": ["lokitalk", "tiny"], "cuda": ["lokitalk"]}  # presets
+SHARE = {"cuda": 0.1}  # of the steps, for parts that only look at what was trained
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
-CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.1, 0.4)}  # shares of the steps
+CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.06, 0.15)}  # shares of the steps
 
 
 def part_photo(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -279,7 +281,28 @@ def part_parity(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     name = options.ids[0]
     _trained(name, work, options)
     home = work / "home"
-    return core.parity(core.load(home, name, "cpu"), core.load(home, name, options.device))
+    every = 33  # a CPU takes seconds for each
+    cpu, other = (core.load(home, name, d, every=every) for d in ("cpu", options.device))
+    return core.parity(cpu, other, work / f"parity-{name}.png")
+
+
+def part_kernels(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """How far kernels lie from their torch twins on this machine."""
+    script = ROOT / "tests" / "kernel_twins.py"
+    told = run(sys.executable, str(script), options.device)
+    return {"seconds": told["seconds"], "apart": json.loads(told["stdout"])}
+
+
+def part_rival(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Another method's figures, of the file --rival, beside our newest of the same machine."""
+    theirs = json.loads(options.rival.read_text())
+    ours: dict[str, Any] = {}
+    for part in ("core", "curve"):
+        found = sorted(RESULTS.glob(f"*-{part}-{options.device}.json"))
+        if found:
+            record = json.loads(found[-1].read_text())
+            ours[part] = {"file": found[-1].name, "gpu": record["machine"]["gpu"], **record[part]}
+    return {"theirs": theirs, "ours": ours}
 
 
 def part_curve(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -445,6 +468,7 @@ def _trained(name: str, work: Path, options: argparse.Namespace) -> None:
     talkhead(
         "finetune", "--id", name, *_words(options), "--home", str(work / "home"),
         "--device", options.device, "--seed", str(options.seed),
+        *(["-s", f"train.scale={SHARE[options.device]}"] if options.device in SHARE else []),
     )  # fmt: skip
 
 
@@ -464,14 +488,17 @@ def _numbers(text: str) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "parts", nargs="*", choices=[*PARTS, "parity", []], help="parts to run; default all"
+        "parts",
+        nargs="*",
+        choices=[*PARTS, "kernels", "parity", "rival", []],
+        help="parts to run; default all",
     )
     parser.add_argument("--ids", default="alice,carl", type=_listed)
     parser.add_argument(
         "--without", default="", type=_listed, help="people whom no prior may know, beside --ids"
     )
-    parser.add_argument("--presets", default="lokitalk,tiny", type=_listed)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--presets", type=_listed, help="default: lokitalk, on a CPU with tiny")
+    parser.add_argument("--device", default="cpu", choices=list(USUAL))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--seconds", default="5,16", type=_numbers, help="of footage to learn from in transfer"
@@ -483,7 +510,9 @@ def main() -> None:
         "--scale", type=float, default=0.3, help="of the steps in coding, heads and tokens"
     )
     parser.add_argument("--work", type=Path, help="folder to work in, kept  [default: temporary]")
+    parser.add_argument("--rival", type=Path, help="another method's figures, a JSON file")
     options = parser.parse_args()
+    options.presets = options.presets or USUAL[options.device]
     work = options.work or Path(tempfile.mkdtemp(prefix="talkhead-bench-"))
     work.mkdir(parents=True, exist_ok=True)
     RESULTS.mkdir(exist_ok=True)

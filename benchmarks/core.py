@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ from talkhead_cli.store import Run, Workspace
 
 SIZES = (128, 256, 512, 1024)
 LEAST_S = 1.5  # of wall time behind every figure
-STRIDE = 16  # held-out rows from one that is measured to the next
+STRIDE = {"cpu": 16, "cuda": 4}  # held-out rows from one that is measured to the next
 
 
 @dataclass
@@ -67,13 +68,13 @@ class Bench:
         }
 
 
-def load(home: Path, name: str, device: str, run: str | None = None, every: int = STRIDE) -> Bench:
+def load(home: Path, name: str, device: str, run: str | None = None, every: int = 0) -> Bench:
     """The newest (or the named) run of an identity, every so many held-out rows."""
     space = Workspace.open(home, name)
     found, _ = player.pick_run(space, run)
     show = player.load(found, march.device_of(device))
     clip = footage.load(space, show.preset.data, SilentProgress())
-    held = clip.held[::every]
+    held = clip.held[:: every or STRIDE[show.device.type]]
     rows = show.heard(clip.signals, held)
     truth = torch.from_numpy(clip.pictures[held.numpy()].astype(np.float32) / 255)
     boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held.numpy()], clip.size_px)
@@ -119,9 +120,14 @@ def by_size(bench: Bench) -> list[dict[str, Any]]:
         rows = _resized(bench.rows, size)
         plate = _plate(bench, size)
         with _peak(bench.show.device) as peak:
-            rate = frames_per_second(bench, rows, plate)
+            together = frames_per_second(bench, rows, plate)
+            with _at_once(1):
+                alone = frames_per_second(bench, rows, plate)
             stages = _stages(bench, rows[0], plate)
-        found.append({"size_px": size, "frames_per_second": rate, **stages, "peak_mb": peak()})
+        found.append({
+            "size_px": size, "frames_per_second": alone, "frames_per_second_together": together,
+            **stages, "peak_mb": peak(),
+        })  # fmt: skip
     return found
 
 
@@ -142,20 +148,30 @@ def by_points(bench: Bench) -> list[dict[str, Any]]:
 
 def by_batch(bench: Bench) -> list[dict[str, Any]]:
     """Time per frame against the frames that march together."""
-    found, kept = [], Player.rows_at_once
-    try:
-        for n in (1, 2, 4, 8):
-            Player.rows_at_once = lambda self, size_px, n=n: n  # type: ignore[method-assign]
+    found = []
+    for n in (1, 2, 4, 8):
+        with _at_once(n):
             found.append({"frames_in_a_march": n, "frames_per_second": frames_per_second(bench)})
-    finally:
-        Player.rows_at_once = kept  # type: ignore[method-assign]
     return found
 
 
-def parity(bench: Bench, other: Bench) -> dict[str, Any]:
-    """The same checkpoint on two devices."""
+@contextmanager
+def _at_once(n: int) -> Iterator[None]:
+    """March n frames together, whatever the size."""
+    kept = Player.rows_at_once
+    Player.rows_at_once = lambda self, size_px: n  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Player.rows_at_once = kept  # type: ignore[method-assign]
+
+
+def parity(bench: Bench, other: Bench, sheet: Path) -> dict[str, Any]:
+    """The same checkpoint on two devices; truth and both of them side by side in a picture."""
     a, _ = bench.pictures()
     b, _ = other.pictures()
+    rows = torch.cat([torch.cat(list(part), 0) for part in (bench.truth, a, b)], 1)
+    cv2.imwrite(str(sheet), (rows.numpy()[..., ::-1] * 255).round().astype(np.uint8))
     return {
         "devices": [march.device_name(x.show.device) for x in (bench, other)],
         "db": round(evaluate.psnr(a.numpy(), b.numpy()), 2),
@@ -270,7 +286,7 @@ def frames_per_second(
 
     def film() -> None:
         for frame, _ in bench.show.pictures(rows, plate):
-            frame.rgb.cpu()
+            player.eight_bits(frame)
 
     return round(len(rows) / timed(film, bench.show.device), 2)
 
@@ -313,12 +329,12 @@ def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
             "compose": timed(lambda: show.avatar.compose(rendered, rays, one, background), device),
         }
     took["composite"] = max(0.0, whole - took["sample"] - took["field"])
-    hits = int((rendered.opacity > 0.5).sum())
+    hits, n_points = int((rendered.opacity > 0.5).sum()), int(rendered.n_points)
     return {
         "milliseconds": {k: round(1000 * v, 3) for k, v in took.items()},
-        "points_per_frame": rendered.n_points,
-        "samples_per_hit_ray": round(rendered.n_points / max(1, hits), 2),
-        "million_points_per_second": round(rendered.n_points / took["field"] / 1e6, 3),
+        "points_per_frame": n_points,
+        "samples_per_hit_ray": round(n_points / max(1, hits), 2),
+        "million_points_per_second": round(n_points / took["field"] / 1e6, 3),
     }
 
 

@@ -103,23 +103,31 @@ def test_marching_kernels_compile(architecture: int) -> None:
 
 @pytest.mark.parametrize("architecture", [80, 90])
 @pytest.mark.parametrize("one_row", [True, False])
-def test_the_fields_kernel_compiles_and_keeps_to_its_registers(
+def test_the_fields_kernels_compile_and_keep_to_their_registers(
     architecture: int, one_row: bool
 ) -> None:
     from talkhead_cli.avatars.lokitalk import field_triton as kernels
 
-    floats = dict.fromkeys(
-        ("x", "d", "found", "colours", "biases", "waves", "affine", "rows", "face", "density",
-         "torso"), "*fp32",
-    )  # fmt: skip
-    halves = dict.fromkeys(("matrices", "texels"), "*fp16")
-    counts = {"row": "*i64", "levels": "*i32", "n": "i32"}
-    made = compiled(
-        kernels._field, architecture, {**floats, **halves, **counts},
-        E=48, W=64, H=64, L=5, ONE=one_row, BLOCK=kernels.BLOCK,
-    )  # fmt: skip
-    assert made.asm["ptx"].count("ld.local") == 0
-    assert made.metadata.shared < 48 * 1024
+    def kinds(*names: str) -> dict[str, str]:
+        others = {"row": "*i64", "n": "i32", "levels": "*i32"} | dict.fromkeys(
+            ("matrices", "texels", "read"), "*fp16"
+        )
+        return {name: others.get(name, "*fp32") for name in names}
+
+    nets = {"W": 64, "ONE": one_row, "BLOCK": kernels.BLOCK, "E": 48}
+    deform = kinds("x", "row", "places", "channels", "n", "matrices", "biases", "waves", "affine",
+                   "rows", "face", "torso")  # fmt: skip
+    read = kinds("places", "row", "read", "n", "texels", "levels")
+    shade = kinds("x", "d", "row", "read", "found", "channels", "n", "matrices", "biases", "rows",
+                  "density")  # fmt: skip
+    for kernel, told, constants in (
+        (kernels._deform, deform, nets),
+        (kernels._read, read, {"L": 5, "BLOCK": kernels.BLOCK}),
+        (kernels._shade, shade, {**nets, "H": 64, "L": 5}),
+    ):
+        made = compiled(kernel, architecture, told, **constants)
+        assert made.asm["ptx"].count("ld.local") == 0
+        assert made.metadata.shared < 48 * 1024
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -223,10 +223,8 @@ class _StageLoop:
         person on, where no step waits for it.  Rays are as many in every step then."""
         marcher, stage = self.module.marcher, self.stage
         alone = self.fabric.world_size == 1 and len(self.people) == 1 and not stage.portraits
-        steady = stage.rays == "none" or (
-            stage.rays != "picture" and not stage.explore
-            and isinstance(marcher, march.GuidedMarcher) and marcher.fused
-        )  # fmt: skip
+        guided = isinstance(marcher, march.GuidedMarcher) and marcher.fused
+        steady = stage.rays == "none" or (stage.rays != "picture" and guided)
         recorded = self.fabric.device.type == "cuda" and alone and steady and self.avatar.has_kernel
         if isinstance(marcher, march.GuidedMarcher):
             marcher.whole = recorded
@@ -285,9 +283,9 @@ class _StageLoop:
         self.rng.manual_seed(_mix(place.total, rank, place.rollbacks, seed=seed))
         torch.manual_seed(_mix(place.total, rank, 7919, seed=seed))
         if self.replay is not None and self.stage.rays != "none":
-            place.n_rays = min(
-                self.stage.n_points // self.preset.march.n_samples, self._most_rays()
-            )
+            marcher = self.module.marcher
+            assert isinstance(marcher, march.GuidedMarcher)
+            place.n_rays = min(self.stage.n_points // marcher.samples_per_ray, self._most_rays())
         drawn = [self._draw(person, int(place.n_rays)) for person in self._mixed()]
         learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
         if learns_space and place.total % self.preset.march.every == 0:
@@ -338,7 +336,15 @@ class _StageLoop:
         """The same by the recording."""
         assert self.replay is not None
         (self._like,) = drawn
-        return self.replay(*unpacked(self._like))
+        try:
+            return self.replay(*unpacked(self._like))
+        except march.CannotRecordError as error:
+            self.progress.note(
+                f"steps of stage '{self.name}' cannot be recorded ({error}); the GPU waits for the "
+                "CPU to start their operations one by one, which takes several times as long"
+            )
+            self.replay = None
+            return self._step(drawn)
 
     def _learn(self, *tensors: Tensor) -> Lost:
         """What is recorded: a step on the tensors of a shot like the one drawn last.  Gradients

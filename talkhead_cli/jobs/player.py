@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from talkhead_cli import march
@@ -42,7 +43,6 @@ N_VIEWS = 24  # pictures that show a marcher new poses
 NEWS = 0.04  # radians and face heights from which on a pose is a new one: about a cell of the grid
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # of one march on a GPU; some 3 GB
 BY_KERNEL = 4  # times as many where a kernel asks the field: what lies between takes no memory
-REPLAYED_FROM = 8  # batches of one size; fewer are not worth a recording
 # Half precision where it is faster: on the tensor cores of a GPU.  A CPU's casts cost more.
 HALF = {"cuda": torch.float16}
 DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new film
@@ -68,7 +68,7 @@ class Player:
         background = (self.plate if plate is None else plate).reshape(-1, 3).to(self.device)
         n = self.rows_at_once(signals.camera.size_px // self.avatar.magnification)
         n_batches = -(-len(signals) // n)
-        replays = self._asks_a_kernel and n_batches >= REPLAYED_FROM
+        replays = self._asks_a_kernel
 
         def batch(index: int) -> tuple[Frame, int]:
             rows = signals[slice(index * n, (index + 1) * n)]
@@ -226,6 +226,14 @@ def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+def eight_bits(frame: Frame, alpha: bool = False) -> NDArray[np.uint8]:
+    """One picture for a film: (H, W, 3) or, with straight alpha, (H, W, 4) uint8."""
+    rgb, opacity = frame.rgb[0].float(), frame.alpha[0].float()
+    if alpha:
+        rgb = torch.cat([rgb / opacity.clamp_min(1e-3), opacity], -1)
+    return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def pick_run(space: Workspace, name: str | None) -> tuple[Run, bool]:

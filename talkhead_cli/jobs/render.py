@@ -87,7 +87,7 @@ def render(
         ):  # fmt: skip
             for signals in film_script.chunks():
                 for frame, _ in show.pictures(signals, behind):
-                    film.write(_pixels(frame, wishes.alpha))
+                    film.write(player.eight_bits(frame, wishes.alpha))
                     if depth_film is not None:
                         depth_film.write(_depth(frame))
                     progress.advance()
@@ -127,14 +127,6 @@ def render_picture(
             Path(folder), space.id, speech, progress, out=out, run_name=run.name, wishes=wishes,
             device=device,
         )  # fmt: skip
-
-
-def _pixels(frame: Frame, alpha: bool) -> NDArray[np.uint8]:
-    """(H, W, 3) or, with straight alpha, (H, W, 4) uint8."""
-    rgb, opacity = frame.rgb[0].float(), frame.alpha[0].float()
-    if alpha:
-        rgb = torch.cat([rgb / opacity.clamp_min(1e-3), opacity], -1)
-    return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def _depth(frame: Frame) -> NDArray[np.uint16]:

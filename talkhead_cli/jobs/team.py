@@ -9,6 +9,7 @@ MASTER_PORT and NODE_RANK set as Lightning wants them, and sees the same home.
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
 import socket
@@ -74,6 +75,8 @@ def run(
 
 def fabric(device: torch.device, precision: Precision, devices: int, nodes: int) -> Fabric:
     """Fabric for a process of a team of `devices` on each of `nodes`, connected to the others."""
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)  # its tips are not for our users
+    logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     if devices * nodes == 1:
         return Fabric(accelerator=device.type, devices=1, precision=precision)
     if device.type == "cuda" and devices > torch.cuda.device_count():

@@ -19,9 +19,10 @@ from .guided import GuidedMarcher
 from .occupancy import OccupancyGrid
 from .packed import PackedMarcher
 from .rays import intersect_box, picture_rays, pixel_rays, step_length
-from .replay import Replay
+from .replay import CannotRecordError, Replay
 
 __all__ = [
+    "CannotRecordError",
     "DenseMarcher",
     "GuidedMarcher",
     "MarchOptions",

@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +100,9 @@ def obstacle() -> str:
         return "nerfacc needs a CUDA device"
     _make_way()
     try:
-        version = importlib.import_module("nerfacc").__version__
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of its docstrings, from Python 3.12 on
+            version = importlib.import_module("nerfacc").__version__
         with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout carries paths
             kernels = _module("cuda._backend")._C
     except Exception as error:  # a failed build raises whatever the compiler wrapper raises

@@ -12,6 +12,10 @@ T = TypeVar("T")
 WARM_UPS = 3  # calls that run as they are: kernels are compiled, constants sent, buffers found
 
 
+class CannotRecordError(RuntimeError):
+    """The work waits for its device, or asks what cannot be recorded; nothing was done."""
+
+
 class Replay(Generic[T]):
     """`work(*tensors)` on a CUDA device, whose hundreds of small operations start as one.
 
@@ -19,8 +23,8 @@ class Replay(Generic[T]):
     played.  What it makes lies where the recording put it, and the next call overwrites it.
 
     `work` must not wait for the device (`nonzero`, `item`, numbers sent there), and what it reads
-    besides its arguments must stay where it lies.  RuntimeError by the call that records if it
-    does wait; nothing was done then.
+    besides its arguments must stay where it lies.  CannotRecordError by the call that records if
+    it does wait.
     """
 
     def __init__(self, work: Callable[..., T], device: torch.device) -> None:
@@ -53,6 +57,16 @@ class Replay(Generic[T]):
     def _record(self, given: Sequence[Tensor]) -> None:
         self._given = [torch.empty_like(t, device=self.device).copy_(t) for t in given]
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self._side):
-            self._made = self.work(*self._given)
+        try:
+            with torch.cuda.graph(graph, stream=self._side):
+                self._made = self.work(*self._given)
+        except RuntimeError as error:
+            # A recording that broke off leaves the random numbers waiting for its end.
+            fresh = torch.Generator(self.device).graphsafe_get_state()
+            torch.cuda.default_generators[_number(self.device)].graphsafe_set_state(fresh)
+            raise CannotRecordError(str(error).strip().splitlines()[0]) from error
         self._graph = graph
+
+
+def _number(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index

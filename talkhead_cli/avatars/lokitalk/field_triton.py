@@ -1,8 +1,9 @@
-"""LokiTalk's field as one CUDA kernel, for pictures: the twin of `LokiField.__call__` in Triton.
+"""LokiTalk's field as three CUDA kernels, for pictures: the twin of `LokiField.__call__` in Triton.
 
-Operation by operation, a point moves some seven kilobytes through the GPU's memory; here it brings
-its place and takes its colour away, and what lies between stays in registers.  Matrix products are
-of sixteen bits with sums of thirty-two; places are exact.  There are no gradients.
+Where a point goes, what the planes hold there, what that looks like.  Operation by operation, a
+point moves some seven kilobytes through the GPU's memory, from kernel to kernel a few hundred
+bytes.  Matrix products are of sixteen bits with sums of thirty-two; places are exact.  There are
+no gradients.
 """
 
 from __future__ import annotations
@@ -58,12 +59,15 @@ class Packed(NamedTuple):
 
 
 def of(asked_of: LokiField) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What the kernel says of points x (N, 3) seen along d (N, 3), row (N,): density (N,) and
+    """What the kernels say of points x (N, 3) seen along d (N, 3), row (N,): density (N,) and
     channels (N, 8), float32; -1 for a row is a point that nobody asks for, and is empty."""
     avatar = asked_of.avatar
-    learnt = [t for layer in _layers(avatar) for t in (layer.weight, layer.bias)]
-    learnt += list(avatar.volume.levels)
-    weights = remembered(avatar, "kernel", learnt, lambda: packed(avatar))
+    if avatar.training:  # by recorded steps, which tensors do not count
+        weights = packed(avatar)
+    else:
+        learnt = [t for layer in _layers(avatar) for t in (layer.weight, layer.bias)]
+        learnt += list(avatar.volume.levels)
+        weights = remembered(avatar, "kernel", learnt, lambda: packed(avatar))
     affine, rows, codes = asked_of.told()
 
     def asked(x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
@@ -142,22 +146,31 @@ def evaluate(
     and (4,), reach of the planes (3,) · rows (T, 24) shoulders and light of each row · codes: what
     rows' codes add to first layers, face (2 T, trunk), density (2 T, head), torso (T, trunk)
     """
-    n = len(x)
+    n, x, d = len(x), x.contiguous(), d.contiguous()
     encoded, trunk, head, n_levels = weights.sizes
-    found, colours = x.new_empty(n), x.new_empty(n, 8)
+    found, channels = x.new_empty(n), x.new_empty(n, 8)
+    if not n:
+        return found, channels
+    place = torch.empty_like(x)
+    read = x.new_empty(n, n_levels * OUT, dtype=torch.float16)
     face, density, torso = (
         F.pad(code.float(), (0, wide - code.shape[1]))
         for code, wide in zip(codes, (trunk, head, trunk), strict=True)
     )
-    if n:
-        _field[(triton.cdiv(n, BLOCK),)](
-            x.contiguous(), d.contiguous(), row, found, colours, n,
-            weights.matrices, weights.biases, weights.texels, weights.levels, weights.waves,
-            affine, rows, face, density, torso,
-            E=encoded, W=trunk, H=head, L=n_levels, ONE=len(torso) == 1,
-            BLOCK=BLOCK, num_warps=WARPS,
-        )  # fmt: skip
-    return found, colours
+    one, blocks = len(torso) == 1, triton.cdiv(n, BLOCK)
+    nets = weights.matrices, weights.biases
+    _deform[(blocks,)](
+        x, row, place, channels, n, *nets, weights.waves, affine, rows, face, torso,
+        E=encoded, W=trunk, ONE=one, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    _read[(blocks, n_levels)](
+        place, row, read, n, weights.texels, weights.levels, L=n_levels, BLOCK=BLOCK
+    )
+    _shade[(blocks,)](
+        x, d, row, read, found, channels, n, *nets, rows, density,
+        E=encoded, W=trunk, H=head, L=n_levels, ONE=one, BLOCK=BLOCK, num_warps=WARPS,
+    )  # fmt: skip
+    return found, channels
 
 
 @triton.jit
@@ -240,42 +253,16 @@ def _gathered(x, reach):
 
 
 @triton.jit
-def _read(texels, side, p0, p1, p2):
-    """Bilinear readings of one level's planes xy, xz, yz, (B, 16), the first 12 of which are such;
-    outside, the border's value."""
-    across = tl.arange(0, _OUT)
-    plane = tl.minimum(across // 4, 2)[None, :]
-    u = tl.where(plane == 2, p1[:, None], p0[:, None])
-    v = tl.where(plane == 0, p1[:, None], p2[:, None])
-    last = (side - 1).to(tl.float32)
-    u = tl.minimum(tl.maximum(((u + 1) * side - 1) * 0.5, 0.0), last)
-    v = tl.minimum(tl.maximum(((v + 1) * side - 1) * 0.5, 0.0), last)
-    u0, v0 = u.to(tl.int32), v.to(tl.int32)
-    right, below = u - u0.to(tl.float32), v - v0.to(tl.float32)
-    u1, v1 = tl.minimum(u0 + 1, side - 1), tl.minimum(v0 + 1, side - 1)
-    first = texels + plane * side * side * 4 + (across % 4)[None, :]
-    a = tl.load(first + (v0 * side + u0) * 4).to(tl.float32)
-    b = tl.load(first + (v0 * side + u1) * 4).to(tl.float32)
-    top = a + right * (b - a)
-    a = tl.load(first + (v1 * side + u0) * 4).to(tl.float32)
-    b = tl.load(first + (v1 * side + u1) * 4).to(tl.float32)
-    return top + below * (a + right * (b - a) - top)
-
-
-@triton.jit
-def _field(
-    x, d, row, found, colours, n,
-    matrices, biases, texels, levels, waves,
-    affine, rows, face, density, torso,
-    E: tl.constexpr, W: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
-    ONE: tl.constexpr, BLOCK: tl.constexpr,
+def _deform(
+    x, row, places, channels, n, matrices, biases, waves, affine, rows, face, torso,
+    E: tl.constexpr, W: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    """Attention, both displacements, and where in the planes they lead to."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = point < n
     own = tl.load(row + point, mask=here, other=-1).to(tl.int32)
     asked = own >= 0
     if tl.max(own, 0) < 0:
-        tl.store(found + point, tl.zeros((BLOCK,), tl.float32), mask=here)
         return
     own = tl.maximum(own, 0)
     x0 = tl.load(x + 3 * point, mask=here, other=0.0)
@@ -336,28 +323,89 @@ def _field(
         s2 = scale * (c2 - y2 + _MAX_SHIFT * _tanh(_column(h, 2, _OUT) / _MAX_SHIFT))
         moved_by_torso = tl.abs(s0) + tl.abs(s1) + tl.abs(s2)
         z0, z1, z2 = z0 + s0, z1 + s1, z2 + s2
-    at, bias = at + E * W + W * W + W * _OUT, bias + 2 * W + _OUT
 
-    # The canonical volume there.
+    place = channels + 8 * point.to(tl.int64)
+    tl.store(place + 3, lips, mask=here)
+    tl.store(place + 4, eyes, mask=here)
+    tl.store(place + 5, below, mask=here)
+    tl.store(place + 6, moved_by_face, mask=here)
+    tl.store(place + 7, moved_by_torso, mask=here)
     p0, p1, p2 = _affine(affine + 12, z0, z1, z2)
-    p0 = _gathered(p0, tl.load(affine + 52))
-    p1 = _gathered(p1, tl.load(affine + 53))
-    p2 = _gathered(p2, tl.load(affine + 54))
-    h = tl.zeros((BLOCK, H), tl.float32)
-    for level in range(L):
-        side = tl.load(levels + L + level)
-        read = _read(texels + tl.load(levels + level), side, p0, p1, p2)
-        h += _times(read, matrices, at + level * _OUT * H, _OUT, H)
-    h += _bias(biases, bias, H)
-    h += lips[:, None] * _codes(density, 2 * own, H, ONE)
+    place = places + 3 * point
+    tl.store(place, _gathered(p0, tl.load(affine + 52)), mask=here)
+    tl.store(place + 1, _gathered(p1, tl.load(affine + 53)), mask=here)
+    tl.store(place + 2, _gathered(p2, tl.load(affine + 54)), mask=here)
+
+
+@triton.jit
+def _read(places, row, read, n, texels, levels, L: tl.constexpr, BLOCK: tl.constexpr):
+    """Bilinear readings of one level's planes xy, xz, yz, four channels each, and four zeros;
+    outside, the border's value."""
+    point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    level = tl.program_id(1)
+    here = (point < n) & (tl.load(row + point, mask=point < n, other=-1) >= 0)
+    p0 = tl.load(places + 3 * point, mask=here, other=0.0)[:, None]
+    p1 = tl.load(places + 3 * point + 1, mask=here, other=0.0)[:, None]
+    p2 = tl.load(places + 3 * point + 2, mask=here, other=0.0)[:, None]
+    side = tl.load(levels + L + level)
+    across = tl.arange(0, _OUT)[None, :]
+    plane = across // 4
+    u = tl.where(plane == 2, p1, p0)
+    v = tl.where(plane == 0, p1, p2)
+    last = side - 1
+    u = tl.minimum(tl.maximum(((u + 1) * side - 1) * 0.5, 0.0), last.to(tl.float32))
+    v = tl.minimum(tl.maximum(((v + 1) * side - 1) * 0.5, 0.0), last.to(tl.float32))
+    u0, v0 = u.to(tl.int32), v.to(tl.int32)
+    right, below = u - u0.to(tl.float32), v - v0.to(tl.float32)
+    u1, v1 = tl.minimum(u0 + 1, last), tl.minimum(v0 + 1, last)
+    begin = tl.multiple_of(tl.load(levels + level), 4)  # four channels are read as one
+    first = texels + begin + plane * side * side * 4 + across % 4
+    wanted = here[:, None] & (plane < 3)
+    a = tl.load(first + (v0 * side + u0) * 4, mask=wanted, other=0.0).to(tl.float32)
+    b = tl.load(first + (v0 * side + u1) * 4, mask=wanted, other=0.0).to(tl.float32)
+    top = a + right * (b - a)
+    a = tl.load(first + (v1 * side + u0) * 4, mask=wanted, other=0.0).to(tl.float32)
+    b = tl.load(first + (v1 * side + u1) * 4, mask=wanted, other=0.0).to(tl.float32)
+    value = top + below * (a + right * (b - a) - top)
+    at = point.to(tl.int64)[:, None] * (L * _OUT) + level * _OUT + across
+    tl.store(read + at, value.to(tl.float16), mask=here[:, None] & (across < _OUT))
+
+
+@triton.jit
+def _shade(
+    x, d, row, read, found, channels, n, matrices, biases, rows, density,
+    E: tl.constexpr, W: tl.constexpr, H: tl.constexpr, L: tl.constexpr, ONE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Density, and colour by the direction of view and the room's light."""
+    point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    here = point < n
+    own = tl.load(row + point, mask=here, other=-1).to(tl.int32)
+    asked = own >= 0
+    if tl.max(own, 0) < 0:
+        tl.store(found + point, tl.zeros((BLOCK,), tl.float32), mask=here)
+        return
+    own = tl.maximum(own, 0)
+    place = channels + 8 * point.to(tl.int64)
+    lips = tl.load(place + 3, mask=here, other=0.0)
+    eyes = tl.load(place + 4, mask=here, other=0.0)
+    below = tl.load(place + 5, mask=here, other=0.0)
+    # attention's net and both fields come before
+    at = E * 32 + 32 * _OUT + 2 * (E * W + W * W + W * _OUT)
+    bias = 32 + _OUT + 2 * (2 * W + _OUT)
+    h = _bias(biases, bias, H) + lips[:, None] * _codes(density, 2 * own, H, ONE)
     h += eyes[:, None] * _codes(density + H, 2 * own, H, ONE)
+    across = tl.arange(0, _OUT)
+    for level in range(L):
+        column = point.to(tl.int64)[:, None] * (L * _OUT) + level * _OUT + across[None, :]
+        part = tl.load(read + column, mask=asked[:, None], other=0.0)
+        h += _times(part, matrices, at + level * _OUT * H, _OUT, H)
     at, bias = at + L * _OUT * H, bias + H
     h = _layer(tl.maximum(h, 0.0), matrices, biases, at, bias, H, 32)
     at, bias = at + H * 32, bias + 32
     solid = tl.exp(tl.minimum(_column(h, 0, 32) - _THIN, 7.0))
     tl.store(found + point, tl.where(asked, solid, 0.0), mask=here)
 
-    # Colour, by the direction of view and the room's light.
     h = _layer(h, matrices, biases, at, bias, 32, 32)
     look = biases + bias + 32 + _OUT
     for axis in tl.static_range(3):
@@ -365,17 +413,14 @@ def _field(
         h += along[:, None] * tl.load(look + axis * 32 + tl.arange(0, 32))[None, :]
     at, bias = at + 32 * 32, bias + 32
     h = _layer(tl.maximum(h, 0.0), matrices, biases, at, bias, 32, _OUT)
+    x0 = tl.load(x + 3 * point, mask=here, other=0.0)
+    x1 = tl.load(x + 3 * point + 1, mask=here, other=0.0)
+    x2 = tl.load(x + 3 * point + 2, mask=here, other=0.0)
     l0, l1, l2 = _own_affine(rows, own, x0, x1, x2, 12, ONE)
     head = 1 - below
-    place = colours + 8 * point
     tl.store(place, tl.sigmoid(_column(h, 0, _OUT) + head * l0), mask=here)
     tl.store(place + 1, tl.sigmoid(_column(h, 1, _OUT) + head * l1), mask=here)
     tl.store(place + 2, tl.sigmoid(_column(h, 2, _OUT) + head * l2), mask=here)
-    tl.store(place + 3, lips, mask=here)
-    tl.store(place + 4, eyes, mask=here)
-    tl.store(place + 5, below, mask=here)
-    tl.store(place + 6, moved_by_face, mask=here)
-    tl.store(place + 7, moved_by_torso, mask=here)
 
 
 @triton.jit
