@@ -28,7 +28,7 @@ from kit import CLIPS, RESULTS, ROOT, asked, clip, looped, machine, run, shown, 
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
     "ears", "hearing", "coding", "views", "heads", "tokens", "strangers", "deformations",
-    "expert", "files", "photo", "trackers", "voices",
+    "expert", "files", "photo", "trackers", "voices", "fields", "ablation",
 )  # fmt: skip
 ON_CUDA = ("kernels", "core", "parity", "curve")  # a GPU machine need not be able to track faces
 USUAL = {"cpu": ["lokitalk", "tiny"], "cuda": ["lokitalk"]}  # presets
@@ -349,6 +349,27 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         up = "PSNR of the face, dB" if figure.startswith("psnr") else figure
         line_chart(options.chart(f"transfer-{figure}"), "% of the steps", up, lines)
     return found
+
+
+def part_fields(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What two displacements and the attention loss are worth to --ids, at --scale of the steps."""
+    import loki
+
+    for name in options.ids:
+        _preprocessed(name, work)
+    return loki.fields(work / "home", options.ids, work, options.scale)
+
+
+def part_ablation(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """A prior of everybody else without one of its parts at a time, at --scale of the steps, and
+    what it is worth to --ids after the first of --shares on the first of --seconds."""
+    import loki
+
+    others = [name for name in _others(work, options) if name not in options.ids]
+    return loki.transfer(
+        work / "home", options.ids, others, work, scale=options.scale,
+        seconds=options.seconds[0], share=options.shares[0],
+    )  # fmt: skip
 
 
 def part_voices(work: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -281,7 +281,7 @@ class _StageLoop:
         self._schedule(place.step)
         rank, seed = self.fabric.global_rank, self.seed
         self.rng.manual_seed(_mix(place.total, rank, place.rollbacks, seed=seed))
-        torch.manual_seed(_mix(place.total, rank, 7919, seed=seed))
+        _seed_noise(_mix(place.total, rank, 7919, seed=seed), self.fabric.device)
         if self.replay is not None and self.stage.rays != "none":
             marcher = self.module.marcher
             assert isinstance(marcher, march.GuidedMarcher)
@@ -485,6 +485,14 @@ def _near(person: Footage, device: torch.device) -> Footage:
 
 def _shown(losses: dict[str, float]) -> dict[str, float]:
     return {k: losses[k] for k in ("loss", "rays") if k in losses}
+
+
+def _seed_noise(number: int, device: torch.device) -> None:
+    """What torch.manual_seed does for the devices that are used; it also writes down, at a
+    millisecond's cost, who would have seeded GPUs that were never started."""
+    torch.default_generator.manual_seed(number)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(number)
 
 
 def _mix(*numbers: int, seed: int) -> int:

@@ -42,7 +42,6 @@ N_FIRST = 4  # pictures that show it a person
 N_VIEWS = 24  # pictures that show a marcher new poses
 NEWS = 0.04  # radians and face heights from which on a pose is a new one: about a cell of the grid
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # of one march on a GPU; some 3 GB
-BY_KERNEL = 4  # times as many where a kernel asks the field: what lies between takes no memory
 # Half precision where it is faster: on the tensor cores of a GPU.  A CPU's casts cost more.
 HALF = {"cuda": torch.float16}
 DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new film
@@ -89,8 +88,7 @@ class Player:
         """Frames of that side that march together; one by one on a CPU, whose cores share them."""
         if self.device.type == "cpu":
             return 1
-        pixels = PIXELS_AT_ONCE * (BY_KERNEL if self._asks_a_kernel else 1)
-        return min(MAX_ROWS, max(1, pixels // size_px**2))
+        return min(MAX_ROWS, max(1, PIXELS_AT_ONCE // size_px**2))
 
     @property
     def _asks_a_kernel(self) -> bool:

@@ -1,0 +1,238 @@
+"""What LokiTalk's parts are worth: `fields` of a single person, `transfer` of a prior.
+
+Every variant is trained anew.  `fields` asks what two displacements, one after the other, and the
+attention loss are for; `transfer` takes parts away from what people lend each other.  Rows are kept
+in the work folder as soon as they are made: the same command goes on where it was stopped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import transfer as others_worth
+from torch import Tensor
+
+from talkhead_cli.avatars.lokitalk import LokiField
+from talkhead_cli.avatars.lokitalk import transfer as encoder
+from talkhead_cli.avatars.lokitalk.field import MAX_SHIFT
+from talkhead_cli.blocks.mlp import by_row, density_of
+from talkhead_cli.blocks.planes import frequencies, gathered
+from talkhead_cli.blocks.rigid import moved
+from talkhead_cli.contracts import LABELS, SilentProgress
+from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.store import Workspace
+
+PRESETS = ["lokitalk", "tiny"]
+N_MOUTHS = 5  # from shut to wide open
+BODY = [LABELS.index("neck"), LABELS.index("torso")]
+FACE = [LABELS.index("face"), LABELS.index("mouth")]
+
+
+class _SideBySide(LokiField):
+    """Both displacements of the observed point, added up: no cascade."""
+
+    def _static(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        attention, encoded, driven = self._attended(x, row)
+        after_face, face = self._moved_by_face(x, encoded, driven, attention[:, :2].sum(1))
+        after_torso, torso = self._moved_by_torso(x, attention[:, 2:], row)
+        return self._shown(after_face + after_torso - x, row, attention, driven, (face, torso))
+
+    def _attended(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        here = x.detach()
+        encoded = frequencies(moved(here, self._framed, row), self.avatar.octaves)
+        attention = (self.avatar.attention(encoded).float() + self._prior(here)).sigmoid()
+        return attention, encoded, by_row(attention[:, :2], row, self.n_rows)
+
+    def _shown(
+        self, x: Tensor, row: Tensor, attention: Tensor, driven: Tensor, shifts: Sequence[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        features = self.avatar.volume(gathered(moved(x, self._shared, row), self._reach))
+        hidden = self.avatar.density_net(features, (driven, self._density))
+        return density_of(hidden[:, 0]), hidden[:, 1:], attention, torch.cat(list(shifts), 1)
+
+
+class _OneField(_SideBySide):
+    """One net that hears lips, eyes and pose moves every point, and nothing is rigid."""
+
+    def _static(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        attention, encoded, driven = self._attended(x, row)
+        pose = by_row(torch.ones_like(attention[:, :1]), row, self.n_rows)
+        told = torch.cat([driven, pose], 1), torch.cat([self._face, self._torso])
+        raw = self.avatar.face_field(encoded, told).float()
+        shift = MAX_SHIFT * (raw / MAX_SHIFT).tanh()
+        far = shift.abs().sum(1, keepdim=True)
+        return self._shown(x + shift, row, attention, driven, (far, torch.zeros_like(far)))
+
+
+def _without_attention_loss(part: str, stages: Sequence[str]) -> list[str]:
+    return [f"{part}.stages.{stage}.weights.attention=0" for stage in stages]
+
+
+FIELDS: dict[str, tuple[type[LokiField], list[str]]] = {
+    "two fields, one after the other": (LokiField, []),
+    "two fields, side by side": (_SideBySide, []),
+    "one field": (_OneField, []),
+    "without the attention loss": (
+        LokiField, _without_attention_loss("train", ("shape", "detail", "lips", "eyes")),
+    ),
+}  # fmt: skip
+
+
+def fields(home: Path, names: Sequence[str], work: Path, scale: float) -> dict[str, Any]:
+    """Each person from nothing at `scale` of the steps, one thread each: PSNR of held-out frames by
+    region, driven by tracked signals, and what an opening mouth moves besides the face."""
+    folder = work / "fields"
+    folder.mkdir(exist_ok=True)
+    with ProcessPoolExecutor(len(names), get_context("spawn")) as pool:
+        people = list(pool.map(_fields_of, [home] * len(names), names, [folder] * len(names),
+                               [scale] * len(names)))  # fmt: skip
+    rows = dict(zip(names, people, strict=True))
+    mean = {label: {figure: round(float(np.mean([rows[n][label][figure] for n in names])), 3)
+                    for figure in rows[names[0]][label]} for label in FIELDS}  # fmt: skip
+    return {"people": list(names), "scale": scale, "mean": mean, "rows": rows}
+
+
+def _fields_of(home: Path, name: str, folder: Path, scale: float) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    rows = {}
+    for label, (kind, settings) in FIELDS.items():
+
+        def made(kind: type[LokiField] = kind, settings: list[str] = settings) -> dict[str, Any]:
+            with mock.patch("talkhead_cli.avatars.lokitalk.method.LokiField", kind):
+                run = finetune(
+                    home, name, SilentProgress(), names=PRESETS,
+                    settings=[f"train.scale={scale}", *settings], run_name="ablation",
+                    device="cpu", fresh=True, prior="none",
+                )  # fmt: skip
+                return _regions(home, name, run.name)
+
+        rows[label] = _kept(folder / f"{name}-{label}.json", made)
+    return rows
+
+
+@torch.no_grad()
+def _regions(home: Path, name: str, run_name: str) -> dict[str, float]:
+    """PSNR, dB, of the face, of neck and shoulders, and in full; and by how many of 255 colours of
+    face and of the rest change, on average, when the mouth opens and nothing else moves."""
+    space = Workspace.open(home, name)
+    run, _ = player.pick_run(space, run_name)
+    show = player.load(run, torch.device("cpu"))
+    clip = footage.load(space, show.preset.data, SilentProgress())
+    errors: dict[str, list[float]] = {"face": [], "neck and shoulders": [], "full": []}
+    signals = clip.signals[clip.held]
+    for row, (frame, _) in zip(clip.held.tolist(), show.pictures(signals), strict=True):
+        true = clip.pictures[row] / np.float32(255)
+        wrong = (frame.rgb[0].clamp(0, 1).numpy() - true) ** 2
+        labels = clip.labels[row] / np.float32(255)
+        for region, where in (
+            ("face", labels[FACE].sum(0) > 0.5), ("neck and shoulders", labels[BODY].sum(0) > 0.5),
+            ("full", np.ones_like(labels[0], bool)),
+        ):  # fmt: skip
+            errors[region].append(-10 * float(np.log10(max(wrong[where].mean(), 1e-10))))
+    row = clip.held[len(clip.held) // 2 : len(clip.held) // 2 + 1]
+    mouths = player.mouthing(show.avatar, clip.signals[row], N_MOUTHS)
+    films = np.stack([f.rgb[0].clamp(0, 1).numpy() for f, _ in show.pictures(mouths)])
+    moved = 255 * np.abs(films[1:] - films[:1]).mean((0, 3))
+    face = clip.labels[int(row)][FACE].sum(0) > 127
+    return {
+        **{f"psnr {region}": float(np.mean(values)) for region, values in errors.items()},
+        "face moves": float(moved[face].mean()),
+        "the rest moves": float(moved[~face].mean()),
+    }
+
+
+# -- transfer ------------------------------------------------------------------------------------
+
+WITHOUT = ("nothing", "cascade", "attention loss", "hyper-network", "encoder's start")
+
+
+def transfer(
+    home: Path, names: Sequence[str], others: Sequence[str], work: Path, *, scale: float,
+    seconds: float, share: float,
+) -> dict[str, Any]:  # fmt: skip
+    """Priors of `others`, each without one part, learnt in `scale` of the steps; what each is worth
+    to `names`, of whom it knows nobody, after `share` of the steps on `seconds` of footage."""
+    assert not set(names) & set(others)
+    folder = work / "ablation"
+    folder.mkdir(exist_ok=True)
+    told = [(home, list(names), list(others), folder, scale, seconds, share, part)
+            for part in WITHOUT[:-1]]  # fmt: skip
+    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
+        found = dict(
+            pair for part in pool.map(_transferred, told) for pair in part.items()
+        )  # by part and person
+    rows = {part: {name: found[part, name] for name in names} for part in WITHOUT}
+    figures = others_worth.FIGURES
+    mean = {part: {f: round(float(np.mean([row[f] for row in people.values()])), 3)
+                   for f in figures} for part, people in rows.items()}  # fmt: skip
+    return {"people": list(names), "prior_of": list(others), "scale": scale, "seconds": seconds,
+            "share": share, "mean": mean, "rows": rows}  # fmt: skip
+
+
+def _transferred(told: tuple[Any, ...]) -> dict[tuple[str, str], dict[str, Any]]:
+    """Figures by what is left out and person; what leaves out nothing also goes without the
+    encoder's start."""
+    home, names, others, folder, scale, seconds, share, part = told
+    torch.set_num_threads(1)
+    found = {}
+    with _left_out(part):
+        prior = f"without-{part.replace(' ', '-')}"
+        more = _without_attention_loss("pretrain", ("shape", "detail"))
+        pretrain(
+            home, others, prior, SilentProgress(), preset_names=PRESETS, device="cpu",
+            settings=[f"pretrain.scale={scale}", *(more if part == "attention loss" else [])],
+        )  # fmt: skip
+        for start in (part, *([WITHOUT[-1]] if part == WITHOUT[0] else [])):
+            for name in names:
+                settings = [f"train.scale={share}", f"data.train_s={seconds:g}"]
+                if start == "attention loss":
+                    settings += _without_attention_loss(
+                        "train", ("shape", "detail", "lips", "eyes")
+                    )
+                label = f"{name}-{prior}-{start}".replace(" ", "-").replace("'", "")
+
+                def made(
+                    name: str = name, settings: list[str] = settings, label: str = label,
+                    met: bool = start != WITHOUT[-1],
+                ) -> dict[str, Any]:  # fmt: skip
+                    with contextlib.nullcontext() if met else others_worth._unmet():
+                        finetune(
+                            home, name, SilentProgress(), names=PRESETS, settings=settings,
+                            run_name=label, prior=prior, device="cpu", fresh=True,
+                        )  # fmt: skip
+                    return others_worth.score(home, name, label)
+
+                found[start, name] = _kept(folder / f"{label}.json", made)
+    return found
+
+
+@contextlib.contextmanager
+def _left_out(part: str) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if part == "cascade":
+            where = "talkhead_cli.avatars.lokitalk.method.LokiField"
+            stack.enter_context(mock.patch(where, _SideBySide))
+        if part == "hyper-network":
+            stack.enter_context(mock.patch.dict(encoder.VECTORS, hyper=()))
+        yield
+
+
+def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the file holds, else what is made, which it holds from then on."""
+    if file.exists():
+        held: dict[str, Any] = json.loads(file.read_text())
+        return held
+    made = make()
+    file.write_text(json.dumps(made))
+    return made
