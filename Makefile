@@ -38,8 +38,9 @@ check: setup
 bench: setup
 	$(BIN)/python benchmarks/bench.py
 
+# WORK=FOLDER that holds home/alice, preprocessed elsewhere: training and rendering need no tracker.
 gpu: setup
-	$(BIN)/python benchmarks/bench.py --device cuda
+	$(BIN)/python benchmarks/bench.py --device cuda $(if $(WORK),--work $(WORK))
 
 clean:
 	rm -rf build $(VENV)
