@@ -15,6 +15,7 @@ from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.loss import gradient_difference, ssim
 from talkhead_cli.blocks.mlp import Mlp, by_row
 from talkhead_cli.blocks.planes import TriPlanes, frequencies
+from talkhead_cli.blocks.remember import constant, remembered
 from talkhead_cli.blocks.rigid import (
     PoseCorrection,
     after,
@@ -289,3 +290,43 @@ def test_gradient_difference_ignores_brightness() -> None:
     a = torch.rand(1, 8, 8, 3)
     assert gradient_difference(a, a + 0.1) < 1e-6
     assert gradient_difference(a, a.flip(1)) > 0.1
+
+
+def test_points_move_with_their_own_rows_and_say_so_to_them() -> None:
+    """Places and slopes, point by point."""
+    torch.manual_seed(0)
+    x, motion = torch.randn(50, 3, requires_grad=True), torch.randn(4, 3, 4, requires_grad=True)
+    row, weight = torch.randint(0, 4, (50,)), torch.randn(50, 3)
+    found = moved(x, motion, row)
+    each = torch.stack(
+        [motion[r, :, :3] @ p + motion[r, :, 3] for p, r in zip(x, row, strict=True)]
+    )
+    assert torch.allclose(found, each, atol=1e-6)
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), [x, motion]) for y in (found, each))
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+def test_what_follows_from_tensors_is_made_again_when_they_change() -> None:
+    class Owner:
+        pass
+
+    owner, made = Owner(), []
+
+    def double(t: torch.Tensor) -> torch.Tensor:
+        made.append(1)
+        return 2 * t
+
+    first = torch.ones(3)
+    for _ in range(2):
+        assert remembered(owner, "twice", [first], lambda: double(first)).tolist() == [2, 2, 2]
+    assert len(made) == 1
+    first.mul_(3)
+    assert remembered(owner, "twice", [first], lambda: double(first)).tolist() == [6, 6, 6]
+    for n in range(1, 4):  # where the one before lay, another may come to lie
+        other = torch.full((3,), float(n))
+        found = remembered(owner, "twice", [other], lambda other=other: double(other))
+        assert found.tolist() == [2 * n] * 3
+        del other
+    assert len(made) == 5
+    assert constant(1.0, 2.0, device=first.device) is constant(1.0, 2.0, device=first.device)
