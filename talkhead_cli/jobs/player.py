@@ -42,6 +42,7 @@ N_FIRST = 4  # pictures that show it a person
 N_VIEWS = 24  # pictures that show a marcher new poses
 NEWS = 0.04  # radians and face heights from which on a pose is a new one: about a cell of the grid
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # of one march on a GPU; some 3 GB
+MAX_RECORDINGS = 2  # of a march; each keeps the memory of what lies between
 # Half precision where it is faster: on the tensor cores of a GPU.  A CPU's casts cost more.
 HALF = {"cuda": torch.float16}
 DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new film
@@ -106,6 +107,8 @@ class Player:
             return self._drawn(repacked(signals, iter(tensors)), behind)
 
         if key not in self._recorded:
+            if len(self._recorded) == MAX_RECORDINGS:
+                del self._recorded[next(iter(self._recorded))]
             self._recorded[key] = march.Replay(draw, self.device)
         frames, n_points = self._recorded[key](background, *unpacked(signals))
         return repacked(frames, (t.clone() for t in unpacked(frames))), int(n_points)
