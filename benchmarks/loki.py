@@ -11,6 +11,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -166,55 +167,59 @@ def transfer(
     assert not set(names) & set(others)
     folder = work / "ablation"
     folder.mkdir(exist_ok=True)
-    told = [(home, list(names), list(others), folder, scale, seconds, share, part)
-            for part in WITHOUT[:-1]]  # fmt: skip
-    with ProcessPoolExecutor(2, get_context("spawn")) as pool:
-        found = dict(
-            pair for part in pool.map(_transferred, told) for pair in part.items()
-        )  # by part and person
-    rows = {part: {name: found[part, name] for name in names} for part in WITHOUT}
-    figures = others_worth.FIGURES
-    mean = {part: {f: round(float(np.mean([row[f] for row in people.values()])), 3)
-                   for f in figures} for part, people in rows.items()}  # fmt: skip
+    parts, spawn = WITHOUT[:-1], get_context("spawn")
+    with ProcessPoolExecutor(2, spawn) as pool:
+        list(pool.map(partial(_prior_without, home, list(others), scale), parts))
+    # One at a time of each person, whose workspace a training holds.
+    with ProcessPoolExecutor(len(names), spawn) as pool:
+        people = list(pool.map(partial(_begun_without, home, folder, seconds, share), names))
+    rows = {part: {name: person[part] for name, person in zip(names, people, strict=True)}
+            for part in WITHOUT}  # fmt: skip
+    mean = {part: {f: round(float(np.mean([row[f] for row in found.values()])), 3)
+                   for f in others_worth.FIGURES} for part, found in rows.items()}  # fmt: skip
     return {"people": list(names), "prior_of": list(others), "scale": scale, "seconds": seconds,
             "share": share, "mean": mean, "rows": rows}  # fmt: skip
 
 
-def _transferred(told: tuple[Any, ...]) -> dict[tuple[str, str], dict[str, Any]]:
-    """Figures by what is left out and person; what leaves out nothing also goes without the
-    encoder's start."""
-    home, names, others, folder, scale, seconds, share, part = told
+def _prior_without(home: Path, others: Sequence[str], scale: float, part: str) -> None:
     torch.set_num_threads(1)
-    found = {}
+    more = _without_attention_loss("pretrain", ("shape", "detail"))
     with _left_out(part):
-        prior = f"without-{part.replace(' ', '-')}"
-        more = _without_attention_loss("pretrain", ("shape", "detail"))
         pretrain(
-            home, others, prior, SilentProgress(), preset_names=PRESETS, device="cpu",
+            home, others, _named(part), SilentProgress(), preset_names=PRESETS, device="cpu",
             settings=[f"pretrain.scale={scale}", *(more if part == "attention loss" else [])],
         )  # fmt: skip
-        for start in (part, *([WITHOUT[-1]] if part == WITHOUT[0] else [])):
-            for name in names:
-                settings = [f"train.scale={share}", f"data.train_s={seconds:g}"]
-                if start == "attention loss":
-                    settings += _without_attention_loss(
-                        "train", ("shape", "detail", "lips", "eyes")
-                    )
-                label = f"{name}-{prior}-{start}".replace(" ", "-").replace("'", "")
 
-                def made(
-                    name: str = name, settings: list[str] = settings, label: str = label,
-                    met: bool = start != WITHOUT[-1],
-                ) -> dict[str, Any]:  # fmt: skip
-                    with contextlib.nullcontext() if met else others_worth._unmet():
-                        finetune(
-                            home, name, SilentProgress(), names=PRESETS, settings=settings,
-                            run_name=label, prior=prior, device="cpu", fresh=True,
-                        )  # fmt: skip
-                    return others_worth.score(home, name, label)
 
-                found[start, name] = _kept(folder / f"{label}.json", made)
+def _begun_without(
+    home: Path, folder: Path, seconds: float, share: float, name: str
+) -> dict[str, dict[str, Any]]:
+    """A person's figures by what is left out."""
+    torch.set_num_threads(1)
+    found = {}
+    for part in WITHOUT:
+        settings = [f"train.scale={share}", f"data.train_s={seconds:g}"]
+        if part == "attention loss":
+            settings += _without_attention_loss("train", ("shape", "detail", "lips", "eyes"))
+        label = f"{name}-{_named(part)}"
+        met = part != WITHOUT[-1]
+
+        def made(
+            part: str = part, settings: list[str] = settings, label: str = label, met: bool = met
+        ) -> dict[str, Any]:
+            with _left_out(part), contextlib.nullcontext() if met else others_worth._unmet():
+                finetune(
+                    home, name, SilentProgress(), names=PRESETS, settings=settings, run_name=label,
+                    prior=_named(part if met else WITHOUT[0]), device="cpu", fresh=True,
+                )  # fmt: skip
+                return others_worth.score(home, name, label)
+
+        found[part] = _kept(folder / f"{label}.json", made)
     return found
+
+
+def _named(part: str) -> str:
+    return f"without-{part.replace(' ', '-').replace(chr(39), '')}"
 
 
 @contextlib.contextmanager
