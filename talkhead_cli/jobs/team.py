@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import socket
 from collections.abc import Callable, Iterator
+from multiprocessing import connection
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -26,6 +27,7 @@ Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
 Made = TypeVar("Made")
 # Half where it is faster: a CPU's casts cost more than its half-precision products gain.
 PRECISION: dict[str, Precision] = {"cuda": "16-mixed", "cpu": "32-true"}
+LAST_BREATH_S = 5.0
 PATIENCE_S = 30.0  # for the others to end once the chief has
 
 
@@ -61,7 +63,8 @@ def run(
             for other in others:
                 other.join(PATIENCE_S)
         except RuntimeError as error:  # gloo's and NCCL's, when somebody is gone
-            if all(other.is_alive() for other in others):
+            # one whose connections are gone may take a while to be gone itself
+            if not connection.wait([other.sentinel for other in others], LAST_BREATH_S):
                 raise
             raise TalkheadError(
                 "a process of the team failed, probably for memory; run the same command again, "
