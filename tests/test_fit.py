@@ -74,6 +74,22 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(home: Path) 
         assert torch.allclose(value.float(), resumed[name].float(), atol=1e-5), name
 
 
+def test_what_a_recorded_step_left_goes_on_without_a_recording(home: Path) -> None:
+    """A GPU's state, whose rates are tensors there, on a CPU."""
+    assert not train(home, run_name="moved", stop_after=lambda p: p.total >= 33)
+    run = Run.named(Workspace.open(home, "speaker").runs, "moved")
+    held = run.resume_state()
+    assert held is not None
+    for group in held["optimizer"]["param_groups"]:
+        group |= {"lr": torch.tensor(group["lr"]), "capturable": True}
+    run.save_resume(held)
+    assert not train(home, run_name="moved", stop_after=lambda p: p.total >= 35)
+    left = run.resume_state()
+    assert left is not None and left["place"]["total"] == 35
+    for group in left["optimizer"]["param_groups"]:
+        assert isinstance(group["lr"], float) and not group["capturable"]
+
+
 @pytest.mark.parametrize("method", ["lokitalk", "landmark", "talk3d"])
 def test_training_bears_half_precision(
     home: Path, method: str, monkeypatch: pytest.MonkeyPatch

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from talkhead_cli.contracts import Signals, SilentProgress, TalkheadError
+from talkhead_cli import march
+from talkhead_cli.contracts import Signals, SilentProgress, TalkheadError, unpacked
 from talkhead_cli.jobs import footage, player
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.player import Player
@@ -65,6 +68,48 @@ def test_frames_that_march_together_are_the_same_frames(
     show.open_views(rows)
     closer = [n for _, n in show.pictures(rows)]
     assert all(b == 2 * a for a, b in zip(n_points, closer, strict=True)), "twice the samples"
+
+
+@pytest.mark.parametrize("recordable", [True, False])
+def test_recorded_pictures_are_those_that_are_drawn_as_they_come(
+    speaker_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recordable: bool
+) -> None:
+    """Here by a recorder that plays by drawing again into the same place, or cannot record, which
+    is said once and costs no picture."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    preset = presets.load(["lokitalk", "tiny"], ["data.size_px=32", "march.resolution=32"])
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    box = footage.box_of(clip.signals.camera[clip.train])
+    cpu = torch.device("cpu")
+    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
+    avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
+    show = Player(Run(tmp_path), preset, avatar.eval(), marcher.eval(), clip.plate, cpu, note)
+    rows, held = clip.signals[clip.train[:5]], []
+
+    class Recorder:
+        def __init__(self, work: Any, device: torch.device) -> None:
+            self.work = work
+
+        def __call__(self, *given: torch.Tensor) -> Any:
+            if not recordable:
+                raise march.CannotRecordError("it waits")
+            frame, n_points = self.work(*given)
+            if not held:
+                held.append(frame)
+            for place, value in zip(unpacked(held[0]), unpacked(frame), strict=True):
+                place.copy_(value)
+            return held[0], n_points
+
+    plain = [frame for frame, _ in show.pictures(rows)]
+    monkeypatch.setattr(march, "Replay", Recorder)
+    monkeypatch.setattr(Player, "_asks_a_kernel", True)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        found = [frame for frame, _ in show.pictures(rows)]
+    assert [("it waits" in str(w.message)) for w in said] == ([] if recordable else [True])
+    for a, b in zip(plain, found, strict=True):
+        assert all(torch.equal(x, y) for x, y in zip(unpacked(a), unpacked(b), strict=True))
+    assert not torch.equal(found[0].rgb, found[4].rgb), "nor is one overwritten by the next"
 
 
 def test_new_poses_are_the_furthest_from_what_is_known_first() -> None:

@@ -214,7 +214,7 @@ class _StageLoop:
             capturable=self.replay is not None,
         )  # fmt: skip
         self.wrapped, self.optimizer = fabric.setup(module, optimizer)
-        self._rates_on_device()
+        self._place_rates()
         learner = critic.of(self.avatar)
         self.critic = None if learner is None else critic.Turns(learner, stage, fabric)
 
@@ -230,11 +230,14 @@ class _StageLoop:
             marcher.whole = recorded
         return march.Replay(self._learn, self.fabric.device) if recorded else None
 
-    def _rates_on_device(self) -> None:
-        """A recorded step reads its rates where it runs."""
-        if self.replay is not None:
-            for group in self.optimizer.param_groups:
-                group["lr"] = torch.tensor(float(group["lr"]), device=self.fabric.device)
+    def _place_rates(self) -> None:
+        """A recorded step reads its rates where it runs, any other from the CPU; a state that was
+        saved may come from either."""
+        recorded = self.replay is not None
+        for group in self.optimizer.param_groups:
+            rate = float(group["lr"])
+            group["lr"] = torch.tensor(rate, device=self.fabric.device) if recorded else rate
+            group["capturable"] = recorded
 
     def go(
         self, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool] | None
@@ -242,7 +245,7 @@ class _StageLoop:
         """Run the stage to its end, from where it was saved if it was; False when stopped early."""
         if held is not None:
             self.optimizer.load_state_dict(held["optimizer"])
-            self._rates_on_device()
+            self._place_rates()
             if self.critic is not None:
                 self.critic.load(held["critic"])
         good, saved_at = None, time.monotonic()
@@ -392,7 +395,7 @@ class _StageLoop:
         self.optimizer.load_state_dict(state["optimizer"])
         if self.replay is not None:  # it played on what was just replaced
             self.replay = march.Replay(self._learn, self.fabric.device)
-            self._rates_on_device()
+        self._place_rates()
         if self.critic is not None:
             self.critic.load(state["critic"])
         self.average.restart(self.avatar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -59,6 +60,7 @@ class Player:
     plate: Tensor
     device: torch.device
     note: str  # which marcher, and why
+    records: bool = True  # where pictures are made without waiting
     _recorded: dict[Any, march.Replay[tuple[Frame, Any]]] = field(default_factory=dict)
 
     def pictures(
@@ -68,11 +70,10 @@ class Player:
         background = (self.plate if plate is None else plate).reshape(-1, 3).to(self.device)
         n = self.rows_at_once(signals.camera.size_px // self.avatar.magnification)
         n_batches = -(-len(signals) // n)
-        replays = self._asks_a_kernel
 
         def batch(index: int) -> tuple[Frame, int]:
             rows = signals[slice(index * n, (index + 1) * n)]
-            if replays and len(rows) == n:
+            if self.records and self._asks_a_kernel and len(rows) == n:
                 return self._replayed(rows, background)
             return self._pictures(rows.to(self.device), background)
 
@@ -110,7 +111,16 @@ class Player:
             if len(self._recorded) == MAX_RECORDINGS:
                 del self._recorded[next(iter(self._recorded))]
             self._recorded[key] = march.Replay(draw, self.device)
-        frames, n_points = self._recorded[key](background, *unpacked(signals))
+        try:
+            frames, n_points = self._recorded[key](background, *unpacked(signals))
+        except march.CannotRecordError as error:
+            warnings.warn(
+                f"pictures cannot be recorded ({error}); the GPU waits for the CPU to start their "
+                "operations one by one, which takes several times as long",
+                stacklevel=2,
+            )
+            self.records = False
+            return self._pictures(signals.to(self.device), background)
         return repacked(frames, (t.clone() for t in unpacked(frames))), int(n_points)
 
     def _pictures(self, signals: Signals, background: Tensor) -> tuple[Frame, int]:

@@ -57,7 +57,7 @@ class LokiField:
         self._prior_weight, self._prior_bias = remembered(
             person, "attention", [neutral], lambda: _prior(neutral)
         )
-        # Pictures on a GPU need no gradients: one kernel asks everything of a point.
+        # Pictures on a GPU need no gradients: kernels say everything of a point.
         if neutral.is_cuda and not torch.is_grad_enabled() and triton_obstacle() == "":
             from talkhead_cli.avatars.lokitalk import field_triton as kernel
 

@@ -40,7 +40,7 @@ _REACH, _LOOK = tl.constexpr(field.REACH), tl.constexpr(field.LOOK_SCALE)
 
 
 class Packed(NamedTuple):
-    """An avatar's weights as the kernel reads them, padded to powers of two.
+    """An avatar's weights as the kernels read them, padded to powers of two.
 
     matrices  (M,) float16, layer after layer, inputs down and outputs across
     biases    (B,) float32 · texels (S,) float16, level after level, channels last
@@ -358,7 +358,7 @@ def _read(places, row, read, n, texels, levels, L: tl.constexpr, BLOCK: tl.const
     u0, v0 = u.to(tl.int32), v.to(tl.int32)
     right, below = u - u0.to(tl.float32), v - v0.to(tl.float32)
     u1, v1 = tl.minimum(u0 + 1, last), tl.minimum(v0 + 1, last)
-    begin = tl.multiple_of(tl.load(levels + level), 4)  # four channels are read as one
+    begin = tl.multiple_of(tl.load(levels + level), 4)  # so that four might be read as one
     first = texels + begin + plane * side * side * 4 + across % 4
     wanted = here[:, None] & (plane < 3)
     a = tl.load(first + (v0 * side + u0) * 4, mask=wanted, other=0.0).to(tl.float32)
