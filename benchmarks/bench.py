@@ -237,8 +237,8 @@ def part_core(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import core
 
     name = options.ids[0]
-    _trained(name, work, options)
-    bench = core.load(work / "home", name, options.device)
+    trained = _trained(name, work, options)
+    bench = core.load(work / "home", name, options.device, trained)
     found = {
         "identity": name,
         "device": options.device,
@@ -279,10 +279,10 @@ def part_parity(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import core
 
     name = options.ids[0]
-    _trained(name, work, options)
+    trained = _trained(name, work, options)
     home = work / "home"
     every = 33  # a CPU takes seconds for each
-    cpu, other = (core.load(home, name, d, every=every) for d in ("cpu", options.device))
+    cpu, other = (core.load(home, name, d, trained, every) for d in ("cpu", options.device))
     return core.parity(cpu, other, work / f"parity-{name}.png")
 
 
@@ -484,13 +484,15 @@ def _preprocessed(name: str, work: Path) -> None:
         talkhead("preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"))
 
 
-def _trained(name: str, work: Path, options: argparse.Namespace) -> None:
+def _trained(name: str, work: Path, options: argparse.Namespace) -> str:
+    """The run's name: a kept folder may hold newer ones."""
     _preprocessed(name, work)
-    talkhead(
+    told = talkhead(
         "finetune", "--id", name, *_words(options), "--home", str(work / "home"),
         "--device", options.device, "--seed", str(options.seed),
         *(["-s", f"train.scale={SHARE[options.device]}"] if options.device in SHARE else []),
     )  # fmt: skip
+    return Path(str(told["stdout"]).split()[-1]).name
 
 
 def _words(options: argparse.Namespace) -> list[str]:
