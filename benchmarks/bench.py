@@ -27,8 +27,8 @@ from kit import CLIPS, RESULTS, ROOT, asked, clip, looped, machine, run, shown, 
 
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
-    "ears", "hearing", "coding", "views", "heads", "tokens", "strangers", "deformations",
-    "expert", "files", "photo", "trackers", "voices", "fields", "ablation",
+    "ears", "hearing", "coding", "views", "heads", "tokens", "strangers", "crowded", "deformations",
+    "expert", "files", "photo", "trackers", "voices", "fields", "ablation", "seventh",
 )  # fmt: skip
 ON_CUDA = ("kernels", "core", "parity", "curve")  # a GPU machine need not be able to track faces
 USUAL = {"cpu": ["lokitalk", "tiny"], "cuda": ["lokitalk"]}  # presets
@@ -351,6 +351,24 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+def part_seventh(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """What the whole way costs: a prior of six people, and a seventh, the first of --ids, from
+    it."""
+    name, home = options.ids[0], ["--home", str(work / "home"), "--device", options.device]
+    presets = [word for preset in options.presets for word in ("-p", preset)]
+    six = [other for other in _others(work, options) if other not in options.ids][:6]
+    made = talkhead("pretrain", *presets, "--ids", ",".join(six), "-o", "six", "--fresh", *home)
+    trained = talkhead("finetune", "--id", name, *presets, "--prior", "six", "--fresh", *home)
+    run_name = Path(trained["stdout"].split()[-1]).name
+    scored = talkhead("evaluate", "--id", name, "--run", run_name, "--json", *home)
+    figures = json.loads(scored.pop("stdout"))["figures"]
+    for told in (made, trained):
+        told.pop("stdout")
+    minutes = round((made["seconds"] + trained["seconds"]) / 60, 2)
+    return {"six": six, "seventh": name, "minutes": minutes, "pretrain": made,
+            "finetune": trained, "evaluate": scored, "figures": figures}  # fmt: skip
+
+
 def part_fields(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What two displacements and the attention loss are worth to --ids, at --scale of the steps."""
     import loki
@@ -446,6 +464,14 @@ def part_strangers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     groups = [options.ids[i : i + 2] for i in range(0, len(options.ids), 2)]
     return s3d.strangers(work / "home", _others(work, options), groups)
+
+
+def part_crowded(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """S3D on --ids, whom it never met, with and without synthetic speakers in its prior."""
+    import s3d
+
+    everybody = _others(work, options)
+    return s3d.crowded(work / "home", everybody, options.ids, work, scale=options.scale)
 
 
 def part_deformations(work: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import N_LANDMARKS, Signals, SilentProgress
 from talkhead_cli.jobs import backends, fit, footage, player, shots
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.evaluate import correlation, psnr
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.footage import Footage, SpeechStats
@@ -132,7 +133,7 @@ def _fit_speech(
         avatar.survey(rows)
     for clip, signals in zip(clips, rows, strict=True):
         avatar.calibrate(signals, clip.mesh, torch.tensor([-1.5, -1.5, -1, 1.5, 1.5, 1]))
-    average = fit._Average(avatar, train.ema)
+    average = Average(avatar, train.ema)
     rng = torch.Generator().manual_seed(0)
     for stage in (s for s in train.stages.values() if s.rays == "none"):
         learning = clips

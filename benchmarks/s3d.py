@@ -1,18 +1,22 @@
 """What S3D-NeRF and the lip-sync expert are worth on people whom they never met.
 
 `strangers` learns from everybody but a group and draws each of the group from one frame;
-`deformations` does it with less and less of the deformation; `ears` asks the lip-sync expert
-of a group that it never saw.
+`crowded` does it with synthetic speakers of the others' faces besides; `deformations` with less
+and less of the deformation; `ears` asks the lip-sync expert of a group that it never saw.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import acted
 import numpy as np
 import torch
 
@@ -46,6 +50,32 @@ def strangers(
     return {"groups": [list(g) for g in groups], "people": len(everybody), "rows": rows}
 
 
+def crowded(
+    home: Path, everybody: Sequence[str], group: Sequence[str], work: Path, *, scale: float
+) -> dict[str, Any]:  # fmt: skip
+    """Strangers drawn by a prior of everybody else, and by one that learnt from synthetic speakers
+    with the same faces as well, both in as many steps."""
+    others, left_out = _others(everybody, group), "-".join(group)
+    _expert(home, others, left_out)
+    made = acted.cast(home, others, work)
+    asked = {"people": others, "and synthetic speakers": [*others, *made]}
+    with ProcessPoolExecutor(len(asked), get_context("spawn")) as pool:
+        rows = dict(zip(asked, pool.map(
+            partial(_strangers_by, home, group, scale), asked.values(),
+            [f"{kind}-{left_out}" for kind in ("strangers", "crowded")],
+        ), strict=True))  # fmt: skip
+    return {"left_out": list(group), "scale": scale, "synthetic": made, "table": _table(rows),
+            "rows": rows}  # fmt: skip
+
+
+def _strangers_by(
+    home: Path, group: Sequence[str], scale: float, others: Sequence[str], name: str
+) -> dict[str, Any]:  # fmt: skip
+    torch.set_num_threads(1)
+    prior = _pretrained(home, others, name, scale)
+    return {name: _scored(home, name, prior) for name in group}
+
+
 def deformations(
     home: Path, everybody: Sequence[str], group: Sequence[str], *, scale: float
 ) -> dict[str, Any]:  # fmt: skip
@@ -63,12 +93,16 @@ def deformations(
         home, others, f"unjudged-{left_out}", scale, "pretrain.stages.sync.weights.sync=0"
     )
     rows["without the expert's word"] = {name: _scored(home, name, prior) for name in group}
-    table = {
+    return {"left_out": list(group), "scale": scale, "table": _table(rows), "rows": rows}
+
+
+def _table(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+    """Means over people, by kind."""
+    return {
         kind: {key: _mean([_at(person["figures"], path) for person in people.values()])
                for key, path in _KEYS.items()}
         for kind, people in rows.items()
     }  # fmt: skip
-    return {"left_out": list(group), "scale": scale, "table": table, "rows": rows}
 
 
 _KEYS = {

@@ -16,8 +16,11 @@ Axes
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:  # `--help` must not pay for torch
@@ -88,6 +91,15 @@ class Need:
     required: bool = True
 
 
+def free_gb() -> float:
+    """Memory that is free for the asking, GB; what the disk's cache holds is."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        told = next((line for line in lines if line.startswith("MemAvailable:")), "")
+        return int(told.split()[1]) / 2**20
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+
+
 @dataclass(frozen=True)
 class Camera:
     """Where each row is seen from, in head space.
@@ -130,7 +142,7 @@ class Signals:
     landmarks_px  (T, 68, 2) as seen, in pixels of the 512-normalised crop divided by 512: [0, 1]
     pose          (T, 6) head to camera: rotation vector (rad), translation (face heights)
     body          (T, 4) shoulders against their mean: right, down (face heights at the
-                  torso's depth), roll (rad), log scale
+                  torso's depth), roll (rad), and 0, where log scale would be: not measured
     person        (T,) long
     moment        (T,) long, number of the frame in its clip or film: rows whose numbers follow each
                   other are heard one after the other

@@ -155,10 +155,13 @@ def test_the_part_that_shows_most_comes_first() -> None:
 
 
 def test_of_a_long_film_a_minute_is_named_that_lies_in_it() -> None:
-    for start, expected in ((0.0, 0.0), (100.0, 75.0), (290.0, 240.0)):
+    for start, expected, length in (
+        (0.0, 0.0, 300.0), (100.0, 75.0, 300.0), (290.0, 240.0, 300.0), (120.0, 65.0, 125.6),
+    ):  # fmt: skip
         report = Report(segments=[Segment(start, start + 10, 0.05, 1.0, 8.0, 1.0, 1.0)])
-        _best_part(report, 300.0)
+        _best_part(report, length)
         assert report.figures["best_from_s"] == expected
+        assert report.figures["best_to_s"] <= length
         assert f"--from {expected:.0f} --to {expected + 60:.0f}" in report.findings[0].cure
     short = Report(segments=[Segment(0, 10, 0.05, 1.0, 8.0, 1.0, 1.0)])
     _best_part(short, 60.0)

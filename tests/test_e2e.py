@@ -9,15 +9,17 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner, Result
 
 from talkhead_cli import media
 from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.cli.app import app
-from talkhead_cli.contracts import TalkheadError
-from talkhead_cli.jobs import landmark_track, maps, script
+from talkhead_cli.contracts import SilentProgress, TalkheadError, unpacked
+from talkhead_cli.jobs import landmark_track, maps, player, script
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import render as render_job
+from talkhead_cli.store import Run
 
 # Every method, none left out: a preset of its name over tiny.yaml, in seconds.
 SMALL = ["data.size_px=64", "march.resolution=32", "march.n_steps=32"]
@@ -296,8 +298,13 @@ def test_errors_are_one_sentence_and_leave_nothing(
 ) -> None:
     picture = tmp_path / "no-sound.txt"
     picture.write_text("not sound")
-    out = tmp_path / "never.mp4"
+    out, there = tmp_path / "never.mp4", tmp_path / "there.mp4"
+    there.write_text("an older film")
+    colour = ["--background", "#00ff00"]
     for words, code in (
+        (["--id", "speaker", "--audio", tmp_path / "absent.wav", "-o", there], 1),
+        (["--id", "speaker", "--audio", speech, "--alpha", *colour], 2),
+        (["--id", "speaker", "--audio", speech, "-o", there / "below.mp4"], 1),
         (["--id", "speaker", "--audio", picture], 1),
         (["--id", "speaker", "--audio", tmp_path / "absent.wav"], 1),
         (["--id", "nobody", "--audio", speech], 1),
@@ -307,11 +314,51 @@ def test_errors_are_one_sentence_and_leave_nothing(
         (["--id", "speaker", "--audio", speech, "--yaw", "120"], 2),
         (["--id", "speaker", "--audio", speech, "--pose", "nowhere.csv"], 1),
     ):
-        result = talkhead("render", *words, "-o", out, "--home", home)
+        result = talkhead("render", "-o", out, *words, "--home", home)
         assert result.exit_code == code, (words, result.stderr)
         lines = [row for row in result.stderr.splitlines() if row.startswith("error:")]
         assert len(lines) == 1 and "Traceback" not in result.stderr
         assert list(tmp_path.glob("never*")) == []
+
+
+def test_a_film_is_named_by_all_of_the_speech_s_name(
+    home: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(speech, tmp_path / "talk.part1.wav")
+    made = ok("render", "--id", "speaker", "--audio", "talk.part1.wav", "--home", home)
+    assert made[0] == Path("speaker-talk.part1.mp4")
+
+
+def test_of_a_wide_background_the_middle_is_shown(tmp_path: Path) -> None:
+    wide = np.zeros((40, 100, 3), np.uint8)
+    wide[:, 30:70] = (0, 0, 255)  # OpenCV's order: red
+    cv2.imwrite(str(tmp_path / "wide.png"), wide)
+    shown = render_job._background(str(tmp_path / "wide.png"), torch.zeros(8, 8, 3), 8)
+    assert shown.shape == (8, 8, 3) and torch.equal(shown[..., 0], torch.ones(8, 8))
+    assert float(shown[..., 1:].max()) == 0
+    (tmp_path / "no.png").write_text("no picture")
+    with pytest.raises(TalkheadError, match="no.png cannot be read as a picture"):
+        render_job._background(str(tmp_path / "no.png"), torch.zeros(8, 8, 3), 8)
+
+
+def test_frames_heard_alone_and_lids_that_an_option_or_a_track_moves(
+    home: Path, speech: Path, tmp_path: Path
+) -> None:
+    show = player.load(Run.named(home / "speaker" / "runs", "lokitalk+tiny"), torch.device("cpu"))
+    track, *_ = ok("landmarks", "--id", "speaker", "--run", "lokitalk+tiny", "--audio", speech,
+                  "--blink", "auto", "-o", tmp_path / "track.npz", "--home", home)  # fmt: skip
+    at = np.array([3, 40])
+    eyes = []
+    for blink in ("footage", "none"):
+        moves = script.Moves(pose="still", blink=blink, landmarks=track)
+        with script.written(show, speech, moves, SilentProgress()) as film:
+            alone, together = film.scattered(at), film.signals(np.arange(50))[torch.from_numpy(at)]
+            for one, other in zip(unpacked(alone), unpacked(together), strict=True):
+                torch.testing.assert_close(one, other)
+            eyes.append(film.signals(np.arange(50)).eye)
+    assert torch.equal(eyes[0], torch.from_numpy(landmark_track.read(track).eye).float())
+    assert float(eyes[1].std(0).max()) == 0 < float(eyes[0].std(0).max())
 
 
 def test_whole_clip_training_refuses_to_be_scored(speaker_home: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def test_rows_of_a_part_equal_those_of_the_whole(
 ) -> None:
     whole = EAR.features(speech, 130)
     part = EAR.features(speech, n_rows, first=first)
-    assert part.shape == (n_rows, EAR.n_features) == (n_rows, len(EAR.names))
+    assert part.shape == (n_rows, EAR.n_features)
     np.testing.assert_allclose(part, whole[first : first + n_rows], atol=1e-3)
 
 

@@ -30,9 +30,11 @@ from talkhead_cli.contracts import (
 )
 from talkhead_cli.jobs import fit, footage, player, shots, team
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import pick_run
 from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.jobs.step import Drawn, Lost, Step
 from talkhead_cli.march import picture_rays
 from talkhead_cli.store import Run, Workspace
 
@@ -116,14 +118,14 @@ def test_half_precision_leaves_places_alone() -> None:
     seen: list[torch.dtype] = []
 
     class Sees(torch.nn.Module):
-        def forward(self, drawn: fit.Drawn) -> torch.Tensor:
+        def forward(self, drawn: Drawn) -> torch.Tensor:
             (shot,) = drawn.shots
             seen.append(shot.dtype)  # type: ignore[attr-defined]
             return torch.zeros(())
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     module = fabric.setup(Sees())
-    module(fit.Drawn([torch.rand(3)]))  # type: ignore[list-item]
+    module(Drawn([torch.rand(3)]))  # type: ignore[list-item]
     assert seen == [torch.float32]
 
 
@@ -161,18 +163,18 @@ def test_a_runs_name_never_leads_out_of_its_folder(home: Path, name: str) -> Non
     assert not (home.parent / "x").exists()
 
 
-HONEST = fit.Step.forward
+HONEST = Step.forward
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: Container[int]) -> None:
     """From now on the losses of these steps, counted from one, are not numbers."""
     count = itertools.count(1)
 
-    def sick(self: fit.Step, *args: Any) -> fit.Lost:
+    def sick(self: Step, *args: Any) -> Lost:
         lost = HONEST(self, *args)
         return lost._replace(loss=lost.loss * float("nan")) if next(count) in steps else lost
 
-    monkeypatch.setattr(fit.Step, "forward", sick)
+    monkeypatch.setattr(Step, "forward", sick)
 
 
 def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(
@@ -207,7 +209,7 @@ def test_a_roll_back_leaves_the_averages_of_what_does_not_learn() -> None:
             self.old, self.new = (torch.nn.Parameter(torch.zeros(1)) for _ in range(2))
 
     pair = Pair()
-    average = fit._Average(pair, 0.9)  # type: ignore[arg-type]
+    average = Average(pair, 0.9)  # type: ignore[arg-type]
     with torch.no_grad():
         for value in (1.0, 3.0):
             pair.old.fill_(value)
@@ -334,8 +336,8 @@ def test_a_step_that_is_recorded_waits_for_nobody(
         room = rays.near.expand(-1, marcher.n_samples).contiguous()
         return room, torch.empty_like(room), rays.row >= 0
 
-    step = fit.Step(avatar, marcher).to("meta").train()
-    drawn = fit.Drawn([repacked(shot, (t.to("meta") for t in unpacked(shot)))])
+    step = Step(avatar, marcher).to("meta").train()
+    drawn = Drawn([repacked(shot, (t.to("meta") for t in unpacked(shot)))])
     monkeypatch.setattr(march.GuidedMarcher, "_laid", laid)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda t: t.device.type == "meta"))
     monkeypatch.setattr("talkhead_cli.blocks.planes.triton_obstacle", lambda: "there is none")
@@ -437,7 +439,7 @@ def test_frames_made_side_by_side_come_in_order_and_are_the_same(home: Path) -> 
 def test_a_part_that_begins_late_is_averaged_from_its_own_beginning() -> None:
     """A torso that learns last must not come out half-learnt."""
     avatar = torch.nn.ModuleDict({"early": torch.nn.Linear(1, 1), "late": torch.nn.Linear(1, 1)})
-    average = fit._Average(avatar, 0.998)  # type: ignore[arg-type]
+    average = Average(avatar, 0.998)  # type: ignore[arg-type]
     for name, n_steps in (("early", 3000), ("late", 300)):
         for part in avatar:
             avatar[part].requires_grad_(part == name)

@@ -392,6 +392,31 @@ def test_updates_repeat_by_step_and_survive_saving() -> None:
     assert not torch.equal(other.occupancy.density, new.occupancy.density)
 
 
+def test_rays_that_meet_a_box_are_looked_at_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    field = Solid(two_balls)
+    marcher = trained(field, 4).eval()
+    rays = picture_rays(camera(32), torch.arange(1), BOX)
+    box = torch.tensor([-0.5, -0.1, -0.3, -0.2, 0.2, 0.3])
+    near, far = intersect_box(rays.origins, rays.directions, box)
+    meets = (far > near).squeeze(1)
+    assert 8 < int(meets.sum()) < 100
+    with torch.no_grad():
+        few = marcher.march(field, rays)
+        marcher.n_samples = 9
+        many = marcher.march(field, rays)
+        marcher.n_samples = 4
+        marcher.look_closely(box, 9)
+        for at_once in (10**6, 100):
+            monkeypatch.setattr(guided, "POINTS_AT_ONCE", at_once)
+            both = marcher.march(field, rays)
+            for name in ("feature", "opacity", "depth", "spread"):
+                expected = torch.where(meets[:, None], getattr(many, name), getattr(few, name))
+                torch.testing.assert_close(getattr(both, name), expected)
+            assert few.n_points < both.n_points < many.n_points
+    marcher.n_samples = 9
+    assert marcher.march(field, rays).n_points == many.n_points, "all have as many"
+
+
 def test_extend_opens_what_a_new_row_fills_and_closes_nothing() -> None:
     cells, field = grid(), Solid(two_balls, n_rows=2)
     cells.extend(field, [0])
@@ -402,6 +427,19 @@ def test_extend_opens_what_a_new_row_fills_and_closes_nothing() -> None:
     cells.extend(field, torch.tensor([0, 1]))
     assert cells.contains(RIGHT).item() and cells.contains(LEFT).item()
     assert (cells.occupied | ~before).all()
+
+
+def test_looks_that_follow_each_other_try_other_points_of_a_cell() -> None:
+    """A surface much thinner than a cell passes between the points of any one look."""
+    thin = Solid(slab(1e4, 0.105, 0.11))
+    cells = OccupancyGrid(BOX, STEP, 16)
+    opened = []
+    for look in range(6):
+        cells.forget()
+        cells.extend(thin, [0], look=look)
+        opened.append(cells.density > 0)
+    assert all(0 < int(one.sum()) < 60 for one in opened), "of 256 cells that it passes through"
+    assert int(torch.stack(opened).any(0).sum()) > 1.5 * int(opened[0].sum())
 
 
 def test_cells_that_add_nothing_to_any_pixel_are_closed_while_training() -> None:

@@ -96,6 +96,17 @@ def test_an_id_that_could_escape_is_misuse(tmp_path: Path, speaker_clip: Path, n
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_film_of_the_same_name_is_another_identity(
+    tmp_path: Path, speaker_clip: Path
+) -> None:
+    space = Workspace(tmp_path, "talk")
+    space.note(finished=True, source={"name": "talk.mp4", "sha256": "0" * 64})
+    before = space.manifest()
+    with pytest.raises(MisuseError, match=r"another 'talk'.*--id.*--fresh"):
+        job.preprocess(speaker_clip, tmp_path, SilentProgress(), name="talk")
+    assert space.manifest() == before
+
+
 def test_unknown_words_are_misuse(tmp_path: Path, speaker_clip: Path) -> None:
     with pytest.raises(MisuseError, match="largest, left, right"):
         job.preprocess(speaker_clip, tmp_path, SilentProgress(), which_face="middle")

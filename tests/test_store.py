@@ -231,7 +231,8 @@ def test_clearing_keeps_runs_and_consent(space: Workspace, tmp_path: Path) -> No
     assert space.keep_consent(record) != kept and len(space.consents()) == 2
     Run(space.runs / "lokitalk").write_meta(finished=True)
     space.save("tracks", {"a": np.zeros(2)})
-    space.save_piece("labels", 0, {"labels": np.zeros((1, 2), np.uint8)})
+    with space.pieces("labels") as labels:
+        labels.add(labels=np.zeros(2, np.uint8))
     with space.locked():
         space.clear()
     assert sorted(p.name for p in space.root.iterdir()) == [".lock", "consent", "runs"]
@@ -260,11 +261,13 @@ def test_missing_and_damaged_arrays_of_a_workspace_are_named(space: Workspace) -
 def test_pieces_give_each_frame_its_own_row(space: Workspace) -> None:
     n = PIECE + 7
     value = np.arange(n, dtype=np.uint16)
-    for first in range(0, n, PIECE):
-        space.save_piece("maps", first, {"matte": value[first : first + PIECE]})
+    with space.pieces("maps") as maps:
+        for row in value:
+            maps.add(matte=row, skin=2 * row)
+    assert len(list((space.root / "maps").iterdir())) == 2
     for frame in (0, PIECE - 1, PIECE, n - 1, 3):  # back and forth over the seam
-        arrays, row = space.piece("maps", frame)
-        assert arrays["matte"][row] == frame
+        arrays = space.piece("maps", frame)
+        assert arrays["matte"] == frame and arrays["skin"] == 2 * frame
     with pytest.raises(TalkheadError, match=f"maps of frame {2 * PIECE} are missing"):
         space.piece("maps", 2 * PIECE)
     with pytest.raises(TalkheadError, match="labels of frame 0"):

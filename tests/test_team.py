@@ -16,7 +16,9 @@ from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
 from talkhead_cli.jobs import fit, footage, player, shots, team
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.preset import Preset
+from talkhead_cli.jobs.step import Drawn, Step
 from talkhead_cli.store import Run, Workspace
 
 CPU = torch.device("cpu")
@@ -60,7 +62,7 @@ def by_one(home: Path, settings: list[str], n_steps: int) -> tuple[dict[str, tor
     """The first stage by one process, on what each of two would have drawn."""
     preset, avatar, marcher, clip = ready(home, settings)
     stage = preset.train.stages["speech"]
-    step, average = fit.Step(avatar, marcher).train(), fit._Average(avatar, preset.train.ema)
+    step, average = Step(avatar, marcher).train(), Average(avatar, preset.train.ema)
     avatar.noise = stage.noise
     (shorter,), kept = fit._inner_split([clip], stage)
     avatar.requires_grad_(False)
@@ -77,7 +79,7 @@ def by_one(home: Path, settings: list[str], n_steps: int) -> tuple[dict[str, tor
         for rank in range(2):
             rng.manual_seed(fit._mix(index, rank, 0, seed=0))
             torch.manual_seed(fit._mix(index, rank, 7919, seed=0))
-            drawn = fit.Drawn([shots.draw(shorter, stage, 0, avatar.aabb, rng)])
+            drawn = Drawn([shots.draw(shorter, stage, 0, avatar.aabb, rng)])
             loss = step(drawn, stage.weights).loss / 2
             loss.backward()
             value += float(loss.detach())
@@ -156,7 +158,7 @@ def test_a_team_is_asked_for_in_the_command(home: Path) -> None:
 def gone(home: Path, progress: Progress, *, devices: int, nodes: int) -> None:
     """A job whose second process is killed."""
     fabric = team.fabric(CPU, "32-true", devices, nodes)
-    if not team.is_chief():
+    if not team.is_chief(devices, nodes):
         os._exit(9)
     fabric.barrier()
 
@@ -167,6 +169,13 @@ def test_a_process_that_dies_takes_nobody_hostage(tmp_path: Path) -> None:
         team.run(gone, tmp_path, progress=SilentProgress(), devices=2, nodes=1)
     assert time.monotonic() - began < 60
     assert not torch.distributed.is_initialized()
+
+
+def test_who_works_alone_writes_whatever_a_cluster_s_shell_says(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("NODE_RANK", "3")
+    assert team.is_chief(1, 1) and not team.is_chief(1, 4)
 
 
 def test_teams_that_cannot_be_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

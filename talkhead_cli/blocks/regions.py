@@ -40,6 +40,16 @@ def region_masks(signals: Signals, at: Tensor, row: Tensor, labels: Tensor) -> T
     return torch.stack([mouth, eyes, torso], 1)
 
 
+def mouth_box(neutral: Tensor) -> Tensor:
+    """The box (6,) of head space that holds the lips of a face (68, 3), however far they open."""
+    lips = neutral[LIPS]
+    low, high = lips.amin(0), lips.amax(0)
+    room = neutral.new_tensor([0.2, 0.4, 0.0]) * (high[0] - low[0]) + neutral.new_tensor(
+        [0, 0, 0.1]
+    )
+    return torch.cat([low - room, high + room])
+
+
 def picture_masks(signals: Signals, labels: Tensor) -> Tensor:
     """The same for every pixel of rows' whole pictures: labels (B, H, W, 6) -> (B, H, W, 3)."""
     shape = labels.shape[:3]

@@ -27,6 +27,10 @@ from rich.table import Table
 from talkhead_cli.contracts import MisuseError, TalkheadError
 
 PLAIN_EVERY_S = 10.0
+CANNOT_WRITE = (
+    errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+)  # fmt: skip
 
 err = Console(stderr=True, highlight=False)
 
@@ -122,9 +126,20 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     except KeyboardInterrupt:
         code, words = 130, "interrupted; run the same command again to go on"
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.errno not in CANNOT_WRITE:
             raise
         code, words = 1, f"cannot write: {error.strerror} ({error.filename or 'disk'})"
+        _trace(verbose)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which nobody here has loaded
+            raise
+        code, words = (
+            1,
+            (
+                "the GPU's memory is full; free it, ask for less at once (in training -s "
+                "train.stages.STAGE.n_points=100000), or pass --device cpu"
+            ),
+        )
         _trace(verbose)
     if code:
         err.print(f"[bold red]error:[/] {_escaped(words)}", soft_wrap=True)

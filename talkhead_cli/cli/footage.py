@@ -174,4 +174,5 @@ def remove(
             Workspace.open(folder, name)
         if not yes and not typer.confirm(f"Delete {space.root} and all its runs?", err=True):
             raise typer.Exit(1)
-        space.remove()
+        with space.locked():
+            space.remove()

@@ -29,7 +29,9 @@ Nodes = Annotated[
         "--nodes", help="Machines that do; each runs this command (MASTER_ADDR, NODE_RANK ...)."
     ),
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything random.")]
+Seed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Seed of everything random.")
+]
 Id = Annotated[str, typer.Option("--id", help="Which identity.")]
 Presets = Annotated[
     list[str] | None,

@@ -40,9 +40,6 @@ class Voice(Protocol):
     n_features: int
     rate_hz: int
 
-    @property
-    def names(self) -> list[str]: ...
-
     def features(
         self, samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0,
         scale: float = 1.0,

@@ -122,11 +122,11 @@ def evaluate(
         "training_seconds": run.meta().get("seconds"),
         "prior": run.meta().get("prior"),
     }  # fmt: skip
-    made = [run.write_figures(figures)]
-    made += _write_films(run.evaluation, truth, rendered, sound, held)
+    made = _write_films(run.evaluation, truth, rendered, sound, held)
     if maps:
         made.append(sheets.draw(show, heard, truth, run.evaluation / "maps.png"))
-    return figures, made
+    # last: whoever finds figures may count on the films
+    return figures, [run.write_figures(figures), *made]
 
 
 def refuse_stale(space: Workspace, run: Run) -> None:
@@ -412,9 +412,9 @@ def _write_films(
     index = (held[:, None] * SAMPLES_PER_FRAME + np.arange(SAMPLES_PER_FRAME)).ravel()
     wav = folder / "sound.wav"
     media.write_wav(wav, sound[index])
-    for name, pictures in (("truth", truth), ("render", rendered)):
+    for name, pictures, tag in (("truth", truth, {}), ("render", rendered, TAG)):
         made.append(folder / f"{name}.mp4")
-        with media.VideoWriter(made[-1], (size, size), crf=4, metadata=TAG) as film:
+        with media.VideoWriter(made[-1], (size, size), crf=4, metadata=tag) as film:
             for rgb in pictures:
                 film.write(rgb)
     made.append(folder / "side_by_side.mp4")

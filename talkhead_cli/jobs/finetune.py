@@ -15,7 +15,7 @@ import torch
 from talkhead_cli import __version__, march
 from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.avatars.base import Avatar
-from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
+from talkhead_cli.contracts import FPS, MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import borrowed, expert, fit, footage, looks, player, portraits, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
@@ -65,7 +65,7 @@ def finetune(
         raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
     start = priors.choose(home, prior, preset, space, hears, progress)
     run = Run.named(space.runs, run_name or _run_name(names, settings, start))
-    chief = team.is_chief()
+    chief = team.is_chief(devices, nodes)
     with space.locked() if chief else nullcontext():
         if fresh and chief:
             run.clear()
@@ -76,12 +76,12 @@ def finetune(
         fabric.barrier()
         began = time.monotonic()
         if chief:
-            run.write_preset(preset.to_yaml())
             run.write_meta(
                 identity=name, version=__version__, footage=space.fingerprint, seed=seed,
                 prior=None if start is None else start.facts(),
                 **borrowed.facts(preset.avatar.generator),
             )  # fmt: skip
+            run.write_preset(preset.to_yaml())  # last: by it a run counts as begun
         fabric.seed_everything(seed, verbose=False)
         with fabric.rank_zero_first():  # which caches the pixels
             clip = footage.load(space, preset.data, progress)
@@ -167,6 +167,11 @@ def _begun(
     knows = start is not None or generator is not None
     stages = presets.begun_from(preset, avatar.common_parts() if knows else None)
     hearing = clip.train[clip.heard[clip.train]]
+    if not len(hearing):
+        raise TalkheadError(
+            f"'{name}' is not heard in the {len(clip.train) / FPS:.0f} s that are to be learnt "
+            "from; give more of the clip (data.train_s, data.holdout), or another one"
+        )
     avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb)
     if start is not None:
         avatar.meet(clip.portrait(clip.best_likeness(N_PORTRAITS)).to(where))

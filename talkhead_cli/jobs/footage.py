@@ -35,6 +35,7 @@ N_SKIN = 468  # mesh points that lie on the face; the rest are irises
 
 MIN_HOLDOUT = 4 * FPS
 STORED_PX = 512  # intrinsics in tracks are for this size
+NEAR_Z, FAR_Z = -0.95, 0.75  # of a head, from before the nose to behind the skull
 
 
 @dataclass(frozen=True)
@@ -267,7 +268,7 @@ def head_camera(pose: Tensor, k: Tensor, size_px: int) -> Camera:
     return Camera(c2w, k.expand(len(pose), 3, 3), STORED_PX).resized(size_px)
 
 
-def box_of(camera: Camera, near_z: float = -0.95, far_z: float = 0.75) -> Tensor:
+def box_of(camera: Camera) -> Tensor:
     """The box (6,) of head space that holds all that rays of any row can meet of the person.
 
     Depth is a head's: from before the nose to behind the skull; the sides are where the
@@ -287,12 +288,12 @@ def box_of(camera: Camera, near_z: float = -0.95, far_z: float = 0.75) -> Tensor
     ray = torch.einsum("tij,tcj->tci", camera.c2w[:, :3, :3], ray)
     origin = camera.c2w[:, None, :3, 3]
     sides = []
-    for z in (near_z, far_z):
+    for z in (NEAR_Z, FAR_Z):
         at = origin + ray * ((z - origin[..., 2:]) / ray[..., 2:])
         sides.append(at[..., :2].flatten(0, 1))
     xy = torch.cat(sides)
     low, high = xy.quantile(0.002, dim=0) - 0.02, xy.quantile(0.998, dim=0) + 0.02
-    return torch.tensor([*low.tolist(), near_z, *high.tolist(), far_z])
+    return torch.tensor([*low.tolist(), NEAR_Z, *high.tolist(), FAR_Z])
 
 
 def read_plate(path: Any, size_px: int) -> Tensor:

@@ -7,7 +7,7 @@ A track is a .npz archive of plain arrays (no pickles):
     neutral    (68, 3) float  the same face at rest; what a track moves is measured from it, so
                that one person's track can drive another's face
     eye        (T, 2) float, optional  openness of the eyes on the picture's left and right,
-               0 shut ... 1 open; the footage's blinks are used without it
+               0 shut ... 1 open, unless --blink says otherwise; without it, lids are --blink's
 """
 
 from __future__ import annotations

@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any
 
 from talkhead_cli import __version__
-from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
+from talkhead_cli.contracts import (
+    MisuseError,
+    Progress,
+    SilentProgress,
+    TalkheadError,
+    free_gb,
+)
 
 VIDEOS = frozenset([
     ".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".mts", ".m2ts", ".ts",
@@ -197,5 +203,4 @@ def _id_or_nothing(video: Path) -> str:
 
 def _bearable() -> int:
     """How many at a time cores and free memory bear."""
-    free_gb = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9
-    return max(1, min(os.cpu_count() or 1, int(free_gb / GB_PER_JOB)))
+    return max(1, min(os.cpu_count() or 1, int(free_gb() / GB_PER_JOB)))

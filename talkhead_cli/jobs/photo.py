@@ -54,7 +54,9 @@ def read(path: Path) -> NDArray[np.uint8]:
                 grey = np.asarray(upright, np.float64)
                 upright = Image.fromarray((255 * grey / max(grey.max(), 1)).astype(np.uint8))
             layers = upright.convert("RGBA")
-    except (UnidentifiedImageError, OSError, ValueError, Image.DecompressionBombError) as error:
+    except (
+        UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError,
+    ) as error:  # fmt: skip
         raise TalkheadError(
             f"{path.name} cannot be read as a picture ({error}); give a JPEG or PNG"
         ) from error

@@ -84,6 +84,7 @@ def preprocess(
     with space.locked():
         if fresh:
             space.clear()
+        _refuse_other_footage(space, source)
         work = Stages(space, part, probe, progress, chosen)
         place = [part.first, part.n_frames]
         eyes = [chosen[kind] for kind in ("detector", "mesh", "landmarks")]
@@ -148,6 +149,16 @@ def preprocess(
             rate = n_frames / max(seconds, 1e-6)
             space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
     return space
+
+
+def _refuse_other_footage(space: Workspace, source: str) -> None:
+    """Two films may bear one name, and who is in them is not asked: neither takes the other's."""
+    known = space.manifest().get("source")
+    if known is not None and known.get("sha256") != source:
+        raise MisuseError(
+            f"there is another '{space.id}' already, of other footage ({known.get('name')}); name "
+            "this one with --id, or pass --fresh to replace it"
+        )
 
 
 def _part(video: Path, seconds: float, start_s: float, end_s: float | None) -> Part:

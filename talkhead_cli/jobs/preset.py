@@ -36,11 +36,13 @@ class Data(_Strict):
 
 class March(_Strict):
     """n_steps: samples through the depth of the box · n_samples: samples per ray, laid where
-    training has seen surfaces (0: all samples in occupied cells) · resolution: cells per axis
-    · early_stop: transmittance at which a ray ends · every: steps between grid updates."""
+    training has seen surfaces (0: all samples in occupied cells) · n_close: samples of rays that
+    meet the mouth, in pictures, if more · resolution: cells per axis · early_stop: transmittance
+    at which a ray ends · every: steps between grid updates."""
 
     n_steps: Annotated[int, Field(ge=8, le=1024)] = 96
     n_samples: Annotated[int, Field(ge=0, le=128)] = 0
+    n_close: Annotated[int, Field(ge=0, le=128)] = 0
     resolution: Annotated[int, Field(ge=16, le=256)] = 96
     early_stop: Annotated[float, Field(ge=0, lt=1)] = 1e-3
     every: Annotated[int, Field(ge=1)] = 16

@@ -6,7 +6,9 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -63,29 +65,65 @@ def pretrain(
     hears_alone = "speech" in preset.train.stages  # people learn their own pictures
     out = out or ("prior" if hears_alone else preset.method)
     prior = Run.named(priors_folder(home), out)
-    chief = team.is_chief()
+    chief = team.is_chief(devices, nodes)
     with prior.locked() if chief else nullcontext():
         if fresh and chief:
             prior.clear()
         where = march.device_of(device)
         fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         fabric.barrier()
-        if prior.is_finished and prior.meta()["method"] != preset.method:
-            raise MisuseError(
-                f"prior '{out}' is there already, of {prior.meta()['method']}; give another -o, or "
-                "--fresh to replace it"
-            )
+        asked = _asked_for(home, names, preset, stages, seed, prior, progress)
         if prior.is_finished:
             progress.note(f"prior '{out}' is finished already; --fresh trains it anew")
         else:
-            _train(prior, home, names, preset, stages, progress, fabric, seed, stop_after)
+            _train(prior, home, asked, preset, stages, progress, fabric, seed, stop_after)
     return prior
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What a prior is begun with: whose clips, of how many that were named, by which preset; and
+    the key of all that."""
+
+    spaces: list[Workspace]
+    n_named: int
+    preset_text: str
+    key: str
+
+
+def _asked_for(
+    home: Path, names: Sequence[str], preset: Preset, stages: Train, seed: int, prior: Run,
+    progress: Progress,
+) -> _Asked:  # fmt: skip
+    """Refuses a prior that other people or settings began."""
+    spaces = _openable(home, names, progress)
+    if len(spaces) < MIN_PEOPLE:
+        raise _too_few(len(spaces), len(set(names)))
+    text = preset.model_copy(update={"train": stages, "pretrain": None}).to_yaml()
+    sources = [[space.id, space.manifest()["source"]["sha256"]] for space in spaces]
+    key = digest({"people": sources, "preset": text, "seed": seed})
+    known = prior.meta()
+    if known.get("key", key) != key:
+        method = known.get("method", preset.method)
+        what = "other people or settings" if method == preset.method else method
+        raise MisuseError(
+            f"prior '{prior.name}' is there already, of {what}; give another -o, or --fresh to "
+            "replace it"
+        )
+    return _Asked(spaces, len(set(names)), text, key)
+
+
+def _too_few(n: int, n_named: int) -> TalkheadError:
+    return TalkheadError(
+        f"a prior needs at least {MIN_PEOPLE} people with sound; {n} of the {n_named} named "
+        "can be used"
+    )
 
 
 def _train(
     prior: Run,
     home: Path,
-    names: Sequence[str],
+    asked: _Asked,
     preset: Preset,
     stages: Train,
     progress: Progress,
@@ -96,35 +134,22 @@ def _train(
     """The stages over everybody who can be used."""
     began, where = time.monotonic(), fabric.device
     fabric.barrier()
-    spaces = _openable(home, names, progress)
     with fabric.rank_zero_first():  # which caches the pixels
-        people = _loaded(spaces, preset, stages, progress)
+        people = _loaded(asked.spaces, preset, stages, progress)
     if len(people) < MIN_PEOPLE:
-        raise TalkheadError(
-            f"a prior needs at least {MIN_PEOPLE} people with sound; {len(people)} of the "
-            f"{len(names)} named can be used"
-        )
+        raise _too_few(len(people), asked.n_named)
     sources = {space.id: space.manifest()["source"]["sha256"] for space, _ in people}
-    text = preset.model_copy(update={"train": stages, "pretrain": None}).to_yaml()
     clips = [clip for _, clip in people]
     hears = speech_facts(people[0][0], preset)
-    judge = expert.asked(
-        home, preset.method, stages, hears, progress, wanted=prior.meta().get("expert")
-    )
-    told = None if judge is None else judge.prior.meta()["key"]
-    key = digest({"people": sources, "preset": text, "seed": seed, "judge": told})
-    if prior.meta().get("key", key) != key:
-        raise TalkheadError(
-            f"prior '{prior.name}' was begun with other people or settings; pass --fresh to "
-            "replace it"
-        )
+    judge = _judge(prior, home, preset, stages, hears, progress)
     fabric.barrier()
     if fabric.is_global_zero:
-        prior.write_preset(text)
         prior.write_meta(
-            version=__version__, people=sources, seed=seed, key=key,
+            version=__version__, people=sources, seed=seed, key=asked.key,
             expert=None if judge is None else judge.name,
+            expert_key=None if judge is None else judge.prior.meta()["key"],
         )  # fmt: skip
+        prior.write_preset(asked.preset_text)
     fabric.seed_everything(seed, verbose=False)
     boxes = torch.stack([player.box_for(preset, clip.signals.camera) for clip in clips])
     aabb = torch.cat([boxes[:, :3].amin(0), boxes[:, 3:].amax(0)])  # holds all of them
@@ -166,10 +191,29 @@ def _train(
     )
 
 
+def _judge(
+    prior: Run, home: Path, preset: Preset, stages: Train, hears: dict[str, Any],
+    progress: Progress,
+) -> expert.Judge | None:  # fmt: skip
+    """Whom the stages ask, the same all the way through."""
+    begun = prior.meta()
+    if "expert_key" in begun and begun["expert"] is None:
+        return None
+    judge = expert.asked(home, preset.method, stages, hears, progress, wanted=begun.get("expert"))
+    told = None if judge is None else judge.prior.meta()["key"]
+    if begun.get("expert_key", told) != told:
+        raise TalkheadError(
+            f"prior '{prior.name}' was begun with the lip-sync expert '{begun['expert']}', which "
+            "is gone; pass --fresh to begin anew"
+        )
+    return judge
+
+
 def _openable(home: Path, names: Sequence[str], progress: Progress) -> list[Workspace]:
-    """Workspaces that can be used together; the others are left out with a word."""
+    """Workspaces that can be used together, by name: in whatever order people are named, each is
+    the same one to who goes on.  The others are left out with a word."""
     found = []
-    for name in dict.fromkeys(names):
+    for name in sorted(set(names)):
         try:
             space = Workspace.open(home, name)
             if not space.manifest()["has_audio"]:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -17,9 +18,8 @@ from torch import Tensor
 
 from talkhead_cli import __version__, march, media
 from talkhead_cli.contracts import FPS, Frame, MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import player, script
+from talkhead_cli.jobs import photo, player, script
 from talkhead_cli.jobs.enroll import enroll
-from talkhead_cli.jobs.footage import read_plate
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.script import Moves
 from talkhead_cli.store import Workspace
@@ -59,7 +59,10 @@ def render(
     run, by_default = player.pick_run(space, run_name)
     if by_default:
         progress.note(f"run: {run.name}")
-    out = out or Path(f"{name}-{speech.stem}").with_suffix(".webm" if wishes.alpha else ".mp4")
+    script.refuse_mute(speech)
+    if wishes.alpha and wishes.background != "plate":
+        raise MisuseError("--alpha leaves the background out, so --background does not go with it")
+    out = out or Path(f"{name}-{speech.stem}{'.webm' if wishes.alpha else '.mp4'}")
     if out.exists() and out.samefile(speech):
         raise MisuseError("the output would overwrite the speech file; give another -o")
     show = player.load(run, march.device_of(device))
@@ -75,7 +78,7 @@ def render(
         n_frames = film_script.n_frames
         if wishes.pose not in script.familiar(show) or film_script.moves.looks_elsewhere:
             at = film_script.moves.telling(player.N_VIEWS, n_frames)
-            show.open_views(film_script.signals(at))
+            show.open_views(film_script.scattered(at))
         behind = torch.zeros_like(plate) if wishes.alpha else plate
         progress.stage("render", n_frames)
         with (
@@ -116,8 +119,7 @@ def render_picture(
     out: Path | None = None, wishes: Wishes | None = None, device: str = "auto",
 ) -> list[Path]:  # fmt: skip
     """Film the person of some pictures saying `speech`; nothing is kept but the film."""
-    if not media.probe(speech).has_audio:
-        raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
+    script.refuse_mute(speech)
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         space, run = enroll(
             images, priors_home, Path(folder), preset_names, progress, prior=prior,
@@ -136,7 +138,7 @@ def _depth(frame: Frame) -> NDArray[np.uint16]:
 
 
 def _background(wanted: str, plate: Tensor, size_px: int) -> Tensor:
-    """plate, #rrggbb or a picture file -> (s, s, 3) in [0, 1]."""
+    """plate, #rrggbb or a picture file, of which the middle is shown -> (s, s, 3) in [0, 1]."""
     if wanted == "plate":
         return plate
     if re.fullmatch(r"#[0-9a-fA-F]{6}", wanted):
@@ -147,7 +149,13 @@ def _background(wanted: str, plate: Tensor, size_px: int) -> Tensor:
         raise TalkheadError(
             f"--background {wanted}: give 'plate', a colour like #00ff00, or a picture file"
         )
-    return read_plate(path, size_px)
+    picture = photo.read(path)
+    height, width = picture.shape[:2]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    middle = picture[top : top + side, left : left + side]
+    shown = cv2.resize(middle, (size_px, size_px), interpolation=cv2.INTER_AREA)
+    return torch.from_numpy(shown.astype(np.float32) / 255)
 
 
 def _maybe_depth(path: Path | None, size: int, tags: dict[str, str]) -> Any:

@@ -21,6 +21,8 @@ from talkhead_cli.contracts import (
     Progress,
     Signals,
     TalkheadError,
+    repacked,
+    unpacked,
 )
 from talkhead_cli.jobs import backends, landmark_track, player
 from talkhead_cli.jobs import drive as drives
@@ -63,6 +65,7 @@ class Script:
     moves: drives.Drive
     n_frames: int
     track: LandmarkTrack | None
+    lids_tracked: bool  # whether the track says how far eyes are open, where it does
 
     def signals(self, frames: NDArray[Any]) -> Signals:
         """Signals of chosen frames (n,), after listening; so many frames before them are heard
@@ -79,7 +82,7 @@ class Script:
         )
         pose, body = self.moves.pose(frames)
         eye, gaze, brow = self.moves.eyes(frames)
-        if self.track is not None and self.track.eye is not None:
+        if self.lids_tracked and self.track is not None and self.track.eye is not None:
             eye = self.track.eye[np.minimum(frames, len(self.track) - 1)]
         heard = self.stats.windows(stream, frames - low, window)
         driven = {"pose": pose, "body": body, "eye": eye, "gaze": gaze, "brow": brow}
@@ -94,6 +97,13 @@ class Script:
             return said
         rows = np.minimum(frames[-asked:], len(self.track) - 1)
         return said.with_(landmarks=torch.from_numpy(self.track.landmarks[rows]))
+
+    def scattered(self, frames: NDArray[Any]) -> Signals:
+        """The same of frames (n,) that lie far apart, without hearing what lies between."""
+        rows = [self.signals(frames[i : i + 1]) for i in range(len(frames))]
+        together = (torch.cat(tensors) for tensors in zip(*map(unpacked, rows), strict=True))
+        joined: Signals = repacked(rows[0], together)
+        return joined
 
     def chunks(self) -> Iterator[Signals]:
         """All frames in order, CHUNK at a time."""
@@ -122,8 +132,7 @@ def familiar(show: Player) -> tuple[str, ...]:
 @contextmanager
 def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Iterator[Script]:
     """The script of a film that says `speech` (any file with sound), in constant memory."""
-    if not media.probe(speech).has_audio:
-        raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
+    refuse_mute(speech)
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         raw = Path(folder) / "speech.s16"
         n_samples = media.sound_to_file(speech, raw)
@@ -141,7 +150,15 @@ def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Ite
             seed=moves.seed,
         )  # fmt: skip
         track = _track(show, moves.landmarks, n_frames)
-        yield Script(show, pcm, ear, stats, drive, n_frames, track)
+        # --blink says what lids do; left alone, a track of landmarks does
+        lids = moves.blink == "footage"
+        yield Script(show, pcm, ear, stats, drive, n_frames, track, lids)
+
+
+def refuse_mute(speech: Path) -> None:
+    """Refuse a file that says nothing."""
+    if not media.probe(speech).has_audio:
+        raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
 
 
 def _track(show: Player, path: Path | None, n_frames: int) -> LandmarkTrack | None:

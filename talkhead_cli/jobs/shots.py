@@ -128,7 +128,7 @@ def _labelled(footage: Footage, pixel: Tensor) -> Tensor:
 
 
 def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """n rows, without repeats while they last."""
+    """n rows, none twice where there are more of them."""
     if n >= len(rows):
         return rows[torch.randint(len(rows), (n,), generator=rng)]
     return rows[torch.randperm(len(rows), generator=rng)[:n]]

@@ -23,7 +23,6 @@ from talkhead_cli.jobs.backends import Chosen
 from talkhead_cli.media import Part
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.files import atomic, digest
-from talkhead_cli.store.workspace import PIECE
 from talkhead_cli.track import face, lipsync, matte, pose, voice
 from talkhead_cli.track.captions import CaptionFinder
 from talkhead_cli.track.crop import Crop, choose_crop
@@ -278,7 +277,6 @@ class Stages:
         tracked = np.zeros(n_frames, bool)
         parse = backends.parser_of(self.chosen["labels"])
         captions = CaptionFinder()
-        piece: dict[str, list[Any]] = {}
         first_picture = next(self._cropped(crop, size_px, 1, reference))
         self.progress.stage("crop, matte, shoulders", n_frames)
         with (
@@ -286,6 +284,7 @@ class Stages:
             media.VideoWriter(
                 self.space.video, (size_px, size_px), crf=10, preset="ultrafast", intra=True
             ) as out,
+            self.space.pieces("maps") as maps,
         ):
             person = cv2.resize(segment(first_picture), (matte.MAP_PX, matte.MAP_PX))
             prior = matte.torso_prior(mesh[reference])
@@ -295,11 +294,8 @@ class Stages:
                 out.write(rgb)
                 captions.see(rgb)
                 mask = segment(rgb)
-                maps = {"matte": mask, "skin": skin_model(rgb)}
-                if parse is not None:
-                    maps["parsed"] = parse(rgb)
-                for kind, value in maps.items():
-                    piece.setdefault(kind, []).append(value)
+                parsed = {} if parse is None else {"parsed": parse(rgb)}
+                maps.add(matte=mask, skin=skin_model(rgb), **parsed)
                 warp = shoulders(rgb)
                 if warp is not None and stored["kept"][index]:
                     warps[index], tracked[index] = warp, True
@@ -307,22 +303,24 @@ class Stages:
                     plate_frames.append(rgb)
                     plate_mattes.append(mask)
                 if index in thumbs_at:
-                    thumbs.append(
-                        cv2.resize(rgb, (matte.MAP_PX,) * 2, interpolation=cv2.INTER_AREA)
-                    )
-                if len(piece["matte"]) == PIECE or index == n_frames - 1:
-                    self.space.save_piece(
-                        "maps", index // PIECE * PIECE, {k: np.stack(v) for k, v in piece.items()}
-                    )
-                    piece = {}
+                    size = (matte.MAP_PX, matte.MAP_PX)
+                    thumbs.append(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA))
         if captions.lines is not None:
             top, bottom = captions.lines
             self.progress.note(
                 f"captions are burnt into the picture, {top:.0%} to {bottom:.0%} of the way down; "
                 "they will be learnt as if they were part of the person: take the film without them"
             )
-        plate, seen = matte.make_plate(plate_frames, plate_mattes)
-        unrest = matte.unrest(plate_frames, plate_mattes, plate)
+        self._plate(plate_frames, plate_mattes)
+        self.space.save("film", {
+            "warps": warps, "tracked": tracked, "thumbs": np.stack(thumbs),
+            "thumbs_at": thumbs_at, "reference": np.array(reference),
+        })  # fmt: skip
+
+    def _plate(self, frames: list[NDArray[np.uint8]], mattes: list[NDArray[np.uint8]]) -> None:
+        """The background behind the person, out of some frames of the film."""
+        plate, _ = matte.make_plate(frames, mattes)
+        unrest = matte.unrest(frames, mattes, plate)
         if unrest > RESTLESS:
             self.progress.note(
                 f"the background moves (by {unrest:.0f} of 255); films show it still, "
@@ -330,11 +328,6 @@ class Stages:
             )
         with atomic(self.space.plate_file) as part:
             cv2.imwrite(str(part), plate[..., ::-1])
-        self.space.save("film", {
-            "warps": warps, "tracked": tracked, "thumbs": np.stack(thumbs),
-            "thumbs_at": thumbs_at, "reference": np.array(reference),
-            "plate_seen": (seen > 0).mean(), "unrest": np.array(unrest),
-        })  # fmt: skip
 
     def _mesh_in_crop(self, faces: face.Faces, crop: Crop) -> NDArray[np.float32]:
         """Mesh (T, 478, 2) in shares of the crop's side."""
@@ -369,7 +362,6 @@ class Stages:
             "pose": head.pose.astype(np.float32),
             "k": k.astype(np.float32),
             "eye": eyes.openness(seen["gap"]).astype(np.float32),
-            "eye_scale": np.stack([eyes.shut, eyes.open]),
             "gaze": seen["gaze"],
             "brow": seen["brow"] - seen["brow"].mean(0),
             "landmarks": seen["landmarks"],
@@ -411,20 +403,13 @@ class Stages:
         logit = np.log((prior + 1e-3) / (1 - prior + 1e-3)) + np.clip(odds, -4, 4)
         maps = matte.RegionMaps(1 / (1 + np.exp(-logit)), mesh[reference])
         self.progress.stage("labels", n_frames)
-        for first in range(0, n_frames, PIECE):
-            rows = range(first, min(first + PIECE, n_frames))
-            stack = []
-            for row in followed(self.progress, rows):
-                stored, at_row = self.space.piece("maps", row)
+        with self.space.pieces("labels") as labels:
+            for row in followed(self.progress, range(n_frames)):
+                seen = self.space.piece("maps", row)
                 hair, torso = maps.moved(mesh[row], body[row] - body[reference], pivot)
-                own = matte.label_maps(
-                    mesh[row], stored["matte"][at_row], stored["skin"][at_row], hair, torso
-                )
-                stack.append(
-                    matte.parsed_labels(stored["parsed"][at_row], own) if "parsed" in stored
-                    else own
-                )  # fmt: skip
-            self.space.save_piece("labels", first, {"labels": np.stack(stack)})
+                own = matte.label_maps(mesh[row], seen["matte"], seen["skin"], hair, torso)
+                parsed = seen.get("parsed")
+                labels.add(labels=own if parsed is None else matte.parsed_labels(parsed, own))
 
 
 def _face_signals(

@@ -59,7 +59,7 @@ def run(
         for other in others:
             other.start()
         try:
-            made = job(*args, progress if is_chief() else SilentProgress(), **options)
+            made = job(*args, progress if is_chief(devices, nodes) else SilentProgress(), **options)
             for other in others:
                 other.join(PATIENCE_S)
         except RuntimeError as error:  # gloo's and NCCL's, when somebody is gone
@@ -97,8 +97,12 @@ def fabric(device: torch.device, precision: Precision, devices: int, nodes: int)
     return made
 
 
-def is_chief() -> bool:
-    """Whether this process speaks and writes; by the environment, before there is a Fabric."""
+def is_chief(devices: int, nodes: int) -> bool:
+    """Whether this process speaks and writes; by the environment, before there is a Fabric.
+
+    Who works alone does, whatever number a cluster's shell gives its machine."""
+    if devices * nodes == 1:
+        return True
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
 
 

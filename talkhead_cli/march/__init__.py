@@ -64,7 +64,6 @@ class MarchOptions:
     resolution: int = 64
     early_stop: float = 1e-4
     every: int = 16
-    seed: int = 0
     kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto"
 
 
@@ -99,7 +98,7 @@ def build(options: MarchOptions, aabb: Tensor, device: torch.device | str) -> tu
         return DenseMarcher(aabb, options.n_steps), "dense: asked for"
 
     step = step_length(aabb, options.n_steps)
-    grid = OccupancyGrid(aabb, step, options.resolution, options.seed)
+    grid = OccupancyGrid(aabb, step, options.resolution)
 
     def made(kind: type[PackedMarcher]) -> PackedMarcher | GuidedMarcher:
         lattice = kind(grid, step, early_stop=options.early_stop, every=options.every)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..contracts import Field, Need, RayBundle, Rendered
+from ..contracts import Field, Need, RayBundle, Rendered, free_gb
 from .dense import first_sample
 from .packed import Packed, PackedMarcher, ask, first_distance, pack
 from .rays import intersect_box
@@ -164,11 +164,6 @@ def check() -> list[Need]:
 def compilers(free: float, n_cores: int) -> int:
     """How many nvcc processes `free` GB and `n_cores` can hold at a time; at least one."""
     return max(1, min(n_cores, int(free // GB_PER_JOB)))
-
-
-def free_gb() -> float:
-    """Memory that is free for the asking, GB."""
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
 def _make_way() -> None:

@@ -34,6 +34,10 @@ class GuidedMarcher(nn.Module):
     While it is `exploring`, every sample of the lattice that lies in an occupied cell is taken,
     as `PackedMarcher` does: what was seen so far guides nobody yet.
 
+    `look_closely(box, n)`: in pictures, rays that meet the box take n samples each.  What moves, as
+    mouths do, fills more depth than a surface that stands still, and `n_samples` at places that
+    no shift varies draw it each time in the same wrong way.
+
     `fused`: by kernels of its own (guided_triton.py), on a CUDA device that can compile them ·
     `whole`: with these, rays that meet nothing come along, so that nobody waits to hear which do,
     and while it is `exploring` more samples, EVENLY times as many, lie in occupied cells one like
@@ -47,6 +51,7 @@ class GuidedMarcher(nn.Module):
         self.lattice, self.n_samples, self.n_cells = lattice, n_samples, n_cells
         self.exploring = False
         self.fused = self.whole = False
+        self._close: tuple[Tensor, int] | None = None
 
     @property
     def occupancy(self) -> OccupancyGrid:
@@ -70,20 +75,39 @@ class GuidedMarcher(nn.Module):
             return self.lattice.march(field, rays)
         if self.fused and not torch.is_grad_enabled() and getattr(field, "skips", False):
             return self._without_waiting(field, rays)
-        n = POINTS_AT_ONCE // self.n_samples
-        if torch.is_grad_enabled() or not rays.origins.is_cpu or len(rays) <= n:
-            return self._march(field, rays)
-        parts = [self._march(field, rays[slice(i, i + n)]) for i in range(0, len(rays), n)]
-        return Rendered(
-            torch.cat([p.feature for p in parts]),
-            torch.cat([p.opacity for p in parts]),
-            torch.cat([p.depth for p in parts]),
-            torch.cat([p.spread for p in parts]),
-            sum(p.n_points for p in parts),
+        if torch.is_grad_enabled():
+            return self._march(field, rays, self.n_samples)
+        parts = self._shares(rays)
+        if len(parts) == 1:
+            return self._march(field, rays, parts[0][1])
+        found = [self._march(field, rays[at], k) for at, k in parts]
+        order = torch.cat([at for at, _ in parts]).argsort()
+        columns = (
+            torch.cat([getattr(part, name) for part in found]).index_select(0, order)
+            for name in ("feature", "opacity", "depth", "spread")
         )
+        feature, opacity, depth, spread = columns
+        return Rendered(feature, opacity, depth, spread, sum(part.n_points for part in found))
 
-    def _march(self, field: Field, rays: RayBundle) -> Rendered:
-        t, width, alive = self.lay(rays)
+    def look_closely(self, box: Tensor, n_samples: int) -> None:
+        """Give rays of pictures that meet the box (6,) so many samples, unless all have as many."""
+        self._close = box, n_samples
+
+    def _shares(self, rays: RayBundle) -> list[tuple[Tensor, int]]:
+        """Which rays (R',) are marched together, and by how many samples each."""
+        every = torch.arange(len(rays), device=rays.near.device)
+        shares = [(every, self.n_samples)]
+        if self._close is not None and self._close[1] > self.n_samples:
+            box, n = self._close
+            near, far = intersect_box(rays.origins, rays.directions, box)
+            meets = (far > near).squeeze(1)
+            shares = [(every[~meets], self.n_samples), (every[meets], n)]
+        if every.is_cpu:
+            shares = [(part, n) for at, n in shares for part in at.split(POINTS_AT_ONCE // n)]
+        return [(at, n) for at, n in shares if len(at)] or [(every, self.n_samples)]
+
+    def _march(self, field: Field, rays: RayBundle, n_samples: int) -> Rendered:
+        t, width, alive = self.lay(rays, n_samples)
         shape = n, k = t.shape
         x, density, channels = ask(field, rays, t.view(-1), alive.repeat_interleave(k))
         w = quadrature(density.view(shape), width)
@@ -142,7 +166,7 @@ class GuidedMarcher(nn.Module):
         return self.n_samples * (EVENLY if self.exploring else 1)
 
     @torch.no_grad()
-    def lay(self, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
+    def lay(self, rays: RayBundle, n_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """Distances t (A, K), ascending, their widths (A, K), and the rays (A,) that have any.
 
         A ray's widths add up to its length inside occupied cells.
@@ -153,7 +177,7 @@ class GuidedMarcher(nn.Module):
                 return t, width, torch.arange(len(rays), device=t.device)
             alive = crossing.nonzero().squeeze(1)  # where a GPU waits, once per march
             return t[alive], width[alive], alive
-        grid, k, device = self.occupancy, self.n_samples, rays.near.device
+        grid, k, device = self.occupancy, n_samples or self.n_samples, rays.near.device
         enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
         near, far = torch.maximum(enter, rays.near), torch.minimum(leave, rays.far)
         worth = self._worth().view(-1)

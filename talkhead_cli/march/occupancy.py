@@ -10,7 +10,6 @@ from torch import Tensor, distributed, nn
 from ..contracts import Field
 
 ALPHA_THRESHOLD = 0.01  # a cell that stops less of the light in one march step is empty
-WARM_UP_STEPS = 256  # until then every update looks into every cell
 CHUNK = {"cpu": 65_536, "cuda": 2**21}  # points per call of the field
 SEEN_THRESHOLD = 0.005  # a cell no sample of which adds more to any pixel is hidden
 SEEN_DECAY = 0.9  # per update
@@ -41,13 +40,11 @@ class OccupancyGrid(nn.Module):
     occupied: Tensor
     aabb: Tensor
 
-    def __init__(
-        self, aabb: Tensor, step_length: float, resolution: int = 64, seed: int = 0
-    ) -> None:
+    def __init__(self, aabb: Tensor, step_length: float, resolution: int = 64) -> None:
         super().__init__()
         assert aabb.shape == (6,) and bool((aabb[3:] > aabb[:3]).all()), aabb
         assert 1 < resolution <= 256, "flat cell numbers must be exact in float32"
-        self.step_length, self.resolution, self.seed = step_length, resolution, seed
+        self.step_length, self.resolution = step_length, resolution
         cells = (resolution,) * 3
         self.register_buffer("aabb", aabb.detach().float().clone())
         self.register_buffer("density", torch.zeros(cells, device=aabb.device))
@@ -118,16 +115,13 @@ class OccupancyGrid(nn.Module):
     ) -> None:
         """Look into the cells once more, for rows drawn at random.
 
-        One random point per cell, each for one of the rows drawn: all cells while warming
-        up, then a random quarter and the occupied ones.
+        One random point per cell, each for one of the rows drawn: the occupied cells, which at
+        first are all, and a random quarter of the others.
         """
         generator = generator or self._generator(step)
         device, n = self.density.device, self.density.numel()
-        if step < WARM_UP_STEPS:
-            cells = torch.arange(n, device=device)
-        else:
-            lucky = torch.rand(n, generator=generator, device=device) < 0.25
-            cells = (lucky | self.occupied.view(-1)).nonzero().squeeze(1)
+        lucky = torch.rand(n, generator=generator, device=device) < 0.25
+        cells = (lucky | self.occupied.view(-1)).nonzero().squeeze(1)
         drawn = torch.randperm(field.n_rows, generator=generator, device=device)[:n_rows_drawn]
         pick = torch.randint(len(drawn), cells.shape, generator=generator, device=device)
         new = self._look(field, cells, drawn[pick], generator)
@@ -145,18 +139,24 @@ class OccupancyGrid(nn.Module):
 
     @torch.no_grad()
     def extend(
-        self, field: Field, rows: Iterable[int] | Tensor, threshold: float = ALPHA_THRESHOLD
+        self,
+        field: Field,
+        rows: Iterable[int] | Tensor,
+        threshold: float = ALPHA_THRESHOLD,
+        *,
+        look: int = 0,
     ) -> None:
         """Open the cells that any of `rows` fills and close none: once before a render.
 
         Only cells that are still shut are looked into, so a familiar pose costs one pass
-        and a grid that is still full costs nothing.
+        and a grid that is still full costs nothing.  `look` numbers calls that follow each other:
+        each tries other points of a cell, since a thin surface may pass between them.
         """
         for row in (int(r) for r in rows):
             cells = (~self.occupied.view(-1)).nonzero().squeeze(1)
             if not len(cells):
                 return
-            new = self._look(field, cells, torch.full_like(cells, row), self._generator(row))
+            new = self._look(field, cells, torch.full_like(cells, row), self._generator(look + row))
             flat = self.density.view(-1)
             flat[cells] = torch.maximum(flat[cells], new)
             fresh = torch.zeros_like(self.occupied)
@@ -176,7 +176,7 @@ class OccupancyGrid(nn.Module):
 
     def _generator(self, number: int) -> torch.Generator:
         generator = torch.Generator(self.density.device)
-        return generator.manual_seed(self.seed * 1_000_003 + number)
+        return generator.manual_seed(number)
 
     def _alpha(self, density: Tensor) -> Tensor:
         """The share of light that one march step through `density` stops, in [0, 1]."""

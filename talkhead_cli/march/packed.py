@@ -121,8 +121,8 @@ class PackedMarcher(nn.Module):
         ray reached are closed again: flesh under the skin fills as many.
         """
         grid, known = self.occupancy, self.occupancy.occupied.clone()
-        for field, _ in views:
-            grid.extend(field, [0])
+        for number, (field, _) in enumerate(views):
+            grid.extend(field, [0], look=number)
         if not grid.watched:
             return
         step, self.step = self.step, LOOK_STEP * self.step
@@ -140,8 +140,8 @@ class PackedMarcher(nn.Module):
         """
         grid = self.occupancy
         grid.forget()
-        for field, _ in views:
-            grid.extend(field, [0])
+        for number, (field, _) in enumerate(views):
+            grid.extend(field, [0], look=number)
         self._watch(views)
         grid.close_unseen(torch.zeros_like(grid.occupied))
 

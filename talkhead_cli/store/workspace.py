@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,29 @@ def list_ids(home: Path) -> list[str]:
         return []
     names = (p.parent.name for p in home.glob("*/manifest.json"))
     return sorted(n for n in names if _ID.fullmatch(n))
+
+
+class PieceWriter:
+    """Writes arrays of one frame after the other, in files of PIECE frames."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._first = folder, 0
+        self._rows: dict[str, list[NDArray[Any]]] = {}
+
+    def add(self, **arrays: NDArray[Any]) -> None:
+        """The next frame's arrays, by name: the same ones in every frame."""
+        for name, array in arrays.items():
+            self._rows.setdefault(name, []).append(array)
+        if max(map(len, self._rows.values())) == PIECE:
+            self.close()
+
+    def close(self) -> None:
+        """Write what has come since the last full piece."""
+        if self._rows:
+            file = self._folder / f"{self._first:07d}.npz"
+            stacked = {name: np.stack(rows) for name, rows in self._rows.items()}
+            write_arrays(file, stacked, compress=True)
+            self._rows, self._first = {}, self._first + PIECE
 
 
 class Workspace:
@@ -195,12 +218,15 @@ class Workspace:
 
     # -- pieces: per-frame maps -----------------------------------------------------------
 
-    def save_piece(self, kind: str, first: int, arrays: dict[str, NDArray[Any]]) -> None:
-        """Per-frame arrays (<= PIECE, ...) that begin at frame `first`, a multiple of PIECE."""
-        write_arrays(self.root / kind / f"{first:07d}.npz", arrays, compress=True)
+    @contextmanager
+    def pieces(self, kind: str) -> Iterator[PieceWriter]:
+        """Takes per-frame arrays from frame 0 on, and holds no more than a piece of them."""
+        writer = PieceWriter(self.root / kind)
+        yield writer
+        writer.close()
 
-    def piece(self, kind: str, frame: int) -> tuple[dict[str, NDArray[Any]], int]:
-        """The arrays that hold `frame`, and its row in them; the last piece read is kept."""
+    def piece(self, kind: str, frame: int) -> dict[str, NDArray[Any]]:
+        """The arrays of a frame; the last piece read is kept."""
         first = frame // PIECE * PIECE
         held = self._piece.get(kind)
         if held is None or held[0] != first:
@@ -211,12 +237,11 @@ class Workspace:
                     f"{kind} of frame {frame} are missing; run preprocess for '{self.id}' again"
                 ) from error
             self._piece[kind] = held
-        return held[1], frame - first
+        return {name: rows[frame - first] for name, rows in held[1].items()}
 
     def labels(self, frame: int) -> NDArray[np.uint8]:
         """Soft labels (6, 128, 128) of a frame, in the order of contracts.LABELS."""
-        arrays, row = self.piece("labels", frame)
-        return arrays["labels"][row]
+        return self.piece("labels", frame)["labels"]
 
     # -- pixels at a training size ----------------------------------------------------------
 

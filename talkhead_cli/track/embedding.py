@@ -56,10 +56,6 @@ class EmbeddingVoice:
             for i in range(N_LAYERS)
         ]
 
-    @property
-    def names(self) -> list[str]:
-        return [f"embedding{i}" for i in range(self.n_features)]
-
     def features(
         self, samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0,
         scale: float = 1.0,

@@ -46,10 +46,6 @@ class SslVoice:
             ) from error
         self._model.eval()
 
-    @property
-    def names(self) -> list[str]:
-        return [f"{self.name}{i}" for i in range(self.n_features)]
-
     @torch.no_grad()
     def features(
         self, samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0,

@@ -133,15 +133,11 @@ def formants(pieces: Array) -> Array:
 
 
 class MelVoice:
-    """The offline default, as the interface that jobs choose from."""
+    """Mel bands and formants, as the interface that jobs choose from."""
 
     name = "mel"
     n_features = N_FEATURES
     rate_hz = RATE_HZ
-
-    @property
-    def names(self) -> list[str]:
-        return list(FEATURE_NAMES)
 
     features = staticmethod(features)
 

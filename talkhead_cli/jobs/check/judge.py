@@ -283,7 +283,8 @@ def _best_part(report: Report, seconds: float) -> None:
         return
     best = report.segments[0]
     start = min(max(0.0, (best.start_s + best.end_s - LONG_S) / 2), seconds - LONG_S)
-    report.figures |= {"best_from_s": round(start, 1), "best_to_s": round(start + LONG_S, 1)}
+    start = float(np.floor(start))  # said in whole seconds, and inside the film
+    report.figures |= {"best_from_s": start, "best_to_s": start + LONG_S}
     report.findings.append(Finding(
         "best part", "pass", f"round {best.start_s:.0f} s, of {len(report.segments)} looked at",
         f"a minute is enough: preprocess --from {start:.0f} --to {start + LONG_S:.0f}"

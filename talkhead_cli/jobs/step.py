@@ -1,0 +1,72 @@
+"""One training step's forward pass: condition, march, compose, lose and weigh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from talkhead_cli import march
+from talkhead_cli.avatars.base import Avatar, StepResult
+from talkhead_cli.contracts import Shot
+
+
+class Drawn:
+    """The shots of a step, as they are.
+
+    Fabric turns every tensor it finds in a module's input to half precision, where that is asked
+    for: places would come out wrong by a hundredth of a head.  It does not look in here.
+    """
+
+    def __init__(self, shots: list[Shot]) -> None:
+        self.shots = shots
+
+
+class Lost(NamedTuple):
+    """loss () the weighted sum · terms () by name, unweighted · how many points the field was
+    asked for · for a critic to learn from, whole pictures (B, H, W, 3), their truth and the
+    landmarks in them (B, 68, 2)."""
+
+    loss: Tensor
+    terms: dict[str, Tensor]
+    n_points: int
+    pictures: list[tuple[Tensor, Tensor, Tensor]]
+
+
+class Step(nn.Module):
+    """Condition, march, compose, lose and weigh, in one forward: what Fabric wraps."""
+
+    def __init__(self, avatar: Avatar, marcher: march.Marcher) -> None:
+        super().__init__()
+        self.avatar, self.marcher = avatar, marcher
+
+    def forward(self, drawn: Drawn, weights: Mapping[str, float]) -> Lost:
+        """What a step loses; nothing but `loss` has a gradient."""
+        results, n_points = [], 0
+        for shot in drawn.shots:
+            if shot.rays is None:
+                results.append(StepResult(shot))
+                continue
+            assert shot.plate is not None
+            speaker = self.avatar.enroll(shot.portrait)
+            rays = speaker.aim(shot.signals, shot.rays)
+            made = speaker.condition(shot.signals)
+            rendered = self.marcher.march(made, rays)
+            frame = speaker.compose(rendered, rays, shot.signals, shot.plate)
+            results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
+            n_points += int(rendered.n_points)
+        terms = self.avatar.losses(results)
+        weighed = [weights[name] * term for name, term in terms.items() if weights.get(name)]
+        assert weighed, "the stage weighs none of its losses"
+        loss = torch.stack(weighed).sum()
+        pictures = [_with_its_truth(r) for r in results] if weights.get("critic") else []
+        return Lost(loss, {name: term.detach() for name, term in terms.items()}, n_points, pictures)
+
+
+def _with_its_truth(result: StepResult) -> tuple[Tensor, Tensor, Tensor]:
+    assert result.frame is not None and result.shot.target is not None
+    made = result.frame.rgb.detach()
+    return made, result.shot.target.view(made.shape), result.shot.signals.landmarks_px
