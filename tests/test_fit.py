@@ -137,6 +137,8 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path)
     assert by_default and (run.root / "avatar.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(TalkheadError, match="--fresh"):
         finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=["train.scale=0.5"])
+    with pytest.raises(TalkheadError, match="begun with --seed 0"):
+        finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT, seed=1)
 
 
 def test_training_can_be_held_to_the_first_seconds(speaker_home: Path) -> None:

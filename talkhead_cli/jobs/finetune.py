@@ -71,7 +71,7 @@ def finetune(
             run.clear()
         fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         fabric.barrier()
-        if _is_finished(run, preset, space, start, progress):
+        if _is_finished(run, preset, space, start, seed, progress):
             return run
         fabric.barrier()
         began = time.monotonic()
@@ -234,9 +234,10 @@ def _introduced(start: Start, name: str) -> str:
 
 
 def _is_finished(
-    run: Run, preset: Preset, space: Workspace, start: Start | None, progress: Progress
+    run: Run, preset: Preset, space: Workspace, start: Start | None, seed: int, progress: Progress
 ) -> bool:
-    """Whether nothing is left to do; refuses a run that another preset, clip or prior began."""
+    """Whether nothing is left to do; refuses a run that another preset, clip, prior or seed
+    began."""
     text = run.preset_text()
     if text is None:
         return False
@@ -255,6 +256,11 @@ def _is_finished(
         raise TalkheadError(
             f"run '{run.name}' was begun from another prior ({own}); name it with --prior, pass "
             "--fresh to replace the run, or --run NAME for a new one"
+        )
+    if run.meta().get("seed", seed) != seed:
+        raise TalkheadError(
+            f"run '{run.name}' was begun with --seed {run.meta()['seed']}; pass --fresh to replace "
+            "it, or --run NAME for a new one"
         )
     if run.is_finished:
         progress.note(f"run '{run.name}' is finished already; --fresh trains it anew")

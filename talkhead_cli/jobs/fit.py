@@ -91,7 +91,7 @@ def fit(
         if not _StageLoop(name, stage, job).go(place, held, stop_after):
             return place
         held = None
-        place.stage, place.step = place.stage + 1, 0
+        place.stage, place.step, place.rollbacks = place.stage + 1, 0, 0
     job.clock.read(place)
     if job.writer is not None:
         job.writer.close()
