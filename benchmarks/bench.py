@@ -4,10 +4,10 @@
     python benchmarks/bench.py quality --ids alice  parts and clips by name
     python benchmarks/bench.py --device cuda        what a GPU is asked for
 
-Most parts start the real command line in a process of its own and take its wall time and peak
-memory from the operating system; `core` and `curve` look inside (core.py).  Each part writes
-benchmarks/results/DATE-PART.json with the machine, versions, commit and command, and its plots
-beside it.  Without the private clips the synthetic speaker is used, and the results say so.
+What commands cost is in costs.py; parts that look inside are here, with a file per subject.  Each
+part writes benchmarks/results/DATE-PART.json with the machine, versions, commit and command, and
+its plots beside it.  Without the private clips the synthetic speaker is used, and the results say
+so.
 """
 
 from __future__ import annotations
@@ -21,9 +21,20 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import costs
 from charts import line_chart
-from kit import CLIPS, RESULTS, ROOT, asked, clip, looped, machine, run, shown, speech, talkhead
+from kit import (
+    RESULTS,
+    ROOT,
+    machine,
+    people_of,
+    preprocessed,
+    run,
+    shown,
+    talkhead,
+    trained_run,
+    usable,
+)
 
 PARTS = (
     "help", "preprocess", "quality", "render", "memory", "sound", "core", "curve", "transfer",
@@ -32,204 +43,8 @@ PARTS = (
 )  # fmt: skip
 ON_CUDA = ("kernels", "core", "parity", "curve")  # a GPU machine need not be able to track faces
 USUAL = {"cpu": ["lokitalk", "tiny"], "cuda": ["lokitalk"]}  # presets
-SHARE = {"cuda": 0.1}  # of the steps, for parts that only look at what was trained
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
 CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.06, 0.15)}  # shares of the steps
-
-
-def part_photo(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """From a picture to its first frame, and to half a minute of film, by the newest s3d prior of
-    the work folder's home (made of --ids where there is none); starting Python included."""
-    home = work / "home"
-    if not any((home / ".priors").glob("*/avatar.safetensors")):
-        for name in options.ids:
-            _preprocessed(name, work)
-        words = ["-p", "s3d", "-p", "tiny", "--home", str(home)]
-        talkhead("pretrain", *words, "--ids", ",".join(options.ids))
-    face = CLIPS / "photos" / "portrait_b.png"
-    if not face.exists():
-        import cv2
-
-        face = work / "face.png"
-        cv2.imwrite(str(face), cv2.VideoCapture(str(clip("speaker", work))).read()[1])
-    spoken = speech(work, 30)
-    blip = work / "blip.wav"
-    from talkhead_cli import media
-
-    media.write_wav(blip, media.sound(spoken)[:640])
-
-    def film(sound: Path) -> dict[str, Any]:
-        made = talkhead("render", "--image", str(face), "--audio", str(sound), "-o",
-                        str(work / "photo.mp4"), "--home", str(home))  # fmt: skip
-        made.pop("stdout")
-        return made
-
-    first = [film(blip) for _ in range(3)]
-    whole = film(spoken)
-    best = min(row["seconds"] for row in first)
-    rate = round((30 * 25 - 1) / (whole["seconds"] - best), 2)
-    return {"first_frame_s": best, "frames_per_second": rate, "first": first, "film": whole}
-
-
-def part_files(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Every private clip and every hard file: what `preprocess` makes of it, and what `check` said
-    beforehand."""
-    folders = ("clips", "clips/more", "hard")
-    rows = {}
-    for film in sorted(p for f in folders for p in (CLIPS / f).iterdir() if p.is_file()):
-        name = f"{film.parent.name}-{film.stem}".replace("_", "-")
-        home = str(work / "files")
-        looked = asked("check", str(film), "--json")
-        done = asked("preprocess", str(film), "--id", name, "--home", home, "--fresh", "--json")
-        row = {"check": _verdict(looked), "exit": done["exit"], "seconds": done["seconds"],
-               "notes": done["notes"]}  # fmt: skip
-        if done["exit"] == 0:
-            manifest = json.loads(done["stdout"])["manifest"]
-            kept = ("n_frames", "n_found", "n_cut_away", "faces_seen", "offset", "backends")
-            row |= {k: manifest[k] for k in kept}
-        rows[f"{film.parent.name}/{film.name}"] = row
-    return {"files": len(rows), "tracked": sum(r["exit"] == 0 for r in rows.values()),
-            "traceback": sum("Traceback" in " ".join(r["notes"]) for r in rows.values()),
-            "rows": rows}  # fmt: skip
-
-
-def part_trackers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Every backend against the synthetic speaker's truth, and the default on every real clip."""
-    import trackers
-
-    from talkhead_cli.jobs import backends
-    from talkhead_cli.store import Workspace, weights
-
-    film = clip("no such clip", work)
-    home = work / "trackers"
-    table: dict[str, Any] = {}
-    plain = {kind: names[-1] for kind, names in backends.BEST_FIRST.items()}
-    better = [(kind, name) for listed in (backends.BEST_FIRST, backends.ON_REQUEST)
-              for kind, names in listed.items() for name in names
-              if kind != "voice" and name != plain[kind]]  # fmt: skip
-    for kind, name in [("", "default"), *better]:
-        if kind and weights.find(name) is None:
-            table[f"{kind}={name}"] = "not run: its weights are not on this machine"
-            continue
-        chosen = plain | ({kind: name} if kind else {})
-        words = [word for k, n in chosen.items() for word in ("--backend", f"{k}={n}")]
-        told = talkhead("preprocess", str(film), "--id", name, "--home", str(home), *words)
-        figures = trackers.against_truth(Workspace.open(home, name), film)
-        table[f"{kind}={name}" if kind else name] = {"seconds": told["seconds"], **figures}
-    clips = {}
-    for source in sorted(p for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4")):
-        done = asked("preprocess", str(source), "--id", source.stem, "--home", str(home))
-        clips[source.stem] = (
-            done["notes"] if done["exit"]
-            else trackers.against_itself(Workspace.open(home, source.stem))
-        )  # fmt: skip
-    return {"speaker": table, "clips": clips}
-
-
-def _verdict(looked: dict[str, Any]) -> dict[str, Any]:
-    if not looked["stdout"]:
-        return {"error": looked["notes"]}
-    facts = json.loads(looked["stdout"])
-    points = {f["name"]: f"{f['verdict']}: {f['found']}" for f in facts["findings"]
-              if f["verdict"] != "pass"}  # fmt: skip
-    return {"verdict": facts["verdict"], "points": points, "figures": facts["figures"]}
-
-
-def part_help(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    seconds = [talkhead("--help")["seconds"] for _ in range(5)]
-    return {"command": "talkhead --help", "seconds": seconds, "best_s": min(seconds)}
-
-
-def part_preprocess(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    rows = {}
-    for name in options.ids:
-        made = talkhead(
-            "preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"),
-            "--fresh", "--json",
-        )  # fmt: skip
-        manifest = json.loads(made.pop("stdout"))["manifest"]
-        rows[name] = made | {
-            "frames": manifest["n_frames"],
-            "frames_per_second": manifest["frames_per_second"],
-            "size_px": manifest["size_px"],
-        }
-    return rows
-
-
-def part_quality(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    home = ["--home", str(work / "home")]
-    rows = {}
-    for name in options.ids:
-        _preprocessed(name, work)
-        trained = talkhead(
-            "finetune", "--id", name, *_words(options), "--fresh", *home,
-            "--device", options.device, "--seed", str(options.seed),
-        )  # fmt: skip
-        scored = talkhead("evaluate", "--id", name, "--json", *home, "--device", options.device)
-        figures = json.loads(scored.pop("stdout"))["figures"]
-        trained.pop("stdout")
-        rows[name] = {"finetune": trained, "evaluate": scored, "figures": figures}
-    return rows
-
-
-def part_render(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    name = options.ids[0]
-    _trained(name, work, options)
-    out = work / "film.mp4"
-    made = talkhead(
-        "render", "--id", name, "--audio", str(speech(work, 20)), "-o", str(out),
-        "--home", str(work / "home"), "--device", options.device,
-    )  # fmt: skip
-    made.pop("stdout")
-    sidecar = json.loads(out.with_name(out.name + ".json").read_text())
-    keys = ("frames", "seconds_taken", "frames_per_second", "size_px")
-    return made | {k: sidecar[k] for k in keys}
-
-
-def part_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory against length: of preprocess and of render, half a minute and ten minutes."""
-    name = options.ids[0]
-    _trained(name, work, options)
-    home = ["--home", str(work / "home")]
-    rows: dict[str, Any] = {"preprocess": {}, "render": {}}
-    for seconds in (30, 600):
-        film = looped(clip(name, work), seconds, work)
-        made = talkhead("preprocess", str(film), "--id", f"long{seconds}", *home)
-        made.pop("stdout")
-        rows["preprocess"][f"{seconds}_s"] = made
-        made = talkhead(
-            "render", "--id", name, "--audio", str(speech(work, seconds)),
-            "-o", str(work / f"film{seconds}.mp4"), *home, "--device", options.device,
-        )  # fmt: skip
-        made.pop("stdout")
-        rows["render"][f"{seconds}_s"] = made
-    for found in rows.values():
-        short, long = found["30_s"]["peak_mb"], found["600_s"]["peak_mb"]
-        found["ratio"] = round(long / short, 4)
-        found["mb_per_hour"] = round((long - short) / 570 * 3600)
-    return rows
-
-
-def part_sound(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What a second of sound costs, end to end."""
-    name = options.ids[0]
-    _trained(name, work, options)
-    rows = []
-    for seconds in (5, 10, 20, 40):
-        out = work / f"sound{seconds}.mp4"
-        made = talkhead(
-            "render", "--id", name, "--audio", str(speech(work, seconds)), "-o", str(out),
-            "--home", str(work / "home"), "--device", options.device,
-        )  # fmt: skip
-        made.pop("stdout")
-        rows.append({"seconds_of_sound": seconds, **made})
-    lengths, walls = ([r[k] for r in rows] for k in ("seconds_of_sound", "seconds"))
-    slope, start = np.polyfit(lengths, walls, 1)
-    line_chart(
-        options.chart("sound"), "seconds of sound", "wall seconds",
-        {"render, end to end": (lengths, walls)},
-    )  # fmt: skip
-    return {"rows": rows, "start_s": round(start, 2), "per_second_of_sound_s": round(slope, 3)}
 
 
 def part_core(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -237,7 +52,7 @@ def part_core(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import core
 
     name = options.ids[0]
-    trained = _trained(name, work, options)
+    trained = trained_run(name, work, options)
     bench = core.load(work / "home", name, options.device, trained)
     found = {
         "identity": name,
@@ -279,7 +94,7 @@ def part_parity(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import core
 
     name = options.ids[0]
-    trained = _trained(name, work, options)
+    trained = trained_run(name, work, options)
     home = work / "home"
     every = 33  # a CPU takes seconds for each
     cpu, other = (core.load(home, name, d, trained, every) for d in ("cpu", options.device))
@@ -310,7 +125,7 @@ def part_curve(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import core
 
     name = options.ids[0]
-    _preprocessed(name, work)
+    preprocessed(name, work)
     rows = []
     for scale in CURVE[options.device]:
         trained, stages = core.train(
@@ -335,7 +150,7 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Each of --ids from seconds of footage, from a prior of everybody else and from nothing."""
     import transfer
 
-    others = [name for name in _others(work, options) if name not in options.ids]
+    others = [name for name in people_of(work, options) if name not in options.ids]
     found = transfer.compare(
         work / "home", options.ids, others, work, seconds=options.seconds, scales=options.shares
     )
@@ -351,30 +166,12 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def part_seventh(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What the whole way costs: a prior of six people, and a seventh, the first of --ids, from
-    it."""
-    name, home = options.ids[0], ["--home", str(work / "home"), "--device", options.device]
-    presets = [word for preset in options.presets for word in ("-p", preset)]
-    six = [other for other in _others(work, options) if other not in options.ids][:6]
-    made = talkhead("pretrain", *presets, "--ids", ",".join(six), "-o", "six", "--fresh", *home)
-    trained = talkhead("finetune", "--id", name, *presets, "--prior", "six", "--fresh", *home)
-    run_name = Path(trained["stdout"].split()[-1]).name
-    scored = talkhead("evaluate", "--id", name, "--run", run_name, "--json", *home)
-    figures = json.loads(scored.pop("stdout"))["figures"]
-    for told in (made, trained):
-        told.pop("stdout")
-    minutes = round((made["seconds"] + trained["seconds"]) / 60, 2)
-    return {"six": six, "seventh": name, "minutes": minutes, "pretrain": made,
-            "finetune": trained, "evaluate": scored, "figures": figures}  # fmt: skip
-
-
 def part_fields(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What two displacements and the attention loss are worth to --ids, at --scale of the steps."""
     import loki
 
     for name in options.ids:
-        _preprocessed(name, work)
+        preprocessed(name, work)
     return loki.fields(work / "home", options.ids, work, options.scale)
 
 
@@ -383,7 +180,7 @@ def part_ablation(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     what it is worth to --ids after the first of --shares on the first of --seconds."""
     import loki
 
-    others = [name for name in _others(work, options) if name not in options.ids]
+    others = [name for name in people_of(work, options) if name not in options.ids]
     return loki.transfer(
         work / "home", options.ids, others, work, scale=options.scale,
         seconds=options.seconds[0], share=options.shares[0],
@@ -395,7 +192,7 @@ def part_voices(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import transfer
 
     groups = [options.ids[i : i + 4] for i in range(0, len(options.ids), 4)]
-    everybody = _others(work, options)
+    everybody = people_of(work, options)
     return transfer.heard(work / "home", groups, everybody, seconds=options.seconds)
 
 
@@ -403,7 +200,7 @@ def part_hearing(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Stage one of the landmark method: people held out in turn."""
     import landmarks
 
-    everybody = _usable(work)
+    everybody = usable(work)
     others = [name for name in everybody if name not in options.ids]
     return landmarks.hearing(work / "home", options.ids, others, seeds=2)
 
@@ -412,7 +209,7 @@ def part_ears(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Mouths as heard by the speech embedding and by mel bands and formants."""
     import landmarks
 
-    _usable(work)
+    usable(work)
     return landmarks.ears(work / "home", options.ids, options.seconds)
 
 
@@ -421,7 +218,7 @@ def part_coding(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import landmarks
 
     for name in options.ids:
-        _preprocessed(name, work)
+        preprocessed(name, work)
     return landmarks.coding(work / "home", options.ids, seeds=2, scale=options.scale)
 
 
@@ -430,7 +227,7 @@ def part_heads(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     --scale of the steps; contact sheets stay in the work folder."""
     import talk3d
 
-    others = [name for name in _others(work, options) if name not in options.ids]
+    others = [name for name in people_of(work, options) if name not in options.ids]
     return talk3d.heads(work / "home", options.ids, others, options.scale, work / "views")
 
 
@@ -440,7 +237,7 @@ def part_views(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     runs = [f"{method}+tiny" for method in METHODS]
     for name in options.ids:
-        _preprocessed(name, work)
+        preprocessed(name, work)
         for method in METHODS:
             talkhead(
                 "finetune", "--id", name, "-p", method, "-p", "tiny", "--prior", "none",
@@ -454,7 +251,7 @@ def part_tokens(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import talk3d
 
     for name in options.ids:
-        _preprocessed(name, work)
+        preprocessed(name, work)
     return talk3d.tokens(work / "home", options.ids, options.scale)
 
 
@@ -463,14 +260,14 @@ def part_strangers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import s3d
 
     groups = [options.ids[i : i + 2] for i in range(0, len(options.ids), 2)]
-    return s3d.strangers(work / "home", _others(work, options), groups)
+    return s3d.strangers(work / "home", people_of(work, options), groups)
 
 
 def part_crowded(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """S3D on --ids, whom it never met, with and without synthetic speakers in its prior."""
     import s3d
 
-    everybody = _others(work, options)
+    everybody = people_of(work, options)
     return s3d.crowded(work / "home", everybody, options.ids, work, scale=options.scale)
 
 
@@ -478,7 +275,7 @@ def part_deformations(work: Path, options: argparse.Namespace) -> dict[str, Any]
     """S3D with less and less of its deformation, on --ids, whom it never met."""
     import s3d
 
-    everybody = _others(work, options)
+    everybody = people_of(work, options)
     return s3d.deformations(work / "home", everybody, options.ids, scale=options.scale)
 
 
@@ -487,43 +284,7 @@ def part_expert(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import s3d
 
     groups = [options.ids[i : i + 2] for i in range(0, len(options.ids), 2)]
-    return s3d.ears(work / "home", _others(work, options), groups)
-
-
-def _others(work: Path, options: argparse.Namespace) -> list[str]:
-    return [name for name in _usable(work) if name not in options.without]
-
-
-def _usable(work: Path) -> list[str]:
-    """Everybody of the private clips who can be tracked."""
-    found = sorted(p.stem for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4"))
-    for name in list(found):
-        try:
-            _preprocessed(name, work)
-        except SystemExit:  # too short, say
-            found.remove(name)
-    return found
-
-
-def _preprocessed(name: str, work: Path) -> None:
-    if not (work / "home" / name / "manifest.json").exists():
-        talkhead("preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"))
-
-
-def _trained(name: str, work: Path, options: argparse.Namespace) -> str:
-    """The run's name: a kept folder may hold newer ones."""
-    _preprocessed(name, work)
-    told = talkhead(
-        "finetune", "--id", name, *_words(options), "--home", str(work / "home"),
-        "--device", options.device, "--seed", str(options.seed),
-        *(["-s", f"train.scale={SHARE[options.device]}"] if options.device in SHARE else []),
-    )  # fmt: skip
-    return Path(str(told["stdout"]).split()[-1]).name
-
-
-def _words(options: argparse.Namespace) -> list[str]:
-    """The presets as the command line wants them; from nothing, whatever priors lie about."""
-    return [*(word for preset in options.presets for word in ("-p", preset)), "--prior", "none"]
+    return s3d.ears(work / "home", people_of(work, options), groups)
 
 
 def _listed(text: str) -> list[str]:
@@ -572,7 +333,7 @@ def main() -> None:
             suffix = f"-{options.presets[0]}{suffix}"
         options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
         for part in options.parts or (PARTS if options.device == "cpu" else ON_CUDA):
-            found = globals()[f"part_{part}"](work, options)
+            found = {**vars(costs), **globals()}[f"part_{part}"](work, options)
             path = RESULTS / f"{today}-{part}{suffix}.json"
             command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])
             record = {"date": today, "command": command, "machine": machine(), part: found}

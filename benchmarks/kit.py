@@ -1,7 +1,9 @@
-"""What the benchmarks work with: commands and their cost, clips, speech, the machine's name."""
+"""What the benchmarks work with: commands and their cost, clips, people, speech, the machine's
+name."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import os
@@ -20,6 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
+SHARE = {"cuda": 0.1}  # of the steps, for parts that only look at what was trained
 PACKAGES = ("torch", "mediapipe", "lightning-fabric", "nerfacc", "numpy")
 
 
@@ -135,3 +138,40 @@ def _commit() -> str | None:
     with contextlib.suppress(OSError):
         return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or None
     return None
+
+
+def people_of(work: Path, options: argparse.Namespace) -> list[str]:
+    """Everybody who may be learnt from."""
+    return [name for name in usable(work) if name not in options.without]
+
+
+def usable(work: Path) -> list[str]:
+    """Everybody of the private clips who can be tracked."""
+    found = sorted(p.stem for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4"))
+    for name in list(found):
+        try:
+            preprocessed(name, work)
+        except SystemExit:  # too short, say
+            found.remove(name)
+    return found
+
+
+def preprocessed(name: str, work: Path) -> None:
+    if not (work / "home" / name / "manifest.json").exists():
+        talkhead("preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"))
+
+
+def trained_run(name: str, work: Path, options: argparse.Namespace) -> str:
+    """The run's name: a kept folder may hold newer ones."""
+    preprocessed(name, work)
+    told = talkhead(
+        "finetune", "--id", name, *presets_as_words(options), "--home", str(work / "home"),
+        "--device", options.device, "--seed", str(options.seed),
+        *(["-s", f"train.scale={SHARE[options.device]}"] if options.device in SHARE else []),
+    )  # fmt: skip
+    return Path(str(told["stdout"]).split()[-1]).name
+
+
+def presets_as_words(options: argparse.Namespace) -> list[str]:
+    """The presets as the command line wants them; from nothing, whatever priors lie about."""
+    return [*(word for preset in options.presets for word in ("-p", preset)), "--prior", "none"]
