@@ -346,8 +346,10 @@ def test_frames_heard_alone_and_lids_that_an_option_or_a_track_moves(
     home: Path, speech: Path, tmp_path: Path
 ) -> None:
     show = player.load(Run.named(home / "speaker" / "runs", "lokitalk+tiny"), torch.device("cpu"))
-    track, *_ = ok("landmarks", "--id", "speaker", "--run", "lokitalk+tiny", "--audio", speech,
-                  "--blink", "auto", "--seed", "3", "-o", tmp_path / "track.npz", "--home", home)  # fmt: skip
+    track, *_ = ok(
+        "landmarks", "--id", "speaker", "--run", "lokitalk+tiny", "--audio", speech, "--blink",
+        "auto", "--seed", "3", "-o", tmp_path / "track.npz", "--home", home,
+    )  # fmt: skip
     at = np.array([3, 40])
     eyes = []
     for blink in ("footage", "none"):
