@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torchmetrics.functional.image import structural_similarity_index_measure
 
+from talkhead_cli.blocks import regions
 from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.loss import gradient_difference, ssim
 from talkhead_cli.blocks.mlp import Mlp, by_row
@@ -330,3 +331,21 @@ def test_what_follows_from_tensors_is_made_again_when_they_change() -> None:
         del other
     assert len(made) == 5
     assert constant(1.0, 2.0, device=first.device) is constant(1.0, 2.0, device=first.device)
+
+
+def test_lively_boxes_hold_lips_and_eyes_and_little_else() -> None:
+    face = torch.zeros(68, 3)
+    face[:, 0], face[:, 1] = torch.linspace(-0.4, 0.4, 68), 0.4  # jaw and the rest: below
+    turn = torch.linspace(0, 6.2, 20)
+    face[48:68] = torch.stack([0.15 * turn.cos(), 0.2 + 0.05 * turn.sin(), 0 * turn], 1)
+    for side, eye in ((-1, regions.EYES[0]), (1, regions.EYES[1])):
+        turn = torch.linspace(0, 5.2, 6)
+        face[eye] = torch.stack(
+            [0.15 * side + 0.06 * turn.cos(), -0.2 + 0.02 * turn.sin(), 0 * turn], 1
+        )
+    boxes = regions.lively_boxes(face)
+    for box, part in zip(boxes, (regions.LIPS, *regions.EYES), strict=True):
+        assert ((face[part] > box[:3]) & (face[part] < box[3:])).all()
+        others = torch.cat([face[other] for other in (regions.LIPS, *regions.EYES)
+                            if other != part] + [face[:17]])  # fmt: skip
+        assert not ((others > box[:3]) & (others < box[3:])).all(1).any()

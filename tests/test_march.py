@@ -392,20 +392,22 @@ def test_updates_repeat_by_step_and_survive_saving() -> None:
     assert not torch.equal(other.occupancy.density, new.occupancy.density)
 
 
-def test_rays_that_meet_a_box_are_looked_at_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rays_that_meet_boxes_are_looked_at_closely(monkeypatch: pytest.MonkeyPatch) -> None:
     field = Solid(two_balls)
     marcher = trained(field, 4).eval()
     rays = picture_rays(camera(32), torch.arange(1), BOX)
-    box = torch.tensor([-0.5, -0.1, -0.3, -0.2, 0.2, 0.3])
-    near, far = intersect_box(rays.origins, rays.directions, box)
-    meets = (far > near).squeeze(1)
+    boxes = torch.tensor([[-0.5, -0.1, -0.3, -0.2, 0.2, 0.3], [0.2, -0.1, -0.3, 0.3, 0.1, 0.3]])
+    meets = torch.zeros(len(rays), dtype=torch.bool)
+    for box in boxes:
+        near, far = intersect_box(rays.origins, rays.directions, box)
+        meets |= (far > near).squeeze(1)
     assert 8 < int(meets.sum()) < 100
     with torch.no_grad():
         few = marcher.march(field, rays)
         marcher.n_samples = 9
         many = marcher.march(field, rays)
         marcher.n_samples = 4
-        marcher.look_closely(box, 9)
+        marcher.look_closely(boxes, 9)
         for at_once in (10**6, 100):
             monkeypatch.setattr(guided, "POINTS_AT_ONCE", at_once)
             both = marcher.march(field, rays)

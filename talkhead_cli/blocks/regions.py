@@ -40,14 +40,15 @@ def region_masks(signals: Signals, at: Tensor, row: Tensor, labels: Tensor) -> T
     return torch.stack([mouth, eyes, torso], 1)
 
 
-def mouth_box(neutral: Tensor) -> Tensor:
-    """The box (6,) of head space that holds the lips of a face (68, 3), however far they open."""
-    lips = neutral[LIPS]
-    low, high = lips.amin(0), lips.amax(0)
-    room = neutral.new_tensor([0.2, 0.4, 0.0]) * (high[0] - low[0]) + neutral.new_tensor(
-        [0, 0, 0.1]
-    )
-    return torch.cat([low - room, high + room])
+def lively_boxes(neutral: Tensor) -> Tensor:
+    """Boxes (3, 6) of head space that hold lips and eyes of a face (68, 3), however they move."""
+    boxes = []
+    for part in (LIPS, *EYES):
+        low, high = neutral[part].amin(0), neutral[part].amax(0)
+        wide = high[0] - low[0]
+        room = torch.stack([0.1 * wide, 0.25 * wide, torch.full_like(wide, 0.03)])
+        boxes.append(torch.cat([low - room, high + room]))
+    return torch.stack(boxes)
 
 
 def picture_masks(signals: Signals, labels: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from talkhead_cli import march
 from talkhead_cli.avatars import avatar_class
 from talkhead_cli.avatars.base import Avatar, Speaker
 from talkhead_cli.blocks.planes import triton_obstacle
-from talkhead_cli.blocks.regions import mouth_box
+from talkhead_cli.blocks.regions import lively_boxes
 from talkhead_cli.contracts import (
     Camera,
     Field,
@@ -332,18 +332,18 @@ def load(run: Run, device: torch.device) -> Player:
         module.eval()
     plate = read_plate(run.plate_file, preset.data.size_px)
     speaker = person(avatar, run, device)
-    _look_at_the_mouth(speaker, marcher, preset.march.n_close)
+    _look_at_lips_and_eyes(speaker, marcher, preset.march.n_close)
     return Player(run, preset, speaker, marcher, plate, device, why)
 
 
-def _look_at_the_mouth(speaker: Speaker, marcher: march.Marcher, n_samples: int) -> None:
-    """Have rays that meet the mouth take so many samples."""
+def _look_at_lips_and_eyes(speaker: Speaker, marcher: march.Marcher, n_samples: int) -> None:
+    """Have rays that meet them take so many samples."""
     if not isinstance(marcher, march.GuidedMarcher) or speaker.neutral is None or not n_samples:
         return
     if marcher.fused:  # a GPU's kernels take as many of every ray
         marcher.n_samples = max(marcher.n_samples, n_samples)
     else:
-        marcher.look_closely(mouth_box(speaker.neutral), n_samples)
+        marcher.look_closely(lively_boxes(speaker.neutral), n_samples)
 
 
 @torch.no_grad()

@@ -37,7 +37,7 @@ class Data(_Strict):
 class March(_Strict):
     """n_steps: samples through the depth of the box · n_samples: samples per ray, laid where
     training has seen surfaces (0: all samples in occupied cells) · n_close: samples of rays that
-    meet the mouth, in pictures, if more · resolution: cells per axis · early_stop: transmittance
+    meet lips or eyes, in pictures, if more · resolution: cells per axis · early_stop: transmittance
     at which a ray ends · every: steps between grid updates."""
 
     n_steps: Annotated[int, Field(ge=8, le=1024)] = 96

@@ -34,7 +34,7 @@ class GuidedMarcher(nn.Module):
     While it is `exploring`, every sample of the lattice that lies in an occupied cell is taken,
     as `PackedMarcher` does: what was seen so far guides nobody yet.
 
-    `look_closely(box, n)`: in pictures, rays that meet the box take n samples each.  What moves, as
+    `look_closely(boxes, n)`: in pictures, rays that meet a box take n samples each.  What moves, as
     mouths do, fills more depth than a surface that stands still, and `n_samples` at places that
     no shift varies draw it each time in the same wrong way.
 
@@ -89,18 +89,19 @@ class GuidedMarcher(nn.Module):
         feature, opacity, depth, spread = columns
         return Rendered(feature, opacity, depth, spread, sum(part.n_points for part in found))
 
-    def look_closely(self, box: Tensor, n_samples: int) -> None:
-        """Give rays of pictures that meet the box (6,) so many samples, unless all have as many."""
-        self._close = box, n_samples
+    def look_closely(self, boxes: Tensor, n_samples: int) -> None:
+        """Give rays of pictures that meet one of the boxes (B, 6) so many samples, unless all have
+        as many."""
+        self._close = boxes, n_samples
 
     def _shares(self, rays: RayBundle) -> list[tuple[Tensor, int]]:
         """Which rays (R',) are marched together, and by how many samples each."""
         every = torch.arange(len(rays), device=rays.near.device)
         shares = [(every, self.n_samples)]
         if self._close is not None and self._close[1] > self.n_samples:
-            box, n = self._close
-            near, far = intersect_box(rays.origins, rays.directions, box)
-            meets = (far > near).squeeze(1)
+            boxes, n = self._close
+            crossed = [intersect_box(rays.origins, rays.directions, box) for box in boxes]
+            meets = torch.cat([far > near for near, far in crossed], 1).any(1)
             shares = [(every[~meets], self.n_samples), (every[meets], n)]
         if every.is_cpu:
             shares = [(part, n) for at, n in shares for part in at.split(POINTS_AT_ONCE // n)]
