@@ -141,6 +141,15 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path)
         finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT, seed=1)
 
 
+def test_seconds_in_which_nothing_is_heard_teach_nothing(home: Path) -> None:
+    space = Workspace.open(home, "speaker")
+    sound = space.load("voice")
+    sound["heard"][:] = False
+    space.save("voice", sound)
+    with pytest.raises(TalkheadError, match="'speaker' is not heard in the .* s that are to be"):
+        train(home)
+
+
 def test_training_can_be_held_to_the_first_seconds(speaker_home: Path) -> None:
     """The same frames stay held out, and nothing is measured on what is not learnt from."""
     space = Workspace.open(speaker_home, "speaker")

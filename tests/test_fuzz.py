@@ -7,13 +7,18 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from typer.testing import CliRunner
 
 from talkhead_cli import media
+from talkhead_cli.cli.app import app
+from talkhead_cli.cli.console import speaking
 from talkhead_cli.contracts import TalkheadError
 from talkhead_cli.jobs import drive, landmark_track, photo, portraits
 from talkhead_cli.jobs import preset as presets
@@ -200,3 +205,33 @@ def test_any_bytes_are_a_picture_or_a_sentence(tmp_path: Path, raw: bytes, kind:
         assert photo.read(file).ndim == 3
     except TalkheadError as error:
         assert "JPEG or PNG" in str(error)
+
+
+def test_a_picture_with_a_broken_chunk_is_a_sentence(tmp_path: Path) -> None:
+    """Pillow raises SyntaxError at what follows a block that says it is shorter than it is."""
+    path = tmp_path / "broken.png"
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    cv2.imwrite(str(path), noise)
+    raw = path.read_bytes()
+    at = raw.index(b"IDAT")
+    path.write_bytes(raw[: at - 4] + (5).to_bytes(4, "big") + raw[at:])
+    with pytest.raises(TalkheadError, match="cannot be read as a picture") as caught:
+        photo.read(path)
+    assert isinstance(caught.value.__cause__, SyntaxError)
+
+
+def test_a_full_gpu_is_a_sentence_and_other_faults_are_faults(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as ended, speaking(verbose=False):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    assert ended.value.code == 1
+    assert "memory is full" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(RuntimeError, match="of ours"), speaking(verbose=False):
+        raise RuntimeError("a fault of ours")
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_a_seed_that_nobody_can_sow_is_misuse(seed: str) -> None:
+    words = ["finetune", "--id", "nobody", "--seed", seed]
+    assert CliRunner().invoke(app, words).exit_code == 2

@@ -115,6 +115,15 @@ def test_unknown_words_are_misuse(tmp_path: Path, speaker_clip: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_identity_that_is_worked_on_is_not_removed(home: Path) -> None:
+    space = Workspace(home, "speaker")
+    with space.locked():
+        result = talkhead("remove", "speaker", "--yes", "--home", home)
+    assert "working on 'speaker'" in error_of(result) and space.video.exists()
+    assert talkhead("remove", "speaker", "--yes", "--home", home).exit_code == 0
+    assert not space.root.exists()
+
+
 @pytest.mark.parametrize("command", ["info", "remove"])
 def test_an_unknown_id_is_answered_with_the_known_ones(speaker_home: Path, command: str) -> None:
     result = talkhead(command, "nobody", "--home", speaker_home)

@@ -133,12 +133,10 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which nobody here has loaded
             raise
-        code, words = (
-            1,
-            (
-                "the GPU's memory is full; free it, ask for less at once (in training -s "
-                "train.stages.STAGE.n_points=100000), or pass --device cpu"
-            ),
+        code = 1
+        words = (
+            "the GPU's memory is full; free it, ask for less at once (in training -s "
+            "train.stages.STAGE.n_points=100000), or pass --device cpu"
         )
         _trace(verbose)
     if code:
