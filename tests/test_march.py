@@ -349,7 +349,7 @@ def test_it_holds_the_union_over_rows_dilated_by_a_cell() -> None:
     assert (box[:3] <= -half).all() and (box[:3] >= -half - 2 * size - 1e-5).all()
 
 
-def test_it_forgets_slowly_and_still_looks_everywhere_after_the_warm_up() -> None:
+def test_it_forgets_slowly_and_still_looks_everywhere() -> None:
     cells = grid()
     cells.update(Solid(ball(50.0, 0.3, (-0.5, 0, 0))), 0)
     assert not cells.contains(RIGHT).item()

@@ -34,9 +34,8 @@ class GuidedMarcher(nn.Module):
     While it is `exploring`, every sample of the lattice that lies in an occupied cell is taken,
     as `PackedMarcher` does: what was seen so far guides nobody yet.
 
-    `look_closely(boxes, n)`: in pictures, rays that meet a box take n samples each.  What moves, as
-    mouths do, fills more depth than a surface that stands still, and `n_samples` at places that
-    no shift varies draw it each time in the same wrong way.
+    `look_closely(boxes, n)`: in pictures, rays that meet a box take n samples each.  Lips that were
+    drawn by few samples, whose places no shift varies there, followed the truth less closely.
 
     `fused`: by kernels of its own (guided_triton.py), on a CUDA device that can compile them ·
     `whole`: with these, rays that meet nothing come along, so that nobody waits to hear which do,
