@@ -152,8 +152,9 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     others = [name for name in people_of(work, options) if name not in options.ids]
     found = transfer.compare(
-        work / "home", options.ids, others, work, seconds=options.seconds, scales=options.shares
-    )
+        work / "home", options.ids, others, work, seconds=options.seconds, scales=options.shares,
+        seeds=options.seeds,
+    )  # fmt: skip
     for figure in ("psnr_face_db", "lips_r", "eyes_r"):
         lines = {}
         for length in options.seconds:
@@ -310,6 +311,7 @@ def main() -> None:
     parser.add_argument("--presets", type=_listed, help="default: lokitalk, on a CPU with tiny")
     parser.add_argument("--device", default="cpu", choices=list(USUAL))
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1, help="how many, in transfer")
     parser.add_argument(
         "--seconds", default="5,16", type=_numbers, help="of footage to learn from in transfer"
     )

@@ -48,7 +48,7 @@ def compare(
     folder = work / "transfer"
     folder.mkdir(exist_ok=True)
     wanted = [
-        (start, float(length), scale, seed) for seed in range(seeds) for scale in sorted(scales)
+        (start, float(length), scale, seed) for scale in sorted(scales) for seed in range(seeds)
         for length in sorted(seconds) for start in starts
     ]  # fmt: skip
     rows: list[dict[str, Any]] = []
