@@ -541,6 +541,20 @@ def test_blocks_of_rays_are_seamless(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.n_points == parts.n_points
 
 
+def test_pictures_do_not_ask_for_what_a_face_hides() -> None:
+    field, marcher, rays = Solid(smooth), trained(Solid(smooth), 5), picture(20, 0.2)
+    at_once = marcher.march(field, rays)  # gradients want every sample
+    with torch.no_grad():
+        marcher.lattice.early_stop = 0.0
+        all_of_them = marcher.march(field, rays)
+        assert_same(at_once, all_of_them, 1e-5)
+        marcher.lattice.early_stop = 0.05
+        fewer = marcher.march(field, rays)
+    assert all_of_them.n_points * 0.8 <= fewer.n_points < all_of_them.n_points
+    assert float((fewer.opacity - all_of_them.opacity).abs().max()) <= 0.05
+    assert float((fewer.feature - all_of_them.feature).abs().max()) <= 0.05
+
+
 def test_samples_gather_where_weights_were_seen() -> None:
     marcher = GuidedMarcher(packed(), 4, 256).eval()
     marcher.occupancy.seen.zero_()

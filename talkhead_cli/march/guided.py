@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from .rays import intersect_box
 # 0.1 came nearest to the plain march's.
 FLOOR = 0.07
 EVENLY = 3  # times the samples while nobody knows which cells are worth looking at
+AT_FIRST = 0.7  # of a ray's samples; the others are asked for where light still passes
 POINTS_AT_ONCE = 32_768  # on a CPU, so that what a field makes of them stays in the cache
 
 
@@ -36,6 +39,9 @@ class GuidedMarcher(nn.Module):
 
     `look_closely(boxes, n)`: in pictures, rays that meet a box take n samples each.  Lips that were
     drawn by few samples, whose places no shift varies there, followed the truth less closely.
+
+    In pictures, of a ray that lets no more than the lattice's `early_stop` of the light past its
+    first samples the others are not asked for.
 
     `fused`: by kernels of its own (guided_triton.py), on a CUDA device that can compile them ·
     `whole`: with these, rays that meet nothing come along, so that nobody waits to hear which do,
@@ -74,61 +80,75 @@ class GuidedMarcher(nn.Module):
             return self.lattice.march(field, rays)
         if self.fused and not torch.is_grad_enabled() and getattr(field, "skips", False):
             return self._without_waiting(field, rays)
-        if torch.is_grad_enabled():
-            return self._march(field, rays, self.n_samples)
-        parts = self._shares(rays)
-        if len(parts) == 1:
-            return self._march(field, rays, parts[0][1])
-        found = [self._march(field, rays[at], k) for at, k in parts]
-        order = torch.cat([at for at, _ in parts]).argsort()
-        columns = (
-            torch.cat([getattr(part, name) for part in found]).index_select(0, order)
-            for name in ("feature", "opacity", "depth", "spread")
-        )
-        feature, opacity, depth, spread = columns
-        return Rendered(feature, opacity, depth, spread, sum(part.n_points for part in found))
+        maps, n_points = rays.near.new_zeros(len(rays), field.channels + 3), 0
+        for at, n_samples in self._shares(rays):
+            own, alive, n = self._march(field, rays if at is None else rays[at], n_samples)
+            maps = maps.index_copy(0, alive if at is None else at[alive], own)
+            n_points += n
+        feature, opacity, depth, spread = maps.split((field.channels, 1, 1, 1), 1)
+        return Rendered(feature, opacity, depth, spread, n_points)
 
     def look_closely(self, boxes: Tensor, n_samples: int) -> None:
         """Give rays of pictures that meet one of the boxes (B, 6) so many samples, unless all have
         as many."""
         self._close = boxes, n_samples
 
-    def _shares(self, rays: RayBundle) -> list[tuple[Tensor, int]]:
-        """Which rays (R',) are marched together, and by how many samples each."""
-        every = torch.arange(len(rays), device=rays.near.device)
-        shares = [(every, self.n_samples)]
-        if self._close is not None and self._close[1] > self.n_samples:
-            boxes, n = self._close
-            crossed = [intersect_box(rays.origins, rays.directions, box) for box in boxes]
-            meets = torch.cat([far > near for near, far in crossed], 1).any(1)
-            shares = [(every[~meets], self.n_samples), (every[meets], n)]
-        if every.is_cpu:
-            shares = [(part, n) for at, n in shares for part in at.split(POINTS_AT_ONCE // n)]
-        return [(at, n) for at, n in shares if len(at)] or [(every, self.n_samples)]
+    def _shares(self, rays: RayBundle) -> list[tuple[Tensor | None, int]]:
+        """Which rays (R',), None all of them, are marched by how many samples each."""
+        if self._close is None or torch.is_grad_enabled() or self._close[1] <= self.n_samples:
+            return [(None, self.n_samples)]
+        boxes, n = self._close
+        crossed = [intersect_box(rays.origins, rays.directions, box) for box in boxes]
+        meets = torch.cat([far > near for near, far in crossed], 1).any(1)
+        return [((~meets).nonzero().squeeze(1), self.n_samples), (meets.nonzero().squeeze(1), n)]
 
-    def _march(self, field: Field, rays: RayBundle, n_samples: int) -> Rendered:
+    def _march(self, field: Field, rays: RayBundle, n_samples: int) -> tuple[Tensor, Tensor, int]:
+        """Channels, opacity, depth and spread (A, C + 3) of the rays (A,) that have samples, and
+        how many points that took."""
         t, width, alive = self.lay(rays, n_samples)
+        if torch.is_grad_enabled():
+            sums, n_points = self._sums(field, rays, alive, t, width, t[:, :1]), t.numel()
+        else:
+            sums, n_points = self._front_to_back(field, rays, alive, t, width)
+        feature, opacity, first, second = sums.split((field.channels, 1, 1, 1), 1)
+        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
+        maps = torch.cat((feature, opacity, first + t[:, :1] * opacity, spread), 1)
+        return maps, alive, n_points
+
+    def _front_to_back(
+        self, field: Field, rays: RayBundle, ray: Tensor, t: Tensor, width: Tensor
+    ) -> tuple[Tensor, int]:
+        """As `_sums`, but rays whose transmittance fell to the lattice's `early_stop` are left
+        alone; and the number of points asked."""
+        (n, k), opacity = t.shape, field.channels
+        left, n_points = torch.arange(n, device=t.device), 0
+        sums = t.new_zeros(n, field.channels + 3)
+        for a, b in pairwise(sorted({0, math.ceil(AT_FIRST * k), k})):
+            at_once = POINTS_AT_ONCE // (b - a) if t.is_cpu else n
+            for at in left.split(at_once) if len(left) else ():
+                part = self._sums(field, rays, ray[at], t[at, a:b], width[at, a:b], t[at, :1])
+                sums.index_add_(0, at, (1 - sums[at, opacity, None]) * part)
+                n_points += (b - a) * len(at)
+            left = left[1 - sums[left, opacity] > self.lattice.early_stop]
+        return sums, n_points
+
+    def _sums(
+        self, field: Field, rays: RayBundle, ray: Tensor, t: Tensor, width: Tensor, origin: Tensor
+    ) -> Tensor:
+        """Samples (A, K) of the rays (A,) -> (A, C + 3): channels, and moments of the weights about
+        origin (A, 1), small numbers, so that the spread of a thin surface survives float32."""
         shape = n, k = t.shape
-        x, density, channels = ask(field, rays, t.view(-1), alive.repeat_interleave(k))
+        x, density, channels = ask(field, rays, t.reshape(-1), ray.repeat_interleave(k))
         w = quadrature(density.view(shape), width)
         if self.training and torch.is_grad_enabled():
             self.occupancy.observe(x, w.view(-1))
         channels = channels.view(n, k, field.channels)
         attached = field.channels - field.n_detached
-        own = torch.cat(
-            [_sum(w, channels[..., :attached]), _sum(w.detach(), channels[..., attached:])], 1
-        )
-        # Moments about each ray's first sample: small numbers, so that the spread of a thin
-        # surface survives float32.
-        origin = t[:, :1]
         s = t - origin
-        opacity, first, second = (w.sum(1, keepdim=True), (w * s).sum(1, keepdim=True),
-                                  (w * s * s).sum(1, keepdim=True))  # fmt: skip
-        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
-        maps = torch.cat((own, opacity, first + origin * opacity, spread), 1)
-        full = maps.new_zeros(len(rays), maps.shape[1]).index_copy(0, alive, maps)
-        feature, opacity, depth, spread = full.split((field.channels, 1, 1, 1), 1)
-        return Rendered(feature, opacity, depth, spread, n * k)
+        return torch.cat([
+            _sum(w, channels[..., :attached]), _sum(w.detach(), channels[..., attached:]),
+            w.sum(1, keepdim=True), (w * s).sum(1, keepdim=True), (w * s * s).sum(1, keepdim=True),
+        ], 1)  # fmt: skip
 
     def _without_waiting(self, field: Field, rays: RayBundle) -> Rendered:
         """All rays in one go, and whoever starts it need not know how many of them meet anything:
