@@ -339,8 +339,8 @@ def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
 
 
 def _in_blocks(field: Field, x: Tensor, d: Tensor, row: Tensor) -> None:
-    """The field as the guided march asks it: on a CPU block by block."""
-    n = guided.POINTS_AT_ONCE if x.is_cpu else max(1, len(x))
+    """The field as the guided march asks it, block by block."""
+    n = guided.POINTS_AT_ONCE[x.device.type]
     for part in zip(x.split(n), d.split(n), row.split(n), strict=True):
         field(*part)
 

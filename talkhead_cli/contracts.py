@@ -237,6 +237,17 @@ class Rendered:
     spread: Tensor
     n_points: int | Tensor
 
+    @classmethod
+    def of_moments(
+        cls, feature: Tensor, moments: Tensor, origin: Tensor, n_points: int | Tensor
+    ) -> Rendered:
+        """moments (R, 3): of the weights about origin (R, 1) on each ray, sum w, sum w s and
+        sum w s^2.  A ray's first sample is a good one: numbers stay small, so that the spread of a
+        thin surface survives float32."""
+        opacity, first, second = moments.split(1, 1)
+        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
+        return cls(feature, opacity, first + origin * opacity, spread, n_points)
+
 
 @dataclass(frozen=True)
 class Frame:

@@ -76,12 +76,17 @@ def marching() -> dict[str, float]:
         grid.seen.copy_(torch.rand(31, 31, 31))
         origins = torch.tensor([0.0, 0.0, -4.0]) + 0.1 * torch.randn(700, 3)
         away = torch.nn.functional.normalize(0.7 * torch.randn(700, 3) - origins, dim=1)
+        # these pass the occupied cells almost in parallel
+        origins[:20] = torch.tensor([-0.95, 0.0, -4.0])
+        away[:20] = torch.nn.functional.normalize(torch.tensor([2e-6, 0.0, 1.0]), dim=0)
         near, far = march.intersect_box(origins, away, BOX)
         rays = RayBundle(origins, away, near, far, torch.zeros(700, 2),
                          torch.zeros(700, dtype=torch.long))  # fmt: skip
         there, far_rays = marcher.to(DEVICE), rays.to(DEVICE)
         t, width, crossing = (v.cpu() for v in there.eval()._laid(far_rays))
         shifted, parts, _ = (v.cpu() for v in there.train()._laid(far_rays))
+        for laid in (t, shifted):  # what meets nothing is asked as well, at places that are known
+            assert bool(((laid >= near - 1e-3) & (laid <= far + 1e-3))[~crossing].all())
         marcher = there.to("cpu").eval()
         t_twin, width_twin, alive = marcher.lay(rays)
         # A place on the very edge of two cells may be rounded into either.

@@ -108,6 +108,20 @@ def test_what_we_say_is_heard_while_native_libraries_are_not() -> None:
     assert done.returncode == 0 and done.stderr == "note: ours\n"
 
 
+def test_sigterm_ends_a_job_as_ctrl_c_does(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from talkhead_cli.cli.console import speaking\n"
+        "from talkhead_cli.store.files import atomic\n"
+        "with speaking(verbose=False), atomic(Path(sys.argv[1])) as part:\n"
+        "    part.write_text('half'); os.kill(os.getpid(), signal.SIGTERM)"
+    )
+    words = [sys.executable, "-c", script, str(tmp_path / "whole.txt")]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert done.returncode == 143 and done.stderr.startswith("error: terminated; run the same")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_closed_stderr_does_no_harm() -> None:
     done = subprocess.run(
         ["sh", "-c", f"{sys.executable} -m talkhead_cli.cli.app presets 2>&-"],

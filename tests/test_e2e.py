@@ -19,7 +19,7 @@ from talkhead_cli.contracts import SilentProgress, TalkheadError, unpacked
 from talkhead_cli.jobs import landmark_track, maps, player, script
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import render as render_job
-from talkhead_cli.store import Run
+from talkhead_cli.store import Run, Workspace
 
 # Every method, none left out: a preset of its name over tiny.yaml, in seconds.
 SMALL = ["data.size_px=64", "march.resolution=32", "march.n_steps=32"]
@@ -303,6 +303,7 @@ def test_errors_are_one_sentence_and_leave_nothing(
     colour = ["--background", "#00ff00"]
     for words, code in (
         (["--id", "speaker", "--audio", tmp_path / "absent.wav", "-o", there], 1),
+        (["--id", "speaker", "--audio", speech, "-o", there], 2),
         (["--id", "speaker", "--audio", speech, "--alpha", *colour], 2),
         (["--id", "speaker", "--audio", speech, "-o", there / "below.mp4"], 1),
         (["--id", "speaker", "--audio", picture], 1),
@@ -319,6 +320,42 @@ def test_errors_are_one_sentence_and_leave_nothing(
         lines = [row for row in result.stderr.splitlines() if row.startswith("error:")]
         assert len(lines) == 1 and "Traceback" not in result.stderr
         assert list(tmp_path.glob("never*")) == []
+    assert there.read_text() == "an older film"
+
+
+def test_films_take_the_place_of_our_own_alone(home: Path, speech: Path, tmp_path: Path) -> None:
+    said = ["--id", "speaker", "--run", "lokitalk+tiny", "--home", home]
+    short = tmp_path / "short.wav"
+    media.write_wav(short, media.read_wav(speech)[:3200])
+    for _ in range(2):
+        made = ok("render", *said, "--audio", short, "-o", tmp_path)
+        assert made[0] == tmp_path / "speaker-short.mp4"
+    made = ok("render", *said, "--audio", short, "-o", tmp_path / "plain.webm")
+    assert frames_of(made[0]).shape == (5, 64, 64, 3)
+    photo, track = tmp_path / "face.png", tmp_path / "face.npz"
+    photo.write_bytes(b"a photo of mine")
+    refused = talkhead("landmarks", *said, "--audio", short, "-o", track)
+    assert refused.exit_code == 2 and "face.png is there already" in refused.stderr
+    assert photo.read_bytes() == b"a photo of mine" and not track.exists()
+    photo.unlink()
+    for _ in range(2):
+        assert ok("landmarks", *said, "--audio", short, "-o", track) == [track, photo]
+    far = tmp_path / "far.csv"
+    far.write_text("0,0,0,0,0,900\n")
+    lost = talkhead("render", *said, "--audio", short, "--pose", far, "-o", tmp_path / "far.mp4")
+    assert lost.exit_code == 0 and "nobody is seen in 5 of 5 frames" in lost.stderr
+
+
+def test_homes_are_listed(home: Path, tmp_path: Path) -> None:
+    (row,) = [json.loads(line) for line in
+              talkhead("list", "--json", "--home", home).stdout.splitlines()
+              if '"speaker"' in line]  # fmt: skip
+    assert row["finished"] and row["seconds"] == pytest.approx(8.0)
+    assert {"name": "lokitalk+tiny", "finished": True} in row["runs"]
+    Workspace(tmp_path, "ghost").note(finished=False)
+    assert talkhead("list", "--home", tmp_path).stdout == "ghost\t(unfinished)\tno runs\n"
+    nobody = talkhead("list", "--home", tmp_path / "elsewhere")
+    assert nobody.stdout == "" and "no identity in" in nobody.stderr
 
 
 def test_a_film_is_named_by_all_of_the_speech_s_name(
@@ -450,7 +487,7 @@ def test_an_expert_is_trained_and_heard(home: Path) -> None:
     assert sync["expert"] == "ear" and sync["knew_person"] is True
     assert sync["truth"]["pairs_found"] > 0.55
     refused = talkhead("pretrain", "--expert", "-p", "s3d", "--home", home)
-    assert refused.exit_code == 2 and "only overlays" in refused.stderr
+    assert refused.exit_code == 2 and "are two methods" in refused.stderr
     refused = talkhead("pretrain", "-p", "s3d", "-p", "tiny", "-o", "ear", "--home", home)
     assert refused.exit_code == 2 and "there already, of expert" in refused.stderr
     refused = talkhead(

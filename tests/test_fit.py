@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shutil
+import signal
 from collections.abc import Container
 from contextlib import nullcontext
 from dataclasses import replace
@@ -139,6 +141,49 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path)
         finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=["train.scale=0.5"])
     with pytest.raises(TalkheadError, match="begun with --seed 0"):
         finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT, seed=1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interruption_is_heard_between_steps_and_saves(home: Path, number: int) -> None:
+    class Impatient(SilentProgress):
+        n_steps = 0
+
+        def advance(self, n: int = 1, **figures: float) -> None:
+            self.n_steps += n * ("loss" in figures)
+            if self.n_steps == 27:  # in the second stage
+                os.kill(os.getpid(), number)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            finetune(home, "speaker", Impatient(), names=PRESETS, settings=SHORT, device="cpu")
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    run = Run.named(Workspace.open(home, "speaker").runs, "lokitalk+tiny")
+    state = run.resume_state()
+    assert state is not None and state["place"]["total"] == 27 and not run.is_finished
+
+
+def test_nothing_is_lost_by_a_command_that_is_refused(home: Path) -> None:
+    train(home)
+    root = Workspace.open(home, "speaker").runs / "lokitalk+tiny"
+    before = {file.name: file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
+    assert "avatar.safetensors" in before and "optim.pt" not in before
+    misspelt = ["train.stages.lips.learn=[volume, deform, static, pose, voluem]",
+                "train.stages.lips.rates.voluem=0.1"]  # fmt: skip
+    for settings, why in (
+        (["train.stages.lips.weights.colr=1"], "'lips'.*no 'colr' among its weights"),
+        (["train.stages.lips.weights.sync=1"], "no 'sync' among its weights; known: attention"),
+        (misspelt, "no 'voluem' among its learn; known: deform"),
+    ):
+        with pytest.raises(MisuseError, match=why):
+            finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=[*SHORT, *settings],
+                     fresh=True)  # fmt: skip
+    assert before == {f.name: f.stat().st_mtime_ns for f in root.rglob("*") if f.is_file()}
 
 
 def test_seconds_in_which_nothing_is_heard_teach_nothing(home: Path) -> None:

@@ -409,7 +409,7 @@ def test_rays_that_meet_boxes_are_looked_at_closely(monkeypatch: pytest.MonkeyPa
         marcher.n_samples = 4
         marcher.look_closely(boxes, 9)
         for at_once in (10**6, 100):
-            monkeypatch.setattr(guided, "POINTS_AT_ONCE", at_once)
+            monkeypatch.setattr(guided, "POINTS_AT_ONCE", {"cpu": at_once})
             both = marcher.march(field, rays)
             for name in ("feature", "opacity", "depth", "spread"):
                 expected = torch.where(meets[:, None], getattr(many, name), getattr(few, name))
@@ -535,7 +535,7 @@ def test_blocks_of_rays_are_seamless(monkeypatch: pytest.MonkeyPatch) -> None:
     field, marcher, rays = Solid(smooth), trained(Solid(smooth), 5), picture(20, 0.2)
     with torch.no_grad():
         whole = marcher.march(field, rays)
-        monkeypatch.setattr(guided, "POINTS_AT_ONCE", 5 * 37)
+        monkeypatch.setattr(guided, "POINTS_AT_ONCE", {"cpu": 5 * 37})
         parts = marcher.march(field, rays)
     assert_same(whole, parts, 1e-6)
     assert whole.n_points == parts.n_points

@@ -87,6 +87,30 @@ def test_sound_alone_is_no_film(tmp_path: Path) -> None:
         job.preprocess(tmp_path / "talk.wav", tmp_path / "home", SilentProgress())
 
 
+def test_a_stage_that_was_begun_anew_and_killed_is_not_done(
+    tmp_path: Path, speaker_clip: Path
+) -> None:
+    space, probe = Workspace(tmp_path, "talk"), media.probe(speaker_clip)
+
+    def begin(value: int, options: str, kill_at: int | None = None) -> None:
+        def work() -> None:
+            with space.pieces("labels") as pieces:
+                for frame in range(250):
+                    if frame == kill_at:
+                        raise KeyboardInterrupt
+                    pieces.add(labels=np.full((6, 2, 2), value, np.uint8))
+
+        part = media.Part(speaker_clip, 0, None)
+        stages.Stages(space, part, probe, SilentProgress(), {}).do("labels", work, options)
+
+    begin(1, "these")
+    with pytest.raises(KeyboardInterrupt):
+        begin(2, "others", kill_at=150)
+    begin(1, "these")
+    again = Workspace(tmp_path, "talk")
+    assert {int(again.labels(frame)[0, 0, 0]) for frame in (0, 99, 100, 249)} == {1}
+
+
 @pytest.mark.parametrize("name", ["../../x", "a/b", ".hidden"])
 def test_an_id_that_could_escape_is_misuse(tmp_path: Path, speaker_clip: Path, name: str) -> None:
     home = tmp_path / "deep" / "home"
@@ -105,6 +129,50 @@ def test_another_film_of_the_same_name_is_another_identity(
     with pytest.raises(MisuseError, match=r"another 'talk'.*--id.*--fresh"):
         job.preprocess(speaker_clip, tmp_path, SilentProgress(), name="talk")
     assert space.manifest() == before
+
+
+def test_what_stays_when_footage_is_replaced_is_named(
+    home: Path, speaker_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = Workspace(home, "speaker")
+    yes = tmp_path / "yes.txt"
+    yes.write_text("I agree")
+    kept = space.keep_consent(yes)
+    (space.runs / "old").mkdir(parents=True)
+    (space.runs / "old" / "meta.json").write_text("{}")
+
+    def give_up(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages.Stages, "mesh", give_up)
+    for name, told in (("film.mp4", ["run 'old'", kept, "(film.mp4)", "--id"]), (None, [])):
+        if name is not None:
+            space.note(source={"name": name, "sha256": "0" * 64})
+        progress = SilentProgress()
+        with pytest.raises(KeyboardInterrupt):
+            job.preprocess(speaker_clip, home, progress, name="speaker", fresh=True)
+        notes = [note for note in progress.notes if "came with other footage" in note]
+        assert len(notes) == bool(told) and all(word in note for word in told for note in notes)
+    assert space.consents() == [kept] and (space.runs / "old").is_dir()
+
+
+def test_nothing_is_left_of_who_was_not_found(
+    tmp_path: Path, speaker_clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def nobody(*_: object) -> None:
+        raise TalkheadError("no face was found")
+
+    film = Path(shutil.copy(speaker_clip, tmp_path / "Zoë.mp4"))
+    monkeypatch.setattr(stages.Stages, "mesh", nobody)
+    for kept in (False, True):
+        space, progress = Workspace(tmp_path / "home", "Zoe"), SilentProgress()
+        if kept:  # somebody who was there before is never forgotten
+            space.note(finished=False)
+            (space.root / ".part-1.mp4").write_text("half")
+        with pytest.raises(TalkheadError, match="no face"):
+            job.preprocess(film, tmp_path / "home", progress)
+        assert space.root.exists() == kept and not (space.root / ".part-1.mp4").exists()
+        assert "id: Zoe (--id chooses another)" in progress.notes
 
 
 def test_unknown_words_are_misuse(tmp_path: Path, speaker_clip: Path) -> None:
@@ -139,7 +207,7 @@ def test_an_unknown_id_is_answered_with_the_known_ones(speaker_home: Path, comma
         ("My film (2)", "My-film-2"),
         ("..hidden", "hidden"),
         ("a..b", "a.b"),
-        ("Zoë!", "Zo"),
+        ("Zoë!", "Zoe"),
         ("---", "person"),
         ("x" * 90, "x" * 64),
     ],

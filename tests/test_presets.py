@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from talkhead_cli.avatars import METHODS
+from talkhead_cli.avatars import LEARNERS, METHODS, avatar_class
 from talkhead_cli.contracts import MisuseError
 from talkhead_cli.jobs import preset
 
@@ -28,8 +28,29 @@ def test_a_shipped_preset_loads_alone_or_over_lokitalk(name: str) -> None:
 
 
 def test_an_overlay_alone_lacks_a_method() -> None:
-    with pytest.raises(MisuseError, match="'method'"):
+    with pytest.raises(MisuseError, match="tiny names no method.*-p lokitalk -p tiny"):
         preset.load(["tiny"])
+
+
+def test_two_methods_are_too_many() -> None:
+    with pytest.raises(MisuseError, match="lokitalk and landmark are two methods"):
+        preset.load(["lokitalk", "landmark", "tiny"])
+
+
+def test_a_stage_that_is_misspelt_is_named_with_those_there_are() -> None:
+    with pytest.raises(
+        MisuseError, match=r"unknown stage 'train.stages.lipz'.*lips, eyes.*'learn'"
+    ):
+        preset.load(["lokitalk"], ["train.stages.lipz.steps=3"])
+
+
+def test_who_trains_at_full_size_without_a_gpu_is_told() -> None:
+    full, tiny = preset.load(["lokitalk"]), preset.load(["lokitalk", "tiny"])
+    assert "-p tiny" in str(preset.patience_asked(full, full.train, "cpu"))
+    assert preset.patience_asked(full, full.train, "cuda") is None
+    assert preset.patience_asked(tiny, tiny.train, "cpu") is None
+    photo = preset.load(["s3d"])  # who is drawn by a prior is not trained
+    assert preset.patience_asked(photo, photo.train, "cpu") is None
 
 
 @pytest.mark.parametrize(
@@ -77,7 +98,7 @@ def test_a_value_out_of_range_is_named_by_its_path(setting: str) -> None:
 
 
 def test_a_new_stage_must_be_whole() -> None:
-    with pytest.raises(MisuseError, match=r"'train\.stages\.polish\.learn'"):
+    with pytest.raises(MisuseError, match=r"'train\.stages\.polish'.* 'learn'"):
         preset.load(["lokitalk"], ["train.stages.polish.steps=5"])
 
 
@@ -132,9 +153,22 @@ def test_the_later_layer_wins_and_settings_win_last(tmp_path: Path) -> None:
     assert preset.load(["lokitalk", a, b]).data.size_px == 96
     assert preset.load(["lokitalk", b, a]).data.size_px == 64
     assert preset.load(["lokitalk", a, b]).data.window == 9  # what b does not name stays
-    assert preset.load(["lokitalk", a, b], ["data.size_px=32"]).data.size_px == 32
-    twice = ["data.size_px=32", "data.size_px=40"]
-    assert preset.load(["lokitalk"], twice).data.size_px == 40
+    assert preset.load(["lokitalk", a, b], ["data.size_px=72"]).data.size_px == 72
+    twice = ["data.size_px=72", "data.size_px=80"]
+    assert preset.load(["lokitalk"], twice).data.size_px == 80
+
+
+def test_patches_that_do_not_fit_into_pictures_are_refused() -> None:
+    with pytest.raises(MisuseError, match=r"^patches of stage lips \(64 px\) do not fit"):
+        preset.load(["lokitalk"], ["data.size_px=32"])
+
+
+@pytest.mark.parametrize("name", sorted(LEARNERS))
+def test_shipped_stages_weigh_losses_that_there_are(name: str) -> None:
+    made = preset.load([name])
+    for part in (made.train, made.pretrain):
+        for stage in part.stages.values() if part is not None else ():
+            assert stage.weights.keys() <= avatar_class(name).weighs
 
 
 def test_merging_leaves_its_inputs_alone() -> None:

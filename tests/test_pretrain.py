@@ -109,6 +109,23 @@ def test_a_prior_of_others_is_not_handed_out_nor_does_the_order_of_names_matter(
     assert any("finished already" in note for note in make(crowd)[1].notes)
 
 
+def test_a_prior_is_replaced_only_by_one_that_can_be_begun(crowd: Path) -> None:
+    prior, _ = make(crowd)
+    before = prior.meta()
+    wrong = [*QUICK, "pretrain.stages.detail.weights.colr=1"]
+    for options in ({"names": ["one", "nobody"]}, {"settings": wrong}):
+        with pytest.raises(TalkheadError):
+            make(crowd, fresh=True, **options)
+        assert prior.meta() == before and prior.weights()
+    made, _ = make(crowd, names=PEOPLE[:2], fresh=True)
+    assert set(made.meta()["people"]) == {"one", "two"} and made.is_finished
+
+
+def test_a_setting_that_another_command_reads_is_refused(crowd: Path) -> None:
+    with pytest.raises(MisuseError, match="say pretrain.scale=0.1"):
+        make(crowd, settings=[*QUICK, "train.scale=0.1"])
+
+
 def test_two_jobs_do_not_write_one_prior(crowd: Path) -> None:
     prior = Run.named(crowd / ".priors", "crowd")
     with prior.locked(), pytest.raises(TalkheadError, match="working on 'crowd'"):

@@ -19,6 +19,7 @@ from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.step import Drawn, Step
+from talkhead_cli.march import OccupancyGrid
 from talkhead_cli.store import Run, Workspace
 
 CPU = torch.device("cpu")
@@ -108,6 +109,36 @@ def test_a_team_stays_of_one_mind(home: Path) -> None:
     apart = [name for name in one if not torch.equal(one[name], two[name])]
     # what marching saw since the grid was last shared is each one's own
     assert set(apart) <= {name for name in one if name.endswith("seen")}, apart
+
+
+def look_elsewhere(home: Path, progress: Progress, *, devices: int, nodes: int) -> None:
+    """Two steps, each of which sees a cell that the other process does not; write what is known."""
+    fabric = team.fabric(CPU, "32-true", devices, nodes)
+
+    class Sees(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.ones(1))
+            self.grid = OccupancyGrid(torch.tensor([-1.0, -1, -1, 1, 1, 1]), 0.1, 8)
+
+        def forward(self, place: torch.Tensor) -> torch.Tensor:
+            self.grid.observe(place, torch.full((1,), 0.9))
+            return self.weight.sum() * place.sum()
+
+    seer = Sees()
+    module, optimizer = fabric.setup(seer, torch.optim.Adam(seer.parameters()))
+    side = 0.9 if fabric.global_rank else -0.9
+    for height in (side, 0.1):
+        fabric.backward(module(torch.tensor([[side, height, side]])))
+        optimizer.step()
+    torch.save(seer.grid.seen, home / f"{fabric.global_rank}.pt")
+
+
+def test_what_each_process_saw_is_its_own_until_grids_are_shared(home: Path) -> None:
+    team.run(look_elsewhere, home, progress=SilentProgress(), devices=2, nodes=1)
+    one, two = (torch.load(home / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert one[0, 0, 0] == two[7, 7, 7] == pytest.approx(0.9)
+    assert one[7, 7, 7] == two[0, 0, 0] == pytest.approx(0.05)
 
 
 def learn_of_people(home: Path, progress: Progress, *, devices: int, nodes: int) -> None:

@@ -49,7 +49,8 @@ class Avatar(nn.Module):
     `aabb` (6,) is the box of head space that holds the person.  In training, methods put noise
     on the driving signals; `noise` is the stage's share of it.  `common` names what people share
     and a prior consists of, by the beginnings of its names in the state.
-    One that `heeds` an expert takes its word as a loss, by the loss's name.
+    `weighs` names all losses that it may have, and of these the ones that it `heeds` are the word
+    of an expert, who may be missing.
     `judges` are frozen networks that a job hands in for their word in the losses; a list, so
     that they are neither trained nor saved with the avatar.
     One that `needs_portrait` learns to draw people whom it never met (`enroll`), within `box`.
@@ -68,6 +69,7 @@ class Avatar(nn.Module):
     common: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     noise = 1.0
+    weighs: frozenset[str] = frozenset()
     heeds: frozenset[str] = frozenset()
     begins_with: frozenset[str] = frozenset()
     needs_portrait = False
@@ -173,7 +175,7 @@ class Avatar(nn.Module):
         raise NotImplementedError
 
     def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
-        """Scalars by name; the stage's weights say which count, and how much."""
+        """Scalars by name, of those it `weighs`; a stage says which count, and how much."""
         raise NotImplementedError
 
     def part(self, name: str) -> list[nn.Parameter]:

@@ -46,7 +46,7 @@ from talkhead_cli.avatars.personal import (
 )
 from talkhead_cli.blocks.gaussians import GaussianCode
 from talkhead_cli.blocks.light import Shading
-from talkhead_cli.blocks.loss import patch_losses, solid_losses
+from talkhead_cli.blocks.loss import PATCH, SOLID, WHOLE, patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp, density_of
 from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES
 from talkhead_cli.blocks.planes import Planes2d, TriPlanes, gathered
@@ -127,6 +127,7 @@ class Landmark(PersonalAvatar):
     """The avatar of landmarks."""
 
     own = (".styles",)
+    weighs = SOLID | PATCH | WHOLE | {"speech", "colour", "relief", "rough", "still"}
     maps = MappingProxyType({"ambient": ("ambient coordinates",)})
 
     def __init__(

@@ -62,7 +62,7 @@ from talkhead_cli.blocks.eg3d import (
     checked,
 )
 from talkhead_cli.blocks.eg3d import N_STYLE as N_EG3D_STYLE
-from talkhead_cli.blocks.loss import patch_losses, solid_losses
+from talkhead_cli.blocks.loss import PATCH, SOLID, WHOLE, patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp, density_of
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
 from talkhead_cli.blocks.plane_generator import Latents, PlaneGenerator
@@ -109,6 +109,9 @@ class Talk3D(SharedAvatar):
 
     common = (*SharedAvatar.common, "generator.", "decoder.", "upscaler.")
     heeds = frozenset({"sync"})
+    weighs = SOLID | PATCH | WHOLE | heeds | {
+        "speech", "colour", "relief", "rough", "symmetry", "latent", "raw", "mouth",
+    }  # fmt: skip
     begins_with = frozenset(KINDS)
     generator: PlaneGenerator | EG3DGenerator | None
     latents: Latents | None

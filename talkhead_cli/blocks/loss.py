@@ -41,6 +41,11 @@ def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack(terms).sum()
 
 
+SOLID = frozenset({"matte", "entropy", "spread"})  # names of `solid_losses`
+PATCH = frozenset({"ssim", "gradient", "lpips"})  # of `patch_losses`
+WHOLE = frozenset({"whole", "whole_matte", *(f"whole_{name}" for name in PATCH)})
+
+
 def patch_losses(
     made: Tensor, target: Tensor, judges: Iterable[nn.Module], prefix: str = ""
 ) -> dict[str, Tensor]:

@@ -46,7 +46,7 @@ def import_(
         Path, typer.Argument(help="An avatar (.talkhead), or a dataset in RAD-NeRF's layout.")
     ],
     name: Annotated[
-        str | None, typer.Option("--id", help="Name it is to have here.  [default: its own]")
+        str | None, typer.Option("--id", help="Name it is to have here.  \\[default: its own]")
     ] = None,
     home: Home = None,
     json: Json = False,
@@ -92,7 +92,7 @@ def models_pull(
     source: Annotated[
         str | None,
         typer.Option("--from", help="A mirror (https://...) or folder that holds the file.  "
-                     "[default: where it is published]"),
+                     "\\[default: where it is published]"),
     ] = None,
     sha256: Annotated[str, typer.Option(help="The sha256 that the file must have.")] = "",
     verbose: Verbose = False,

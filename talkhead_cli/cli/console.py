@@ -8,7 +8,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 
@@ -29,7 +31,7 @@ from talkhead_cli.contracts import MisuseError, TalkheadError
 PLAIN_EVERY_S = 10.0
 CANNOT_WRITE = (
     errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
 )  # fmt: skip
 
 err = Console(stderr=True, highlight=False)
@@ -111,9 +113,11 @@ def _escaped(text: str) -> str:
 def speaking(verbose: bool) -> Iterator[Reporter]:
     """Run a job: report progress, turn errors into one sentence and an exit code.
 
-    0 done, 1 failed, 2 misused, 130 interrupted.  `verbose` lets native libraries speak, too.
+    0 done, 1 failed, 2 misused, 130 interrupted, 143 terminated.  `verbose` lets native libraries
+    speak, too.
     """
     code, words = 0, ""
+    _heed_termination()
     try:
         with contextlib.nullcontext() if verbose else chatter_unheard(), Reporter() as reporter:
             yield reporter
@@ -123,8 +127,11 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     except TalkheadError as error:
         code, words = 1, str(error)
         _trace(verbose)
-    except KeyboardInterrupt:
-        code, words = 130, "interrupted; run the same command again to go on"
+    except KeyboardInterrupt as stop:
+        code, words = 130, "interrupted"
+        if isinstance(stop, Terminated):
+            code, words = 143, "terminated"
+        words += "; run the same command again (preprocessing and training go on where they were)"
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
@@ -142,6 +149,20 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     if code:
         err.print(f"[bold red]error:[/] {_escaped(words)}", soft_wrap=True)
         raise SystemExit(code)
+
+
+class Terminated(KeyboardInterrupt):
+    """Asked to end by a signal, as a cluster or a container does it."""
+
+
+def _heed_termination() -> None:
+    """Let SIGTERM end a job as Ctrl-C does, with nothing left half-written."""
+
+    def end(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, end)
 
 
 @contextlib.contextmanager
@@ -183,8 +204,9 @@ def _trace(verbose: bool) -> None:
 
 
 def answer(text: object) -> None:
-    """One line of the answer itself, to stdout."""
-    sys.stdout.write(f"{text}\n")
+    """One line of the answer itself, to stdout, if there is one."""
+    if sys.stdout is not None:
+        sys.stdout.write(f"{text}\n")
 
 
 def compared(rows: Mapping[str, Mapping[str, float | None]]) -> Table:

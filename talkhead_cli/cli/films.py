@@ -20,17 +20,17 @@ def render(
     ] = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option("-p", "--preset", help="How the picture is made to speak.  [default: s3d]"),
+        typer.Option("-p", "--preset", help="How the picture is made to speak.  \\[default: s3d]"),
     ] = None,
     prior: Annotated[
-        str | None, typer.Option(help="Prior for the picture.  [default: the newest that fits]")
+        str | None, typer.Option(help="Prior for the picture.  \\[default: the newest that fits]")
     ] = None,
     face: Annotated[
         str | None,
         typer.Option(help="Of several faces in the picture: largest (default), left, right."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Film to write.  [default: ID-SPEECH.mp4]")
+        Path | None, typer.Option("-o", "--out", help="Film to write.  \\[default: ID-SPEECH.mp4]")
     ] = None,
     run: RunName = None,
     pose: Annotated[
@@ -93,7 +93,7 @@ def landmarks(
     name: Id,
     audio: Annotated[Path, typer.Option("--audio", help="Speech, in any format.")],
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Track to write.  [default: ID-SPEECH.npz]")
+        Path | None, typer.Option("-o", "--out", help="Track to write.  \\[default: ID-SPEECH.npz]")
     ] = None,
     run: RunName = None,
     lips: Annotated[float, typer.Option(help="How far lips go, times what speech says.")] = 1.0,

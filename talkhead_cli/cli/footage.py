@@ -17,7 +17,7 @@ def preprocess(
         list[Path], typer.Argument(help="Videos of one person talking each, or folders of them.")
     ],
     name: Annotated[
-        str | None, typer.Option("--id", help="Name of the identity.  [default: the file's stem]")
+        str | None, typer.Option("--id", help="Name of the identity.  \\[default: the file's stem]")
     ] = None,
     face: Annotated[
         str, typer.Option(help="With several faces: largest, left or right.")
@@ -29,7 +29,7 @@ def preprocess(
         list[str] | None,
         typer.Option(
             help="What tracks, as kind=name (voice=mel, labels=bisenet ...); repeat it.  "
-            "[default: the best whose weights are there]"
+            "\\[default: the best whose weights are there]"
         ),
     ] = None,
     offset: Annotated[
@@ -43,19 +43,20 @@ def preprocess(
         float, typer.Option("--from", help="Second of the film from which on it counts.")
     ] = 0.0,
     end: Annotated[
-        float | None, typer.Option("--to", help="Second up to which it counts.  [default: its end]")
+        float | None,
+        typer.Option("--to", help="Second up to which it counts.  \\[default: its end]"),
     ] = None,
     consent: Annotated[
         Path | None, typer.Option(help="The person's consent; kept with the identity.")
     ] = None,
     jobs: Annotated[
-        int, typer.Option(help="Videos at a time.  [default: by cores and memory]")
+        int, typer.Option(help="Videos at a time.", show_default="by cores and memory")
     ] = 0,
     engine: Annotated[
         str, typer.Option(help="What runs many videos: processes, or ray on many machines.")
     ] = "processes",
     address: Annotated[
-        str | None, typer.Option(help="Ray's cluster.  [default: this machine alone]")
+        str | None, typer.Option(help="Ray's cluster.  \\[default: this machine alone]")
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Forget what was done and begin anew.")] = False,
     home: Home = None,
@@ -127,21 +128,29 @@ def check(
 
 def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> None:
     """List identities and their runs."""
-    with speaking(verbose):
+    with speaking(verbose) as report:
+        from talkhead_cli.contracts import FPS
         from talkhead_cli.store import Workspace, home_folder, list_ids, list_runs
 
         folder = home_folder(home)
-        for name in list_ids(folder):
+        names = list_ids(folder)
+        if not names:
+            report.note(f"there is no identity in {folder}; --home says where avatars live")
+        for name in names:
             space = Workspace(folder, name)
             manifest = space.manifest()
-            runs = [
-                r.name + ("" if r.is_finished else " (unfinished)") for r in list_runs(space.runs)
-            ]
+            finished = bool(manifest.get("finished"))
+            seconds = manifest.get("n_frames", 0) / FPS
+            runs = [(r.name, r.is_finished) for r in list_runs(space.runs)]
             if json:
-                answer(jsonlib.dumps({"id": name, "runs": runs}))
+                facts = [{"name": run, "finished": done} for run, done in runs]
+                answer(jsonlib.dumps(
+                    {"id": name, "finished": finished, "seconds": seconds, "runs": facts}
+                ))  # fmt: skip
             else:
-                seconds = manifest.get("n_frames", 0) / 25
-                answer(f"{name}\t{seconds:.1f} s\t{', '.join(runs) or 'no runs'}")
+                told = [run + ("" if done else " (unfinished)") for run, done in runs]
+                length = f"{seconds:.1f} s" if finished else "(unfinished)"
+                answer(f"{name}\t{length}\t{', '.join(told) or 'no runs'}")
 
 
 def info(

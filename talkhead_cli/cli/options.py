@@ -12,7 +12,7 @@ from talkhead_cli.cli.console import answer
 
 Home = Annotated[
     Path | None,
-    typer.Option("--home", help="Folder of the avatars.  [default: $TALKHEAD_HOME or ./avatars]"),
+    typer.Option("--home", help="Folder of the avatars.  \\[default: $TALKHEAD_HOME or ./avatars]"),
 ]
 Verbose = Annotated[
     bool,
@@ -40,7 +40,7 @@ Presets = Annotated[
 Settings = Annotated[
     list[str] | None, typer.Option("-s", "--set", help="One preset key: key=value.")
 ]
-RunName = Annotated[str | None, typer.Option("--run", help="Which run.  [default: the newest]")]
+RunName = Annotated[str | None, typer.Option("--run", help="Which run.  \\[default: the newest]")]
 
 
 def say(paths: list[Path], facts: dict[str, Any], json: bool) -> None:

@@ -29,12 +29,12 @@ def finetune(
     setting: Settings = None,
     run: Annotated[
         str | None,
-        typer.Option("--run", help="Name of the run.  [default: its presets, and its prior]"),
+        typer.Option("--run", help="Name of the run.  \\[default: its presets, and its prior]"),
     ] = None,
     prior: Annotated[
         str | None,
         typer.Option(
-            help="Prior to begin from (pretrain), or none.  [default: the newest that fits]"
+            help="Prior to begin from (pretrain), or none.  \\[default: the newest that fits]"
         ),
     ] = None,
     refine: Annotated[
@@ -68,14 +68,14 @@ def finetune(
 
 def pretrain(
     ids: Annotated[
-        str | None, typer.Option(help="Identities, comma-separated.  [default: all of the home]")
+        str | None, typer.Option(help="Identities, comma-separated.  \\[default: all of the home]")
     ] = None,
     ids_from: Annotated[
         Path | None, typer.Option("--ids-from", help="File with one identity per line.")
     ] = None,
     out: Annotated[
         str | None,
-        typer.Option("-o", "--out", help="Name of the prior.  [default: prior, s3d or expert]"),
+        typer.Option("-o", "--out", help="Name of the prior.  \\[default: prior, s3d or expert]"),
     ] = None,
     preset: Presets = None,
     expert: Annotated[
@@ -93,15 +93,11 @@ def pretrain(
 ) -> None:
     """Learn what many people share; new people begin from it (finetune --prior)."""
     with speaking(verbose) as report:
-        from talkhead_cli.contracts import MisuseError
         from talkhead_cli.jobs import team
-        from talkhead_cli.jobs.preset import load
         from talkhead_cli.jobs.pretrain import pretrain as job
         from talkhead_cli.store import home_folder
 
         names = ["expert", *(preset or [])] if expert else preset or ["lokitalk"]
-        if expert and load(names).method != "expert":
-            raise MisuseError("--expert is a preset of its own; only overlays go with it (-p tiny)")
         made = team.run(
             job, home_folder(home), _named(ids, ids_from, home_folder(home)), out,
             progress=report, devices=devices, nodes=nodes, preset_names=names,

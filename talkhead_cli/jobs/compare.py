@@ -83,7 +83,10 @@ def _figures(home: Path, name: str, run: Run, progress: Progress, device: str) -
         found: dict[str, Any] = read_json(written)
         return found
     progress.note(f"evaluating {run.name}")
-    return evaluate(home, name, progress, run_name=run.name, device=device)[0]
+    try:
+        return evaluate(home, name, progress, run_name=run.name, device=device)[0]
+    except TalkheadError as error:
+        raise TalkheadError(f"run '{run.name}': {error}; leave it out of --compare") from error
 
 
 def _same_protocol(figures: dict[str, dict[str, Any]]) -> None:

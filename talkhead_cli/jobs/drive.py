@@ -31,6 +31,7 @@ BLINK_MEAN_S, BLINK_SPREAD, BLINK_MIN_S = 3.5, 0.5, 1.0
 SWAY_DEG = np.array([1.6, 2.4, 1.2])  # standard deviations of pitch, yaw, roll
 SWAY_HZ = (0.07, 0.55)
 N_WAVES = 5
+EYE_ROOM = 0.5  # that tracked openness may lie beyond 0 and 1
 BLINK_SHAPE = np.array([0.75, 0.35, 0.05, 0.0, 0.15, 0.4, 0.7, 0.9])
 
 
@@ -203,6 +204,11 @@ def _eyes(
             return track[frames, None] * awake
     else:
         given = read_table(Path(blink), (1, 2), "--blink")
+        if given.min() < -EYE_ROOM or given.max() > 1 + EYE_ROOM:
+            raise TalkheadError(
+                f"--blink {blink}: openness counts from 0 (shut) to 1 (open), not from "
+                f"{given.min():g} to {given.max():g}"
+            )
 
         def open_by(frames: NDArray[Any]) -> Array:
             rows = given[np.minimum(frames, len(given) - 1)]

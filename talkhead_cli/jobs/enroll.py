@@ -60,7 +60,7 @@ def enroll(
     ]
     name = re.sub(r"[^A-Za-z0-9_-]+", "-", images[0].stem).strip("-_")[:64]
     space = Workspace(home, check_id(name or "person"))
-    if (space.root / "manifest.json").exists():
+    if space.exists():
         raise TalkheadError(f"there is somebody '{space.id}' already; rename the picture")
     run = Run.named(space.runs, f"{method}+from-{start.name}")
     run.write_preset(text)

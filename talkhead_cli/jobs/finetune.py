@@ -22,6 +22,7 @@ from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.prior import Start
+from talkhead_cli.jobs.step import refuse_unknown
 from talkhead_cli.store import Run, Workspace, list_runs
 
 N_PORTRAITS = 4  # pictures of a new person that a prior is shown
@@ -67,27 +68,30 @@ def finetune(
     run = Run.named(space.runs, run_name or _run_name(names, settings, start))
     chief = team.is_chief(devices, nodes)
     with space.locked() if chief else nullcontext():
-        if fresh and chief:
-            run.clear()
         fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         fabric.barrier()
-        if _is_finished(run, preset, space, start, seed, progress):
+        if not fresh and _is_finished(run, preset, space, start, seed, progress):
             return run
         fabric.barrier()
         began = time.monotonic()
-        if chief:
-            run.write_meta(
-                identity=name, version=__version__, footage=space.fingerprint, seed=seed,
-                prior=None if start is None else start.facts(),
-                **borrowed.facts(preset.avatar.generator),
-            )  # fmt: skip
-            run.write_preset(preset.to_yaml())  # last: by it a run counts as begun
+        if word := presets.patience_asked(preset, preset.train, where.type):
+            progress.note(word)
         fabric.seed_everything(seed, verbose=False)
         with fabric.rank_zero_first():  # which caches the pixels
             clip = footage.load(space, preset.data, progress)
         avatar, marcher, stages = _begun(preset, name, clip, start, fabric.device, progress)
         judge = expert.asked(home, preset.method, preset.train, hears, progress)
         looks.seat(avatar, judge, preset, preset.train, fabric.device, progress)
+        if chief:  # now that nothing will be refused
+            if fresh:
+                run.clear()
+            run.write_meta(
+                identity=name, version=__version__, footage=space.fingerprint, seed=seed,
+                prior=None if start is None else start.facts(),
+                **borrowed.facts(preset.avatar.generator),
+            )  # fmt: skip
+            run.write_preset(preset.to_yaml())  # last: by it a run counts as begun
+        fabric.barrier()
         if avatar.needs_portrait:
             if chief:
                 run.save_portrait(portraits.to_arrays(clip.portrait(clip.best_likeness())))
@@ -109,6 +113,7 @@ def finetune(
                 device=march.device_name(fabric.device), torch=torch.__version__, speech=hears,
                 source=space.manifest()["source"], consent=space.manifest().get("consent", []),
             )  # fmt: skip
+            run.drop_resume()
     return run
 
 
@@ -166,6 +171,7 @@ def _begun(
         borrowed.begin(avatar, generator, progress)
     knows = start is not None or generator is not None
     stages = presets.begun_from(preset, avatar.common_parts() if knows else None)
+    refuse_unknown(stages.train, avatar, preset.method)
     hearing = clip.train[clip.heard[clip.train]]
     if not len(hearing):
         raise TalkheadError(

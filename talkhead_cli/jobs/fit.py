@@ -10,6 +10,7 @@ import copy
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -27,7 +28,7 @@ from talkhead_cli.contracts import (
     repacked,
     unpacked,
 )
-from talkhead_cli.jobs import critic, shots
+from talkhead_cli.jobs import critic, interrupt, shots
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset, Stage
@@ -69,8 +70,9 @@ def fit(
 ) -> Place:
     """Train through the preset's stages, continuing from the run's last save if there is one.
 
-    At the end the avatar holds the averaged weights.  `stop_after` ends the loop early, as a
-    kill would (tests).
+    At the end the avatar holds the averaged weights.  An interruption is heard between two steps,
+    and what was learnt is saved first; where several processes train, all of them end at once.
+    `stop_after` ends the loop early, as a kill would (tests).
     """
     people = [_near(person, fabric.device) for person in people]
     place, held = Place(), run.resume_state()
@@ -85,13 +87,13 @@ def fit(
         job.average.load(held["average"])
         progress.note(f"continuing from step {place.total}")
     job.clock.begin(place)
-    stages = list(preset.train.stages.items())
-    while place.stage < len(stages):
-        name, stage = stages[place.stage]
-        if not _StageLoop(name, stage, job).go(place, held, stop_after):
+    with interrupt.held() if fabric.world_size == 1 else nullcontext(lambda: False) as asked:
+
+        def stop(place: Place) -> bool:
+            return asked() or (stop_after is not None and stop_after(place))
+
+        if not _go_through(job, place, held, stop):
             return place
-        held = None
-        place.stage, place.step, place.rollbacks = place.stage + 1, 0, 0
     job.clock.read(place)
     if job.writer is not None:
         job.writer.close()
@@ -99,11 +101,36 @@ def fit(
     return place
 
 
+def _go_through(
+    job: _Job, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool]
+) -> bool:
+    """The stages from where training stands; False when stopped early."""
+    stages = list(job.preset.train.stages.items())
+    while place.stage < len(stages):
+        loop = _StageLoop(*stages[place.stage], job)
+        try:
+            if not loop.go(place, held, stop):
+                return False
+        finally:
+            loop.replay = None  # which holds the loop, and the memory that its recording ran in
+        held = None
+        place.stage, place.step, place.rollbacks = place.stage + 1, 0, 0
+    return True
+
+
 class _Clock:
-    """Seconds of training, those before an interruption too."""
+    """Seconds of training, those before an interruption too, and when to save."""
 
     def begin(self, place: Place) -> None:
-        self._began = time.monotonic() - place.seconds
+        self._saved = time.monotonic()
+        self._began = self._saved - place.seconds
+
+    def save_is_due(self) -> bool:
+        """Every SAVE_EVERY_S, whatever stages begin and end meanwhile."""
+        due = time.monotonic() - self._saved > SAVE_EVERY_S
+        if due:
+            self._saved = time.monotonic()
+        return due
 
     def read(self, place: Place) -> None:
         place.seconds = time.monotonic() - self._began
@@ -181,16 +208,15 @@ class _StageLoop:
             group["lr"] = torch.tensor(rate, device=self.job.fabric.device) if recorded else rate
             group["capturable"] = recorded
 
-    def go(
-        self, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool] | None
-    ) -> bool:
+    def go(self, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool]) -> bool:
         """Run the stage to its end, from where it was saved if it was; False when stopped early."""
         if held is not None:
             self.optimizer.load_state_dict(held["optimizer"])
             self._place_rates()
+            self._scale_as(held)
             if self.critic is not None:
                 self.critic.load(held["critic"])
-        good, saved_at = None, time.monotonic()
+        good = None
         self.job.module.train()
         self.job.progress.stage(f"train: {self.name}", self.n_steps, "steps")
         if place.step:
@@ -210,11 +236,10 @@ class _StageLoop:
                 for key, value in losses.items():
                     self.job.writer.add_scalar(f"{self.name}/{key}", value, place.total)
             self.job.progress.advance(1, **_shown(losses))
-            if time.monotonic() - saved_at > SAVE_EVERY_S:
+            stopped = stop(place)
+            if stopped or self.job.clock.save_is_due():
                 self._save(place)
-                saved_at = time.monotonic()
-            if stop is not None and stop(place):
-                self._save(place)
+            if stopped:
                 return False
         for kept in self.kept:
             self.avatar.eval()
@@ -289,6 +314,8 @@ class _StageLoop:
                 "CPU to start their operations one by one, which takes several times as long"
             )
             self.replay = None
+            assert isinstance(self.job.module.marcher, march.GuidedMarcher)
+            self.job.module.marcher.whole = False  # that rays which meet nothing come along
             return self._step(drawn)
 
     def _learn(self, *tensors: Tensor) -> Lost:
@@ -340,6 +367,7 @@ class _StageLoop:
         if self.replay is not None:  # it played on what was just replaced
             self.replay = march.Replay(self._learn, self.job.fabric.device)
         self._place_rates()
+        self._scale_as(state)
         if self.critic is not None:
             self.critic.load(state["critic"])
         self.job.average.restart(self.avatar)
@@ -351,6 +379,11 @@ class _StageLoop:
         )
         place.total -= place.step - step
         place.step = step
+
+    def _scale_as(self, state: dict[str, Any]) -> None:
+        """Scale losses in half precision as it was; in full precision nothing is kept of it."""
+        if state["precision"]:
+            self.job.fabric.strategy.precision.load_state_dict(state["precision"])
 
     def _save(self, place: Place) -> None:
         self.job.clock.read(place)
@@ -365,6 +398,7 @@ class _StageLoop:
         return {
             "module": self.job.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "precision": self.job.fabric.strategy.precision.state_dict(),
             "critic": None if self.critic is None else self.critic.state(),
         }
 

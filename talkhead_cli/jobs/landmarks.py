@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkhead_cli import march
-from talkhead_cli.contracts import FPS, MisuseError, Progress, Signals
+from talkhead_cli.contracts import FPS, MisuseError, Progress, Signals, TalkheadError
 from talkhead_cli.jobs import landmark_track, player, script
 from talkhead_cli.jobs.landmark_track import LandmarkTrack
 from talkhead_cli.jobs.player import Player
@@ -54,6 +54,7 @@ def landmarks(
     out = out or Path(f"{name}-{speech.stem}.npz")
     if out.suffix != ".npz":
         raise MisuseError(f"{out}: a landmark track is a .npz file")
+    _refuse_foreign(out, picture)
     show = player.load(run, march.device_of(device))
     moves = script.settled(show, moves or Moves(), progress)
     neutral = script.neutral_of(show)
@@ -82,6 +83,23 @@ def landmarks(
             made.append(out.with_suffix(".png"))
             _save(made[-1], np.concatenate([np.concatenate(tiles, 1), _curve(track, shown)], 0))
     return made
+
+
+def _refuse_foreign(out: Path, picture: bool) -> None:
+    """Tracks, and the pictures beside them, may be replaced by new ones; nobody else's files."""
+    shown = out.with_suffix(".png")
+    if out.exists():
+        try:
+            landmark_track.read(out)
+            return
+        except TalkheadError:
+            pass
+    for path in (out, shown) if picture else (out,):
+        if path.exists():
+            raise MisuseError(
+                f"{path} is there already, and was not made by talkhead landmarks; give another "
+                "-o, or move it away"
+            )
 
 
 def _drawn(show: Player, signals: Signals) -> NDArray[np.uint8]:

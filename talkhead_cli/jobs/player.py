@@ -148,7 +148,8 @@ class Player:
         open_views(self.avatar, self.marcher, signals, self.device)
         if isinstance(self.marcher, march.GuidedMarcher):
             # Seen from elsewhere, what guides it is coarser than a surface: few samples speckle.
-            self.marcher.n_samples = CLOSER * self.preset.march.n_samples
+            closer = CLOSER * self.preset.march.n_samples
+            self.marcher.n_samples = max(self.marcher.n_samples, closer)
 
     def heard(self, signals: Signals, rows: Tensor) -> Signals:
         """Rows (n,) of a film's signals as its speech says them, heard in order."""

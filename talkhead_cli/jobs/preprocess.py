@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import time
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from talkhead_cli import __version__, media
@@ -18,7 +20,7 @@ from talkhead_cli.contracts import (
 from talkhead_cli.jobs import backends
 from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Stages, ranges
 from talkhead_cli.media import Part
-from talkhead_cli.store import Workspace, check_id
+from talkhead_cli.store import Workspace, check_id, list_runs
 from talkhead_cli.store.files import sha256_of
 from talkhead_cli.track.scout import FACES
 
@@ -27,8 +29,9 @@ SIZE_PX = 512
 
 
 def id_from(video: Path) -> str:
-    """A valid id out of a file's stem."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", video.stem).strip("-._")
+    """A valid id out of a file's stem; accents fall off."""
+    plain = unicodedata.normalize("NFKD", video.stem).encode("ascii", "ignore").decode()
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
     return check_id(re.sub(r"\.{2,}", ".", name)[:64] or "person")
 
 
@@ -63,6 +66,8 @@ def preprocess(
     known_offset = _offset_from(offset)
     chosen = backends.choose(wanted)
     space = Workspace(home, id_from(video) if name is None else check_id(name))
+    if name is None and space.id != video.stem:
+        progress.note(f"id: {space.id} (--id chooses another)")
     began = time.monotonic()
     probe = media.probe(video)
     if not probe.has_video:
@@ -81,8 +86,9 @@ def preprocess(
     for warning in backends.warnings(chosen):
         progress.note(warning)
     source = sha256_of(video)
-    with space.locked():
+    with space.locked(), _nothing_left_of_refused(space):
         if fresh:
+            _name_what_stays(space, source, progress)
             space.clear()
         _refuse_other_footage(space, source)
         work = Stages(space, part, probe, progress, chosen)
@@ -151,6 +157,18 @@ def preprocess(
     return space
 
 
+@contextlib.contextmanager
+def _nothing_left_of_refused(space: Workspace) -> Iterator[None]:
+    """Forget an identity that a film was to begin, and of which nothing was found."""
+    is_new = not space.exists()
+    try:
+        yield
+    except TalkheadError:
+        if is_new and not space.manifest()["stages"]:
+            space.remove()
+        raise
+
+
 def _refuse_other_footage(space: Workspace, source: str) -> None:
     """Two films may bear one name, and who is in them is not asked: neither takes the other's."""
     known = space.manifest().get("source")
@@ -158,6 +176,20 @@ def _refuse_other_footage(space: Workspace, source: str) -> None:
         raise MisuseError(
             f"there is another '{space.id}' already, of other footage ({known.get('name')}); name "
             "this one with --id, or pass --fresh to replace it"
+        )
+
+
+def _name_what_stays(space: Workspace, source: str, progress: Progress) -> None:
+    """Before footage is replaced by other footage, of a person who may be another one."""
+    known = space.manifest().get("source")
+    if known is None or known.get("sha256") == source:
+        return
+    kept = [f"run '{run.name}'" for run in list_runs(space.runs)]
+    kept += [f"consent '{name}'" for name in space.consents()]
+    if kept:
+        progress.note(
+            f"{', '.join(kept)} of '{space.id}' came with other footage ({known.get('name')}) and "
+            "stay; if this is somebody else, use another --id"
         )
 
 

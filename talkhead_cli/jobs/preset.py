@@ -153,6 +153,17 @@ class Preset(_Strict):
     render: Render = Render()
     avatar: AvatarOptions = AvatarOptions()
 
+    @model_validator(mode="after")
+    def _patches_fit_into_pictures(self) -> Preset:
+        for part in (self.train, self.pretrain):
+            for name, stage in part.stages.items() if part is not None else ():
+                if stage.rays == "patch" and stage.patch_px > self.data.size_px:
+                    raise ValueError(
+                        f"patches of stage {name} ({stage.patch_px} px) do not fit into pictures "
+                        f"of data.size_px = {self.data.size_px}; set its patch_px"
+                    )
+        return self
+
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
@@ -169,6 +180,17 @@ def begun_from(preset: Preset, shared: Collection[str] | None) -> Preset:
         for name, stage in preset.train.stages.items() if stage.start != other
     }  # fmt: skip
     return preset.model_copy(update={"train": preset.train.model_copy(update={"stages": stages})})
+
+
+def patience_asked(preset: Preset, train: Train, device_kind: str) -> str | None:
+    """A word for who draws a full-sized preset without a GPU, most often by mistake."""
+    draws = any(stage.steps and stage.rays != "none" for stage in train.stages.values())
+    if device_kind != "cpu" or preset.avatar.size != "full" or not draws:
+        return None
+    return (
+        f"no GPU is used, and training at {preset.data.size_px} px takes a CPU days; -p tiny "
+        "trains 128 px in minutes"
+    )
 
 
 def preset_folder() -> Path:
@@ -210,7 +232,16 @@ def load(names: Sequence[str], settings: Sequence[str] = ()) -> Preset:
     """Merge presets left to right, then `key=value` settings with dotted keys; validate."""
     merged: dict[str, Any] = {}
     for name in names:
-        merged = _merge(merged, _for_method(read_layer(name), merged))
+        layer = read_layer(name)
+        method, other = merged.get("method"), layer.get("method")
+        if None not in (method, other) and method != other:
+            raise MisuseError(f"presets {method} and {other} are two methods; choose one of them")
+        merged = _merge(merged, _for_method(layer, merged))
+    if names and "method" not in merged:
+        raise MisuseError(
+            f"preset {'+'.join(names)} names no method and goes on top of one that does: "
+            f"-p lokitalk -p {names[-1]}"
+        )
     for setting in settings:
         merged = _merge(merged, _parse_setting(setting))
     return validate(merged)
@@ -265,7 +296,15 @@ def validate(values: dict[str, Any]) -> Preset:
             known = _known_keys(first["loc"][:-1])
             hint = f"; known there: {', '.join(known)}" if known else ""
             raise MisuseError(f"unknown preset key '{path}'{hint}") from error
-        raise MisuseError(f"preset key '{path}': {first['msg']}") from error
+        match first["loc"]:
+            case (str(part), "stages", str(stage), *_) if first["type"] == "missing":
+                there = [name for name in values[part]["stages"] if name != stage]
+                raise MisuseError(
+                    f"unknown stage '{part}.stages.{stage}'; known there: {', '.join(there)} (one "
+                    f"of your own needs '{path.rpartition('.')[2]}', too)"
+                ) from error
+        said = first["msg"].removeprefix("Value error, ")
+        raise MisuseError(f"preset key '{path}': {said}" if path else said) from error
 
 
 def _known_keys(parents: tuple[int | str, ...]) -> list[str]:

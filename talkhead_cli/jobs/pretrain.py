@@ -21,6 +21,7 @@ from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.preset import Preset, Train
 from talkhead_cli.jobs.prior import speech_facts
+from talkhead_cli.jobs.step import refuse_unknown
 from talkhead_cli.store import Run, Workspace, priors_folder
 from talkhead_cli.store.files import digest
 
@@ -51,6 +52,9 @@ def pretrain(
     `devices` processes on each of `nodes` machines, if there are several (`team.run`).
     """
     preset = presets.load(preset_names, settings)
+    for setting in settings:
+        if setting.startswith("train."):
+            raise MisuseError(f"-s {setting} is read by finetune; say pre{setting}")
     if preset.pretrain is None:
         raise MisuseError(
             f"preset '{'+'.join(preset_names)}' has no stages to pretrain; use one that has, such "
@@ -67,16 +71,16 @@ def pretrain(
     prior = Run.named(priors_folder(home), out)
     chief = team.is_chief(devices, nodes)
     with prior.locked() if chief else nullcontext():
-        if fresh and chief:
-            prior.clear()
         where = march.device_of(device)
         fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         fabric.barrier()
-        asked = _asked_for(home, names, preset, stages, seed, prior, progress)
-        if prior.is_finished:
+        asked = _asked_for(home, names, preset, stages, seed, progress)
+        if not fresh:
+            _refuse_another(prior, preset, asked.key)
+        if prior.is_finished and not fresh:
             progress.note(f"prior '{out}' is finished already; --fresh trains it anew")
         else:
-            _train(prior, home, asked, preset, stages, progress, fabric, seed, stop_after)
+            _train(prior, home, asked, preset, stages, progress, fabric, seed, stop_after, fresh)
     return prior
 
 
@@ -92,16 +96,19 @@ class _Asked:
 
 
 def _asked_for(
-    home: Path, names: Sequence[str], preset: Preset, stages: Train, seed: int, prior: Run,
-    progress: Progress,
-) -> _Asked:  # fmt: skip
-    """Refuses a prior that other people or settings began."""
+    home: Path, names: Sequence[str], preset: Preset, stages: Train, seed: int, progress: Progress
+) -> _Asked:
     spaces = _openable(home, names, progress)
     if len(spaces) < MIN_PEOPLE:
         raise _too_few(len(spaces), len(set(names)))
     text = preset.model_copy(update={"train": stages, "pretrain": None}).to_yaml()
     sources = [[space.id, space.manifest()["source"]["sha256"]] for space in spaces]
     key = digest({"people": sources, "preset": text, "seed": seed})
+    return _Asked(spaces, len(set(names)), text, key)
+
+
+def _refuse_another(prior: Run, preset: Preset, key: str) -> None:
+    """Raises for a prior that other people or settings began."""
     known = prior.meta()
     if known.get("key", key) != key:
         method = known.get("method", preset.method)
@@ -110,7 +117,6 @@ def _asked_for(
             f"prior '{prior.name}' is there already, of {what}; give another -o, or --fresh to "
             "replace it"
         )
-    return _Asked(spaces, len(set(names)), text, key)
 
 
 def _too_few(n: int, n_named: int) -> TalkheadError:
@@ -130,9 +136,12 @@ def _train(
     fabric: Fabric,
     seed: int,
     stop_after: Callable[[fit.Place], bool] | None,
+    fresh: bool,
 ) -> None:
     """The stages over everybody who can be used."""
     began, where = time.monotonic(), fabric.device
+    if word := presets.patience_asked(preset, stages, where.type):
+        progress.note(word)
     fabric.barrier()
     with fabric.rank_zero_first():  # which caches the pixels
         people = _loaded(asked.spaces, preset, stages, progress)
@@ -141,23 +150,28 @@ def _train(
     sources = {space.id: space.manifest()["source"]["sha256"] for space, _ in people}
     clips = [clip for _, clip in people]
     hears = speech_facts(people[0][0], preset)
-    judge = _judge(prior, home, preset, stages, hears, progress)
-    fabric.barrier()
-    if fabric.is_global_zero:
-        prior.write_meta(
-            version=__version__, people=sources, seed=seed, key=asked.key,
-            expert=None if judge is None else judge.name,
-            expert_key=None if judge is None else judge.prior.meta()["key"],
-        )  # fmt: skip
-        prior.write_preset(asked.preset_text)
+    begun = {} if fresh else prior.meta()
+    judge = _judge(prior.name, begun, home, preset, stages, hears, progress)
     fabric.seed_everything(seed, verbose=False)
     boxes = torch.stack([player.box_for(preset, clip.signals.camera) for clip in clips])
     aabb = torch.cat([boxes[:, :3].amin(0), boxes[:, 3:].amax(0)])  # holds all of them
     avatar, marcher, why = player.build(
         preset, clips[0].signals.audio.shape[1:], aabb.to(where), where, len(clips)
     )
+    refuse_unknown(stages, avatar, preset.method)
     progress.note(f"marching: {why}")
     looks.seat(avatar, judge, preset, stages, where, progress)
+    fabric.barrier()
+    if fabric.is_global_zero:  # now that nothing will be refused
+        if fresh:
+            prior.clear()
+        prior.write_meta(
+            version=__version__, people=sources, seed=seed, key=asked.key,
+            expert=None if judge is None else judge.name,
+            expert_key=None if judge is None else judge.prior.meta()["key"],
+        )  # fmt: skip
+        prior.write_preset(asked.preset_text)
+    fabric.barrier()
     rows = [clip.train[clip.heard[clip.train]] for clip in clips]
     few = max(SURVEYED // len(clips), MIN_SURVEYED)
     avatar.survey([
@@ -189,21 +203,21 @@ def _train(
         speech=hears,
         torch=torch.__version__,
     )
+    prior.drop_resume()
 
 
 def _judge(
-    prior: Run, home: Path, preset: Preset, stages: Train, hears: dict[str, Any],
-    progress: Progress,
+    name: str, begun: dict[str, Any], home: Path, preset: Preset, stages: Train,
+    hears: dict[str, Any], progress: Progress,
 ) -> expert.Judge | None:  # fmt: skip
     """Whom the stages ask, the same all the way through."""
-    begun = prior.meta()
     if "expert_key" in begun and begun["expert"] is None:
         return None
     judge = expert.asked(home, preset.method, stages, hears, progress, wanted=begun.get("expert"))
     told = None if judge is None else judge.prior.meta()["key"]
     if begun.get("expert_key", told) != told:
         raise TalkheadError(
-            f"prior '{prior.name}' was begun with the lip-sync expert '{begun['expert']}', which "
+            f"prior '{name}' was begun with the lip-sync expert '{begun['expert']}', which "
             "is gone; pass --fresh to begin anew"
         )
     return judge

@@ -22,8 +22,8 @@ from talkhead_cli.jobs import photo, player, script
 from talkhead_cli.jobs.enroll import enroll
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.script import Moves
-from talkhead_cli.store import Workspace
-from talkhead_cli.store.files import sha256_of, write_json
+from talkhead_cli.store import Run, Workspace
+from talkhead_cli.store.files import read_json, sha256_of, write_json
 
 DEPTH_UNIT = 1 / 8192  # face heights per step of the 16-bit depth film
 
@@ -62,9 +62,14 @@ def render(
     script.refuse_mute(speech)
     if wishes.alpha and wishes.background != "plate":
         raise MisuseError("--alpha leaves the background out, so --background does not go with it")
-    out = out or Path(f"{name}-{speech.stem}{'.webm' if wishes.alpha else '.mp4'}")
+    usual = Path(f"{name}-{speech.stem}{'.webm' if wishes.alpha else '.mp4'}")
+    out = usual if out is None else out / usual if out.is_dir() else out
+    depth_out = out.with_name(out.stem + ".depth.mkv") if wishes.depth else None
+    sidecar = out.with_name(out.name + ".json")
     if out.exists() and out.samefile(speech):
         raise MisuseError("the output would overwrite the speech file; give another -o")
+    _refuse_foreign(sidecar, [out] if depth_out is None else [out, depth_out])
+    _name_old_footage(space, run, progress)
     show = player.load(run, march.device_of(device))
     progress.note(f"marching: {show.note}")
     wishes = script.settled(show, wishes, progress)
@@ -72,7 +77,6 @@ def render(
     plate = _background(wishes.background, show.plate, size)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = [out]
-    depth_out = out.with_name(out.stem + ".depth.mkv") if wishes.depth else None
     tags = _marks(space, show, speech)
     with script.written(show, speech, wishes, progress) as film_script:
         n_frames = film_script.n_frames
@@ -88,16 +92,19 @@ def render(
             ) as film,
             _maybe_depth(depth_out, size, tags) as depth_film,
         ):  # fmt: skip
+            n_empty = 0
             for signals in film_script.chunks():
                 for frame, _ in show.pictures(signals, behind):
+                    n_empty += float(frame.alpha.max()) < 0.5
                     film.write(player.eight_bits(frame, wishes.alpha))
                     if depth_film is not None:
                         depth_film.write(_depth(frame))
                     progress.advance()
+    if n_empty:
+        progress.note(f"nobody is seen in {n_empty} of {n_frames} frames: poses lead out of them")
     if depth_out is not None:
         made.append(depth_out)
     seconds = time.monotonic() - began
-    sidecar = out.with_name(out.name + ".json")
     write_json(sidecar, {
         "synthetic": True, **tags,
         "talkhead": __version__, "speech_sha256": sha256_of(speech), "film_sha256": sha256_of(out),
@@ -129,6 +136,31 @@ def render_picture(
             Path(folder), space.id, speech, progress, out=out, run_name=run.name, wishes=wishes,
             device=device,
         )  # fmt: skip
+
+
+def _refuse_foreign(sidecar: Path, films: Sequence[Path]) -> None:
+    """Films that this program made, which lie beside the JSON that says so, may be replaced by new
+    ones; nobody else's files."""
+    try:
+        ours = "talkhead" in read_json(sidecar)
+    except (FileNotFoundError, TalkheadError):
+        ours = False
+    for path in (*films, sidecar):
+        if path.exists() and not ours:
+            raise MisuseError(
+                f"{path} is there already, and was not made by talkhead render; give another -o, "
+                "or move it away"
+            )
+
+
+def _name_old_footage(space: Workspace, run: Run, progress: Progress) -> None:
+    """A word where a run is of a film that was replaced since."""
+    own, now = run.meta().get("source"), space.manifest().get("source")
+    if own and now and own.get("sha256") != now.get("sha256"):
+        progress.note(
+            f"run '{run.name}' was trained on other footage ({own.get('name')}) than '{space.id}' "
+            f"holds now ({now.get('name')})"
+        )
 
 
 def _depth(frame: Frame) -> NDArray[np.uint16]:

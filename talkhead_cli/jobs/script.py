@@ -34,7 +34,7 @@ from talkhead_cli.track import voice
 
 PCM_SCALE = 1 / 32768
 STATS_S = 60  # seconds that are read at once
-CHUNK = 50  # frames that hear together
+CHUNK = 48  # frames that hear together; whole batches of a GPU (`player.MAX_ROWS`)
 OWN_STATS_S = 5.0  # speech shorter than this is standardised by the footage's statistics
 
 

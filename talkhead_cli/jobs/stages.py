@@ -64,7 +64,7 @@ class Stages:
         self._keys[stage] = key
         if not self.space.is_done(stage, key):
             self.n_done += 1
-            self.space.note(finished=False)
+            self.space.mark_undone(stage)
             work()
             self.space.mark_done(stage, key)
 

@@ -11,7 +11,22 @@ from torch import Tensor, nn
 
 from talkhead_cli import march
 from talkhead_cli.avatars.base import Avatar, StepResult
-from talkhead_cli.contracts import Shot
+from talkhead_cli.contracts import MisuseError, Shot
+from talkhead_cli.jobs.preset import Train
+
+
+def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
+    """MisuseError for a stage that names a part or a loss that the avatar has not got: nobody would
+    read it."""
+    for name, stage in train.stages.items():
+        for what, named, known in (
+            ("learn", stage.learn, avatar.parts()), ("weights", stage.weights, avatar.weighs)
+        ):  # fmt: skip
+            for strange in sorted(set(named) - set(known)):
+                raise MisuseError(
+                    f"stage '{name}': preset {method} knows no '{strange}' among its {what}; "
+                    f"known: {', '.join(sorted(known))}"
+                )
 
 
 class Drawn:
@@ -59,6 +74,7 @@ class Step(nn.Module):
             results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
             n_points += int(rendered.n_points)
         terms = self.avatar.losses(results)
+        assert terms.keys() <= self.avatar.weighs, terms.keys() - self.avatar.weighs
         weighed = [weights[name] * term for name, term in terms.items() if weights.get(name)]
         assert weighed, "the stage weighs none of its losses"
         loss = torch.stack(weighed).sum()

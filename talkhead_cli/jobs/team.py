@@ -90,8 +90,9 @@ def fabric(device: torch.device, precision: Precision, devices: int, nodes: int)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices))
     made = Fabric(
         accelerator=device.type, devices=devices, num_nodes=nodes, precision=precision,
-        # a step may ask for no point of the shoulders, say
-        strategy=DDPStrategy(find_unused_parameters=True),
+        # A step may ask for no point of the shoulders, say; and what each has seen of the grid is
+        # its own, until the grid is updated.
+        strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
     )  # fmt: skip
     made.launch()
     return made

@@ -84,10 +84,8 @@ class NerfaccMarcher(PackedMarcher):
                 (weights, torch.cat((torch.ones_like(s), s, s**2), 1)),
             )
         )
-        opacity, first, second = moments.chunk(3, 1)
-        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
-        depth = first + origin * opacity
-        return Rendered(torch.cat((feature, extra), 1), opacity, depth, spread, len(packed.t))
+        feature = torch.cat((feature, extra), 1)
+        return Rendered.of_moments(feature, moments, origin, len(packed.t))
 
 
 def obstacle() -> str:

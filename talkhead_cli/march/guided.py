@@ -21,7 +21,9 @@ from .rays import intersect_box
 FLOOR = 0.07
 EVENLY = 3  # times the samples while nobody knows which cells are worth looking at
 AT_FIRST = 0.7  # of a ray's samples; the others are asked for where light still passes
-POINTS_AT_ONCE = 32_768  # on a CPU, so that what a field makes of them stays in the cache
+# Points of a picture: so few that what a field makes of them stays in a CPU's cache; or, without
+# kernels, in a few gigabytes of a GPU's memory.
+POINTS_AT_ONCE = {"cpu": 32_768, "cuda": 2**20}
 
 
 class GuidedMarcher(nn.Module):
@@ -80,13 +82,13 @@ class GuidedMarcher(nn.Module):
             return self.lattice.march(field, rays)
         if self.fused and not torch.is_grad_enabled() and getattr(field, "skips", False):
             return self._without_waiting(field, rays)
-        maps, n_points = rays.near.new_zeros(len(rays), field.channels + 3), 0
+        sums, n_points = rays.near.new_zeros(len(rays), field.channels + 4), 0
         for at, n_samples in self._shares(rays):
             own, alive, n = self._march(field, rays if at is None else rays[at], n_samples)
-            maps = maps.index_copy(0, alive if at is None else at[alive], own)
+            sums = sums.index_copy(0, alive if at is None else at[alive], own)
             n_points += n
-        feature, opacity, depth, spread = maps.split((field.channels, 1, 1, 1), 1)
-        return Rendered(feature, opacity, depth, spread, n_points)
+        feature, moments, origin = sums.split((field.channels, 3, 1), 1)
+        return Rendered.of_moments(feature, moments, origin, n_points)
 
     def look_closely(self, boxes: Tensor, n_samples: int) -> None:
         """Give rays of pictures that meet one of the boxes (B, 6) so many samples, unless all have
@@ -103,17 +105,14 @@ class GuidedMarcher(nn.Module):
         return [((~meets).nonzero().squeeze(1), self.n_samples), (meets.nonzero().squeeze(1), n)]
 
     def _march(self, field: Field, rays: RayBundle, n_samples: int) -> tuple[Tensor, Tensor, int]:
-        """Channels, opacity, depth and spread (A, C + 3) of the rays (A,) that have samples, and
-        how many points that took."""
+        """Sums of the rays (A,) that have samples and the origins of their moments, (A, C + 4); the
+        rays; and how many points that took."""
         t, width, alive = self.lay(rays, n_samples)
         if torch.is_grad_enabled():
             sums, n_points = self._sums(field, rays, alive, t, width, t[:, :1]), t.numel()
         else:
             sums, n_points = self._front_to_back(field, rays, alive, t, width)
-        feature, opacity, first, second = sums.split((field.channels, 1, 1, 1), 1)
-        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
-        maps = torch.cat((feature, opacity, first + t[:, :1] * opacity, spread), 1)
-        return maps, alive, n_points
+        return torch.cat((sums, t[:, :1]), 1), alive, n_points
 
     def _front_to_back(
         self, field: Field, rays: RayBundle, ray: Tensor, t: Tensor, width: Tensor
@@ -124,7 +123,7 @@ class GuidedMarcher(nn.Module):
         left, n_points = torch.arange(n, device=t.device), 0
         sums = t.new_zeros(n, field.channels + 3)
         for a, b in pairwise(sorted({0, math.ceil(AT_FIRST * k), k})):
-            at_once = POINTS_AT_ONCE // (b - a) if t.is_cpu else n
+            at_once = POINTS_AT_ONCE[t.device.type] // (b - a)
             for at in left.split(at_once) if len(left) else ():
                 part = self._sums(field, rays, ray[at], t[at, a:b], width[at, a:b], t[at, :1])
                 sums.index_add_(0, at, (1 - sums[at, opacity, None]) * part)
@@ -135,8 +134,8 @@ class GuidedMarcher(nn.Module):
     def _sums(
         self, field: Field, rays: RayBundle, ray: Tensor, t: Tensor, width: Tensor, origin: Tensor
     ) -> Tensor:
-        """Samples (A, K) of the rays (A,) -> (A, C + 3): channels, and moments of the weights about
-        origin (A, 1), small numbers, so that the spread of a thin surface survives float32."""
+        """Samples (A, K) of the rays (A,) -> (A, C + 3): channels, and the weights' moments about
+        origin (A, 1)."""
         shape = n, k = t.shape
         x, density, channels = ask(field, rays, t.reshape(-1), ray.repeat_interleave(k))
         w = quadrature(density.view(shape), width)

@@ -89,9 +89,9 @@ def _lay(
     o0, d0, a0, b0 = _part(origins, directions, box, ray, here, 0)
     o1, d1, a1, b1 = _part(origins, directions, box, ray, here, 1)
     o2, d2, a2, b2 = _part(origins, directions, box, ray, here, 2)
-    near = tl.load(nears + ray, mask=here, other=0.0)
+    begin = tl.load(nears + ray, mask=here, other=0.0)
     far = tl.load(fars + ray, mask=here, other=0.0)
-    near = tl.maximum(near, tl.maximum(a0, tl.maximum(a1, a2)))
+    near = tl.maximum(begin, tl.maximum(a0, tl.maximum(a1, a2)))
     far = tl.minimum(far, tl.minimum(b0, tl.minimum(b1, b2)))
     cell = (far - near) / N
     crossing = cell > 0
@@ -100,6 +100,10 @@ def _lay(
         value = _worth(worth, aabb, near + cell * (i + 0.5), o0, d0, o1, d1, o2, d2, D)
         total += tl.where(crossing, value, 0.0)
     tl.store(alive + ray, total > 0, mask=here)
+    # Where a ray misses the box, "near" may be a hundred thousand heads away, which half precision
+    # does not hold; and a field that is asked there says what is not a number.
+    near = tl.where(total > 0, near, begin)
+    cell = tl.where(total > 0, cell, 0.0)
 
     # A sample's two edges and its middle, as shares of the ray's worth.
     k = tl.arange(0, ROOM)

@@ -10,7 +10,7 @@ from torch import Tensor, distributed, nn
 from ..contracts import Field
 
 ALPHA_THRESHOLD = 0.01  # a cell that stops less of the light in one march step is empty
-CHUNK = {"cpu": 65_536, "cuda": 2**21}  # points per call of the field
+CHUNK = {"cpu": 65_536, "cuda": 2**20}  # points per call of the field
 SEEN_THRESHOLD = 0.005  # a cell no sample of which adds more to any pixel is hidden
 SEEN_DECAY = 0.9  # per update
 SEEN_AT_FIRST = 0.05  # so that cells nobody ever sees close after some twenty updates

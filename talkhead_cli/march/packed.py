@@ -67,8 +67,6 @@ class PackedMarcher(nn.Module):
         packed = self.sample(rays)
         origin = first_distance(packed)
         feature = rays.origins.new_zeros(len(rays), field.channels, dtype=torch.float32)
-        # Moments of w about each ray's first sample: (sum w, sum w s, sum w s^2). Distances
-        # from there are small, so that the spread of a thin surface survives float32.
         moments = feature.new_zeros(len(rays), 3)
         alive = packed.count.nonzero().squeeze(1)
         through = feature.new_ones(len(alive))
@@ -104,9 +102,7 @@ class PackedMarcher(nn.Module):
             keep = (through > self.early_stop) & (n_left > width)
             alive, through = alive[keep], through[keep]
 
-        opacity, first, second = moments.chunk(3, 1)
-        spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
-        return Rendered(feature, opacity, first + origin * opacity, spread, n_points)
+        return Rendered.of_moments(feature, moments, origin, n_points)
 
     def refresh(self, field: Field, step: int) -> None:
         """Update the grid on every `every`-th step."""

@@ -26,7 +26,7 @@ LEAD_FRAMES = 2 * FPS
 TRUNCATION_S = 0.5
 HDR = ("smpte2084", "arib-std-b67")
 SUFFIXES = {
-    "video": (".mp4", ".m4v", ".mov", ".mkv"),
+    "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm"),
     "transparency": (".webm", ".mov"),
     "depth": (".mkv",),
 }
@@ -106,7 +106,8 @@ class VideoWriter:
     gray16   one 16-bit channel, lossless: .mkv (FFV1)
     metadata written into the container, any keys
 
-    Plain: H.264 yuv420p and AAC tagged BT.709, in .mp4, .m4v, .mov or .mkv. TalkheadError
+    Plain: H.264 yuv420p and AAC tagged BT.709, in .mp4, .m4v, .mov or .mkv; VP9 and Opus in
+    .webm. TalkheadError
     when the format cannot be had or ffmpeg cannot write.
     """
 
@@ -279,9 +280,10 @@ def _codec(
     if gray16:
         return {"vcodec": "ffv1", "pix_fmt": "gray16le", "acodec": "aac"}
     if suffix == ".webm":
+        vp9 = {"vcodec": "libvpx-vp9", "pix_fmt": "yuv420p", "row-mt": 1, "crf": crf,
+               "video_bitrate": 0, "cpu-used": 4, "acodec": "libopus"}  # fmt: skip
         # VP9 keeps no transparency with alternate reference frames
-        vp9 = {"vcodec": "libvpx-vp9", "pix_fmt": "yuva420p", "auto-alt-ref": 0, "row-mt": 1}
-        return vp9 | {"crf": crf, "video_bitrate": 0, "cpu-used": 4, "acodec": "libopus"}
+        return vp9 | ({"pix_fmt": "yuva420p", "auto-alt-ref": 0} if alpha else {})
     codec: dict[str, Any] = {"acodec": "aac", "audio_bitrate": "128k"}
     if suffix != ".mkv":
         codec["movflags"] = "+faststart+use_metadata_tags"

@@ -98,6 +98,10 @@ class Run:
         with atomic(self.root / "optim.pt") as part:
             torch.save(state, part)
 
+    def drop_resume(self) -> None:
+        """Once it is finished."""
+        (self.root / "optim.pt").unlink(missing_ok=True)
+
     def resume_state(self) -> dict[str, Any] | None:
         import torch
 

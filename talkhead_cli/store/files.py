@@ -31,6 +31,8 @@ def atomic(path: Path) -> Iterator[Path]:
     try:
         yield part
         os.chmod(part, 0o644)
+        with part.open("rb") as file:
+            os.fsync(file.fileno())  # else a power cut may leave the name with nothing in it
         os.replace(part, path)
     except OSError as error:
         if error.errno == errno.ENOSPC:

@@ -92,7 +92,7 @@ class _Wrong(Exception):
 
 
 def _damaged(file: Path, why: str) -> TalkheadError:
-    return TalkheadError(f"{file} is no sound {SUFFIX} file ({why}); export the avatar again")
+    return TalkheadError(f"{file} is no whole {SUFFIX} file ({why}); export the avatar again")
 
 
 def _record(archive: zipfile.ZipFile) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _record(archive: zipfile.ZipFile) -> dict[str, Any]:
 
 def _fits(space: Workspace, run: Run, archive: zipfile.ZipFile) -> None:
     """Refuse to lie beside another person's footage, or over a run."""
-    if not (space.root / "manifest.json").exists():
+    if not space.exists():
         return
     try:
         theirs = json.loads(archive.read("manifest.json"))["source"]["sha256"]
@@ -173,6 +173,6 @@ def _settle(folder: Path, space: Workspace, run: Run) -> None:
     for record in (folder / "consent").iterdir() if (folder / "consent").is_dir() else ():
         (space.root / "consent").mkdir(exist_ok=True)
         record.replace(space.root / "consent" / record.name)
-    if not (space.root / "manifest.json").exists():
+    if not space.exists():
         (folder / "manifest.json").rename(space.root / "manifest.json")
         space.note(id=space.id)

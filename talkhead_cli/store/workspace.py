@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ class Workspace:
     def open(cls, home: Path, name: str) -> Workspace:
         """An existing, finished workspace."""
         space = cls(home, name)
-        if not (space.root / "manifest.json").exists():
+        if not space.exists():
             known = ", ".join(list_ids(home)) or "none yet"
             raise TalkheadError(
                 f"there is no identity '{name}' in {home} (known: {known}); "
@@ -123,6 +123,10 @@ class Workspace:
                 f"'{name}' is not preprocessed to the end; run the same preprocess command again"
             )
         return space
+
+    def exists(self) -> bool:
+        """Whether anything was ever begun here."""
+        return (self.root / "manifest.json").exists()
 
     # -- manifest and stages ------------------------------------------------------------
 
@@ -151,14 +155,24 @@ class Workspace:
         manifest["stages"][stage] = key
         write_json(self.root / "manifest.json", manifest)
 
+    def mark_undone(self, stage: str) -> None:
+        """Before a stage is done anew: its files are about to become a mixture."""
+        manifest = self.manifest() | {"finished": False}
+        manifest["stages"].pop(stage, None)
+        write_json(self.root / "manifest.json", manifest)
+
     @property
     def fingerprint(self) -> str:
         """Hash of all stage keys: changes when any stage's input changed."""
         return digest(self.manifest()["stages"])
 
-    def locked(self) -> AbstractContextManager[None]:
-        """Hold the folder for one writing job."""
-        return held(self.root / ".lock", self.id)
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder for one writing job; what a killed one left half-written goes."""
+        with held(self.root / ".lock", self.id):
+            for stale in self.root.glob(".part-*"):
+                stale.unlink()
+            yield
 
     def clear(self) -> None:
         """Forget everything but the trained runs and consent."""
@@ -261,6 +275,7 @@ class Workspace:
     ) -> NDArray[np.uint8]:
         """Write rows (each shape[1:]) to the cache as they come; returns the memory map."""
         path = self.cache_file(kind, size_px)
+        path.with_suffix(".key").unlink(missing_ok=True)  # of what is about to be replaced
         with atomic(path) as part:
             target = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
             count = 0

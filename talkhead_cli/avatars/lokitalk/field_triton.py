@@ -146,7 +146,7 @@ def evaluate(
     and (4,), reach of the planes (3,) · rows (T, 24) shoulders and light of each row · codes: what
     rows' codes add to first layers, face (2 T, trunk), density (2 T, head), torso (T, trunk)
     """
-    n, x, d = len(x), x.contiguous(), d.contiguous()
+    n, x, d, row = len(x), x.contiguous(), d.contiguous(), row.contiguous()
     encoded, trunk, head, n_levels = weights.sizes
     found, channels = x.new_empty(n), x.new_empty(n, 8)
     if not n:

@@ -51,7 +51,7 @@ from talkhead_cli.avatars.personal import (
     eyes_told,
     noisy,
 )
-from talkhead_cli.blocks.loss import patch_losses, solid_losses
+from talkhead_cli.blocks.loss import PATCH, SOLID, patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
 from talkhead_cli.blocks.planes import TriPlanes
@@ -90,6 +90,7 @@ class LokiTalk(SharedAvatar):
         "face_field.", "torso_field.", "to_", "gate.", "volume.", "density_net.", "colour_net.",
         "transfer.",
     )  # fmt: skip
+    weighs = SOLID | PATCH | {"speech", "colour", "attention", "still", "relief", "rough"}
     own_shapes = False  # networks that draw mouths know people's
     has_kernel = True
     transfer: Transfer | None

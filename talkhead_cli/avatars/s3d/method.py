@@ -51,7 +51,7 @@ from talkhead_cli.avatars.s3d.field import (
 from talkhead_cli.avatars.s3d.speaker import MAPS, S3DSpeaker
 from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
 from talkhead_cli.blocks.critic import critic_losses
-from talkhead_cli.blocks.loss import patch_losses, solid_losses
+from talkhead_cli.blocks.loss import SOLID, WHOLE, patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MOUTH, N_CODES, Mouth, principal_shapes, usual_scale
 from talkhead_cli.blocks.planes import RowPlanes
@@ -90,6 +90,9 @@ class S3D(Avatar):
 
     needs_portrait = True
     heeds = frozenset({"sync", "critic"})
+    weighs = SOLID | WHOLE | heeds | {
+        "speech", "colour", "lively", "own", "anchor", "deform", "mouth",
+    }  # fmt: skip
     maps = MAPS
     box = (-1.0, -1.1, -0.75, 1.0, 1.1, 0.45)
     common = ("",)  # nothing is a single person's

@@ -1,0 +1,49 @@
+"""Ctrl-C and SIGTERM in the middle of something that should be brought to an end first."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def held() -> Iterator[Callable[[], bool]]:
+    """The first interruption waits until the block has ended; the function says whether there is
+    one, so that the block may end early.  A second one does not wait.
+
+    In the main thread alone: no other one hears signals.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if asked:
+            _passed_on(before[number], number, frame)
+        asked.append(number)
+
+    heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has it
+    before = {int(number): signal.signal(number, note) for number in heard}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if asked:
+        _passed_on(before[asked[0]], asked[0], None)
+
+
+def _passed_on(handler: object, number: int, frame: FrameType | None) -> None:
+    """Do what would have been done."""
+    if callable(handler):
+        handler(number, frame)
+    elif handler == signal.SIG_DFL:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
