@@ -139,12 +139,19 @@ def break_focal(folder: Path) -> None:
     file.write_text(json.dumps(facts))
 
 
+def break_into_films(folder: Path) -> None:
+    break_all(folder)
+    for name in ("one.mp4", "two.mp4"):
+        (folder / name).touch()
+
+
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
         (break_gap, "lacks picture 7"), (break_picture, "9.jpg is damaged"),
         (break_size, "5.jpg is damaged, or of another size"), (break_sound, "has no sound"),
-        (break_all, "is no dataset"), (break_json, "cannot be read as JSON"),
+        (break_all, "is no dataset"), (break_into_films, "tracked by: talkhead preprocess"),
+        (break_json, "cannot be read as JSON"),
         (break_camera, "has no camera of 4 x 4"), (break_focal, "lacks what the layout has"),
     ],
 )  # fmt: skip

@@ -135,8 +135,13 @@ def _sources(folder: Path) -> tuple[list[Path], Path]:
     """Its numbered pictures, or else its film, and its sound."""
     sound = folder / "aud.wav"
     own = folder / f"{folder.resolve().name}.mp4"
-    films = [p for p in (own, *sorted(folder.glob("*.mp4"))) if p.is_file()]
+    films = [own] if own.is_file() else sorted(folder.glob("*.mp4"))
     pictures = _pictures(folder / "ori_imgs")
+    if len(films) > 1 and not (pictures and sound.is_file()):
+        raise TalkheadError(
+            f"{folder} holds {len(films)} films, none of them named {own.name}; videos of people "
+            "are tracked by: talkhead preprocess FOLDER"
+        )
     if not pictures and not films:
         raise TalkheadError(
             f"{folder} is no dataset: it has neither ori_imgs/0.jpg ... nor ID.mp4 (RAD-NeRF's "
