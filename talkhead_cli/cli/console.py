@@ -117,9 +117,9 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     speak, too.
     """
     code, words = 0, ""
-    _heed_termination()
+    quiet = contextlib.nullcontext() if verbose else chatter_unheard()
     try:
-        with contextlib.nullcontext() if verbose else chatter_unheard(), Reporter() as reporter:
+        with _termination_heeded(), quiet, Reporter() as reporter:
             yield reporter
     except MisuseError as error:
         code, words = 2, str(error)
@@ -155,14 +155,21 @@ class Terminated(KeyboardInterrupt):
     """Asked to end by a signal, as a cluster or a container does it."""
 
 
-def _heed_termination() -> None:
+@contextlib.contextmanager
+def _termination_heeded() -> Iterator[None]:
     """Let SIGTERM end a job as Ctrl-C does, with nothing left half-written."""
 
     def end(*_: object) -> None:
         raise Terminated
 
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, end)
+    if threading.current_thread() is not threading.main_thread():  # who hears no signals
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 @contextlib.contextmanager
