@@ -345,6 +345,20 @@ def test_missing_and_damaged_weights_are_named(run: Run) -> None:
             run.weights()
 
 
+def test_a_damaged_run_stands_last_and_hides_no_other(tmp_path: Path) -> None:
+    for name, at in (("old", 1.0), ("new", 2.0)):
+        Run(tmp_path / name).write_meta(finished=True, finished_at=at)
+    damaged = Run(tmp_path / "damaged")
+    damaged.write_meta(finished=True, finished_at=3.0)
+    (damaged.root / "meta.json").write_text('{"finished": tr')
+    found = list_runs(tmp_path)
+    assert [(run.name, run.is_finished) for run in found] == [
+        ("new", True), ("old", True), ("damaged", False),
+    ]  # fmt: skip
+    with pytest.raises(TalkheadError, match=r"meta.json is damaged"):
+        damaged.meta()
+
+
 def test_resume_state_comes_back(run: Run) -> None:
     assert run.resume_state() is None
     state: dict[str, Any] = {"step": 3, "weights": {"a": torch.ones(2)}, "rates": [0.1, 0.2]}

@@ -57,7 +57,11 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        return bool(self.meta().get("finished"))
+        """A damaged run is none that is finished; who opens it is told what is wrong with it."""
+        try:
+            return bool(self.meta().get("finished"))
+        except TalkheadError:
+            return False
 
     def clear(self) -> None:
         if self.root.exists():
@@ -153,4 +157,5 @@ def list_runs(folder: Path) -> list[Run]:
         for p in folder.iterdir()
         if (p / "meta.json").exists() and set(p.name) <= _NAME_CHARS
     ]
-    return sorted(runs, key=lambda r: (not r.is_finished, -r.meta().get("finished_at", 0.0)))
+    ended = {run.name: run.meta().get("finished_at", 0.0) for run in runs if run.is_finished}
+    return sorted(runs, key=lambda run: (run.name not in ended, -ended.get(run.name, 0.0)))
