@@ -298,6 +298,14 @@ def test_a_bad_table_is_answered_with_the_option_and_the_file(
     assert "--pose" in str(error.value) and name in str(error.value)
 
 
+def test_openness_beyond_shut_and_open_is_refused(
+    footage: dict[str, NDArray[Any]], tmp_path: Path
+) -> None:
+    (tmp_path / "eyes.txt").write_text("1\n3\n-1\n")
+    with pytest.raises(TalkheadError, match="from 0 .shut. to 1 .open., not from -1 to 3"):
+        drive.make(footage, 3, blink=str(tmp_path / "eyes.txt"))
+
+
 @pytest.mark.filterwarnings("ignore:loadtxt")
 def test_an_empty_table_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").write_text("")

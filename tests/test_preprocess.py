@@ -166,12 +166,14 @@ def test_nothing_is_left_of_who_was_not_found(
     monkeypatch.setattr(stages.Stages, "mesh", nobody)
     for kept in (False, True):
         space, progress = Workspace(tmp_path / "home", "Zoe"), SilentProgress()
-        if kept:  # somebody who was there before is never forgotten
-            space.note(finished=False)
+        if kept:  # a folder that was there before is never forgotten
+            space.root.mkdir()
+            (space.root / "mine.txt").write_text("a letter")
             (space.root / ".part-1.mp4").write_text("half")
         with pytest.raises(TalkheadError, match="no face"):
-            job.preprocess(film, tmp_path / "home", progress)
-        assert space.root.exists() == kept and not (space.root / ".part-1.mp4").exists()
+            job.preprocess(film, tmp_path / "home", progress, fresh=kept)
+        assert (space.root / "mine.txt").exists() == space.root.exists() == kept
+        assert not (space.root / ".part-1.mp4").exists()
         assert "id: Zoe (--id chooses another)" in progress.notes
 
 

@@ -135,7 +135,8 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        code, words = 1, f"cannot write: {error.strerror} ({error.filename or 'disk'})"
+        verb = "find" if error.errno == errno.ENOENT else "write"
+        code, words = 1, f"cannot {verb}: {error.strerror} ({error.filename or 'disk'})"
         _trace(verbose)
     except RuntimeError as error:
         if type(error).__name__ != "OutOfMemoryError":  # torch's, which nobody here has loaded

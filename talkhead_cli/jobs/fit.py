@@ -381,9 +381,10 @@ class _StageLoop:
         place.step = step
 
     def _scale_as(self, state: dict[str, Any]) -> None:
-        """Scale losses in half precision as it was; in full precision nothing is kept of it."""
-        if state["precision"]:
-            self.job.fabric.strategy.precision.load_state_dict(state["precision"])
+        """Scale losses in half precision as it was; in full precision, and by versions before
+        this was saved, nothing is kept of it."""
+        if kept := state.get("precision"):
+            self.job.fabric.strategy.precision.load_state_dict(kept)
 
     def _save(self, place: Place) -> None:
         self.job.clock.read(place)

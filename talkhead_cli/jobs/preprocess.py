@@ -86,7 +86,8 @@ def preprocess(
     for warning in backends.warnings(chosen):
         progress.note(warning)
     source = sha256_of(video)
-    with space.locked(), _nothing_left_of_refused(space):
+    is_new = not space.root.exists()  # which the lock makes
+    with space.locked(), _nothing_left_of_refused(space, is_new):
         if fresh:
             _name_what_stays(space, source, progress)
             space.clear()
@@ -158,9 +159,9 @@ def preprocess(
 
 
 @contextlib.contextmanager
-def _nothing_left_of_refused(space: Workspace) -> Iterator[None]:
-    """Forget an identity that a film was to begin, and of which nothing was found."""
-    is_new = not space.exists()
+def _nothing_left_of_refused(space: Workspace, is_new: bool) -> Iterator[None]:
+    """Forget an identity that a film was to begin, and of which nothing was found; a folder that
+    was there before may be anybody's."""
     try:
         yield
     except TalkheadError:

@@ -142,9 +142,10 @@ def _refuse_foreign(sidecar: Path, films: Sequence[Path]) -> None:
     """Films that this program made, which lie beside the JSON that says so, may be replaced by new
     ones; nobody else's files."""
     try:
-        ours = "talkhead" in read_json(sidecar)
+        record = read_json(sidecar)
     except (FileNotFoundError, TalkheadError):
-        ours = False
+        record = None
+    ours = isinstance(record, dict) and "talkhead" in record
     for path in (*films, sidecar):
         if path.exists() and not ours:
             raise MisuseError(

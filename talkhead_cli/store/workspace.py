@@ -175,8 +175,9 @@ class Workspace:
             yield
 
     def clear(self) -> None:
-        """Forget everything but the trained runs and consent."""
-        for entry in self.root.iterdir() if self.root.is_dir() else ():
+        """Forget everything but the trained runs and consent; nothing of a folder that nobody made
+        a workspace of, which may be anybody's."""
+        for entry in self.root.iterdir() if self.exists() else ():
             if entry.name in ("runs", "consent", ".lock"):
                 continue
             if entry.is_dir():
