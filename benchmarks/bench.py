@@ -44,7 +44,7 @@ PARTS = (
 ON_CUDA = ("kernels", "core", "parity", "curve")  # a GPU machine need not be able to track faces
 USUAL = {"cpu": ["lokitalk", "tiny"], "cuda": ["lokitalk"]}  # presets
 METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
-CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.06, 0.15)}  # shares of the steps
+CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.06, 0.2)}  # shares of the steps
 
 
 def part_core(work: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -22,7 +22,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
-SHARE = {"cuda": 0.1}  # of the steps, for parts that only look at what was trained
+SHARE = {"cuda": 0.06}  # of the steps, for parts that only look at what was trained
 PACKAGES = ("torch", "mediapipe", "lightning-fabric", "nerfacc", "numpy")
 
 

@@ -18,9 +18,18 @@ from torch import Tensor
 
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk import LokiTalk, field_triton
+from talkhead_cli.blocks import rigid
 from talkhead_cli.blocks.planes import TriPlanes
 from talkhead_cli.blocks.planes_triton import ReadPlanes
-from talkhead_cli.contracts import Camera, Frame, RayBundle, Signals, repacked, unpacked
+from talkhead_cli.blocks.rigid_triton import Move
+from talkhead_cli.contracts import (
+    Camera,
+    Frame,
+    RayBundle,
+    Signals,
+    repacked,
+    unpacked,
+)
 from talkhead_cli.march import guided_triton
 from talkhead_cli.march.dense import quadrature
 
@@ -60,6 +69,28 @@ def planes() -> dict[str, float]:
         half = ReadPlanes.apply(at, torch.float16, *there.levels)
         assert half.dtype == torch.float16
         worst["half"] = max(worst.get("half", 0.0), apart(value.detach(), half.detach().cpu()))
+    return worst
+
+
+def motions() -> dict[str, float]:
+    """Points under their rows' motions, sorted by row and not; and under one of all."""
+    worst: dict[str, float] = {}
+    for n_rows, ordered in ((1, True), (3, True), (3, False)):
+        row = torch.randint(0, 3, (1500,))
+        row = row.sort().values if ordered else row
+        x, motion = torch.randn(1500, 3), torch.randn(n_rows, 3, 4)
+        weight = torch.randn(1500, 3)
+        weight[:100] = 0.0
+        found = []
+        for device, move in (("cpu", rigid.moved), (DEVICE, Move.apply)):
+            at = x.to(device).requires_grad_(), motion.to(device).requires_grad_()
+            there = move(*at, row.to(device))
+            slopes = torch.autograd.grad((there * weight.to(device)).sum(), at)
+            found.append([v.detach().cpu() for v in (there, *slopes)])
+            alone = move(x.to(device), at[1], row.to(device)).sum()
+            found[-1].append(torch.autograd.grad(alone, at[1])[0].cpu())
+        for name, a, b in zip(("place", "x", "motion", "motion alone"), *found, strict=True):
+            worst[name] = max(worst.get(name, 0.0), apart(a, b))
     return worst
 
 
@@ -201,5 +232,5 @@ def recording() -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    kernels = {kernel.__name__: kernel for kernel in (planes, marching, field, recording)}
+    kernels = {kernel.__name__: kernel for kernel in (planes, motions, marching, field, recording)}
     print(json.dumps({name: kernels[name]() for name in sys.argv[2:] or kernels}))

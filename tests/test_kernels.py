@@ -42,6 +42,8 @@ def test_kernels_equal_their_twins(device: str) -> None:
     assert planes.pop("half") < 1e-3
     assert set(planes) == {"value", "x", "level 0", "level 1", "level 2"}
     assert max(planes.values()) < 1e-5, planes
+    motions = found["motions"]
+    assert len(motions) == 4 and max(motions.values()) < 1e-5, motions
     marching = found["marching"]
     assert len(marching) == 7 and max(marching.values()) < 1e-5, marching
     # products of sixteen bits
@@ -58,9 +60,12 @@ def compiled(kernel: Any, architecture: int, kinds: dict[str, str], **constants:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    # tensors begin where an access of sixteen bytes may
+    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+               for name, kind in kinds.items() if kind.startswith("*")}  # fmt: skip
     source = ASTSource(
         fn=kernel, signature={**kinds, **dict.fromkeys(constants, "constexpr")},
-        constexprs=constants,
+        constexprs=constants, attrs=aligned,
     )  # fmt: skip
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
     assert len(made.asm["cubin"]) > 1000
@@ -73,12 +78,38 @@ def test_planes_kernels_compile(architecture: int, precision: str) -> None:
     """The interpreter takes much that the compiler refuses."""
     from talkhead_cli.blocks import planes_triton as kernels
 
-    counts = dict.fromkeys(("n", "side", "stride", "column"), "i32")
+    counts = dict.fromkeys(("n", "side", "n_levels", "level"), "i32")
     read = {"x": "*fp32", "texels": "*fp32", "out": precision, **counts}
     spread = {"x": "*fp32", "texels": "*fp32", "grad": precision, "grad_x": "*fp32",
               "grad_texels": "*fp32", **counts}  # fmt: skip
     for kernel, kinds in ((kernels._read, read), (kernels._spread, spread)):
-        compiled(kernel, architecture, kinds, C=4, BLOCK=kernels.BLOCK)
+        compiled(kernel, architecture, kinds, C=4, ROOM=4, BLOCK=kernels.BLOCK)
+
+
+def test_texels_are_read_and_added_to_as_one() -> None:
+    """Four channels are one access: one by one they make training wait for memory."""
+    from talkhead_cli.blocks import planes_triton as kernels
+
+    counts = dict.fromkeys(("n", "side", "n_levels", "level"), "i32")
+    kinds = {"x": "*fp32", "texels": "*fp32", "grad": "*fp16", "grad_x": "*fp32",
+             "grad_texels": "*fp32", **counts}  # fmt: skip
+    ptx = compiled(kernels._spread, 90, kinds, C=4, ROOM=4, BLOCK=kernels.BLOCK).asm["ptx"]
+    assert ptx.count("relaxed.add.v4.f32") == 3 * 4
+    assert ptx.count("ld.global.v4.b32") == 3 * 4
+
+
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_motions_kernels_compile(architecture: int) -> None:
+    from talkhead_cli.blocks import rigid_triton as kernels
+
+    move = {"x": "*fp32", "motion": "*fp32", "row": "*i64", "out": "*fp32", "n": "i32"}
+    back = {"x": "*fp32", "motion": "*fp32", "row": "*i64", "grad": "*fp32", "grad_x": "*fp32",
+            "grad_motion": "*fp32", "n": "i32"}  # fmt: skip
+    for many in (True, False):
+        shape = {"MANY": many, "BLOCK": kernels.BLOCK}
+        compiled(kernels._move, architecture, move, **shape)
+        for of_x in (True, False):
+            compiled(kernels._move_back, architecture, back, OF_X=of_x, OF_MOTION=True, **shape)
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -102,10 +133,7 @@ def test_marching_kernels_compile(architecture: int) -> None:
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
-@pytest.mark.parametrize("one_row", [True, False])
-def test_the_fields_kernels_compile_and_keep_to_their_registers(
-    architecture: int, one_row: bool
-) -> None:
+def test_the_fields_kernels_compile_and_keep_to_their_registers(architecture: int) -> None:
     from talkhead_cli.avatars.lokitalk import field_triton as kernels
 
     def kinds(*names: str) -> dict[str, str]:
@@ -114,15 +142,18 @@ def test_the_fields_kernels_compile_and_keep_to_their_registers(
         )
         return {name: others.get(name, "*fp32") for name in names}
 
-    nets = {"W": 64, "ONE": one_row, "BLOCK": kernels.BLOCK, "E": 48}
+    nets = {"W": 64, "BLOCK": kernels.BLOCK, "E": 48}
     deform = kinds("x", "row", "places", "channels", "n", "matrices", "biases", "waves", "affine",
                    "rows", "face", "torso")  # fmt: skip
-    read = kinds("places", "row", "read", "n", "texels", "levels")
+    read = kinds("places", "row", "read", "n", "texels", "levels") | dict.fromkeys(
+        ("read", "texels"),
+        "*i32",  # two channels at a time
+    )
     shade = kinds("x", "d", "row", "read", "found", "channels", "n", "matrices", "biases", "rows",
                   "density")  # fmt: skip
     for kernel, told, constants in (
         (kernels._deform, deform, nets),
-        (kernels._read, read, {"L": 5, "BLOCK": kernels.BLOCK}),
+        (kernels._read, read, {"L": 5, "BLOCK": kernels.READ_BLOCK}),
         (kernels._shade, shade, {**nets, "H": 64, "L": 5}),
     ):
         made = compiled(kernel, architecture, told, **constants)

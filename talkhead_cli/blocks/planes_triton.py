@@ -2,7 +2,8 @@
 
 A point's readings of a level's three planes land side by side in the row that the networks
 read, in their precision; grid_sample writes them channel by channel in float32, to be joined,
-turned and cast.
+turned and cast.  Texels are turned first, channels last, so that a texel is one access: so it is
+for gradients, whose sums in memory are what a step of training waits for longest.
 """
 
 from __future__ import annotations
@@ -27,34 +28,32 @@ class ReadPlanes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, *levels: Tensor) -> Tensor:
         x = x.contiguous()
-        width = sum(3 * level.shape[1] for level in levels)
-        out = torch.empty(len(x), width, device=x.device, dtype=dtype)
-        column = 0
-        for level in levels:
-            channels, side = level.shape[1], level.shape[-1]
-            grid = (triton.cdiv(len(x), BLOCK), 3)
+        turned = [level.permute(0, 2, 3, 1).contiguous() for level in levels]
+        (channels,) = {texels.shape[3] for texels in turned}
+        out = torch.empty(len(x), 3 * len(turned) * channels, device=x.device, dtype=dtype)
+        for index, texels in enumerate(turned):
             if len(x):
-                _read[grid](x, level, out, len(x), side, width, column, C=channels, BLOCK=BLOCK)
-            column += 3 * channels
-        ctx.save_for_backward(x, *levels)
+                _read[(triton.cdiv(len(x), BLOCK), 3)](
+                    x, texels, out, len(x), texels.shape[1], len(turned), index,
+                    C=channels, ROOM=triton.next_power_of_2(channels), BLOCK=BLOCK,
+                )  # fmt: skip
+        ctx.save_for_backward(x, *turned)
         return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, *levels = ctx.saved_tensors
+        x, *turned = ctx.saved_tensors
         grad = grads[0].contiguous()
         grad_x = torch.zeros_like(x)
-        grad_levels = [torch.zeros_like(level) for level in levels]
-        column = 0
-        for level, grad_level in zip(levels, grad_levels, strict=True):
-            channels, side = level.shape[1], level.shape[-1]
+        grad_levels = [torch.zeros_like(texels) for texels in turned]
+        for index, (texels, grad_texels) in enumerate(zip(turned, grad_levels, strict=True)):
+            channels = texels.shape[3]
             if len(x):
                 _spread[(triton.cdiv(len(x), BLOCK),)](
-                    x, level, grad, grad_x, grad_level, len(x), side, grad.shape[1], column,
-                    C=channels, BLOCK=BLOCK,
+                    x, texels, grad, grad_x, grad_texels, len(x), texels.shape[1], len(turned),
+                    index, C=channels, ROOM=triton.next_power_of_2(channels), BLOCK=BLOCK,
                 )  # fmt: skip
-            column += 3 * channels
-        return (grad_x, None, *grad_levels)
+        return (grad_x, None, *(g.permute(0, 3, 1, 2).contiguous() for g in grad_levels))
 
 
 @triton.jit
@@ -71,7 +70,10 @@ def _corners(x, point, here, axis, side):
 
 
 @triton.jit
-def _read(x, texels, out, n, side, stride, column, C: tl.constexpr, BLOCK: tl.constexpr):
+def _read(
+    x, texels, out, n, side, n_levels, level,
+    C: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     plane = tl.program_id(1)
     here = point < n
@@ -79,45 +81,54 @@ def _read(x, texels, out, n, side, stride, column, C: tl.constexpr, BLOCK: tl.co
     down = tl.where(plane == 0, 1, 2)
     x0, x1, right, _ = _corners(x, point, here, across, side)
     y0, y1, under, _ = _corners(x, point, here, down, side)
-    for channel in tl.static_range(C):
-        base = texels + (plane * C + channel) * side * side
-        a = tl.load(base + y0 * side + x0, mask=here, other=0.0)
-        b = tl.load(base + y0 * side + x1, mask=here, other=0.0)
-        c = tl.load(base + y1 * side + x0, mask=here, other=0.0)
-        d = tl.load(base + y1 * side + x1, mask=here, other=0.0)
-        top = a + right * (b - a)
-        value = top + under * (c + right * (d - c) - top)
-        place = out + point.to(tl.int64) * stride + column + plane * C + channel
-        tl.store(place, value.to(out.dtype.element_ty), mask=here)
+    channel = tl.arange(0, ROOM)[None, :]
+    wanted = here[:, None] & (channel < C)
+    base = texels + plane * side * side * C + channel
+    a = tl.load(base + ((y0 * side + x0) * C)[:, None], mask=wanted, other=0.0)
+    b = tl.load(base + ((y0 * side + x1) * C)[:, None], mask=wanted, other=0.0)
+    c = tl.load(base + ((y1 * side + x0) * C)[:, None], mask=wanted, other=0.0)
+    d = tl.load(base + ((y1 * side + x1) * C)[:, None], mask=wanted, other=0.0)
+    right, under = right[:, None], under[:, None]
+    top = a + right * (b - a)
+    value = top + under * (c + right * (d - c) - top)
+    place = out + ((point.to(tl.int64) * n_levels + level) * 3 + plane)[:, None] * C + channel
+    tl.store(place, value.to(out.dtype.element_ty), mask=wanted)
 
 
 @triton.jit
-def _spread(x, texels, grad, grad_x, grad_texels, n, side, stride, column,
-            C: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+def _spread(
+    x, texels, grad, grad_x, grad_texels, n, side, n_levels, level,
+    C: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = point < n
+    channel = tl.arange(0, ROOM)[None, :]
+    wanted = here[:, None] & (channel < C)
     for plane in tl.static_range(3):
         across = 1 if plane == 2 else 0
         down = 1 if plane == 0 else 2
         x0, x1, right, inside_x = _corners(x, point, here, across, side)
         y0, y1, under, inside_y = _corners(x, point, here, down, side)
-        slope_x = tl.zeros((BLOCK,), tl.float32)
-        slope_y = tl.zeros((BLOCK,), tl.float32)
-        for channel in tl.static_range(C):
-            start = (plane * C + channel) * side * side
-            place = grad + point.to(tl.int64) * stride + column + plane * C + channel
-            g = tl.load(place, mask=here, other=0.0).to(tl.float32)
-            a = tl.load(texels + start + y0 * side + x0, mask=here, other=0.0)
-            b = tl.load(texels + start + y0 * side + x1, mask=here, other=0.0)
-            c = tl.load(texels + start + y1 * side + x0, mask=here, other=0.0)
-            d = tl.load(texels + start + y1 * side + x1, mask=here, other=0.0)
-            slope_x += g * ((1 - under) * (b - a) + under * (d - c))
-            slope_y += g * ((1 - right) * (c - a) + right * (d - b))
-            own = grad_texels + start
-            tl.atomic_add(own + y0 * side + x0, g * (1 - right) * (1 - under), mask=here)
-            tl.atomic_add(own + y0 * side + x1, g * right * (1 - under), mask=here)
-            tl.atomic_add(own + y1 * side + x0, g * (1 - right) * under, mask=here)
-            tl.atomic_add(own + y1 * side + x1, g * right * under, mask=here)
+        start = plane * side * side * C + channel
+        place = grad + ((point.to(tl.int64) * n_levels + level) * 3 + plane)[:, None] * C + channel
+        g = tl.load(place, mask=wanted, other=0.0).to(tl.float32)
+        at00, at01 = ((y0 * side + x0) * C)[:, None], ((y0 * side + x1) * C)[:, None]
+        at10, at11 = ((y1 * side + x0) * C)[:, None], ((y1 * side + x1) * C)[:, None]
+        base = texels + start
+        a = tl.load(base + at00, mask=wanted, other=0.0)
+        b = tl.load(base + at01, mask=wanted, other=0.0)
+        c = tl.load(base + at10, mask=wanted, other=0.0)
+        d = tl.load(base + at11, mask=wanted, other=0.0)
+        right, under = right[:, None], under[:, None]
+        slope_x = tl.sum(g * ((1 - under) * (b - a) + under * (d - c)), 1)
+        slope_y = tl.sum(g * ((1 - right) * (c - a) + right * (d - b)), 1)
+        # Where nothing is passed back, as along rays that meet nothing, nothing is added up.
+        some = wanted & (tl.max(tl.abs(g), 1) > 0)[:, None]
+        own = grad_texels + start
+        tl.atomic_add(own + at00, g * (1 - right) * (1 - under), mask=some, sem="relaxed")
+        tl.atomic_add(own + at01, g * right * (1 - under), mask=some, sem="relaxed")
+        tl.atomic_add(own + at10, g * (1 - right) * under, mask=some, sem="relaxed")
+        tl.atomic_add(own + at11, g * right * under, mask=some, sem="relaxed")
         # Levels are launched one after another, and a point belongs to one program: no race.
         half = 0.5 * side
         old = tl.load(grad_x + 3 * point + across, mask=here, other=0.0)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkhead_cli.blocks.mlp import by_row
+from talkhead_cli.blocks.planes import triton_obstacle
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.remember import constant
 from talkhead_cli.contracts import Camera
@@ -40,13 +41,16 @@ def below_chin(y: Tensor, chin: Tensor | float) -> Tensor:
 @exact
 def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
     """Points (N, 3) under the motions (T, 3, 4), [R | t], of their rows (N,)."""
+    if x.is_cuda and triton_obstacle() == "":
+        from talkhead_cli.blocks.rigid_triton import Move
+
+        there: Tensor = Move.apply(x.float(), motion.float(), row)
+        return there
     if len(motion) == 1:
         return torch.addmm(motion[0, :, 3], x, motion[0, :, :3].T)
     columns = motion.transpose(1, 2).flatten(1)  # (T, 12)
-    if x.is_cuda:
-        own = columns.index_select(0, row)
-    else:  # the same rows by a product, whose gradient is one too: adding up row by row takes long
-        own = by_row(torch.ones_like(x[:, :1]), row, len(motion)) @ columns
+    # each point's own by a product, whose gradient is one too: adding up row by row takes long
+    own = by_row(torch.ones_like(x[:, :1]), row, len(motion)) @ columns
     a, b, c, t = own.view(-1, 4, 3).unbind(1)
     return a * x[:, :1] + b * x[:, 1:2] + c * x[:, 2:] + t
 

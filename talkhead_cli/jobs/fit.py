@@ -176,6 +176,8 @@ class _StageLoop:
             for part in stage.learn
         ]
         self.replay = self._recording()
+        self._next: tuple[int, int, list[Shot]] | None = None
+        self._news: _News | None = None
         optimizer = torch.optim.Adam(
             groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8, fused=True,
             capturable=self.replay is not None,
@@ -247,16 +249,18 @@ class _StageLoop:
         return True
 
     def _one(self, place: Place) -> tuple[dict[str, float], float]:
-        """One optimiser step; the losses as numbers, and their weighted sum."""
+        """One optimiser step; the losses as numbers, and their weighted sum.
+
+        Nobody waits for a recorded step: while it runs the next one is drawn, and what is told are
+        the losses of the step before it.
+        """
         self._schedule(place.step)
-        rank, seed = self.job.fabric.global_rank, self.job.seed
-        self.job.rng.manual_seed(_mix(place.total, rank, place.rollbacks, seed=seed))
-        _seed_noise(_mix(place.total, rank, 7919, seed=seed), self.job.fabric.device)
+        _seed_noise(self._seed(place.total, 7919), self.job.fabric.device)
         if self.replay is not None and self.stage.rays != "none":
             marcher = self.job.module.marcher
             assert isinstance(marcher, march.GuidedMarcher)
             place.n_rays = min(self.stage.n_points // marcher.samples_per_ray, self._most_rays())
-        drawn = [self._draw(person, int(place.n_rays)) for person in self._mixed()]
+        drawn = self._drawn(place.total, place)
         learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
         if learns_space and place.total % self.job.preset.march.every == 0:
             # everybody in turn: the grid is to hold them all
@@ -265,16 +269,24 @@ class _StageLoop:
                 made = self.avatar.enroll(shot.portrait).condition(shot.signals)
                 self.job.module.marcher.refresh(made, place.total)
         lost = self._step(drawn) if self.replay is None else self._replayed(drawn)
-        # all in one copy from the device
-        terms = [lost.loss.detach().float(), *(term.float() for term in lost.terms.values())]
-        value, *read = torch.stack(terms).tolist()
-        if lost.n_points and self.stage.rays != "picture" and self.replay is None:
+        news = _News(lost, int(place.n_rays))
+        if self.replay is not None:
+            self._next = place.total + 1, place.rollbacks, self._drawn(place.total + 1, place)
+            news, self._news = self._news or news, news
+        elif lost.n_points and self.stage.rays != "picture":
             want = place.n_rays * self.stage.n_points / lost.n_points
             place.n_rays = min(max(0.9 * place.n_rays + 0.1 * want, 128), self._most_rays())
-        figures = dict(zip(lost.terms, read, strict=True)) | {"loss": value}
-        if lost.n_points:
-            figures |= {"rays": float(int(place.n_rays)), "points": float(lost.n_points)}
-        return figures, value
+        return news.read()
+
+    def _drawn(self, total: int, place: Place) -> list[Shot]:
+        """What step number `total` of the job learns from; drawn already, it may be."""
+        if self._next is not None and self._next[:2] == (total, place.rollbacks):
+            return self._next[2]
+        self.job.rng.manual_seed(self._seed(total, place.rollbacks))
+        return [self._draw(person, int(place.n_rays)) for person in self._mixed()]
+
+    def _seed(self, total: int, number: int) -> int:
+        return _mix(total, self.job.fabric.global_rank, number, seed=self.job.seed)
 
     def _most_rays(self) -> int:
         return MAX_RAYS[self.job.fabric.device.type] // (1 if self.stage.rays == "random" else 2)
@@ -364,6 +376,7 @@ class _StageLoop:
         state, step = good
         self.job.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
+        self._news = None
         if self.replay is not None:  # it played on what was just replaced
             self.replay = march.Replay(self._learn, self.job.fabric.device)
         self._place_rates()
@@ -402,6 +415,28 @@ class _StageLoop:
             "precision": self.job.fabric.strategy.precision.state_dict(),
             "critic": None if self.critic is None else self.critic.state(),
         }
+
+
+class _News:
+    """What a step lost, on its way from the device in one copy."""
+
+    def __init__(self, lost: Lost, n_rays: int) -> None:
+        self.names = list(lost.terms)
+        self.counts = {"rays": float(n_rays), "points": float(lost.n_points)}
+        terms = [lost.loss.detach().float(), *(term.float() for term in lost.terms.values())]
+        self.values, self.here = torch.stack(terms), None
+        if self.values.is_cuda:
+            there = torch.empty(len(terms), pin_memory=True)
+            self.values = there.copy_(self.values, non_blocking=True)
+            self.here = torch.cuda.current_stream(lost.loss.device).record_event()
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """The losses by name, `loss` their weighted sum, and that sum."""
+        if self.here is not None:
+            self.here.synchronize()
+        loss, *terms = self.values.tolist()
+        figures = dict(zip(self.names, terms, strict=True)) | {"loss": loss}
+        return figures | (self.counts if self.counts["points"] else {}), loss
 
 
 def _inner_split(people: list[Footage], stage: Stage) -> tuple[list[Footage], list[Signals]]:

@@ -33,6 +33,11 @@ from talkhead_cli.track.face import MESH_TO_68, lip_aperture
 
 N_SKIN = 468  # mesh points that lie on the face; the rest are irises
 
+# Landmarks that boxes are drawn round, and how much wider and higher than these the boxes are.
+REGIONS = {
+    "mouth": (slice(48, 68), (1.3, 1.8)), "face": (slice(0, 68), (1.1, 1.25)),
+    "left eye": (slice(36, 42), (1.5, 2.4)), "right eye": (slice(42, 48), (1.5, 2.4)),
+}  # fmt: skip
 MIN_HOLDOUT = 4 * FPS
 STORED_PX = 512  # intrinsics in tracks are for this size
 NEAR_Z, FAR_Z = -0.95, 0.75  # of a head, from before the nose to behind the skull
@@ -128,6 +133,18 @@ class Footage:
     def relief(self) -> Tensor:
         """The rigid face's depth, as portraits have it."""
         return head_relief(self.mesh, RELIEF_SIDE)
+
+    @cached_property
+    def regions(self) -> dict[str, Tensor]:
+        """Boxes that training draws its pixels from, by name: centre and half-size (T, 2, 2), in
+        shares of the side."""
+        marks, found = self.signals.landmarks_px, {}
+        for name, (points, grow) in REGIONS.items():
+            low, high = marks[:, points].amin(1), marks[:, points].amax(1)
+            half = (high - low) / 2
+            half = torch.maximum(half, half.amax(1, keepdim=True) * 0.35)
+            found[name] = torch.stack([(low + high) / 2, half * marks.new_tensor(grow)], 1)
+        return found
 
     @cached_property
     def rare(self) -> Tensor:

@@ -71,21 +71,30 @@ class Player:
         background = (self.plate if plate is None else plate).reshape(-1, 3).to(self.device)
         n = self.rows_at_once(signals.camera.size_px // self.avatar.magnification)
         n_batches = -(-len(signals) // n)
+        if self.device.type == "cuda":
+            signals = signals.to(self.device)  # once: copies batch by batch would wait for pictures
 
-        def batch(index: int) -> tuple[Frame, int]:
+        def batch(index: int) -> tuple[Frame, Any]:
             rows = signals[slice(index * n, (index + 1) * n)]
             if self.records and self._asks_a_kernel and len(rows) == n:
                 return self._replayed(rows, background)
-            return self._pictures(rows.to(self.device), background)
+            return self._drawn(rows.to(self.device), background)
 
-        n_threads = torch.get_num_threads() if self.device.type == "cpu" else 1
-        for frames, n_points in (
-            map(batch, range(n_batches))
-            if n_threads == 1
-            else _side_by_side(batch, n_batches, n_threads)
-        ):
+        for frames, n_points in self._batches(batch, n_batches):
+            each = int(n_points) // len(frames.rgb)
             for index in range(len(frames.rgb)):
-                yield frames[index], n_points // len(frames.rgb)
+                yield frames[index], each
+
+    def _batches(
+        self, batch: Callable[[int], tuple[Frame, Any]], n: int
+    ) -> Iterator[tuple[Frame, Any]]:
+        """batch(0) ... batch(n - 1): side by side on a CPU's cores, one ahead on a GPU."""
+        if self.device.type == "cuda":
+            yield from _one_ahead(batch, n, self.device)
+        elif torch.get_num_threads() == 1:
+            yield from map(batch, range(n))
+        else:
+            yield from _side_by_side(batch, n, torch.get_num_threads())
 
     def rows_at_once(self, size_px: int) -> int:
         """Frames of that side that march together; one by one on a CPU, whose cores share them."""
@@ -99,7 +108,7 @@ class Player:
         fused = isinstance(self.marcher, march.GuidedMarcher) and self.marcher.fused
         return fused and not self.marcher.exploring and self.avatar.has_kernel
 
-    def _replayed(self, signals: Signals, background: Tensor) -> tuple[Frame, int]:
+    def _replayed(self, signals: Signals, background: Tensor) -> tuple[Frame, Any]:
         """All rows in one march that was recorded: a picture's thousand small operations take a
         CPU longer to start than a GPU to do."""
         assert isinstance(self.marcher, march.GuidedMarcher)
@@ -121,16 +130,13 @@ class Player:
                 stacklevel=2,
             )
             self.records = False
-            return self._pictures(signals.to(self.device), background)
-        return repacked(frames, (t.clone() for t in unpacked(frames))), int(n_points)
-
-    def _pictures(self, signals: Signals, background: Tensor) -> tuple[Frame, int]:
-        """All rows in one march."""
-        frames, n_points = self._drawn(signals, background)
-        return frames, int(n_points)
+            return self._drawn(signals.to(self.device), background)
+        mine = repacked(frames, (t.clone() for t in unpacked(frames)))
+        return mine, torch.as_tensor(n_points).clone()
 
     @torch.no_grad()
     def _drawn(self, signals: Signals, background: Tensor) -> tuple[Frame, Any]:
+        """All rows in one march."""
         rows = torch.arange(len(signals), device=self.device)
         camera = signals.camera.smaller(self.avatar.magnification)
         rays = march.picture_rays(camera, rows, self.avatar.aabb)
@@ -239,6 +245,31 @@ def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[
                 yield ahead.popleft().result()
         while ahead:
             yield ahead.popleft().result()
+
+
+def _one_ahead(
+    work: Callable[[int], tuple[Frame, Any]], n: int, device: torch.device
+) -> Iterator[tuple[Frame, Any]]:
+    """work(0) ... work(n - 1) in order, on a stream of its own, where each is started before the
+    one before it is handed out: the GPU draws while whoever reads copies and encodes."""
+    stream, reader = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(reader)
+    ahead: deque[tuple[tuple[Frame, Any], torch.cuda.Event]] = deque()
+
+    def handed_out() -> tuple[Frame, Any]:
+        (frames, n_points), done = ahead.popleft()
+        reader.wait_event(done)
+        for tensor in (*unpacked(frames), *unpacked(n_points)):
+            tensor.record_stream(reader)
+        return frames, n_points
+
+    for index in range(n):
+        with torch.cuda.stream(stream):
+            ahead.append((work(index), stream.record_event()))
+        if len(ahead) > 1:
+            yield handed_out()
+    while ahead:
+        yield handed_out()
 
 
 def eight_bits(frame: Frame, alpha: bool = False) -> NDArray[np.uint8]:

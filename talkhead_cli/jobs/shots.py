@@ -7,8 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from talkhead_cli.blocks.remember import constant
-from talkhead_cli.contracts import Shot, Signals
+from talkhead_cli.contracts import Shot
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Stage
 from talkhead_cli.march import picture_rays, pixel_rays
@@ -26,7 +25,7 @@ def draw(
     if stage.rays == "none":
         rows = footage.train[footage.heard[footage.train]]
         rows = _in_sequence(rows, stage.batch, stage.in_sequence, rng)
-        signals = footage.signals[rows.to(footage.device)]
+        signals = footage.signals[_sent(rows, footage.device)]
         if not stage.shown:
             return Shot(signals)
         seen = torch.from_numpy(footage.pictures[rows.numpy()]).float() / 255
@@ -44,7 +43,7 @@ def draw(
     if stage.rare:
         n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
         rows = torch.cat([_pick(footage.rare, n_rare, rng), rows])[: len(rows)]
-    at = rows.to(footage.device)
+    at = _sent(rows, footage.device)
     signals = footage.signals[at]
     if footage.said is not None:
         # rows that follow each other are all of one kind: lips do not jump
@@ -59,10 +58,10 @@ def draw(
         rays = picture_rays(camera, torch.arange(n_frames, device=footage.device), aabb)
         return with_truth(footage, at, Shot(signals, rays, portrait=others))
     if stage.rays == "patch":
-        row, pixel = _patches(signals, stage, rng)
+        row, pixel = _patches(footage, at, stage, rng)
         layout = (n_frames, stage.patch_px, stage.patch_px)
     else:
-        row, pixel = _pixels(signals, n_rays, rng)
+        row, pixel = _pixels(footage, at, n_rays, rng)
         layout = None
     rays = pixel_rays(signals.camera, row, pixel, aabb, layout=layout)
     return with_truth(footage, at, Shot(signals, rays, portrait=others))
@@ -147,63 +146,65 @@ def _in_sequence(rows: Tensor, n: int, length: int, rng: torch.Generator) -> Ten
     return rows[(first + torch.arange(length)).flatten()]
 
 
-def _pixels(signals: Signals, n_rays: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random pixels by region: row (R,), pixel centres (R, 2)."""
-    size = signals.camera.size_px
-    marks = signals.landmarks_px * size
-    per_row = max(4, n_rays // len(signals))
-    rows, places = [], []
+def _pixels(
+    footage: Footage, rows: Tensor, n_rays: int, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Random pixels by region, row after row: row (R,), pixel centres (R, 2)."""
+    per_row = max(4, n_rays // len(rows))
+    places = []
     for region, share in SHARES.items():
-        n = max(1, round(share * per_row))
-        unit = _rand(len(signals), n, 2, rng=rng, on=marks)
-        if region == "all":
-            at = unit * size
-        else:
-            centre, radius = _region(marks, region, rng)
-            at = centre[:, None] + (2 * unit - 1) * radius[:, None]
-        rows.append(
-            torch.arange(len(signals), device=marks.device)[:, None].expand(-1, n).flatten()
-        )
-        places.append(at.flatten(0, 1))
-    pixel = torch.cat(places).floor().clamp(0, size - 1) + 0.5
-    return torch.cat(rows), pixel
+        at = _rand(len(rows), max(1, round(share * per_row)), 2, rng=rng, on=rows)
+        if region != "all":
+            centre, half = _region(footage, rows, region, rng)
+            at = centre[:, None] + (2 * at - 1) * half[:, None]
+        places.append(at)
+    size = footage.size_px
+    pixel = (torch.cat(places, 1) * size).floor().clamp(0, size - 1) + 0.5
+    row = torch.arange(len(rows), device=rows.device)[:, None].expand(pixel.shape[:2])
+    return row.flatten(), pixel.flatten(0, 1)
 
 
-def _patches(signals: Signals, stage: Stage, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+def _patches(
+    footage: Footage, rows: Tensor, stage: Stage, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
     """One square patch per row, in raster order: row (R,), pixel centres (R, 2)."""
-    size, side = signals.camera.size_px, stage.patch_px
-    marks = signals.landmarks_px * size
+    size, side = footage.size_px, stage.patch_px
     if stage.region == "all":
-        centre = _rand(len(signals), 2, rng=rng, on=marks) * size
+        centre = _rand(len(rows), 2, rng=rng, on=rows)
     else:
         name = {"lips": "mouth", "eyes": "eyes"}[stage.region]
-        centre, radius = _region(marks, name, rng)
-        centre = centre + (_rand(len(signals), 2, rng=rng, on=marks) - 0.5) * radius
-    corner = (centre - side / 2).round().clamp(0, size - side)
-    along = torch.arange(side, device=marks.device)
+        centre, half = _region(footage, rows, name, rng)
+        centre = centre + (_rand(len(rows), 2, rng=rng, on=rows) - 0.5) * half
+    corner = (centre * size - side / 2).round().clamp(0, size - side)
+    along = torch.arange(side, device=rows.device)
     line, column = torch.meshgrid(along, along, indexing="ij")
     offset = torch.stack([column, line], -1).flatten(0, 1) + 0.5
     pixel = (corner[:, None] + offset).flatten(0, 1)
-    row = torch.arange(len(signals), device=marks.device)[:, None].expand(-1, side * side)
+    row = torch.arange(len(rows), device=rows.device)[:, None].expand(-1, side * side)
     return row.flatten(), pixel
 
 
-def _region(marks: Tensor, region: str, rng: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Centre and half-size (T, 2) of a region's box; one of the two eyes at random."""
+def _region(
+    footage: Footage, rows: Tensor, region: str, rng: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Centre and half-size (T, 2) of a region's box, in shares of the side; one of the two eyes at
+    random."""
     if region == "eyes":
-        left, right = marks[:, 36:42], marks[:, 42:48]
-        which = _rand(len(marks), 1, 1, rng=rng, on=marks) < 0.5
-        points, grow = torch.where(which, left, right), (1.5, 2.4)
-    elif region == "mouth":
-        points, grow = marks[:, 48:68], (1.3, 1.8)
+        which = _rand(len(rows), 1, 1, rng=rng, on=rows) < 0.5
+        left, right = (footage.regions[eye][rows] for eye in ("left eye", "right eye"))
+        box = torch.where(which, left, right)
     else:
-        points, grow = marks, (1.1, 1.25)
-    low, high = points.amin(1), points.amax(1)
-    half = (high - low) / 2
-    floor = half.amax(1, keepdim=True) * 0.35
-    return (low + high) / 2, torch.maximum(half, floor) * constant(*grow, device=marks.device)
+        box = footage.regions[region][rows]
+    return box[:, 0], box[:, 1]
+
+
+def _sent(rows: Tensor, device: torch.device) -> Tensor:
+    """Rows where training is; a GPU fetches them in its own time, from memory where it can."""
+    return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
 
 
 def _rand(*shape: int, rng: torch.Generator, on: Tensor) -> Tensor:
-    """Random numbers beside a tensor; drawn on the CPU, so that they are the same everywhere."""
-    return torch.rand(shape, generator=rng).to(on.device, non_blocking=True)
+    """Random numbers beside a tensor; drawn on the CPU, so that they are the same everywhere, and
+    in memory from which a GPU fetches them in its own time."""
+    drawn = torch.rand(shape, generator=rng, pin_memory=on.is_cuda)
+    return drawn.to(on.device, non_blocking=True)

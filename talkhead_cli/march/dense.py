@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from ..contracts import Field, RayBundle, Rendered
 from .rays import step_length
 
+SHORT = 32  # samples that a GPU sums up by a product; its running sums along short rows are slow
+
 
 def first_sample(rays: RayBundle, step: float, jitter: bool) -> Tensor:
     """(R, 1) where each ray's lattice begins: near + u * step, from torch's global RNG.
@@ -28,9 +30,17 @@ def quadrature(density: Tensor, step: float | Tensor) -> Tensor:
     piecewise constant density (Max 1995; Mildenhall et al. 2020, eq. 3).
     """
     tau = density.float() * step
-    # Sum what lies before, never "all minus my own": one opaque sample would round it away.
-    before = nn.functional.pad(tau[:, :-1].cumsum(1), (1, 0))
-    return torch.exp(-before) * -torch.expm1(-tau)
+    return torch.exp(-_before(tau)) * -torch.expm1(-tau)
+
+
+def _before(tau: Tensor) -> Tensor:
+    """Sums (R, S) of what lies before each sample, never "all minus my own": one opaque sample
+    would round it away."""
+    n = tau.shape[1]
+    if tau.is_cuda and n <= SHORT:
+        with torch.autocast("cuda", enabled=False):
+            return tau @ torch.ones(n, n, device=tau.device).triu(1)
+    return nn.functional.pad(tau[:, :-1].cumsum(1), (1, 0))
 
 
 class DenseMarcher(nn.Module):

@@ -52,15 +52,20 @@ def pixel_rays(
     of a picture of `camera.size_px`, centres at +0.5; aabb (6,) the field's box.
     """
     assert row.ndim == 1 and pixel.shape == (len(row), 2), (row.shape, pixel.shape)
-    k, c2w = camera.k[row], camera.c2w[row]
-    y = (pixel[:, 1] - k[:, 1, 2]) / k[:, 1, 1]
-    x = (pixel[:, 0] - k[:, 0, 2] - k[:, 0, 1] * y) / k[:, 0, 0]
-    looking = torch.stack((x, y, torch.ones_like(x)), -1)  # camera axes: z forward
-    directions = (c2w[:, :3, :3] * looking[:, None]).sum(-1)  # not @: autocast would halve it
-    directions = torch.nn.functional.normalize(directions, dim=-1)
-    origins = c2w[:, :3, 3].contiguous()
+    directions = _directions(camera.k[row], camera.c2w[row], pixel)
+    origins = camera.c2w[row, :3, 3]
     near, far = intersect_box(origins, directions, aabb)
     return RayBundle(origins, directions, near, far, pixel, row, layout, whole)
+
+
+def _directions(k: Tensor, c2w: Tensor, pixel: Tensor) -> Tensor:
+    """Unit vectors (..., 3) in the world through pixels (..., 2) of cameras (..., 3, 3) and
+    (..., 4, 4)."""
+    y = (pixel[..., 1] - k[..., 1, 2]) / k[..., 1, 1]
+    x = (pixel[..., 0] - k[..., 0, 2] - k[..., 0, 1] * y) / k[..., 0, 0]
+    # not @: autocast would halve it.  Camera axes: z forward
+    along = [c2w[..., i, 0] * x + c2w[..., i, 1] * y + c2w[..., i, 2] for i in range(3)]
+    return torch.nn.functional.normalize(torch.stack(along, -1), dim=-1)
 
 
 def picture_rays(camera: Camera, rows: Tensor, aabb: Tensor) -> RayBundle:
@@ -72,6 +77,13 @@ def picture_rays(camera: Camera, rows: Tensor, aabb: Tensor) -> RayBundle:
     size = camera.size_px
     centre = torch.arange(size, device=rows.device, dtype=camera.k.dtype) + 0.5
     y, x = torch.meshgrid(centre, centre, indexing="ij")
-    pixel = torch.stack((x, y), -1).reshape(-1, 2).repeat(len(rows), 1)
-    row = rows.repeat_interleave(size * size)
-    return pixel_rays(camera, row, pixel, aabb, (len(rows), size, size), whole=True)
+    pixel = torch.stack((x, y), -1).reshape(1, -1, 2)
+    k, c2w = camera.k[rows, None], camera.c2w[rows, None]  # which no pixel has for its own
+    directions = _directions(k, c2w, pixel).flatten(0, 1)
+    everywhere = len(rows), size * size
+    origins = c2w[..., :3, 3].expand(*everywhere, 3).flatten(0, 1)
+    near, far = intersect_box(origins, directions, aabb)
+    return RayBundle(
+        origins, directions, near, far, pixel.expand(*everywhere, 2).flatten(0, 1),
+        rows[:, None].expand(everywhere).flatten(), (len(rows), size, size), whole=True,
+    )  # fmt: skip

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from talkhead_cli.avatars.lokitalk.method import LokiTalk
 
 BLOCK, WARPS = 64, 4  # points per program, and who shares them
+READ_BLOCK = 64  # of those that read planes
+REGISTERS = 128  # of a thread that deforms: with more of them too few threads find room
 N_HIDDEN = 16  # what the density's net says to the colour's
 OUT = 16  # columns of a small layer, and of a piece of input: the least that products take
 CHANNELS = 4  # of a texel
@@ -44,7 +46,7 @@ class Packed(NamedTuple):
 
     matrices  (M,) float16, layer after layer, inputs down and outputs across
     biases    (B,) float32 · texels (S,) float16, level after level, channels last
-    levels    (2, L) int32 of the planes: where a level's texels begin, their side
+    levels    (2, L) int32 of the planes: where a level begins, in texels, and its side
     waves     (3, E) float32 of the frequency encoding: axis, turns per unit, turns ahead; an
               axis of 3 is none
     sizes     E, trunk, head as padded, L
@@ -112,7 +114,8 @@ def packed(avatar: LokiTalk) -> Packed:
     ]
     looks = colour[:, N_HIDDEN:].T  # (3, 32), by the direction of view
 
-    begins = itertools.accumulate((level.numel() for level in levels[:-1]), initial=0)
+    sizes = (level.numel() // CHANNELS for level in levels[:-1])
+    begins = itertools.accumulate(sizes, initial=0)
     shape = [list(begins), [level.shape[-1] for level in levels]]
     texels = torch.cat([level.permute(0, 2, 3, 1).flatten() for level in levels])
 
@@ -157,18 +160,19 @@ def evaluate(
         F.pad(code.float(), (0, wide - code.shape[1]))
         for code, wide in zip(codes, (trunk, head, trunk), strict=True)
     )
-    one, blocks = len(torso) == 1, triton.cdiv(n, BLOCK)
+    blocks = triton.cdiv(n, BLOCK)
     nets = weights.matrices, weights.biases
     _deform[(blocks,)](
         x, row, place, channels, n, *nets, weights.waves, affine, rows, face, torso,
-        E=encoded, W=trunk, ONE=one, BLOCK=BLOCK, num_warps=WARPS,
+        E=encoded, W=trunk, BLOCK=BLOCK, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
-    _read[(blocks, n_levels)](
-        place, row, read, n, weights.texels, weights.levels, L=n_levels, BLOCK=BLOCK
-    )
+    _read[(triton.cdiv(n, READ_BLOCK), n_levels)](
+        place, row, read.view(torch.int32), n, weights.texels.view(torch.int32), weights.levels,
+        L=n_levels, BLOCK=READ_BLOCK,
+    )  # fmt: skip
     _shade[(blocks,)](
         x, d, row, read, found, channels, n, *nets, rows, density,
-        E=encoded, W=trunk, H=head, L=n_levels, ONE=one, BLOCK=BLOCK, num_warps=WARPS,
+        E=encoded, W=trunk, H=head, L=n_levels, BLOCK=BLOCK, num_warps=WARPS,
     )  # fmt: skip
     return found, channels
 
@@ -201,11 +205,21 @@ def _layer(h, matrices, biases, at, bias, K: tl.constexpr, N: tl.constexpr):
 
 
 @triton.jit
-def _codes(table, row, N: tl.constexpr, ONE: tl.constexpr):
-    """What the codes of points' rows add, (B or 1, N)."""
+def _own_row(row, point, here):
+    """The rows of points, 0 for those that nobody asks for; which of them are asked; whether all
+    those are of one row, and that one, -1 if there are none: neighbours mostly are."""
+    own = tl.load(row + point, mask=here, other=-1).to(tl.int32)
+    asked = own >= 0
+    one = tl.max(own, 0)
+    return tl.maximum(own, 0), asked, tl.min(tl.where(asked, own, one), 0) == one, one
+
+
+@triton.jit
+def _codes(table, row, alike, one, N: tl.constexpr):
+    """What the codes of points' rows add, (B, N)."""
     across = tl.arange(0, N)
-    if ONE:
-        codes = tl.load(table + across)[None, :]
+    if alike:
+        codes = tl.load(table + one * N + across)[None, :] + tl.zeros((row.shape[0], N), tl.float32)
     else:
         codes = tl.load(table + row[:, None] * N + across[None, :])
     return codes
@@ -255,29 +269,23 @@ def _gathered(x, reach):
 @triton.jit
 def _deform(
     x, row, places, channels, n, matrices, biases, waves, affine, rows, face, torso,
-    E: tl.constexpr, W: tl.constexpr, ONE: tl.constexpr, BLOCK: tl.constexpr,
+    E: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Attention, both displacements, and where in the planes they lead to."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = point < n
-    own = tl.load(row + point, mask=here, other=-1).to(tl.int32)
-    asked = own >= 0
-    if tl.max(own, 0) < 0:
+    own, asked, alike, one = _own_row(row, point, here)
+    if one < 0:
         return
-    own = tl.maximum(own, 0)
     x0 = tl.load(x + 3 * point, mask=here, other=0.0)
     x1 = tl.load(x + 3 * point + 1, mask=here, other=0.0)
     x2 = tl.load(x + 3 * point + 2, mask=here, other=0.0)
 
     # Attention by place, and where it starts from: ellipsoids and a half-space.
     f0, f1, f2 = _affine(affine, x0, x1, x2)
-    at, bias = E * 32 + 32 * _OUT, 32 + _OUT  # of the face field
     h = tl.zeros((BLOCK, 32), tl.float32)
-    g = tl.zeros((BLOCK, W), tl.float32)
     for k in range(0, E, _OUT):
-        encoded = _waves(waves, k, f0, f1, f2, E)
-        h += _times(encoded, matrices, k * 32, _OUT, 32)
-        g += _times(encoded, matrices, at + k * W, _OUT, W)
+        h += _times(_waves(waves, k, f0, f1, f2, E), matrices, k * 32, _OUT, 32)
     h = tl.maximum(h + _bias(biases, 0, 32), 0.0)
     h = _layer(h, matrices, biases, E * 32, 32, 32, _OUT)
     lips = _column(h, 0, _OUT) + _prior(affine + 24, x0, x1, x2, 0)
@@ -291,9 +299,13 @@ def _deform(
     y0, y1, y2 = x0, x1, x2
     moved_by_face = tl.zeros((BLOCK,), tl.float32)
     reach = lips + eyes
+    at, bias = E * 32 + 32 * _OUT, 32 + _OUT
     if tl.max(tl.where(asked, reach, 0.0), 0) > _REACH:
-        g += _bias(biases, bias, W) + lips[:, None] * _codes(face, 2 * own, W, ONE)
-        g = tl.maximum(g + eyes[:, None] * _codes(face + W, 2 * own, W, ONE), 0.0)
+        g = tl.zeros((BLOCK, W), tl.float32)
+        for k in range(0, E, _OUT):
+            g += _times(_waves(waves, k, f0, f1, f2, E), matrices, at + k * W, _OUT, W)
+        g += _bias(biases, bias, W) + lips[:, None] * _codes(face, 2 * own, alike, 2 * one, W)
+        g = tl.maximum(g + eyes[:, None] * _codes(face + W, 2 * own, alike, 2 * one, W), 0.0)
         h = tl.maximum(_layer(g, matrices, biases, at + E * W, bias + W, W, W), 0.0)
         h = _layer(h, matrices, biases, at + E * W + W * W, bias + 2 * W, W, _OUT)
         scale = tl.where(reach > _REACH, tl.minimum(reach, 1.0), 0.0) * _MAX_SHIFT
@@ -309,14 +321,14 @@ def _deform(
     z0, z1, z2 = y0, y1, y2
     if tl.max(tl.where(asked, below, 0.0), 0) > _REACH:
         f0, f1, f2 = _affine(affine, y0, y1, y2)
-        g = _bias(biases, bias, W) + _codes(torso, own, W, ONE) + tl.zeros((BLOCK, W), tl.float32)
+        g = _bias(biases, bias, W) + _codes(torso, own, alike, one, W)
         for k in range(0, E, _OUT):
             g += _times(_waves(waves, k, f0, f1, f2, E), matrices, at + k * W, _OUT, W)
         h = tl.maximum(
             _layer(tl.maximum(g, 0.0), matrices, biases, at + E * W, bias + W, W, W), 0.0
         )
         h = _layer(h, matrices, biases, at + E * W + W * W, bias + 2 * W, W, _OUT)
-        c0, c1, c2 = _own_affine(rows, own, y0, y1, y2, 0, ONE)
+        c0, c1, c2 = _own_affine(rows, own, alike, one, y0, y1, y2, 0)
         scale = tl.where(below > _REACH, below, 0.0)
         s0 = scale * (c0 - y0 + _MAX_SHIFT * _tanh(_column(h, 0, _OUT) / _MAX_SHIFT))
         s1 = scale * (c1 - y1 + _MAX_SHIFT * _tanh(_column(h, 1, _OUT) / _MAX_SHIFT))
@@ -340,52 +352,68 @@ def _deform(
 @triton.jit
 def _read(places, row, read, n, texels, levels, L: tl.constexpr, BLOCK: tl.constexpr):
     """Bilinear readings of one level's planes xy, xz, yz, four channels each, and four zeros;
-    outside, the border's value."""
+    outside, the border's value.  Two channels are one access, of 32 bits."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     level = tl.program_id(1)
     here = (point < n) & (tl.load(row + point, mask=point < n, other=-1) >= 0)
     p0 = tl.load(places + 3 * point, mask=here, other=0.0)[:, None]
     p1 = tl.load(places + 3 * point + 1, mask=here, other=0.0)[:, None]
     p2 = tl.load(places + 3 * point + 2, mask=here, other=0.0)[:, None]
-    side = tl.load(levels + L + level)
-    across = tl.arange(0, _OUT)[None, :]
-    plane = across // 4
+    begin, side = tl.load(levels + level), tl.load(levels + L + level)
+    last = side - 1
+    pair = tl.arange(0, 8)[None, :]
+    plane = pair // 2
     u = tl.where(plane == 2, p1, p0)
     v = tl.where(plane == 0, p1, p2)
-    last = side - 1
     u = tl.minimum(tl.maximum(((u + 1) * side - 1) * 0.5, 0.0), last.to(tl.float32))
     v = tl.minimum(tl.maximum(((v + 1) * side - 1) * 0.5, 0.0), last.to(tl.float32))
     u0, v0 = u.to(tl.int32), v.to(tl.int32)
     right, below = u - u0.to(tl.float32), v - v0.to(tl.float32)
     u1, v1 = tl.minimum(u0 + 1, last), tl.minimum(v0 + 1, last)
-    begin = tl.multiple_of(tl.load(levels + level), 4)  # so that four might be read as one
-    first = texels + begin + plane * side * side * 4 + across % 4
+    first = texels + (begin + plane * side * side) * 2 + pair % 2
     wanted = here[:, None] & (plane < 3)
-    a = tl.load(first + (v0 * side + u0) * 4, mask=wanted, other=0.0).to(tl.float32)
-    b = tl.load(first + (v0 * side + u1) * 4, mask=wanted, other=0.0).to(tl.float32)
+    a = tl.load(first + (v0 * side + u0) * 2, mask=wanted, other=0)
+    b = tl.load(first + (v0 * side + u1) * 2, mask=wanted, other=0)
+    c = tl.load(first + (v1 * side + u0) * 2, mask=wanted, other=0)
+    d = tl.load(first + (v1 * side + u1) * 2, mask=wanted, other=0)
+    low = _between(_half(a), _half(b), _half(c), _half(d), right, below)
+    high = _between(
+        _half(a >> 16), _half(b >> 16), _half(c >> 16), _half(d >> 16), right, below
+    )  # fmt: skip
+    at = (point.to(tl.int64)[:, None] * L + level) * 8 + pair
+    tl.store(read + at, (_bits(high) << 16) | (_bits(low) & 0xFFFF), mask=here[:, None])
+
+
+@triton.jit
+def _half(bits):
+    """The lower sixteen bits as the number that they are."""
+    return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _bits(value):
+    return value.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _between(a, b, c, d, right, below):
     top = a + right * (b - a)
-    a = tl.load(first + (v1 * side + u0) * 4, mask=wanted, other=0.0).to(tl.float32)
-    b = tl.load(first + (v1 * side + u1) * 4, mask=wanted, other=0.0).to(tl.float32)
-    value = top + below * (a + right * (b - a) - top)
-    at = point.to(tl.int64)[:, None] * (L * _OUT) + level * _OUT + across
-    tl.store(read + at, value.to(tl.float16), mask=here[:, None] & (across < _OUT))
+    return top + below * (c + right * (d - c) - top)
 
 
 @triton.jit
 def _shade(
     x, d, row, read, found, channels, n, matrices, biases, rows, density,
-    E: tl.constexpr, W: tl.constexpr, H: tl.constexpr, L: tl.constexpr, ONE: tl.constexpr,
+    E: tl.constexpr, W: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Density, and colour by the direction of view and the room's light."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = point < n
-    own = tl.load(row + point, mask=here, other=-1).to(tl.int32)
-    asked = own >= 0
-    if tl.max(own, 0) < 0:
+    own, asked, alike, one = _own_row(row, point, here)
+    if one < 0:
         tl.store(found + point, tl.zeros((BLOCK,), tl.float32), mask=here)
         return
-    own = tl.maximum(own, 0)
     place = channels + 8 * point.to(tl.int64)
     lips = tl.load(place + 3, mask=here, other=0.0)
     eyes = tl.load(place + 4, mask=here, other=0.0)
@@ -393,8 +421,8 @@ def _shade(
     # attention's net and both fields come before
     at = E * 32 + 32 * _OUT + 2 * (E * W + W * W + W * _OUT)
     bias = 32 + _OUT + 2 * (2 * W + _OUT)
-    h = _bias(biases, bias, H) + lips[:, None] * _codes(density, 2 * own, H, ONE)
-    h += eyes[:, None] * _codes(density + H, 2 * own, H, ONE)
+    h = _bias(biases, bias, H) + lips[:, None] * _codes(density, 2 * own, alike, 2 * one, H)
+    h += eyes[:, None] * _codes(density + H, 2 * own, alike, 2 * one, H)
     across = tl.arange(0, _OUT)
     for level in range(L):
         column = point.to(tl.int64)[:, None] * (L * _OUT) + level * _OUT + across[None, :]
@@ -416,7 +444,7 @@ def _shade(
     x0 = tl.load(x + 3 * point, mask=here, other=0.0)
     x1 = tl.load(x + 3 * point + 1, mask=here, other=0.0)
     x2 = tl.load(x + 3 * point + 2, mask=here, other=0.0)
-    l0, l1, l2 = _own_affine(rows, own, x0, x1, x2, 12, ONE)
+    l0, l1, l2 = _own_affine(rows, own, alike, one, x0, x1, x2, 12)
     head = 1 - below
     tl.store(place, tl.sigmoid(_column(h, 0, _OUT) + head * l0), mask=here)
     tl.store(place + 1, tl.sigmoid(_column(h, 1, _OUT) + head * l1), mask=here)
@@ -424,10 +452,10 @@ def _shade(
 
 
 @triton.jit
-def _own_affine(rows, own, x0, x1, x2, at: tl.constexpr, ONE: tl.constexpr):
+def _own_affine(rows, own, alike, one, x0, x1, x2, at: tl.constexpr):
     """A point under its own row's map, which begins `at` numbers into the row."""
-    if ONE:
-        y0, y1, y2 = _affine(rows + at, x0, x1, x2)
+    if alike:
+        y0, y1, y2 = _affine(rows + one * 24 + at, x0, x1, x2)
     else:
         y0, y1, y2 = _affine(rows + own * 24 + at, x0, x1, x2)
     return y0, y1, y2
