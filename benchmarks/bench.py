@@ -127,6 +127,8 @@ def part_curve(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     name = options.ids[0]
     preprocessed(name, work)
     rows = []
+    if options.device == "cuda":  # kernels are compiled once
+        core.train(work / "home", name, options.presets, options.device, 1e-3, options.seed)
     for scale in CURVE[options.device]:
         trained, stages = core.train(
             work / "home", name, options.presets, options.device, scale, options.seed

@@ -94,6 +94,57 @@ def test_what_a_recorded_step_left_goes_on_without_a_recording(home: Path) -> No
         assert isinstance(group["lr"], float) and not group["capturable"]
 
 
+class Losses(SilentProgress):
+    """What is told of each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.told: list[float] = []
+
+    def advance(self, n: int = 1, **figures: float) -> None:
+        self.told += [figures["loss"]] if "loss" in figures else []
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_nobody_waits_for_a_recorded_step(
+    home: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+) -> None:
+    """It learns what any other does, from what was drawn while the one before it ran, and is told
+    of one step later; where one breaks, training goes back all the same."""
+    settings = [*SHORT, *(f"train.stages.{name}.steps=0" for name in
+                          ("speech_all", "shape", "detail", "lips", "eyes"))]  # fmt: skip
+    seen: list[int] = []
+
+    def trained(name: str) -> tuple[dict[str, Tensor], list[float]]:
+        progress = Losses()
+        run = finetune(home, "speaker", progress, names=PRESETS, settings=settings, device="cpu",
+                       run_name=name)  # fmt: skip
+        return run.weights(), progress.told
+
+    plain, told = trained("plain")
+
+    class Played:
+        def __init__(self, work: Any) -> None:
+            self.work = work
+
+        def __call__(self, *given: Tensor) -> Lost:
+            lost: Lost = self.work(*given)
+            seen.append(1)
+            return (
+                lost._replace(loss=torch.tensor(torch.nan)) if broken and len(seen) == 9 else lost
+            )
+
+    monkeypatch.setattr(fit._StageLoop, "_recording", lambda loop: Played(loop._learn))
+    monkeypatch.setattr(march, "Replay", lambda work, device: Played(work))
+    played, later = trained("played")
+    if broken:
+        assert len(seen) == len(told) + 10, "the ninth was heard of after the tenth"
+        return
+    assert later == pytest.approx([told[0], *told[:-1]], rel=1e-4)
+    for name, value in plain.items():
+        assert torch.allclose(value.float(), played[name].float(), atol=1e-6), name
+
+
 @pytest.mark.parametrize("method", ["lokitalk", "landmark", "talk3d"])
 def test_training_bears_half_precision(
     home: Path, method: str, monkeypatch: pytest.MonkeyPatch
