@@ -45,15 +45,15 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 def planes() -> dict[str, float]:
     worst: dict[str, float] = {}
-    for n in (0, 1, 300):
-        made = TriPlanes((5, 16, 9), 4)
+    for n, n_channels in ((0, 4), (1, 4), (300, 4), (300, 3)):
+        made = TriPlanes((5, 16, 9), n_channels)
         x = (torch.rand(n, 3) * 2.6 - 1.3).requires_grad_()  # a third lies outside the box
         value = made(x)
         there = made.to(DEVICE)
         at = x.detach().to(DEVICE).requires_grad_()
         twin = ReadPlanes.apply(at, torch.float32, *there.levels)
         weight = torch.randn(value.shape)
-        cpu = TriPlanes((5, 16, 9), 4)
+        cpu = TriPlanes((5, 16, 9), n_channels)
         cpu.load_state_dict({k: v.cpu() for k, v in there.state_dict().items()})
         slopes = torch.autograd.grad((cpu(x) * weight).sum(), [x, *cpu.levels])
         theirs = torch.autograd.grad((twin * weight.to(DEVICE)).sum(), [at, *there.levels])
@@ -185,11 +185,15 @@ def someone(size: Any, n_rows: int) -> tuple[LokiTalk, Signals]:
 def field() -> dict[str, float]:
     """LokiTalk's: the mean of its differences, by what it says, and the largest of places."""
     worst: dict[str, float] = {}
-    for size, n_rows in (("tiny", 1), ("tiny", 3), ("full", 1), ("full", 3)):
+    for size, n_rows, ordered in (
+        ("tiny", 1, True), ("tiny", 3, False), ("full", 1, True), ("full", 3, False),
+        ("full", 3, True),
+    ):  # fmt: skip
         avatar, signals = someone(size, n_rows)
         x = torch.rand(300, 3) * 2.4 - 1.2
         d = torch.nn.functional.normalize(torch.randn(300, 3), dim=1)
         row = torch.randint(0, n_rows, (300,))
+        row = row.sort().values if ordered else row  # as pixels of pictures are
         density, channels = avatar.condition(signals)(x, d, row)
         asked = torch.arange(300) % 7 > 0
         told = field_triton.of(avatar.to(DEVICE).condition(signals.to(DEVICE)))

@@ -105,12 +105,18 @@ class Losses(SilentProgress):
         self.told += [figures["loss"]] if "loss" in figures else []
 
 
-@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize(("broken", "good_every", "heard_after"), [
+    (0, 100, 0),
+    (9, 100, 10),  # when the next one is told of
+    (9, 9, 9),  # before a state that holds it is called good
+    (24, 100, 24),  # before the stage ends
+])  # fmt: skip
 def test_nobody_waits_for_a_recorded_step(
-    home: Path, monkeypatch: pytest.MonkeyPatch, broken: bool
+    home: Path, monkeypatch: pytest.MonkeyPatch, broken: int, good_every: int, heard_after: int
 ) -> None:
     """It learns what any other does, from what was drawn while the one before it ran, and is told
     of one step later; where one breaks, training goes back all the same."""
+    monkeypatch.setattr(fit, "GOOD_EVERY", good_every)
     settings = [*SHORT, *(f"train.stages.{name}.steps=0" for name in
                           ("speech_all", "shape", "detail", "lips", "eyes"))]  # fmt: skip
     seen: list[int] = []
@@ -130,15 +136,13 @@ def test_nobody_waits_for_a_recorded_step(
         def __call__(self, *given: Tensor) -> Lost:
             lost: Lost = self.work(*given)
             seen.append(1)
-            return (
-                lost._replace(loss=torch.tensor(torch.nan)) if broken and len(seen) == 9 else lost
-            )
+            return lost._replace(loss=torch.tensor(torch.nan)) if len(seen) == broken else lost
 
     monkeypatch.setattr(fit._StageLoop, "_recording", lambda loop: Played(loop._learn))
     monkeypatch.setattr(march, "Replay", lambda work, device: Played(work))
     played, later = trained("played")
     if broken:
-        assert len(seen) == len(told) + 10, "the ninth was heard of after the tenth"
+        assert len(seen) == heard_after + len(told), "and from the beginning"
         return
     assert later == pytest.approx([told[0], *told[:-1]], rel=1e-4)
     for name, value in plain.items():

@@ -123,7 +123,7 @@ def _spread(
         slope_x = tl.sum(g * ((1 - under) * (b - a) + under * (d - c)), 1)
         slope_y = tl.sum(g * ((1 - right) * (c - a) + right * (d - b)), 1)
         # Where nothing is passed back, as along rays that meet nothing, nothing is added up.
-        some = wanted & (tl.max(tl.abs(g), 1) > 0)[:, None]
+        some = wanted & (tl.max((g != 0).to(tl.int32), 1) > 0)[:, None]
         own = grad_texels + start
         tl.atomic_add(own + at00, g * (1 - right) * (1 - under), mask=some, sem="relaxed")
         tl.atomic_add(own + at01, g * right * (1 - under), mask=some, sem="relaxed")

@@ -168,6 +168,7 @@ class _StageLoop:
             self.people, self.kept = _inner_split(job.people, stage)
         if stage.listen:
             self.people = [self._with_what_is_said(person) for person in self.people]
+        self.boxes = {p.device: self.avatar.aabb.to(p.device) for p in self.people}
         wanted = {id(p) for part in stage.learn for p in self.avatar.part(part)}
         for parameter in self.avatar.parameters():
             parameter.requires_grad_(id(parameter) in wanted)
@@ -223,8 +224,10 @@ class _StageLoop:
         self.job.progress.stage(f"train: {self.name}", self.n_steps, "steps")
         if place.step:
             self.job.progress.advance(place.step)
-        while place.step < self.n_steps:
+        while place.step < self.n_steps or not self._well(place, good):
             if good is None or place.step % GOOD_EVERY == 0:
+                if not self._well(place, good):
+                    continue
                 good = copy.deepcopy(self._state()), place.step
             losses, loss = self._one(place)
             if not math.isfinite(loss):
@@ -240,6 +243,8 @@ class _StageLoop:
             self.job.progress.advance(1, **_shown(losses))
             stopped = stop(place)
             if stopped or self.job.clock.save_is_due():
+                if not self._well(place, good):
+                    continue
                 self._save(place)
             if stopped:
                 return False
@@ -292,8 +297,10 @@ class _StageLoop:
         return MAX_RAYS[self.job.fabric.device.type] // (1 if self.stage.rays == "random" else 2)
 
     def _draw(self, person: Footage, n_rays: int) -> Shot:
-        aabb = self.avatar.aabb.to(person.device)
-        shot = shots.draw(person, self.stage, n_rays, aabb, self.job.rng, self.avatar.magnification)
+        shot = shots.draw(
+            person, self.stage, n_rays, self.boxes[person.device], self.job.rng,
+            self.avatar.magnification,
+        )  # fmt: skip
         tensors = (t.to(self.job.fabric.device) for t in unpacked(shot))
         return repacked(shot, tensors)
 
@@ -325,7 +332,7 @@ class _StageLoop:
                 f"steps of stage '{self.name}' cannot be recorded ({error}); the GPU waits for the "
                 "CPU to start their operations one by one, which takes several times as long"
             )
-            self.replay = None
+            self.replay = self._next = None
             assert isinstance(self.job.module.marcher, march.GuidedMarcher)
             self.job.module.marcher.whole = False  # that rays which meet nothing come along
             return self._step(drawn)
@@ -365,6 +372,15 @@ class _StageLoop:
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+    def _well(self, place: Place, good: Any) -> bool:
+        """Whether what the last step lost was a number, where that was not told yet; if it was not,
+        training is back where it was good."""
+        news, self._news = self._news, None
+        if news is None or math.isfinite(news.read()[1]):
+            return True
+        self._roll_back(place, good)
+        return False
 
     def _roll_back(self, place: Place, good: Any) -> None:
         place.rollbacks += 1

@@ -63,6 +63,7 @@ class Player:
     note: str  # which marcher, and why
     records: bool = True  # where pictures are made without waiting
     _recorded: dict[Any, march.Replay[tuple[Frame, Any]]] = field(default_factory=dict)
+    _stream: torch.cuda.Stream | None = None  # on which a GPU draws; its memory is used again
 
     def pictures(
         self, signals: Signals, plate: Tensor | None = None
@@ -71,14 +72,13 @@ class Player:
         background = (self.plate if plate is None else plate).reshape(-1, 3).to(self.device)
         n = self.rows_at_once(signals.camera.size_px // self.avatar.magnification)
         n_batches = -(-len(signals) // n)
-        if self.device.type == "cuda":
-            signals = signals.to(self.device)  # once: copies batch by batch would wait for pictures
+        signals = signals.to(self.device)  # once: copies batch by batch would wait for pictures
 
         def batch(index: int) -> tuple[Frame, Any]:
             rows = signals[slice(index * n, (index + 1) * n)]
             if self.records and self._asks_a_kernel and len(rows) == n:
                 return self._replayed(rows, background)
-            return self._drawn(rows.to(self.device), background)
+            return self._drawn(rows, background)
 
         for frames, n_points in self._batches(batch, n_batches):
             each = int(n_points) // len(frames.rgb)
@@ -90,7 +90,8 @@ class Player:
     ) -> Iterator[tuple[Frame, Any]]:
         """batch(0) ... batch(n - 1): side by side on a CPU's cores, one ahead on a GPU."""
         if self.device.type == "cuda":
-            yield from _one_ahead(batch, n, self.device)
+            self._stream = self._stream or torch.cuda.Stream(self.device)
+            yield from _one_ahead(batch, n, self._stream)
         elif torch.get_num_threads() == 1:
             yield from map(batch, range(n))
         else:
@@ -114,12 +115,16 @@ class Player:
         assert isinstance(self.marcher, march.GuidedMarcher)
         key = len(signals), signals.camera.size_px, self.marcher.n_samples, self.marcher.n_cells
 
-        def draw(behind: Tensor, *tensors: Tensor) -> tuple[Frame, Any]:
-            return self._drawn(repacked(signals, iter(tensors)), behind)
-
         if key not in self._recorded:
             if len(self._recorded) == MAX_RECORDINGS:
                 del self._recorded[next(iter(self._recorded))]
+            like = repacked(
+                signals, (t.clone() for t in unpacked(signals))
+            )  # not all that it is of
+
+            def draw(behind: Tensor, *tensors: Tensor) -> tuple[Frame, Any]:
+                return self._drawn(repacked(like, iter(tensors)), behind)
+
             self._recorded[key] = march.Replay(draw, self.device)
         try:
             frames, n_points = self._recorded[key](background, *unpacked(signals))
@@ -130,9 +135,9 @@ class Player:
                 stacklevel=2,
             )
             self.records = False
-            return self._drawn(signals.to(self.device), background)
+            return self._drawn(signals, background)
         mine = repacked(frames, (t.clone() for t in unpacked(frames)))
-        return mine, torch.as_tensor(n_points).clone()
+        return mine, torch.as_tensor(n_points, device=self.device).clone()
 
     @torch.no_grad()
     def _drawn(self, signals: Signals, background: Tensor) -> tuple[Frame, Any]:
@@ -248,11 +253,11 @@ def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[
 
 
 def _one_ahead(
-    work: Callable[[int], tuple[Frame, Any]], n: int, device: torch.device
+    work: Callable[[int], tuple[Frame, Any]], n: int, stream: torch.cuda.Stream
 ) -> Iterator[tuple[Frame, Any]]:
-    """work(0) ... work(n - 1) in order, on a stream of its own, where each is started before the
-    one before it is handed out: the GPU draws while whoever reads copies and encodes."""
-    stream, reader = torch.cuda.Stream(device), torch.cuda.current_stream(device)
+    """work(0) ... work(n - 1) in order, on a stream where each is started before the one before it
+    is handed out: the GPU draws while whoever reads copies and encodes."""
+    reader = torch.cuda.current_stream(stream.device)
     stream.wait_stream(reader)
     ahead: deque[tuple[tuple[Frame, Any], torch.cuda.Event]] = deque()
 
@@ -263,13 +268,16 @@ def _one_ahead(
             tensor.record_stream(reader)
         return frames, n_points
 
-    for index in range(n):
-        with torch.cuda.stream(stream):
-            ahead.append((work(index), stream.record_event()))
-        if len(ahead) > 1:
+    try:
+        for index in range(n):
+            with torch.cuda.stream(stream):
+                ahead.append((work(index), stream.record_event()))
+            if len(ahead) > 1:
+                yield handed_out()
+        while ahead:
             yield handed_out()
-    while ahead:
-        yield handed_out()
+    finally:  # what the work reads may be freed from here on
+        reader.wait_stream(stream)
 
 
 def eight_bits(frame: Frame, alpha: bool = False) -> NDArray[np.uint8]:

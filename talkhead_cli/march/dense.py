@@ -26,8 +26,8 @@ def first_sample(rays: RayBundle, step: float, jitter: bool) -> Tensor:
 def quadrature(density: Tensor, step: float | Tensor) -> Tensor:
     """Weights w_i = T_i (1 - exp(-density_i step)), T_i = exp(-sum_{j<i} density_j step).
 
-    density (R, S) >= 0, one step or steps (R, S) -> (R, S) float32.  The exact integral for
-    piecewise constant density (Max 1995; Mildenhall et al. 2020, eq. 3).
+    density (R, S) finite and >= 0, one step or steps (R, S) -> (R, S) float32.  The exact integral
+    for piecewise constant density (Max 1995; Mildenhall et al. 2020, eq. 3).
     """
     tau = density.float() * step
     return torch.exp(-_before(tau)) * -torch.expm1(-tau)
