@@ -118,9 +118,8 @@ class Player:
         if key not in self._recorded:
             if len(self._recorded) == MAX_RECORDINGS:
                 del self._recorded[next(iter(self._recorded))]
-            like = repacked(
-                signals, (t.clone() for t in unpacked(signals))
-            )  # not all that it is of
+            # its own copy: rows are a view of a whole film's, which a recording would keep
+            like = repacked(signals, (t.clone() for t in unpacked(signals)))
 
             def draw(behind: Tensor, *tensors: Tensor) -> tuple[Frame, Any]:
                 return self._drawn(repacked(like, iter(tensors)), behind)
