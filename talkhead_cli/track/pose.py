@@ -35,10 +35,10 @@ RIGID = np.array(
 SHAPE_FRAMES = 300  # frames that shape and focal length are fitted to
 BLOCK = 2048  # frames whose derivatives are held at once
 # Half-amplitude frequency of the smoothness prior per pose parameter; depth is the worst determined
-# and the slowest.  Of about 0.8, 1, 1.2 and 1.6 times these, held-out faces of a lively clip came out
-# best here by a tenth of a decibel (one seed: 28.44 to 28.60, 28.56 to 28.72, 28.64 and 28.45 dB;
-# another: 28.36, 28.50 and 28.46); a calm one's no better (32.60 and 32.63 at 0.8, 32.46 and 32.73),
-# nor is the synthetic speaker's pose truer.
+# and the slowest.  Of about 0.8, 1, 1.2 and 1.6 times these, held-out faces of a lively clip came
+# out best here by a tenth of a decibel (one seed: 28.44 to 28.60, 28.56 to 28.72, 28.64 and 28.45
+# dB; another: 28.36, 28.50 and 28.46); a calm one's no better (32.60 and 32.63 at 0.8, 32.46 and
+# 32.73 here), nor is the synthetic speaker's pose truer.
 CUTOFF_HZ = np.array([5.0, 5.0, 5.0, 6.0, 6.0, 2.5])
 # What a pixel of the mesh's relative depth counts against one across the picture.  A mesh's points
 # move less across the picture than a turning head's do: by a third on the synthetic speaker, whose
