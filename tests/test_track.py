@@ -630,7 +630,7 @@ def test_plate_takes_the_median_of_what_was_seen() -> None:
     np.testing.assert_array_equal(plate, 10)
 
 
-def test_plate_inpaints_what_was_never_seen() -> None:
+def test_plate_fills_smoothly_what_was_never_seen() -> None:
     frames, mattes, background = plate_film(1)
     plate, seen = matte.make_plate(frames, mattes)
     hidden = seen == 0
@@ -639,6 +639,32 @@ def test_plate_inpaints_what_was_never_seen() -> None:
     assert error[hidden].mean() < 6  # of 255; the square itself is black
     far = cv2.dilate(hidden.astype(np.uint8), np.ones((25, 25))) == 0
     assert error[far].max() <= 1
+    steps = (np.abs(np.diff(plate.astype(int), axis=axis)).max() for axis in (0, 1))
+    assert max(steps) <= 4  # no seams where sides of the gap meet
+
+
+def test_plate_of_one_colour_is_of_one_colour_behind_the_person_too() -> None:
+    wall = np.full((96, 96, 3), (40, 120, 200), np.uint8)
+    mask = np.zeros((matte.MATTE_PX,) * 2, np.uint8)
+    mask[100:, 60:190] = 255
+    person = cv2.resize(mask, (96, 96), interpolation=cv2.INTER_NEAREST) > 0
+    plate, _ = matte.make_plate([np.where(person[..., None], 0, wall).astype(np.uint8)], [mask])
+    assert np.abs(plate.astype(int) - wall).max() <= 1
+    everywhere, _ = matte.make_plate([wall], [np.full_like(mask, 255)])
+    assert everywhere.max() == 0  # nothing was seen, and nothing is made up
+
+
+def test_plate_does_not_take_hair_that_the_matte_lost_once_for_the_wall() -> None:
+    wall = np.full((96, 96, 3), 180, np.uint8)
+    hidden = np.zeros((matte.MATTE_PX,) * 2, np.uint8)
+    hidden[64:192, 64:192] = 255
+    frames, mattes = [wall.copy() for _ in range(25)], [hidden.copy() for _ in range(25)]
+    for frame in frames:
+        frame[24:72, 24:72] = 0
+    mattes[7][:] = 0
+    plate, seen = matte.make_plate(frames, mattes)
+    assert 0 < seen[48, 48] < matte.SELDOM
+    assert plate[48, 48].min() > 170
 
 
 def test_labels_are_shares_of_one_and_keep_the_mouth_in_the_face(a_face: Array) -> None:

@@ -41,7 +41,7 @@ N_EVIDENCE = 40  # frames that tell hair from torso by motion
 RESTLESS = 4.0  # of 255; a still background is off by 1 to 2, for noise and shadows
 MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 2, "mesh": 4, "film": 2, "tracks": 3, "labels": 1}
+VERSIONS = {"sound": 2, "mesh": 4, "film": 3, "tracks": 3, "labels": 1}
 
 
 class Stages:

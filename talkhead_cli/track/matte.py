@@ -23,6 +23,7 @@ Picture = NDArray[np.uint8]
 
 MAP_PX = 128  # side of label and skin maps
 MATTE_PX = 256
+SELDOM = 0.1  # of the frames: less often seen, a piece of background may be hair
 BODY_PX = 160  # side at which the shoulders are registered
 
 
@@ -300,8 +301,9 @@ def parsed_labels(parsed: NDArray[np.uint8], own: NDArray[np.uint8]) -> NDArray[
 def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, Array]:
     """Background (H, W, 3) behind the person, and the share of the frames that saw it (H, W).
 
-    Each pixel is the median over the frames whose matte, grown by a margin, is clear of it;
-    what was never seen is inpainted (Telea 2004) at a quarter of the size.
+    Each pixel is the median over the frames whose matte, grown by a margin, is clear of it.  What
+    was never seen, or so seldom that it may be a wisp of hair, is what lies round it, spread
+    smoothly (`_spread`).
     """
     side = frames[0].shape[0]
     grow = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
@@ -315,21 +317,26 @@ def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, A
         count = np.isfinite(stack[..., 0]).sum(0)
         middle = np.maximum(count - 1, 0) // 2
         plate = np.take_along_axis(ordered, middle[None, ..., None], 0)[0]
-    hole = count == 0
-    plate[hole] = 0
-    picture = plate.astype(np.uint8)
-    if hole.any():
-        small = max(32, side // 4)
-        thumb = cv2.resize(picture, (small, small), interpolation=cv2.INTER_AREA)
-        gap = cv2.resize(hole.astype(np.uint8), (small, small), interpolation=cv2.INTER_AREA)
-        gap = cv2.dilate((gap > 0).astype(np.uint8), np.ones((3, 3), np.uint8))
-        filled = cv2.inpaint(thumb, gap, 3, cv2.INPAINT_TELEA)
-        filled = cv2.GaussianBlur(filled, (0, 0), 1.0)
-        large = cv2.resize(filled, (side, side), interpolation=cv2.INTER_CUBIC)
-        soft = cv2.GaussianBlur(cv2.dilate(hole.astype(np.float32), np.ones((5, 5))), (0, 0), 2.0)
-        soft = np.maximum(soft, hole.astype(np.float32))[..., None]
-        picture = (picture * (1 - soft) + large * soft).astype(np.uint8)
-    return picture, seen
+    known = count >= max(1, SELDOM * len(frames))
+    plate[~known] = 0
+    if not known.all():
+        soft = cv2.GaussianBlur(cv2.erode(known.astype(np.float32), np.ones((5, 5))), (0, 0), 2.0)
+        soft = (soft * known)[..., None]  # so that a seam does not show
+        plate = plate * soft + _spread(plate, known.astype(np.float32)) * (1 - soft)
+    return plate.astype(np.uint8), seen
+
+
+def _spread(picture: Array, known: Array) -> Array:
+    """The picture (H, W, 3) by how surely it is known (H, W, 0 to 1), elsewhere averages of what
+    is, as fine as is known thereabouts (pull and push; Gortler et al. 1996, section 3.4)."""
+    sure, (height, width) = known[..., None], known.shape
+    if min(height, width) <= 2:
+        mean = (picture * sure).mean((0, 1)) / max(float(sure.mean()), 1e-6)
+        return picture * sure + mean * (1 - sure)
+    weight = cv2.pyrDown(known)
+    half = cv2.pyrDown(picture * sure) / np.maximum(weight, 1e-6)[..., None]
+    coarse = _spread(half, np.minimum(1, 4 * weight))
+    return picture * sure + cv2.pyrUp(coarse, dstsize=(width, height)) * (1 - sure)
 
 
 def unrest(frames: list[Picture], mattes: list[Picture], plate: Picture) -> float:
