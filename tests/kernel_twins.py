@@ -100,7 +100,9 @@ def marching() -> dict[str, float]:
     for n_samples in (5, 8):
         options = march.MarchOptions(n_steps=24, n_samples=n_samples, resolution=31, kind="packed")
         marcher, _ = march.build(options, BOX, "cpu")
+        there, _ = march.build(options, BOX, DEVICE, kernels=True)
         assert isinstance(marcher, march.GuidedMarcher)
+        assert isinstance(there, march.FusedMarcher)
         grid = marcher.occupancy
         grid.occupied.copy_(torch.rand(31, 31, 31) < 0.1)
         grid.occupied[:4] = False  # some rays meet nothing
@@ -113,13 +115,13 @@ def marching() -> dict[str, float]:
         near, far = march.intersect_box(origins, away, BOX)
         rays = RayBundle(origins, away, near, far, torch.zeros(700, 2),
                          torch.zeros(700, dtype=torch.long))  # fmt: skip
-        there, far_rays = marcher.to(DEVICE), rays.to(DEVICE)
+        there.load_state_dict(marcher.state_dict())
+        far_rays = rays.to(DEVICE)
         t, width, crossing = (v.cpu() for v in there.eval()._laid(far_rays))
         shifted, parts, _ = (v.cpu() for v in there.train()._laid(far_rays))
         for laid in (t, shifted):  # what meets nothing is asked as well, at places that are known
             assert bool(((laid >= near - 1e-3) & (laid <= far + 1e-3))[~crossing].all())
-        marcher = there.to("cpu").eval()
-        t_twin, width_twin, alive = marcher.lay(rays)
+        t_twin, width_twin, alive = marcher.eval().lay(rays)
         # A place on the very edge of two cells may be rounded into either.
         twins = torch.zeros(700, 2 * n_samples)
         twins[alive] = torch.cat([t_twin, width_twin], 1)

@@ -436,20 +436,22 @@ def test_a_step_that_is_recorded_waits_for_nobody(
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     box = footage.box_of(clip.signals.camera[clip.train])
     cpu = torch.device("cpu")
-    avatar, marcher, _ = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
+    avatar, _, _ = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
-    assert isinstance(marcher, march.GuidedMarcher) and avatar.has_kernel
+    options = march.MarchOptions(n_steps=24, n_samples=5)
+    marcher, _ = march.build(options, box, cpu, kernels=True)
+    assert isinstance(marcher, march.FusedMarcher) and avatar.has_kernel
     stage = preset.train.stages[name]
     shot = shots.draw(clip, stage, 4000, box, torch.Generator().manual_seed(0))
-    marcher.fused = marcher.whole = True
+    marcher.whole = True
 
-    def laid(marcher: march.GuidedMarcher, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
+    def laid(marcher: march.FusedMarcher, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
         room = rays.near.expand(-1, marcher.n_samples).contiguous()
         return room, torch.empty_like(room), rays.row >= 0
 
     step = Step(avatar, marcher).to("meta").train()
     drawn = Drawn([repacked(shot, (t.to("meta") for t in unpacked(shot)))])
-    monkeypatch.setattr(march.GuidedMarcher, "_laid", laid)
+    monkeypatch.setattr(march.FusedMarcher, "_laid", laid)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda t: t.device.type == "meta"))
     monkeypatch.setattr("talkhead_cli.blocks.planes.triton_obstacle", lambda: "there is none")
     halves = torch.autocast  # which knows no such device

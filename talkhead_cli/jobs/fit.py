@@ -193,12 +193,12 @@ class _StageLoop:
         person on, where no step waits for it.  Rays are as many in every step then."""
         marcher, stage = self.job.module.marcher, self.stage
         alone = self.job.fabric.world_size == 1 and len(self.people) == 1 and not stage.portraits
-        guided = isinstance(marcher, march.GuidedMarcher) and marcher.fused
-        steady = stage.rays == "none" or (stage.rays != "picture" and guided)
+        fused = isinstance(marcher, march.FusedMarcher)
+        steady = stage.rays == "none" or (stage.rays != "picture" and fused)
         recorded = (
             self.job.fabric.device.type == "cuda" and alone and steady and self.avatar.has_kernel
         )
-        if isinstance(marcher, march.GuidedMarcher):
+        if isinstance(marcher, march.FusedMarcher):
             marcher.whole = recorded
         return march.Replay(self._learn, self.job.fabric.device) if recorded else None
 
@@ -263,7 +263,7 @@ class _StageLoop:
         _seed_noise(self._seed(place.total, 7919), self.job.fabric.device)
         if self.replay is not None and self.stage.rays != "none":
             marcher = self.job.module.marcher
-            assert isinstance(marcher, march.GuidedMarcher)
+            assert isinstance(marcher, march.FusedMarcher)
             place.n_rays = min(self.stage.n_points // marcher.samples_per_ray, self._most_rays())
         drawn = self._drawn(place.total, place)
         learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
@@ -333,8 +333,8 @@ class _StageLoop:
                 "CPU to start their operations one by one, which takes several times as long"
             )
             self.replay = self._next = None
-            assert isinstance(self.job.module.marcher, march.GuidedMarcher)
-            self.job.module.marcher.whole = False  # that rays which meet nothing come along
+            if isinstance(self.job.module.marcher, march.FusedMarcher):
+                self.job.module.marcher.whole = False  # that rays which meet nothing come along
             return self._step(drawn)
 
     def _learn(self, *tensors: Tensor) -> Lost:

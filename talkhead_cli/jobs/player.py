@@ -106,7 +106,7 @@ class Player:
     @property
     def _asks_a_kernel(self) -> bool:
         """Whether a picture is made without waiting for the device."""
-        fused = isinstance(self.marcher, march.GuidedMarcher) and self.marcher.fused
+        fused = isinstance(self.marcher, march.FusedMarcher)
         return fused and not self.marcher.exploring and self.avatar.has_kernel
 
     def _replayed(self, signals: Signals, background: Tensor) -> tuple[Frame, Any]:
@@ -335,13 +335,11 @@ def build(
         **({} if generator is None else {"borrowed": generator}),
     )  # fmt: skip
     options = march.MarchOptions(**preset.march.model_dump(exclude={"n_close"}))
-    marcher, why = march.build(options, aabb, device)
-    if device.type == "cuda":
-        lacks = triton_obstacle()
-        if isinstance(marcher, march.GuidedMarcher):
-            marcher.fused = not lacks
-        if lacks:
-            why += f"; planes and samples go through plain torch, more slowly ({lacks})"
+    on_gpu = device.type == "cuda"
+    lacks = triton_obstacle() if on_gpu else "there is no GPU"
+    marcher, why = march.build(options, aabb, device, kernels=not lacks)
+    if on_gpu and lacks:
+        why += f"; planes and samples go through plain torch, more slowly ({lacks})"
     return avatar.to(device), marcher.to(device), why
 
 
@@ -377,11 +375,7 @@ def load(run: Run, device: torch.device) -> Player:
 
 def _look_at_lips_and_eyes(speaker: Speaker, marcher: march.Marcher, n_samples: int) -> None:
     """Have rays that meet them take so many samples."""
-    if not isinstance(marcher, march.GuidedMarcher) or speaker.neutral is None or not n_samples:
-        return
-    if marcher.fused:  # a GPU's kernels take as many of every ray
-        marcher.n_samples = max(marcher.n_samples, n_samples)
-    else:
+    if isinstance(marcher, march.GuidedMarcher) and speaker.neutral is not None and n_samples:
         marcher.look_closely(lively_boxes(speaker.neutral), n_samples)
 
 

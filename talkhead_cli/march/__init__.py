@@ -15,6 +15,7 @@ from torch import Tensor
 from ..contracts import MisuseError, TalkheadError
 from .cuda import NerfaccMarcher, check, obstacle
 from .dense import DenseMarcher
+from .fused import FusedMarcher
 from .guided import GuidedMarcher
 from .occupancy import OccupancyGrid
 from .packed import PackedMarcher
@@ -24,6 +25,7 @@ from .replay import CannotRecordError, Replay
 __all__ = [
     "CannotRecordError",
     "DenseMarcher",
+    "FusedMarcher",
     "GuidedMarcher",
     "MarchOptions",
     "Marcher",
@@ -88,8 +90,13 @@ def room_on(device: torch.device) -> int:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
-def build(options: MarchOptions, aabb: Tensor, device: torch.device | str) -> tuple[Marcher, str]:
-    """The marcher for a box (6,) on a device, and one line that says why this one."""
+def build(
+    options: MarchOptions, aabb: Tensor, device: torch.device | str, *, kernels: bool = False
+) -> tuple[Marcher, str]:
+    """The marcher for a box (6,) on a device, and one line that says why this one.
+
+    kernels: whether Triton's compile there
+    """
     device = torch.device(device)
     if options.kind not in KINDS:
         raise MisuseError(f"march.kind is {options.kind!r}; use one of {', '.join(KINDS)}")
@@ -104,7 +111,8 @@ def build(options: MarchOptions, aabb: Tensor, device: torch.device | str) -> tu
         lattice = kind(grid, step, early_stop=options.early_stop, every=options.every)
         if not options.n_samples:
             return lattice
-        return GuidedMarcher(lattice, options.n_samples, options.n_steps)
+        guided = FusedMarcher if kernels else GuidedMarcher
+        return guided(lattice, options.n_samples, options.n_steps)
 
     if options.kind == "packed":
         return made(PackedMarcher), "packed: asked for"

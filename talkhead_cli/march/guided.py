@@ -19,7 +19,6 @@ from .rays import intersect_box
 # Tried on a trained avatar at 4 and at 6 samples per ray: of 0.001 to 0.4, pictures with 0.05 and
 # 0.1 came nearest to the plain march's.
 FLOOR = 0.07
-EVENLY = 3  # times the samples while nobody knows which cells are worth looking at
 # Of a ray's samples; the others are asked for where light still passes.  Of 0.4 to 0.8, tried on a
 # trained avatar, the fastest by little.
 AT_FIRST = 0.7
@@ -46,11 +45,6 @@ class GuidedMarcher(nn.Module):
 
     In pictures, of a ray that lets no more than the lattice's `early_stop` of the light past its
     first samples the others are not asked for.
-
-    `fused`: by kernels of its own (guided_triton.py), on a CUDA device that can compile them ·
-    `whole`: with these, rays that meet nothing come along, so that nobody waits to hear which do,
-    and while it is `exploring` more samples, EVENLY times as many, lie in occupied cells one like
-    the other.
     """
 
     def __init__(self, lattice: PackedMarcher, n_samples: int, n_cells: int) -> None:
@@ -59,7 +53,6 @@ class GuidedMarcher(nn.Module):
         assert n_samples > 0 and n_cells > 0
         self.lattice, self.n_samples, self.n_cells = lattice, n_samples, n_cells
         self.exploring = False
-        self.fused = self.whole = False
         self._close: tuple[Tensor, int] | None = None
 
     @property
@@ -80,10 +73,11 @@ class GuidedMarcher(nn.Module):
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
         """Integrate `field` along `rays`."""
-        if self.exploring and not self.whole:
+        if self.exploring:
             return self.lattice.march(field, rays)
-        if self.fused and not torch.is_grad_enabled() and getattr(field, "skips", False):
-            return self._without_waiting(field, rays)
+        return self._guided(field, rays)
+
+    def _guided(self, field: Field, rays: RayBundle) -> Rendered:
         sums, n_points = rays.near.new_zeros(len(rays), field.channels + 4), 0
         for at, n_samples in self._shares(rays):
             own, alive, n = self._march(field, rays if at is None else rays[at], n_samples)
@@ -151,40 +145,10 @@ class GuidedMarcher(nn.Module):
             w.sum(1, keepdim=True), (w * s).sum(1, keepdim=True), (w * s * s).sum(1, keepdim=True),
         ], 1)  # fmt: skip
 
-    def _without_waiting(self, field: Field, rays: RayBundle) -> Rendered:
-        """All rays in one go, and whoever starts it need not know how many of them meet anything:
-        the field passes over points of row -1.  No gradients."""
-        from . import guided_triton as kernels
-
-        t, width, alive = self._laid(rays)
-        shape = n, k = t.shape
-        d = rays.directions[:, None].expand(n, k, 3)
-        x = torch.addcmul(rays.origins[:, None], t[..., None], d)
-        row = torch.where(alive, rays.row, -1)[:, None].expand(shape)
-        density, channels = field(x.view(-1, 3), d.reshape(-1, 3), row.reshape(-1))
-        maps = kernels.composite(density, channels, t, width, alive)
-        feature, opacity, depth, spread = maps.split((field.channels, 1, 1, 1), 1)
-        return Rendered(feature, opacity, depth, spread, k * alive.sum())
-
-    def _laid(self, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
-        """As `lay`, by the kernel: of all rays (R, K), and whether each has any samples (R,)."""
-        from . import guided_triton as kernels
-
-        grid, k = self.occupancy, self.samples_per_ray
-        shift = (torch.rand_like(rays.near) - 0.5) / k if self.training else None
-        return kernels.lay(rays, grid.tight_box(), grid.aabb, self._worth(), self.n_cells, k, shift)
-
     def _worth(self) -> Tensor:
         """What each of the grid's cells is worth, (D, D, D)."""
         grid = self.occupancy
-        if self.exploring:
-            return grid.occupied.float()
         return torch.where(grid.occupied, grid.seen + FLOOR, 0.0)
-
-    @property
-    def samples_per_ray(self) -> int:
-        """Of one that meets anything; of a lattice nobody knows."""
-        return self.n_samples * (EVENLY if self.exploring else 1)
 
     @torch.no_grad()
     def lay(self, rays: RayBundle, n_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -192,12 +156,6 @@ class GuidedMarcher(nn.Module):
 
         A ray's widths add up to its length inside occupied cells.
         """
-        if self.fused:
-            t, width, crossing = self._laid(rays)
-            if self.whole:
-                return t, width, torch.arange(len(rays), device=t.device)
-            alive = crossing.nonzero().squeeze(1)  # where a GPU waits, once per march
-            return t[alive], width[alive], alive
         grid, k, device = self.occupancy, n_samples or self.n_samples, rays.near.device
         enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
         near, far = torch.maximum(enter, rays.near), torch.minimum(leave, rays.far)
