@@ -6,8 +6,8 @@
 
 What commands cost is in costs.py; parts that look inside are here, with a file per subject.  Each
 part writes benchmarks/results/DATE-PART.json with the machine, versions, commit and command, and
-its plots beside it.  Without the private clips the synthetic speaker is used, and the results say
-so.
+its plots beside it; long ones as they go on, marked as unfinished until they are done.  Without the
+private clips the synthetic speaker is used, and the results say so.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import json
 import shutil
 import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,23 +49,25 @@ METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
 CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.06, 0.2)}  # shares of the steps
 
 
-def part_core(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The marching core: against the reference, by size, points and batch, and its roofline."""
+def part_core(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """The marching core: by size and batch, against the reference, by points, and its roofline."""
     import core
 
     name = options.ids[0]
     trained = trained_run(name, work, options)
+    began = time.perf_counter()
     bench = core.load(work / "home", name, options.device, trained)
-    found = {
-        "identity": name,
-        "device": options.device,
-        "size_px": bench.clip.size_px,
-        "against_reference": core.against_reference(bench),
-        "by_size": core.by_size(bench),
-        "by_points": core.by_points(bench),
-        "by_batch": core.by_batch(bench),
-        "roofline": core.roofline(bench),
-    }
+    took = {"load": round(time.perf_counter() - began, 1)}
+    found: dict[str, Any] = {
+        "identity": name, "device": options.device, "size_px": bench.clip.size_px,
+        "seconds": took,
+    }  # fmt: skip
+    for look in (core.by_size, core.by_batch, core.against_reference, core.by_points,
+                 core.roofline):  # fmt: skip
+        began = time.perf_counter()
+        found[look.__name__] = look(bench)
+        took[look.__name__] = round(time.perf_counter() - began, 1)
+        yield found
     sizes = found["by_size"]
     line_chart(
         options.chart("core-pixels"), "million pixels", "milliseconds per frame",
@@ -86,7 +90,6 @@ def part_core(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         {"frames together": ([r["frames_in_a_march"] for r in found["by_batch"]],
                              [1000 / r["frames_per_second"] for r in found["by_batch"]])},
     )  # fmt: skip
-    return found
 
 
 def part_parity(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -120,7 +123,7 @@ def part_rival(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return {"theirs": theirs, "ours": ours}
 
 
-def part_curve(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+def part_curve(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Held-out PSNR against training time: whole trainings of several lengths."""
     import core
 
@@ -139,13 +142,13 @@ def part_curve(work: Path, options: argparse.Namespace) -> dict[str, Any]:
             "scale": scale, "seconds": trained.meta()["seconds"], "steps": trained.meta()["steps"],
             "held_out": figures, "stages": stages,
         })  # fmt: skip
+        yield {"identity": name, "presets": options.presets, "rows": rows}
     seconds = [r["seconds"] for r in rows]
     line_chart(
         options.chart("curve"), "seconds of training", "held-out PSNR, dB",
         {where: (seconds, [r["held_out"][f"{where}_db"] for r in rows])
          for where in ("face", "full")},
     )  # fmt: skip
-    return {"identity": name, "presets": options.presets, "rows": rows}
 
 
 def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -294,6 +297,10 @@ def _listed(text: str) -> list[str]:
     return text.split(",")
 
 
+def _write(path: Path, record: dict[str, Any]) -> None:
+    path.write_text(json.dumps(record, indent=2) + "\n")
+
+
 def _numbers(text: str) -> list[float]:
     return [float(word) for word in text.split(",")]
 
@@ -337,11 +344,15 @@ def main() -> None:
             suffix = f"-{options.presets[0]}{suffix}"
         options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
         for part in options.parts or (PARTS if options.device == "cpu" else ON_CUDA):
-            found = {**vars(costs), **globals()}[f"part_{part}"](work, options)
+            made = {**vars(costs), **globals()}[f"part_{part}"](work, options)
             path = RESULTS / f"{today}-{part}{suffix}.json"
             command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])
-            record = {"date": today, "command": command, "machine": machine(), part: found}
-            path.write_text(json.dumps(record, indent=2) + "\n")
+            record = {"date": today, "command": command, "machine": machine()}
+            if isinstance(made, Iterator):
+                for found in made:
+                    _write(path, record | {"unfinished": True, part: found})
+                made = found
+            _write(path, record | {part: made})
             sys.stdout.write(f"{path}\n")
     finally:
         if options.work is None:

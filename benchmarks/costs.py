@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def part_preprocess(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     return rows
 
 
-def part_quality(work: Path, options: argparse.Namespace) -> dict[str, Any]:
+def part_quality(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     home = ["--home", str(work / "home")]
     rows = {}
     for name in options.ids:
@@ -60,7 +61,7 @@ def part_quality(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         figures = json.loads(scored.pop("stdout"))["figures"]
         trained.pop("stdout")
         rows[name] = {"finetune": trained, "evaluate": scored, "figures": figures}
-    return rows
+        yield rows
 
 
 def part_seventh(work: Path, options: argparse.Namespace) -> dict[str, Any]:
