@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import shutil
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -184,6 +186,41 @@ def test_a_team_is_asked_for_in_the_command(home: Path) -> None:
     assert run.is_finished and run.meta()["steps"] == 30
     again = CliRunner().invoke(app, [*words, "--devices", "2", "--device", "cpu"])
     assert again.exit_code == 0 and "finished already" in again.output
+
+
+def test_an_interrupted_team_saves_first(home: Path) -> None:
+    """All of a team hear Ctrl-C in a terminal; the chief alone does anything about it."""
+
+    class Impatient(SilentProgress):
+        n_steps = 0
+
+        def advance(self, n: int = 1, **figures: float) -> None:
+            self.n_steps += n * ("loss" in figures)
+            if self.n_steps == 7:  # in the second stage
+                (other,) = multiprocessing.active_children()
+                for process in (other.pid, os.getpid()):
+                    assert process is not None
+                    os.kill(process, signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        team.run(learn, home, progress=Impatient(), devices=2, nodes=1, settings=SMALL)
+    assert not multiprocessing.active_children()
+    state = Run.named(home, "run").resume_state()
+    assert state is not None and state["place"]["total"] == 7
+    again = Notes()
+    team.run(learn, home, progress=again, devices=2, nodes=1, settings=SMALL)
+    assert "continuing from step 7" in again.said
+    one, two = (torch.load(home / f"{rank}.pt", weights_only=True)["state"] for rank in range(2))
+    assert all(torch.equal(one[n], two[n]) for n in one if not n.endswith("seen"))
+
+
+class Notes(SilentProgress):
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.said.append(text)
 
 
 def gone(home: Path, progress: Progress, *, devices: int, nodes: int) -> None:

@@ -71,7 +71,8 @@ def fit(
     """Train through the preset's stages, continuing from the run's last save if there is one.
 
     At the end the avatar holds the averaged weights.  An interruption is heard between two steps,
-    and what was learnt is saved first; where several processes train, all of them end at once.
+    and what was learnt is saved first; of several processes, by the chief, without whom the others
+    end.
     `stop_after` ends the loop early, as a kill would (tests).
     """
     people = [_near(person, fabric.device) for person in people]
@@ -87,7 +88,7 @@ def fit(
         job.average.load(held["average"])
         progress.note(f"continuing from step {place.total}")
     job.clock.begin(place)
-    with interrupt.held() if fabric.world_size == 1 else nullcontext(lambda: False) as asked:
+    with interrupt.held() if fabric.is_global_zero else nullcontext(lambda: False) as asked:
 
         def stop(place: Place) -> bool:
             return asked() or (stop_after is not None and stop_after(place))

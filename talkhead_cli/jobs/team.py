@@ -12,6 +12,7 @@ import contextlib
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from multiprocessing import connection
@@ -73,6 +74,7 @@ def run(
         finally:
             for other in others:
                 other.kill()
+                other.join()
     return made
 
 
@@ -111,6 +113,8 @@ def _join_in(
     job: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], place: dict[str, str]
 ) -> None:
     os.environ.update(place)
+    # Ctrl-C reaches all of a terminal's processes: the chief saves, and ends the others
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     job(*args, SilentProgress(), **options)
 
 
