@@ -30,6 +30,13 @@ def hearing(signals: Signals) -> dict[str, int]:
     return dict(zip(("n_steps", "n_features"), signals.audio.shape[1:], strict=True))
 
 
+def n_frames_in(film: Path) -> int:
+    """Pictures stored in a film, at whatever rate."""
+    from talkhead_cli.media.ffmpeg import count_packets
+
+    return count_packets(film, "V:0")[0]
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of the private test clips; the test is skipped where it is absent."""

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import n_frames_in
 from typer.testing import CliRunner, Result
 
 from talkhead_cli import media
@@ -106,7 +107,7 @@ def test_a_film_has_the_speech_s_length_its_sound_and_its_marks(
         "render", "--id", "speaker", "--run", f"{method}+tiny", "--audio", speech, "-o", out,
         "--home", home,
     )  # fmt: skip
-    assert made[0] == out and media.frame_count(out) == 50
+    assert made[0] == out and n_frames_in(out) == 50
     probe = media.probe(out)
     assert (probe.width, probe.height, probe.has_audio) == (64, 64, True)
     heard, said = media.sound(out), media.sound(speech)
@@ -245,7 +246,7 @@ def test_the_shortest_speech_makes_one_frame(home: Path, tmp_path: Path) -> None
     media.write_wav(tmp_path / "tick.wav", np.full(400, 0.1, np.float32))  # 25 ms
     ok("render", "--id", "speaker", "--run", "lokitalk+tiny", "--audio", tmp_path / "tick.wav",
        "-o", tmp_path / "tick.mp4", "--home", home)  # fmt: skip
-    assert media.frame_count(tmp_path / "tick.mp4") == 1
+    assert n_frames_in(tmp_path / "tick.mp4") == 1
 
 
 def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path) -> None:
@@ -255,7 +256,7 @@ def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path) -> Non
         "--home", home,
     )  # fmt: skip
     assert out in made and tmp_path / "clear.depth.mkv" in made
-    assert media.frame_count(tmp_path / "clear.depth.mkv") == 50
+    assert n_frames_in(tmp_path / "clear.depth.mkv") == 50
     refused = talkhead(
         "render", "--id", "speaker", "--audio", speech, "-o", tmp_path / "x.mp4", "--alpha",
         "--home", home,
@@ -424,7 +425,7 @@ def face(home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_one_picture_speaks(home: Path, face: Path, speech: Path, tmp_path: Path) -> None:
     out, before = tmp_path / "face.mp4", sorted(home.iterdir())
     made = ok("render", "--image", face, "--audio", speech, "-o", out, "--depth", "--home", home)
-    assert made[0] == out and media.frame_count(out) == 50 and media.probe(out).has_audio
+    assert made[0] == out and n_frames_in(out) == 50 and media.probe(out).has_audio
     assert sorted(home.iterdir()) == before, "nobody stays behind"
     record = json.loads(out.with_name("face.mp4.json").read_text())
     assert record["synthetic"] is True

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import n_frames_in
 
 from talkhead_cli import media
 from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, TalkheadError
+from talkhead_cli.media import ffmpeg
 from talkhead_cli.media.ffmpeg import executable, knows
 
 HARD = Path(__file__).parents[2] / "shared" / "hard"
@@ -61,6 +63,25 @@ def flash_s(path: Path) -> float:
 
 def beep_s(path: Path) -> float:
     return int(np.argmax(np.abs(media.sound(path)) > 0.2)) / SAMPLE_RATE_HZ
+
+
+def sound_s(path: Path) -> float:
+    return len(media.sound(path)) / SAMPLE_RATE_HZ
+
+
+def numbered(path: Path, n_frames: int, *words: object) -> Path:
+    """Frame i shows i in ten bits, a bar for each."""
+    bits = np.arange(n_frames)[:, None] >> np.arange(10) & 1
+    pictures = np.repeat(np.repeat(255 * bits.astype(np.uint8), 16, 1)[:, None], 64, 1)
+    raw = path.with_suffix(".raw")
+    raw.write_bytes(np.repeat(pictures[..., None], 3, 3).tobytes())
+    form = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "160x64", "-r", FPS)
+    run_ffmpeg(*form, "-i", raw, *words, path)
+    return path
+
+
+def number_of(picture: np.ndarray) -> int:
+    return sum(int(picture[20:44, 16 * b + 5 : 16 * b + 11].mean() > 128) << b for b in range(10))
 
 
 def test_the_machine_has_what_the_room_needs() -> None:
@@ -114,7 +135,7 @@ def test_sound_and_picture_agree(tmp_path: Path) -> None:
     clip = flash_and_beep(tmp_path / "a.mp4")
     assert flash_s(clip) == 1.0
     assert beep_s(clip) == pytest.approx(1.0, abs=0.005)
-    assert media.duration_of_sound(clip) == pytest.approx(2.0, abs=0.04)
+    assert sound_s(clip) == pytest.approx(2.0, abs=0.04)
 
 
 @pytest.mark.parametrize("late", ["sound", "picture"])
@@ -195,7 +216,7 @@ def test_names_with_blanks_signs_and_letters(tmp_path: Path) -> None:
     folder = tmp_path / "été 100%d 'x' [1]"
     folder.mkdir()
     clip = flash_and_beep(folder / "talk: häuser, 話.mp4", n_frames=30)
-    assert media.frame_count(clip) == 30 == sum(1 for _ in media.frames(clip))
+    assert n_frames_in(clip) == 30 == sum(1 for _ in media.frames(clip))
     assert media.sound(clip, n_samples=99).shape == (99,)
 
 
@@ -204,8 +225,8 @@ def test_sound_gets_the_length_of_the_pictures(tmp_path: Path, seconds: float) -
     n_samples = int(seconds * SAMPLE_RATE_HZ)
     media.write_wav(tmp_path / "a.wav", np.full(n_samples, 0.1, np.float32))
     clip = write(tmp_path / "a.mp4", [flat((9, 9, 9))] * 50, audio=tmp_path / "a.wav")
-    assert media.frame_count(clip) == 50
-    assert abs(media.duration_of_sound(clip) - 2.0) <= 1 / FPS
+    assert n_frames_in(clip) == 50
+    assert abs(sound_s(clip) - 2.0) <= 1 / FPS
 
 
 def test_nothing_half_written(tmp_path: Path) -> None:
@@ -293,7 +314,6 @@ def test_files_that_are_no_video(tmp_path: Path) -> None:
         for reader in (
             media.probe,
             media.sound,
-            media.frame_count,
             lambda p: next(media.frames(p)),
         ):
             with pytest.raises(TalkheadError):
@@ -368,11 +388,103 @@ def test_hard_clips(clip: Path) -> None:
     if clip.stem == "vertical_1080x1920":
         assert height > width
     if about.has_audio:
-        assert media.duration_of_sound(clip) <= about.duration_s + 0.05
+        assert sound_s(clip) <= about.duration_s + 0.05
     if clip.stem == "audio_late_200ms":
         samples = media.sound(clip)
         assert about.audio_start_s > 0.15
         assert not samples[: int(0.17 * SAMPLE_RATE_HZ)].any() and samples.any()
+
+
+# -- films as cameras and old programs write them ------------------------------------------------
+
+
+@pytest.mark.parametrize("n_between", [0, 2])
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".flv", ".ts", ".m2ts", ".mpg"])
+def test_a_film_begins_where_it_is_asked_to(tmp_path: Path, suffix: str, n_between: int) -> None:
+    """Files without an index of the pictures that stand alone are not sought in."""
+    coder = "mpeg2video" if suffix == ".mpg" else "libx264"
+    words = ("-c:v", coder, "-g", 60, "-bf", n_between, "-pix_fmt", "yuv420p", "-b:v", "1M")
+    clip = numbered(tmp_path / f"a{suffix}", 140, *words)
+    whole = [number_of(picture) for picture in media.frames(clip)]
+    assert whole == list(range(140))
+    for first in (1, 30, 61, 100):
+        some = media.frames(clip, start_s=first / FPS, n_frames=5)
+        assert [number_of(picture) for picture in some] == whole[first : first + 5]
+
+
+def test_a_still_that_lasts_is_met_wherever_one_begins(tmp_path: Path) -> None:
+    gap = ("-vf", "select='lt(n,20)+gt(n,119)'", "-fps_mode", "vfr", "-pix_fmt", "yuv420p")
+    clip = numbered(tmp_path / "a.mp4", 140, *gap)
+    assert number_of(next(media.frames(clip, start_s=100 / FPS))) == 19
+
+
+@pytest.mark.parametrize("order", ["tff", "bff"])
+def test_fields_that_are_woven_are_taken_apart(tmp_path: Path, order: str) -> None:
+    """A bar that moves by 12 pixels from a field to the next has teeth where it is interlaced."""
+    scene = "color=black:s=320x120:r=50:d=2[b];color=white:s=24x120:r=50:d=2[w];"
+    moving = f"{scene}[b][w]overlay=x='mod(12*n\\,290)',tinterlace=interleave_top"
+    if order == "bff":
+        moving = moving.replace("interleave_top", "interleave_bottom")
+    clip = tmp_path / "a.mkv"
+    run_ffmpeg("-filter_complex", f"{moving},setfield={order}", "-c:v", "ffv1", clip)
+    assert "first" in media.probe(clip).colour
+    pictures = list(media.frames(clip))
+    assert len(pictures) == 50
+    teeth = [np.abs(np.diff(p[..., 0].astype(int), axis=0))[20:-20].mean() for p in pictures[5:45]]
+    woven = np.frombuffer(
+        run_ffmpeg("-i", clip, "-f", "rawvideo", "-pix_fmt", "gray", "-"), np.uint8
+    ).reshape(-1, 120, 320)
+    were = np.abs(np.diff(woven.astype(int), axis=1))[5:45, 20:-20].mean()
+    assert were > 5 and np.mean(teeth) < 0.2 * were
+
+
+def test_what_titles_say_is_not_taken_for_facts(tmp_path: Path) -> None:
+    clip = flash_and_beep(tmp_path / "a.mp4", n_frames=50)
+    titled = tmp_path / "b.mkv"
+    said = "Duration: 00:00:00.50, start: 9.0 rotation of 90 degrees"
+    words = ("-metadata", f"comment={said}", "-metadata", f"description=first\n{said}")
+    track = ("-metadata:s:v", "title=(attached pic) 7 fps : Audio: , start 3.0")
+    run_ffmpeg("-i", clip, "-c", "copy", *words, *track, titled)
+    about = media.probe(titled)
+    assert about.has_video and about.has_audio and about.rotation_deg == 0
+    assert about.duration_s == pytest.approx(2.0, abs=0.1) and about.fps == 25
+    assert about.video_start_s < 0.1 and about.audio_start_s < 0.1
+
+
+def test_fields_in_another_order_than_they_are_stored_are_read(tmp_path: Path) -> None:
+    """ffmpeg writes brackets within brackets then."""
+    line = (
+        "0:0: Video: dvvideo, yuv420p(tv, bottom coded first (swapped)), 720x576 [SAR 1:1], 25 fps"
+    )
+    assert ffmpeg._picture(line)[:2] == (720, 576)
+    assert ffmpeg._picture(line)[3] == "yuv420p(tv, bottom coded first (swapped))"
+
+
+def test_sound_that_is_damaged_is_said(tmp_path: Path) -> None:
+    samples = np.sin(np.arange(20 * SAMPLE_RATE_HZ, dtype=np.float32) / 9).astype(np.float32)
+    media.write_wav(tmp_path / "a.wav", samples)
+    whole, cut = tmp_path / "a.m4a", tmp_path / "b.m4a"
+    run_ffmpeg("-i", tmp_path / "a.wav", "-c:a", "aac", "-movflags", "+faststart", whole)
+    data = whole.read_bytes()
+    cut.write_bytes(data[: len(data) // 2])
+    said: list[str] = []
+    assert media.sound_to_file(whole, tmp_path / "a.raw", on_warning=said.append) > 310_000
+    assert not said
+    n = media.sound_to_file(cut, tmp_path / "b.raw", on_warning=said.append)
+    assert n < 200_000 and "the sound of b.m4a is damaged" in said[0]
+    media.sound(cut, n_samples=SAMPLE_RATE_HZ, on_warning=said.append)
+    assert len(said) == 1, "what is asked for was there"
+
+
+def test_samples_that_are_no_numbers_are_silent(tmp_path: Path) -> None:
+    samples = np.full(SAMPLE_RATE_HZ, 0.25, "<f4")
+    samples[100:110] = np.nan
+    raw = tmp_path / "a.raw"
+    raw.write_bytes(samples.tobytes())
+    run_ffmpeg("-f", "f32le", "-ar", SAMPLE_RATE_HZ, "-ac", 1, "-i", raw,
+               "-c:a", "pcm_f32le", tmp_path / "a.mov")  # fmt: skip
+    heard = media.sound(tmp_path / "a.mov")
+    assert np.isfinite(heard).all()
 
 
 # -- parts ---------------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import n_frames_in
 from typer.testing import CliRunner, Result
 
 from talkhead_cli import media
@@ -387,7 +388,7 @@ def test_a_film_that_is_half_written_is_not_there(
     space = Workspace(home, "short")
     assert not space.video.exists()
     assert [p for p in space.root.rglob(".part-*")] == []
-    assert media.frame_count(track(short, home).video) == 80
+    assert n_frames_in(track(short, home).video) == 80
 
 
 def test_another_size_redoes_the_film_and_keeps_the_faces(tmp_path: Path, short: Path) -> None:

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 from talkhead_cli.contracts import Need, TalkheadError
 from talkhead_cli.media import ffmpeg
-from talkhead_cli.media.audio import duration_of_sound, read_wav, sound, sound_to_file, write_wav
+from talkhead_cli.media.audio import read_wav, sound, sound_to_file, write_wav
 from talkhead_cli.media.ffmpeg import Probe, probe
 from talkhead_cli.media.part import Part
-from talkhead_cli.media.video import VideoWriter, frame_count, frames
+from talkhead_cli.media.video import VideoWriter, frames
 
 __all__ = [
     "Part",
     "Probe",
     "VideoWriter",
     "check",
-    "duration_of_sound",
-    "frame_count",
     "frames",
     "probe",
     "read_wav",

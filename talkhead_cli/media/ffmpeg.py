@@ -121,6 +121,7 @@ class Probe:
     colour         pixel format and colour tags as ffmpeg writes them, e.g.
                    "yuv420p10le(tv, bt2020nc/bt2020/smpte2084, progressive)"
     video_start_s, audio_start_s  start of the track on the file's common clock
+    has_index      the file knows where pictures lie that stand alone; seeks in others miss
     """
 
     width: int
@@ -133,6 +134,7 @@ class Probe:
     colour: str
     video_start_s: float
     audio_start_s: float
+    has_index: bool
 
 
 def probe(path: Path | str) -> Probe:
@@ -146,26 +148,32 @@ def probe(path: Path | str) -> Probe:
     head, *streams = re.split(r"^  Stream #", text, flags=re.M)
     # ffmpeg shows any text file as a film of a terminal
     tracks = [] if re.search(r"^Input #0, tty,", head, re.M) else streams
-    video = next((s for s in tracks if _VIDEO.search(s) and "(attached pic)" not in s), "")
-    audio = next((s for s in tracks if ": Audio: " in s), "")
+    # A track's first line is ffmpeg's; titles and the like, below it, may say anything.
+    lines = [track.partition("\n")[0] for track in tracks]
+    shown = (s for s, line in zip(tracks, lines, strict=True) if _VIDEO.search(line)
+             and "(attached pic)" not in line)  # fmt: skip
+    video = next(shown, "")
+    audio = next((line for line in lines if ": Audio: " in line), "")
     if not (video or audio):
         raise TalkheadError(
             f"{path} cannot be read as video or sound: it is not a media file or its index is "
             "missing; copy or export it again"
         )
-    origin_s = _number(r"Duration: .*?, start: (-?[\d.]+)", head)
+    origin_s = _number(r"^  Duration: .*?, start: (-?[\d.]+)", head)
+    nominal = video.partition("\n")[0]
     width, height, rotation_deg, colour = _picture(video)
     return Probe(
         width=width,
         height=height,
         duration_s=_duration_s(head, path),
-        fps=_number(r"([\d.]+) fps", video) or _number(r"([\d.]+) tbr", video),
+        fps=_number(r"([\d.]+) fps", nominal) or _number(r"([\d.]+) tbr", nominal),
         has_video=bool(video),
         has_audio=bool(audio),
         rotation_deg=rotation_deg,
         colour=colour,
-        video_start_s=_start_s(video, origin_s),
+        video_start_s=_start_s(nominal, origin_s),
         audio_start_s=_start_s(audio, origin_s),
+        has_index=_INDEXED.search(head) is not None,
     )
 
 
@@ -180,11 +188,13 @@ def count_packets(path: Path | str, track: str) -> tuple[int, float]:
     return int(frames[-1]) if frames else 0, int(micros[-1]) / 1e6 if micros else 0.0
 
 
-_VIDEO = re.compile(r": Video: .*?, (\w+(?:\([^)]*\))?), (\d+)x(\d+)")
+_INDEXED = re.compile(r"^Input #0, (mov|matroska),", re.M)
+# The colour's brackets may hold others: "yuv420p(tv, bottom coded first (swapped))".
+_VIDEO = re.compile(r": Video: .*?, (\w+(?:\((?:[^()]|\([^()]*\))*\))?), (\d+)x(\d+)")
 
 
 def _number(pattern: str, text: str) -> float:
-    found = re.search(pattern, text)
+    found = re.search(pattern, text, re.M)
     return float(found[1]) if found else 0.0
 
 
@@ -194,7 +204,7 @@ def _start_s(stream: str, origin_s: float) -> float:
 
 
 def _duration_s(head: str, path: Path | str) -> float:
-    if found := re.search(r"Duration: (\d+):(\d+):([\d.]+)", head):
+    if found := re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", head, re.M):
         return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
     # browsers record without saying how long it became
     return max(count_packets(path, track)[1] for track in ("V:0", "a:0"))
@@ -207,7 +217,9 @@ def _picture(stream: str) -> tuple[int, int, int, str]:
         return 0, 0, 0, ""
     colour, width, height = found[1], int(found[2]), int(found[3])
     # ffmpeg counts anticlockwise
-    rotation_deg = round(-_number(r"rotation of (-?[\d.]+) degrees", stream)) % 360
+    rotation_deg = (
+        round(-_number(r"^ *[dD]isplay ?[mM]atrix: rotation of (-?[\d.]+) deg", stream)) % 360
+    )
     aspects = re.findall(r"SAR (\d+):(\d+)", stream.splitlines()[0])
     over, under = map(int, aspects[-1]) if aspects else (1, 1)  # the container's comes last
     if rotation_deg in (90, 270):

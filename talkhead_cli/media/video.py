@@ -15,15 +15,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import FPS, TalkheadError
-from talkhead_cli.media.audio import on_common_clock
-from talkhead_cli.media.ffmpeg import Probe, Run, beside, count_packets, knows, probe, url
+from talkhead_cli.media.audio import TRUNCATION_S, on_common_clock
+from talkhead_cli.media.ffmpeg import Probe, Run, beside, knows, probe, url
 
 Picture = NDArray[np.uint8]
 
 EXACT = "accurate_rnd+full_chroma_int+full_chroma_inp"
-# a seek drops the frame still on show at its target; this much earlier, it has been met
-LEAD_FRAMES = 2 * FPS
-TRUNCATION_S = 0.5
 HDR = ("smpte2084", "arib-std-b67")
 SUFFIXES = {
     "video": (".mp4", ".m4v", ".mov", ".mkv", ".webm"),
@@ -83,13 +80,6 @@ def frames(
         on_warning(
             f"the file is truncated: {end_s:.1f} of {about.duration_s:.1f} seconds could be read"
         )
-
-
-def frame_count(path: Path | str) -> int:
-    """Frames stored in the first video track, at whatever rate, without decoding them."""
-    if not probe(path).has_video:
-        raise TalkheadError(f"{path} has no picture; give a file that has a video track")
-    return count_packets(path, "V:0")[0]
 
 
 class VideoWriter:
@@ -212,12 +202,17 @@ def _graph(
     stride: int,
 ) -> Any:
     """From the stored pictures to the ones asked for; ffmpeg itself turns them upright."""
-    lead = min(first, LEAD_FRAMES)
+    sought = first > 0 and about.has_index
+    # From the picture that stands alone before the target: accurate seeks drop what is still on
+    # show there.
+    seek = {"ss": first / FPS, "noaccurate_seek": None} if sought else {}
+    stream = graphs.input(url(path), **seek)["V:0"]
+    if re.search(r"\b(top|bottom) (coded )?first\b", about.colour):  # two fields, woven
+        stream = stream.filter("bwdif", mode="send_frame", deint="interlaced")
     # rounds to the nearest: shows what a viewer sees in the middle of each frame's time
-    stream = graphs.input(url(path), ss=(first - lead) / FPS)["V:0"]
     stream = stream.filter("fps", FPS, start_time=0)
-    if lead:
-        stream = stream.filter("trim", start_frame=lead).filter("setpts", "PTS-STARTPTS")
+    if first and not sought:
+        stream = stream.filter("trim", start_frame=first).filter("setpts", "PTS-STARTPTS")
     if stride > 1:
         stream = stream.filter("framestep", stride)
     x, y, width, height = crop
