@@ -117,7 +117,7 @@ def speak(seconds: float = 20.0, seed: int = 0) -> Speech:
     jaw = track([p.jaw for p in said], 0.036) * (1 - np.clip(1.25 * shut - 0.1, 0, 1))
     lip_width = track([p.width for p in said], 0.045)
 
-    # voice: glottal pulses whose pitch sinks through a phrase, then five formants
+    # voice: glottal pulses whose pitch sinks through each phone, then five formants
     pitch = 185 + 22 * track(rng.standard_normal(n_blocks), 0.12) * 5
     began = np.array([0.0, *ends[:-1]])[index]
     pitch *= 1.06 - 0.05 * np.clip(clock - began, 0, 1)

@@ -57,7 +57,7 @@ class Sitter:
     """The photo, taken apart once. Textures are float32 RGBA in [0, 1], colours times alpha.
 
     points (478, 3) photo pixels · mesh (V, 3) photo pixels, the first 468 are the face ·
-    triangles (F, 3) · inside (h, w, 3) twice: what shows behind the lids and behind the lips ·
+    triangles (F, 3) · eyes, mouth (h, w, 3): what shows behind the lids and behind the lips ·
     kind (h, w) label of each texel of the head · neck_box left, top, right, bottom
     """
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -73,7 +75,7 @@ def test_without_ray_its_engine_says_how_to_get_it(
 
 
 def test_videos_come_in_order_and_once(tmp_path: Path) -> None:
-    for name in ("b.MP4", "a.mkv", "c.txt"):
+    for name in ("b.MP4", "a.mkv", "c.txt", "._b.MP4", ".part-1.mp4"):
         (tmp_path / name).touch()
     first = tmp_path / "b.MP4"
     assert many.videos_of([first, tmp_path]) == [first, tmp_path / "a.mkv"]
@@ -94,6 +96,33 @@ def test_two_videos_of_one_id_are_refused_before_anything_is_done(tmp_path: Path
     for words in (["--id", "bob"], ["--jobs", "-1"]):
         refused = preprocess(tmp_path / "x", tmp_path / "y", "--home", tmp_path / "home", *words)
         assert refused.exit_code == 2 and refused.stdout == ""
+
+
+def test_a_name_that_is_taken_stops_no_other_video(speaker_clip: Path, tmp_path: Path) -> None:
+    Workspace(tmp_path / "home", "a").note(
+        finished=True, source={"name": "a.mp4", "sha256": "0" * 64}
+    )
+    videos = [Path(shutil.copy(speaker_clip, tmp_path / "a.mp4")), tmp_path / "b.mp4"]
+    found = many.preprocess_many(videos, tmp_path / "home", SilentProgress(), jobs=1)
+    assert "another 'a' already" in (found[0].error or "")
+    assert "b.mp4 is not there" in (found[1].error or "")
+
+
+def die(video: Path, home: Path, options: dict[str, Any]) -> many.Outcome:
+    """A worker that is killed."""
+    if video.stem == "b":
+        os._exit(9)
+    return many.Outcome(str(video), video.stem, n_frames=100)
+
+
+def test_a_worker_that_is_killed_takes_no_results_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(many, "one", die)
+    videos = [tmp_path / f"{name}.mp4" for name in "abc"]
+    found = many.preprocess_many(videos, tmp_path, SilentProgress(), jobs=2)
+    assert [Path(o.video).stem for o in found] == ["a", "b", "c"]
+    assert "probably for memory; try again with --jobs 1" in (found[1].error or "")
 
 
 def test_a_fault_of_ours_is_told_and_the_others_go_on(

@@ -127,7 +127,7 @@ def test_another_film_of_the_same_name_is_another_identity(
     space = Workspace(tmp_path, "talk")
     space.note(finished=True, source={"name": "talk.mp4", "sha256": "0" * 64})
     before = space.manifest()
-    with pytest.raises(MisuseError, match=r"another 'talk'.*--id.*--fresh"):
+    with pytest.raises(TalkheadError, match=r"another 'talk'.*--id.*--fresh.*remove talk"):
         job.preprocess(speaker_clip, tmp_path, SilentProgress(), name="talk")
     assert space.manifest() == before
 
@@ -211,12 +211,32 @@ def test_an_unknown_id_is_answered_with_the_known_ones(speaker_home: Path, comma
         ("..hidden", "hidden"),
         ("a..b", "a.b"),
         ("Zoë!", "Zoe"),
-        ("---", "person"),
         ("x" * 90, "x" * 64),
     ],
 )
 def test_an_id_is_made_of_the_files_name(stem: str, name: str) -> None:
     assert job.id_from(Path("somewhere") / f"{stem}.mp4") == name
+
+
+def test_names_without_latin_letters_are_told_apart(tmp_path: Path) -> None:
+    names = [job.id_from(Path(f"{stem}.mp4")) for stem in ("王芳", "李明", "Анна", "---")]
+    assert len(set(names)) == 4 and all(name.startswith("person-") for name in names)
+    assert job.id_from(Path("elsewhere/王芳.mov")) == names[0]
+    (tmp_path / "Obama.v2").mkdir()
+    assert job.id_from(tmp_path / "Obama.v2") == "Obama.v2"
+
+
+def test_a_film_that_shows_hardly_any_face_is_refused(tmp_path: Path) -> None:
+    space = Workspace(tmp_path, "talk")
+    found = np.zeros(300, bool)
+    found[41:69] = True
+    points = np.zeros((300, 4, 3), np.float32)
+    space.save("mesh", {"points": points, "found": found, "n_faces": np.array(1)})
+    space.save("shots", {"kept": np.ones(300, bool)})
+    about = media.Probe(64, 64, 12.0, 25, True, True, 0, "", 0.0, 0.0, True)
+    work = stages.Stages(space, media.Part(Path("talk.mp4")), about, SilentProgress(), {})
+    with pytest.raises(TalkheadError, match=r"a face is seen in only 1.1 s of talk.mp4"):
+        work.faces()
 
 
 def test_ranges_of_frames() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -124,6 +125,13 @@ def test_json_and_arrays_round_trip(tmp_path: Path) -> None:
             np.testing.assert_array_equal(read[name], value)
 
 
+def test_names_that_are_no_text_come_back_from_json(tmp_path: Path) -> None:
+    name = os.fsdecode(b"Ren\xe9.mp4")
+    write_json(tmp_path / "a.json", {"name": name, "other": "王芳"})
+    assert read_json(tmp_path / "a.json") == {"name": name, "other": "王芳"}
+    assert "王芳" in (tmp_path / "a.json").read_text(encoding="utf-8")
+
+
 def test_missing_files_stay_missing(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         read_json(tmp_path / "a.json")
@@ -184,6 +192,8 @@ def test_ids_are_folders_with_a_manifest(tmp_path: Path) -> None:
 
 def test_a_stage_is_done_from_exactly_its_inputs(space: Workspace) -> None:
     space.save("mesh", {"a": np.zeros(1)})
+    assert not space.is_done("mesh", "k1")  # the other of its files is not there
+    space.save("shots", {"a": np.zeros(1)})
     assert space.is_done("mesh", "k1")
     assert not space.is_done("mesh", "k2") and not space.is_done("film", "k1")
     before = space.fingerprint
@@ -220,6 +230,33 @@ def test_only_one_job_writes_at_a_time(space: Workspace) -> None:
         raise ValueError
     with space.locked():
         pass
+
+
+def test_what_killed_jobs_left_is_swept_up(space: Workspace) -> None:
+    """A killed import leaves a folder; one that makes pixels leaves them to the next one."""
+    for folder in ("", "consent", "labels", "cache"):
+        (space.root / folder).mkdir(exist_ok=True)
+        (space.root / folder / ".part-1.npz").write_text("half")
+    (space.root / ".part-2").mkdir()
+    (space.root / ".part-2" / "run.zip").write_text("half")
+    with space.locked():
+        assert [p.parent.name for p in space.root.rglob(".part-*")] == ["cache"]
+    space.save_pixels("rgb", 4, (1, 4, 4, 3), iter([np.zeros((4, 4, 3), np.uint8)]))
+    assert not list(space.root.rglob(".part-*"))
+
+
+def test_pixels_that_find_no_room_are_refused_in_a_sentence(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A map that is written into holes of a file would end the process where the disk ends."""
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(TalkheadError, match="the disk is full"):
+        space.save_pixels("rgb", 4, (1, 4, 4, 3), iter([np.zeros((4, 4, 3), np.uint8)]))
+    assert not list(space.root.rglob("*.npy"))
 
 
 def test_clearing_keeps_runs_and_consent(space: Workspace, tmp_path: Path) -> None:

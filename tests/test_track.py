@@ -493,6 +493,17 @@ def test_scout_cuts_half_way_between_two_faces(scout: Scout) -> None:
         assert min(x, y) >= 0
 
 
+@pytest.mark.parametrize("which", [0, 1])
+def test_scout_cuts_between_faces_that_stand_one_above_the_other(scout: Scout, which: int) -> None:
+    boxes = [[0.3, 0.05, 0.72, 0.35], [0.25, 0.6, 0.68, 0.9]]
+    boxes[which] = [*boxes[which][:2], boxes[which][2] + 0.05, boxes[which][3] + 0.02]  # largest
+    x, y, w, h = scout([boxes] * 10).roi
+    mine = boxes[which]
+    assert x <= 400 * mine[0] and 400 * mine[2] <= x + w
+    assert y <= 200 * mine[1] and 200 * mine[3] <= y + h + 1
+    assert (y + h <= 200 * 0.6) if which == 0 else (y >= 200 * 0.35 - 1)
+
+
 def test_scout_gives_one_person_the_whole_picture(scout: Scout) -> None:
     moving = [[[0.1 + 0.05 * i, 0.2, 0.3 + 0.05 * i, 0.6]] for i in range(10)]
     assert scout(moving) == scouting.Scene(1, (0, 0, 400, 200), frozenset(range(10)))

@@ -97,7 +97,9 @@ class Reporter:
         )
 
     def _close_stage(self) -> None:
-        if self._name and self._bars is None:
+        if self._bars is not None and self._task is not None:
+            self._bars.stop_task(self._task)
+        elif self._name:
             seconds = time.monotonic() - self._began
             if seconds > 0.5:
                 count = f" {self._done} {self._unit}," if self._done else ""
@@ -135,7 +137,8 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise
-        verb = "find" if error.errno == errno.ENOENT else "write"
+        verbs = {errno.ENOENT: "find", errno.EACCES: "open", errno.EPERM: "open"}
+        verb = verbs.get(error.errno, "write")
         code, words = 1, f"cannot {verb}: {error.strerror} ({error.filename or 'disk'})"
         _trace(verbose)
     except RuntimeError as error:

@@ -55,7 +55,8 @@ def videos_of(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEOS)
+            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEOS
+                            and not p.name.startswith("."))  # fmt: skip
             if not inside:
                 raise TalkheadError(f"there is no video in the folder {path}")
             found += inside
@@ -139,14 +140,20 @@ def _side_by_side(
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
-                    ended(waiting.pop(future), future.result())
-        except BrokenProcessPool as error:
-            raise TalkheadError(
-                "a process was killed, probably for memory; try again with --jobs 1"
-            ) from error
+                    index = waiting.pop(future)
+                    ended(index, _result(future, videos[index]))
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def _result(future: Future[Outcome], video: Path) -> Outcome:
+    """How a video ended; where a process was killed, the ones that it took along are not done."""
+    try:
+        return future.result()
+    except BrokenProcessPool:
+        error = "a process was killed, probably for memory; try again with --jobs 1"
+        return Outcome(str(video), _id_or_nothing(video), error=error)
 
 
 def _by_ray(
@@ -172,7 +179,7 @@ def _by_ray(
         while left or running:
             while left and len(running) < (jobs or len(videos)):
                 index = left.pop(0)
-                task = remote.remote(videos[index].resolve(), home.resolve(), options)
+                task = remote.remote(videos[index].absolute(), home.absolute(), options)
                 running[task] = index
             done, _ = ray.wait(list(running), num_returns=1)
             index = running.pop(done[0])

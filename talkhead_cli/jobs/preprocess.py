@@ -21,7 +21,7 @@ from talkhead_cli.jobs import backends
 from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Stages, ranges
 from talkhead_cli.media import Part
 from talkhead_cli.store import Workspace, check_id, list_runs
-from talkhead_cli.store.files import sha256_of
+from talkhead_cli.store.files import digest, sha256_of
 from talkhead_cli.track.scout import FACES
 
 MAX_OFFSET_S = 10.0
@@ -29,10 +29,12 @@ SIZE_PX = 512
 
 
 def id_from(video: Path) -> str:
-    """A valid id out of a file's stem; accents fall off."""
-    plain = unicodedata.normalize("NFKD", video.stem).encode("ascii", "ignore").decode()
+    """A valid id out of the name of a file or folder: accents fall off, and where nothing is left,
+    the same name gives the same number."""
+    stem = video.name if video.is_dir() else video.stem
+    plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
-    return check_id(re.sub(r"\.{2,}", ".", name)[:64] or "person")
+    return check_id(re.sub(r"\.{2,}", ".", name)[:64] or f"person-{digest(stem)[:6]}")
 
 
 def preprocess(
@@ -174,9 +176,10 @@ def _refuse_other_footage(space: Workspace, source: str) -> None:
     """Two films may bear one name, and who is in them is not asked: neither takes the other's."""
     known = space.manifest().get("source")
     if known is not None and known.get("sha256") != source:
-        raise MisuseError(
+        raise TalkheadError(
             f"there is another '{space.id}' already, of other footage ({known.get('name')}); name "
-            "this one with --id, or pass --fresh to replace it"
+            "this one with --id, or replace that one (preprocess --fresh, or talkhead remove "
+            f"{space.id} first)"
         )
 
 

@@ -135,7 +135,7 @@ def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Ite
     refuse_mute(speech)
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         raw = Path(folder) / "speech.s16"
-        n_samples = media.sound_to_file(speech, raw)
+        n_samples = media.sound_to_file(speech, raw, on_warning=progress.note)
         n_frames = round(n_samples / SAMPLES_PER_FRAME)
         if n_frames < 1:
             raise TalkheadError(f"{speech.name} holds no sound to speak of; it is under 40 ms long")

@@ -41,7 +41,7 @@ N_EVIDENCE = 40  # frames that tell hair from torso by motion
 RESTLESS = 4.0  # of 255; a still background is off by 1 to 2, for noise and shadows
 MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 2, "mesh": 4, "film": 3, "tracks": 3, "labels": 1}
+VERSIONS = {"sound": 2, "mesh": 4, "film": 3, "tracks": 3, "labels": 2}
 
 
 class Stages:
@@ -100,6 +100,11 @@ class Stages:
             raise TalkheadError(
                 f"only {n_kept / FPS:.1f} s of {self.video.name} show one person in one picture, "
                 f"between cuts; at least {MIN_SECONDS:.0f} s of talking are needed"
+            )
+        if found.sum() < MIN_SECONDS * FPS:
+            raise TalkheadError(
+                f"a face is seen in only {found.sum() / FPS:.1f} s of {self.video.name}; at least "
+                f"{MIN_SECONDS:.0f} s of talking are needed"
             )
         return face.Faces(face.fill_gaps(stored["points"], found), found), int(stored["n_faces"])
 
@@ -390,7 +395,8 @@ class Stages:
         reference = int(film["reference"])
         mesh, body, pivot = tracks["mesh_px"], tracks["body_px"], tracks["body_pivot"]
         at = film["thumbs_at"]
-        others = [i for i, frame in enumerate(at) if frame != reference and tracks["found"][frame]]
+        known = tracks["found"] & film["tracked"]  # else nobody knows how far the shoulders moved
+        others = [i for i, frame in enumerate(at) if frame != reference and known[frame]]
         thumbs = film["thumbs"]
         odds = matte.motion_evidence(
             thumbs[int(np.flatnonzero(at == reference)[0])],

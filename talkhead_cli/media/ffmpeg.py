@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import secrets
 import shutil
@@ -144,6 +145,8 @@ def probe(path: Path | str) -> Probe:
     """
     if not Path(path).is_file():
         raise TalkheadError(f"{path} is not there or is not a file; give the path of a media file")
+    if not os.access(path, os.R_OK):
+        raise TalkheadError(f"{path} may not be read by you; change its permissions")
     text = _ask("-i", url(path))
     head, *streams = re.split(r"^  Stream #", text, flags=re.M)
     # ffmpeg shows any text file as a film of a terminal

@@ -61,7 +61,9 @@ def held(lock: Path, what: str) -> Iterator[None]:
 
 def write_json(path: Path, value: Any) -> None:
     with atomic(path) as part:
-        part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        # file names need not be text: bytes that are none are written as JSON's \\udcXX
+        part.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path) -> Any:

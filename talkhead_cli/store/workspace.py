@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from talkhead_cli.store.files import (
 
 # What each stage of preprocessing leaves behind.
 STAGE_FILES = {
-    "mesh": ("mesh.npz",),
+    "mesh": ("mesh.npz", "shots.npz"),
     "sound": ("audio.wav", "voice.npz"),
     "film": ("video.mp4", "plate.png", "film.npz", "maps"),
     "tracks": ("tracks.npz",),
@@ -170,15 +170,15 @@ class Workspace:
     def locked(self) -> Iterator[None]:
         """Hold the folder for one writing job; what a killed one left half-written goes."""
         with held(self.root / ".lock", self.id):
-            for stale in self.root.glob(".part-*"):
-                stale.unlink()
+            for folder in ("", "maps", "labels", "consent"):
+                _sweep(self.root / folder)
             yield
 
     def clear(self) -> None:
         """Forget everything but the trained runs and consent; nothing of a folder that nobody made
         a workspace of, which may be anybody's."""
         for entry in self.root.iterdir() if self.exists() else ():
-            if entry.name in ("runs", "consent", ".lock"):
+            if entry.name in ("runs", "consent", ".lock", ".cache-lock"):
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -271,14 +271,26 @@ class Workspace:
             return None
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
+    @contextmanager
+    def _making_cache(self) -> Iterator[None]:
+        """Who makes pixels alone sweeps up what was half-written; whoever reads footage may make
+        some, and need not wait for others who do."""
+        with ExitStack() as stack:
+            with suppress(TalkheadError):
+                stack.enter_context(held(self.root / ".cache-lock", self.id))
+                _sweep(self.root / "cache")
+            yield
+
     def save_pixels(
         self, kind: str, size_px: int, shape: tuple[int, ...], rows: Iterator[NDArray[np.uint8]]
     ) -> NDArray[np.uint8]:
         """Write rows (each shape[1:]) to the cache as they come; returns the memory map."""
         path = self.cache_file(kind, size_px)
         path.with_suffix(".key").unlink(missing_ok=True)  # of what is about to be replaced
-        with atomic(path) as part:
+        with self._making_cache(), atomic(path) as part:
             target = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+            with part.open("r+b") as file:  # room that is missing later would kill the process
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             count = 0
             for count, row in enumerate(rows, 1):
                 if count <= shape[0]:
@@ -291,3 +303,12 @@ class Workspace:
                 )
         path.with_suffix(".key").write_text(self.fingerprint)
         return np.load(path, mmap_mode="r", allow_pickle=False)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder."""
+    for stale in folder.glob(".part-*"):
+        if stale.is_dir():
+            shutil.rmtree(stale)
+        else:
+            stale.unlink(missing_ok=True)

@@ -54,11 +54,12 @@ class CaptionFinder:
     @property
     def lines(self) -> tuple[float, float] | None:
         """Top and bottom of the captions as shares of the picture's height, if there are any."""
-        boxes: NDArray[Any] = np.array(self._boxes).reshape(-1, 2)
+        boxes: NDArray[Any] = np.array(sorted(self._boxes, key=sum)).reshape(-1, 2)
         middle = boxes.mean(1)
-        together = np.abs(middle[:, None] - middle) <= APART
-        most = int(together.sum(1).argmax()) if len(boxes) else 0
-        if not len(boxes) or together[most].sum() < max(MIN_POPS, self._n_seen / PER_POP):
+        first = np.searchsorted(middle, middle - APART, "left")
+        count = np.searchsorted(middle, middle + APART, "right") - first
+        most = int(count.argmax()) if len(boxes) else 0
+        if not len(boxes) or count[most] < max(MIN_POPS, self._n_seen / PER_POP):
             return None
-        top, bottom = np.median(boxes[together[most]], axis=0)
+        top, bottom = np.median(boxes[first[most] : first[most] + count[most]], axis=0)
         return float(top) / SIDE_PX, float(bottom + 1) / SIDE_PX

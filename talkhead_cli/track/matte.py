@@ -250,7 +250,8 @@ def motion_evidence(
 def label_maps(
     mesh: Array, matte: Picture, skin: Picture, hair: Array, torso: Array
 ) -> NDArray[np.uint8]:
-    """Soft labels (len(LABELS), MAP_PX, MAP_PX), 255 = certain; they sum to 255.
+    """Soft labels (len(LABELS), MAP_PX, MAP_PX), 255 = certain; they sum to 255, but
+    for rounding.
 
     mesh (478, 2) in shares of the side · matte (MATTE_PX, MATTE_PX) · skin (MAP_PX, MAP_PX)
     · hair, torso from RegionMaps.moved

@@ -99,18 +99,21 @@ def _region(face: _Face, others: list[_Face], size: tuple[int, int]) -> tuple[in
     chosen = np.stack(face.boxes)
     low, high = chosen[:, :2].min(0), chosen[:, 2:].max(0)
     grow = 1.2 * (chosen[:, 2:] - chosen[:, :2]).max(0)
-    left, top = np.maximum(low - grow, 0)
-    right, bottom = np.minimum(high + grow, 1)
+    first, end = np.maximum(low - grow, 0), np.minimum(high + grow, 1)
     for other in others:
         boxes = np.stack(other.boxes)
-        if boxes[:, 0].mean() > chosen[:, 0].mean():
-            right = min(right, (high[0] + boxes[:, 0].min()) / 2)
+        lowest, highest = boxes[:, :2].min(0), boxes[:, 2:].max(0)
+        # beside, above or below: along the axis on which there is more between them
+        gaps = np.maximum(lowest - high, low - highest)
+        axis = int((gaps * size).argmax())
+        if boxes[:, axis].mean() > chosen[:, axis].mean():
+            end[axis] = min(end[axis], (high[axis] + lowest[axis]) / 2)
         else:
-            left = max(left, (low[0] + boxes[:, 2].max()) / 2)
-    if right - left < 0.8 * (high[0] - low[0]):
+            first[axis] = max(first[axis], (low[axis] + highest[axis]) / 2)
+    if (end - first < 0.8 * (high - low)).any():
         raise TalkheadError(
             "two faces cover each other; use a part, of the film or of the picture, in which they "
             "stay apart"
         )
-    x, y = int(left * size[0]), int(top * size[1])
-    return x, y, int(right * size[0]) - x, int(bottom * size[1]) - y
+    (x, y), (right, bottom) = ((corner * size).astype(int).tolist() for corner in (first, end))
+    return x, y, right - x, bottom - y

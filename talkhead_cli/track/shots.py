@@ -81,7 +81,8 @@ class _Shot:
     first: int
     end: int
     picture: Array
-    large: Array  # grey, ZOOM_PX wide
+    large: Array | None  # grey, ZOOM_PX wide; let go once the shot is over
+    mean: NDArray[np.uint8] | None = None  # of `large`, once it is over
     light: list[float] = field(default_factory=list)  # of every frame, 0 to 255
     n_faces: int = 0
     face: Array = field(default_factory=lambda: np.zeros(3))  # x, y, height, summed
@@ -93,7 +94,14 @@ class _Shot:
 
     @property
     def mean_large(self) -> NDArray[np.uint8]:
-        return (self.large / (self.end - self.first)).astype(np.uint8)
+        if self.large is not None:
+            return (self.large / (self.end - self.first)).astype(np.uint8)
+        assert self.mean is not None
+        return self.mean
+
+    def close(self) -> None:
+        """Keep no more than will be asked for."""
+        self.mean, self.large = self.mean_large, None
 
     @property
     def mean_face(self) -> Array:
@@ -170,7 +178,7 @@ class Takes(list[Take]):
 
 
 class Shots:
-    """Splits a film into shots while its frames go by, in memory that does not grow with length."""
+    """Splits a film into shots while its frames go by; what it remembers of a shot is a picture."""
 
     def __init__(self) -> None:
         self._cut = CutFinder()
@@ -188,12 +196,15 @@ class Shots:
         face = None if mesh is None else face_of(mesh)
         if self._cut(small, face) or not self._shots:
             index = self._shots[-1].end if self._shots else 0
+            if self._shots:
+                self._shots[-1].close()
             self._shots.append(
                 _Shot(index, index, np.zeros_like(small), np.zeros(large.shape, np.float32))
             )
         shot = self._shots[-1]
         shot.end += 1
         shot.picture += small
+        assert shot.large is not None
         shot.large += large
         shot.light.append(float(small.mean()))
         if face is not None:
