@@ -229,7 +229,7 @@ class _Full(talk3d.Talk3D):
 
 @contextlib.contextmanager
 def _built_by(kind: Any) -> Iterator[None]:
-    class Method:
+    class Method(talk3d.Talk3D):
         @staticmethod
         def build(size: str, *, px: int, **named: Any) -> Any:
             del px

@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import cv2
 import numpy as np
 import pytest
+import torch
 
-from talkhead_cli.contracts import SilentProgress, TalkheadError
+from talkhead_cli import media
+from talkhead_cli.contracts import Frame, Signals, SilentProgress, TalkheadError
 from talkhead_cli.jobs import evaluate as job
-from talkhead_cli.jobs import maps
+from talkhead_cli.jobs import footage, maps
+from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.compare import compare
 from talkhead_cli.jobs.evaluate import Measured
 from talkhead_cli.store import Run, Workspace
@@ -121,3 +129,113 @@ def test_figures_of_other_footage_are_not_compared(speaker_home: Path, tmp_path:
         run.write_figures({"protocol": {"frames": [0, 1], "size_px": 64}})
     with pytest.raises(TalkheadError, match="preprocessed again"):
         compare(tmp_path, "speaker", ["one", "two"], SilentProgress())
+
+
+# -- the protocol, on a player that knows the truth ------------------------------------------------
+
+
+class Oracle:
+    """Plays the footage's own picture of whatever speech it is given, and its neighbours' where
+    poses are not that frame's; `spoiled` may do something to the pictures."""
+
+    device = torch.device("cpu")
+    avatar = SimpleNamespace(past=3)
+
+    def __init__(self, home: Path, spoiled: Callable[[np.ndarray, int], np.ndarray]) -> None:
+        self.preset = presets.load(["lokitalk", "tiny"], ["data.size_px=128"])
+        space = Workspace.open(home, "speaker")
+        self.clip = footage.load(space, self.preset.data, SilentProgress())
+        self.frame_of = {key(window): i for i, window in enumerate(self.clip.signals.audio)}
+        self.spoiled = spoiled
+
+    def listen(self, signals: Signals) -> Signals:
+        return signals
+
+    def pictures(self, signals: Signals) -> Iterator[tuple[Frame, int]]:
+        for index, window in enumerate(signals.audio):
+            true = self.clip.pictures[self.frame_of[key(window)]]
+            rgb = torch.from_numpy(self.spoiled(true, index).astype(np.float32) / 255)[None]
+            yield Frame(rgb, rgb[..., :1], rgb[..., :1], {}), 10
+
+
+def key(window: torch.Tensor) -> bytes:
+    return window.numpy().tobytes()
+
+
+@pytest.fixture
+def scored(
+    speaker_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[dict[str, Any], list[Path], SilentProgress]]:
+    """Figures of an oracle whose pictures are spoiled in some way, and what was written."""
+    shutil.copytree(speaker_home / "speaker", tmp_path / "speaker")
+    space = Workspace.open(tmp_path, "speaker")
+    run = Run.named(space.runs, "oracle")
+    run.write_meta(
+        finished=True, finished_at=0.0, footage=space.fingerprint, speech={"backend": "none"}
+    )
+
+    def score(
+        spoiled: Callable[[np.ndarray, int], np.ndarray] = lambda rgb, _: rgb,
+    ) -> tuple[dict[str, Any], list[Path], SilentProgress]:
+        progress = SilentProgress()
+        monkeypatch.setattr(job.player, "load", lambda *_: Oracle(tmp_path, spoiled))
+        return *job.evaluate(tmp_path, "speaker", progress), progress
+
+    return score
+
+
+def test_who_knows_the_truth_is_scored_as_perfect(scored: Any) -> None:
+    """Held-out frames are driven by their own sound, in order, and controls by other speech."""
+    figures, made, _ = scored()
+    picture = figures["picture"]
+    assert picture["face_box"]["psnr_db"] == picture["full"]["psnr_db"] == 120
+    assert figures["lips"]["correlation"] == {"r": 1, "interval_90": [1, 1], "spread": 1}
+    assert abs(figures["lips"]["mismatched_control"]["r"]) < 0.6
+    assert all(row["r"] < 0.8 for row in figures["lips"]["mismatched_control"]["each"])
+    assert figures["eyes"]["correlation"]["r"] == 1 and figures["jitter_px_at_512"]["ratio"] == 1
+    assert figures["lmd_px_at_512"] == 0 and figures["face_found"] == 1
+    assert figures["likeness"]["colour_of_255"] == 0
+    assert figures["render"]["points_per_frame"] == 10
+    films = {path.stem: path for path in made if path.suffix == ".mp4"}
+    assert media.probe(films["side_by_side"]).has_audio
+    marked = {name: b"synthetic" in path.read_bytes() for name, path in films.items()}
+    assert marked == {"truth": False, "render": True, "side_by_side": True}
+
+
+def test_each_fault_lowers_the_figure_that_is_to_tell_of_it(scored: Any) -> None:
+    shaken, _, _ = scored(lambda rgb, i: np.roll(rgb, 3 * (i % 2), 1))
+    assert shaken["jitter_px_at_512"]["ratio"] > 2 and shaken["lips"]["correlation"]["r"] > 0.5
+    dark, _, _ = scored(lambda rgb, _: (0.7 * rgb).astype(np.uint8))
+    assert dark["likeness"]["colour_of_255"] > 20
+    assert dark["picture"]["full"]["psnr_db"] < 25
+    wide, _, _ = scored(lambda rgb, _: np.ascontiguousarray(
+        cv2.resize(rgb, None, fx=1.15, fy=1.0)[:, 9:137]
+    ))  # fmt: skip
+    assert wide["likeness"]["geometry_percent_of_face_height"] > 2
+    assert wide["lmd_px_at_512"] > 1
+
+
+def test_the_baseline_learns_nothing_from_what_it_is_asked(speaker_home: Path) -> None:
+    space = Workspace.open(speaker_home, "speaker")
+    preset = presets.load(["lokitalk", "tiny"], ["data.size_px=64"])
+    clip = footage.load(space, preset.data, SilentProgress())
+    sound = media.read_wav(space.audio)
+    said = job._linear_baseline(clip, sound)
+    assert np.corrcoef(said, clip.lip_truth[clip.held.numpy()])[0, 1] > 0.5
+    other = clip.lip_truth.copy()
+    other[clip.held.numpy()] = np.random.default_rng(0).normal(size=len(clip.held))
+    assert np.array_equal(job._linear_baseline(replace(clip, lip_truth=other), sound), said)
+
+
+def test_figures_need_the_footage_that_the_run_was_trained_on(scored: Any, tmp_path: Path) -> None:
+    run = Run.named(Workspace.open(tmp_path, "speaker").runs, "oracle")
+    run.write_meta(footage="of before")
+    with pytest.raises(TalkheadError, match="preprocessed again"):
+        scored()
+    run.write_meta(footage=Workspace.open(tmp_path, "speaker").fingerprint,
+                   prior={"name": "crowd", "knew_person": True})  # fmt: skip
+    _, _, progress = scored()
+    assert any("knew 'speaker': these figures flatter" in note for note in progress.notes)
+    Workspace.open(tmp_path, "speaker").video.unlink()
+    with pytest.raises(TalkheadError, match="without its footage"):
+        scored()

@@ -188,7 +188,8 @@ def test_a_team_is_asked_for_in_the_command(home: Path) -> None:
     assert again.exit_code == 0 and "finished already" in again.output
 
 
-def test_an_interrupted_team_saves_first(home: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_team_saves_first(home: Path, number: int) -> None:
     """All of a team hear Ctrl-C in a terminal; the chief alone does anything about it."""
 
     class Impatient(SilentProgress):
@@ -200,10 +201,17 @@ def test_an_interrupted_team_saves_first(home: Path) -> None:
                 (other,) = multiprocessing.active_children()
                 for process in (other.pid, os.getpid()):
                     assert process is not None
-                    os.kill(process, signal.SIGINT)
+                    os.kill(process, number)
 
-    with pytest.raises(KeyboardInterrupt):
-        team.run(learn, home, progress=Impatient(), devices=2, nodes=1, settings=SMALL)
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(number, stop)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            team.run(learn, home, progress=Impatient(), devices=2, nodes=1, settings=SMALL)
+    finally:
+        signal.signal(number, before)
     assert not multiprocessing.active_children()
     state = Run.named(home, "run").resume_state()
     assert state is not None and state["place"]["total"] == 7

@@ -79,14 +79,16 @@ def _run(space: Workspace, word: str) -> Run:
 
 def _figures(home: Path, name: str, run: Run, progress: Progress, device: str) -> dict[str, Any]:
     written = run.evaluation / "metrics.json"
-    if written.is_file() and written.stat().st_mtime > run.meta().get("finished_at", 0):
+    films = [run.evaluation / name for name in ("truth.mp4", "render.mp4", "sound.wav")]
+    if all(file.is_file() for file in (written, *films)):
         found: dict[str, Any] = read_json(written)
-        return found
+        if _is_whole(found) and written.stat().st_mtime > run.meta().get("finished_at", 0):
+            return found
     progress.note(f"evaluating {run.name}")
     try:
         return evaluate(home, name, progress, run_name=run.name, device=device)[0]
     except TalkheadError as error:
-        raise TalkheadError(f"run '{run.name}': {error}; leave it out of --compare") from error
+        raise TalkheadError(f"{run.name}: {error}; leave it out of --compare") from error
 
 
 def _same_protocol(figures: dict[str, dict[str, Any]]) -> None:
@@ -96,6 +98,16 @@ def _same_protocol(figures: dict[str, dict[str, Any]]) -> None:
     if len(set(seen.values())) > 1:
         told = "; ".join(f"{run}: frames {a} at {b} px" for run, (a, b) in seen.items())
         raise TalkheadError(f"these runs were scored on different pictures ({told})")
+
+
+def _is_whole(figures: dict[str, Any]) -> bool:
+    """Whether they hold all that a table shows; older versions wrote less."""
+    try:
+        for _, path in ROWS:
+            _at(figures, path)
+    except (KeyError, TypeError):
+        return False
+    return True
 
 
 def _at(figures: Any, path: tuple[str, ...]) -> Any:

@@ -23,6 +23,7 @@ from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
 from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
+from talkhead_cli.jobs import interrupt
 
 Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
 Made = TypeVar("Made")
@@ -113,8 +114,10 @@ def _join_in(
     job: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], place: dict[str, str]
 ) -> None:
     os.environ.update(place)
-    # Ctrl-C reaches all of a terminal's processes: the chief saves, and ends the others
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Ctrl-C reaches all of a terminal's processes, a scheduler's SIGTERM all of a job's: the chief
+    # saves, and ends the others
+    for number in interrupt.SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     job(*args, SilentProgress(), **options)
 
 
