@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import cv2
@@ -20,6 +21,7 @@ from talkhead_cli.contracts import SilentProgress, TalkheadError, unpacked
 from talkhead_cli.jobs import landmark_track, maps, player, script
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import render as render_job
+from talkhead_cli.media.ffmpeg import executable
 from talkhead_cli.store import Run, Workspace
 
 # Every method, none left out: a preset of its name over tiny.yaml, in seconds.
@@ -188,9 +190,26 @@ def test_runs_stand_side_by_side(home: Path) -> None:
         alone = json.loads((home / "speaker/runs" / run / "evaluate/metrics.json").read_text())
         assert rows["PSNR, full (dB)"][run] == alone["picture"]["full"]["psnr_db"]
         assert (alone["pasted"] is None) == (not run.startswith("landmark"))
-    frames = frames_of(film)
+    frames = frames_of(film).astype(int)
     assert frames.shape[1:] == (64, 64 * (1 + len(runs)), 3)
     assert len(frames) == answer["figures"]["protocol"]["n_frames"]
+    assert media.probe(film).has_audio
+    scored = {run: home / "speaker/runs" / run / "evaluate" for run in runs}
+    columns = [scored[runs[0]] / "truth.mp4", *(scored[run] / "render.mp4" for run in runs)]
+    own = [frames_of(path).astype(int) for path in columns]
+    for index, shown in enumerate(np.split(frames, len(own), 2)):
+        apart = [np.abs(shown - other).mean() for other in own]
+        assert int(np.argmin(apart)) == index and apart[index] < 3
+    # what was scored is not scored again, unless its films are gone or an older version scored it
+    stamps = {run: (at / "metrics.json").stat().st_mtime_ns for run, at in scored.items()}
+    (scored[runs[0]] / "render.mp4").unlink()
+    older = json.loads((scored[runs[1]] / "metrics.json").read_text())
+    del older["jitter_px_at_512"]
+    (scored[runs[1]] / "metrics.json").write_text(json.dumps(older))
+    ok("evaluate", "--id", "speaker", "--compare", wanted, "--home", home)
+    again = {run: (at / "metrics.json").stat().st_mtime_ns for run, at in scored.items()}
+    assert [run for run in runs if again[run] != stamps[run]] == runs[:2]
+    assert "jitter_px_at_512" in json.loads((scored[runs[1]] / "metrics.json").read_text())
     for words in ("lokitalk", "lokitalk,lokitalk+tiny"):
         refused = talkhead("evaluate", "--id", "speaker", "--compare", words, "--home", home)
         assert refused.exit_code == 2 and "two different runs" in refused.stderr
@@ -210,8 +229,10 @@ def test_maps_show_what_a_method_does_where(home: Path, method: str) -> None:
     assert refused.exit_code == 2 and "--maps" in refused.stderr
 
 
-def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path) -> None:
-    base = ["render", "--id", "speaker", "--audio", speech, "--home", home]
+@pytest.mark.parametrize("method", ["lokitalk", "talk3d"])
+def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path, method: str) -> None:
+    run = f"{method}+tiny"
+    base = ["render", "--id", "speaker", "--run", run, "--audio", speech, "--home", home]
 
     def film(name: str, *words: str) -> np.ndarray:
         ok(*base, "-o", tmp_path / name, *words)
@@ -225,6 +246,8 @@ def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path) -> No
     assert np.abs(green[middle] - plain[middle]).mean() < 12
     turned = film("turned.mp4", "--yaw", "15")
     assert np.abs(turned - plain).mean() > 1.5
+    raised = film("raised.mp4", "--pitch", "15")
+    assert np.abs(raised - plain).mean() > 1.5 < np.abs(raised - turned).mean()
     # frame 40 of an orbit looks from 28.5 degrees, frame 0 from straight ahead
     orbit, ahead, aside = (
         film(f"{at}.mp4", *words)
@@ -249,14 +272,34 @@ def test_the_shortest_speech_makes_one_frame(home: Path, tmp_path: Path) -> None
     assert n_frames_in(tmp_path / "tick.mp4") == 1
 
 
-def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path) -> None:
+def stored(film: Path, form: str, channels: int, *decoder: str) -> np.ndarray:
+    """Pictures (T, H, W, C) as a film stores them, in a form that ffmpeg names."""
+    words = [executable(), "-v", "error", *decoder, "-i", str(film), "-f", "rawvideo"]
+    raw = subprocess.run([*words, "-pix_fmt", form, "-"], capture_output=True, check=True).stdout
+    kind = "<u2" if form.endswith("16le") else "u1"
+    return np.frombuffer(raw, kind).reshape(-1, 64, 64, channels)
+
+
+@pytest.mark.parametrize("method", ["lokitalk", "talk3d"])
+def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path, method: str) -> None:
     out = tmp_path / "clear.webm"
-    made = ok(
-        "render", "--id", "speaker", "--audio", speech, "-o", out, "--alpha", "--depth",
-        "--home", home,
-    )  # fmt: skip
+    base = ["render", "--id", "speaker", "--run", f"{method}+tiny", "--audio", speech]
+    made = ok(*base, "-o", out, "--alpha", "--depth", "--home", home)
     assert out in made and tmp_path / "clear.depth.mkv" in made
-    assert n_frames_in(tmp_path / "clear.depth.mkv") == 50
+    rgba = stored(out, "rgba", 4, "-c:v", "libvpx-vp9").astype(float)
+    corner, face = (slice(None), slice(0, 5), slice(0, 5)), (slice(None), slice(26, 34),
+                                                             slice(28, 36))  # fmt: skip
+    assert rgba[corner][..., 3].mean() < 25 and rgba[face][..., 3].mean() > 220
+    # straight colours: laid over green they make the film that has a green background
+    ok(*base, "-o", tmp_path / "green.mp4", "--background", "#00ff00", "--home", home)
+    share = rgba[..., 3:] / 255
+    laid = share * rgba[..., :3] + (1 - share) * np.array([0, 255, 0])
+    assert np.abs(laid - frames_of(tmp_path / "green.mp4")).mean() < 8
+    depth = stored(tmp_path / "clear.depth.mkv", "gray16le", 1).astype(float)
+    unit = json.loads(out.with_name("clear.webm.json").read_text())["depth_unit_face_heights"]
+    away = depth[face] * unit  # a face is some heads away from its camera, and nothing is behind
+    assert len(depth) == 50 and 1 < away.mean() < 30 and away.std() < 1
+    assert np.median(depth[corner]) == 65_535
     refused = talkhead(
         "render", "--id", "speaker", "--audio", speech, "-o", tmp_path / "x.mp4", "--alpha",
         "--home", home,
