@@ -116,10 +116,10 @@ def part_rival(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     theirs = json.loads(options.rival.read_text())
     ours: dict[str, Any] = {}
     for part in ("core", "curve"):
-        found = sorted(RESULTS.glob(f"*-{part}-{options.device}.json"))
-        if found:
-            record = json.loads(found[-1].read_text())
-            ours[part] = {"file": found[-1].name, "gpu": record["machine"]["gpu"], **record[part]}
+        for file in sorted(RESULTS.glob(f"*-{part}-{options.device}.json")):
+            record = json.loads(file.read_text())
+            if not record.get("unfinished"):
+                ours[part] = {"file": file.name, "gpu": record["machine"]["gpu"], **record[part]}
     return {"theirs": theirs, "ours": ours}
 
 
@@ -297,8 +297,22 @@ def _listed(text: str) -> list[str]:
     return text.split(",")
 
 
+def _measure(
+    part: str, path: Path, record: dict[str, Any], work: Path, options: argparse.Namespace
+) -> None:
+    """Measure a part, and write down what is found, all along where it says so."""
+    made = {**vars(costs), **globals()}[f"part_{part}"](work, options)
+    if isinstance(made, Iterator):
+        for found in made:
+            _write(path, record | {"unfinished": True, part: found})
+        made = found
+    _write(path, record | {part: made})
+
+
 def _write(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    beside = path.with_suffix(".part")
+    beside.write_text(json.dumps(record, indent=2) + "\n")
+    beside.replace(path)
 
 
 def _numbers(text: str) -> list[float]:
@@ -343,17 +357,20 @@ def main() -> None:
         if options.presets[0] != "lokitalk":
             suffix = f"-{options.presets[0]}{suffix}"
         options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
+        command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])
+        record = {"date": today, "command": command, "machine": machine()}  # as it was begun
+        failed = []
         for part in options.parts or (PARTS if options.device == "cpu" else ON_CUDA):
-            made = {**vars(costs), **globals()}[f"part_{part}"](work, options)
             path = RESULTS / f"{today}-{part}{suffix}.json"
-            command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])
-            record = {"date": today, "command": command, "machine": machine()}
-            if isinstance(made, Iterator):
-                for found in made:
-                    _write(path, record | {"unfinished": True, part: found})
-                made = found
-            _write(path, record | {part: made})
-            sys.stdout.write(f"{path}\n")
+            try:
+                _measure(part, path, record, work, options)
+            except (SystemExit, Exception) as error:  # the other parts are measured all the same
+                sys.stderr.write(f"{part}: {error}\n")
+                failed.append(part)
+            else:
+                sys.stdout.write(f"{path}\n")
+        if failed:
+            raise SystemExit(f"not measured: {', '.join(failed)}")
     finally:
         if options.work is None:
             shutil.rmtree(work, ignore_errors=True)

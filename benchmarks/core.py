@@ -186,14 +186,17 @@ def roofline(bench: Bench, n_points: int = 65_536) -> dict[str, Any]:
     `bytes_at_least` a point's coordinates in and channels out, which one fused kernel would move.
     """
     show = bench.show
-    field = show.avatar.condition(bench.rows[0].to(show.device))
+    one = bench.rows[0].to(show.device)
+    plain = show.avatar.condition(one)  # where gradients are wanted, torch's operations, to count
+    with torch.no_grad():
+        field = show.avatar.condition(one)
     low, high = show.avatar.aabb[:3], show.avatar.aabb[3:]
     x = low + (high - low) * torch.rand(n_points, 3, device=show.device)
     d = torch.nn.functional.normalize(x, dim=1)
     row = torch.zeros(n_points, dtype=torch.long, device=show.device)
     with torch.no_grad():
         with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
-            field(x, d, row)
+            plain(x, d, row)
         seconds = timed(lambda: field(x, d, row), show.device)
         peak_flops, peak_bytes = _peaks(show.device)
     per_point = {
@@ -233,11 +236,12 @@ class _Clock(SilentProgress):
     def advance(self, n: int = 1, **figures: float) -> None:
         self._steps += n
         self._rays += figures.get("rays", 0.0)
+        self._last = time.perf_counter()
 
     def _close(self) -> None:
         if not getattr(self, "_steps", 0) or not self._name.startswith("train: "):
             return
-        seconds = time.perf_counter() - self._began
+        seconds = self._last - self._began
         self.stages[self._name.removeprefix("train: ")] = {
             "steps": self._steps,
             "seconds": round(seconds, 2),
@@ -283,6 +287,8 @@ def frames_per_second(
 ) -> float:
     """Of whole pictures, as `render` draws them, without encoding."""
     rows = bench.rows if rows is None else rows
+    at_once = bench.show.rows_at_once(rows.camera.size_px // bench.show.avatar.magnification)
+    rows = rows[: max(1, len(rows) // at_once) * at_once]  # a batch that lacks some is drawn slowly
 
     def film() -> None:
         for frame, _ in bench.show.pictures(rows, plate):

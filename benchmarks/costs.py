@@ -84,10 +84,10 @@ def part_seventh(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 def part_render(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     name = options.ids[0]
-    trained_run(name, work, options)
+    run_name = trained_run(name, work, options)
     out = work / "film.mp4"
     made = talkhead(
-        "render", "--id", name, "--audio", str(speech(work, 20)), "-o", str(out),
+        "render", "--id", name, "--run", run_name, "--audio", str(speech(work, 20)), "-o", str(out),
         "--home", str(work / "home"), "--device", options.device,
     )  # fmt: skip
     made.pop("stdout")
@@ -99,16 +99,16 @@ def part_render(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 def part_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """Peak memory against length: of preprocess and of render, half a minute and ten minutes."""
     name = options.ids[0]
-    trained_run(name, work, options)
+    run_name = trained_run(name, work, options)
     home = ["--home", str(work / "home")]
     rows: dict[str, Any] = {"preprocess": {}, "render": {}}
     for seconds in (30, 600):
         film = looped(clip(name, work), seconds, work)
-        made = talkhead("preprocess", str(film), "--id", f"long{seconds}", *home)
+        made = talkhead("preprocess", str(film), "--id", f"long{seconds}", "--fresh", *home)
         made.pop("stdout")
         rows["preprocess"][f"{seconds}_s"] = made
         made = talkhead(
-            "render", "--id", name, "--audio", str(speech(work, seconds)),
+            "render", "--id", name, "--run", run_name, "--audio", str(speech(work, seconds)),
             "-o", str(work / f"film{seconds}.mp4"), *home, "--device", options.device,
         )  # fmt: skip
         made.pop("stdout")
@@ -123,13 +123,13 @@ def part_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 def part_sound(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """What a second of sound costs, end to end."""
     name = options.ids[0]
-    trained_run(name, work, options)
+    run_name = trained_run(name, work, options)
     rows = []
     for seconds in (5, 10, 20, 40):
         out = work / f"sound{seconds}.mp4"
         made = talkhead(
-            "render", "--id", name, "--audio", str(speech(work, seconds)), "-o", str(out),
-            "--home", str(work / "home"), "--device", options.device,
+            "render", "--id", name, "--run", run_name, "--audio", str(speech(work, seconds)),
+            "-o", str(out), "--home", str(work / "home"), "--device", options.device,
         )  # fmt: skip
         made.pop("stdout")
         rows.append({"seconds_of_sound": seconds, **made})
@@ -146,7 +146,8 @@ def part_photo(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     """From a picture to its first frame, and to half a minute of film, by the newest s3d prior of
     the work folder's home (made of --ids where there is none); starting Python included."""
     home = work / "home"
-    if not any((home / ".priors").glob("*/avatar.safetensors")):
+    priors = (home / ".priors").glob("*/preset.yaml")
+    if not any("method: s3d" in preset.read_text() for preset in priors):
         for name in options.ids:
             preprocessed(name, work)
         words = ["-p", "s3d", "-p", "tiny", "--home", str(home)]
@@ -227,7 +228,9 @@ def part_trackers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
             continue
         chosen = plain | ({kind: name} if kind else {})
         words = [word for k, n in chosen.items() for word in ("--backend", f"{k}={n}")]
-        told = talkhead("preprocess", str(film), "--id", name, "--home", str(home), *words)
+        told = talkhead(
+            "preprocess", str(film), "--id", name, "--home", str(home), "--fresh", *words
+        )
         figures = trackers.against_truth(Workspace.open(home, name), film)
         table[f"{kind}={name}" if kind else name] = {"seconds": told["seconds"], **figures}
     clips = {}

@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.metadata
+import json
 import os
 import platform
 import shlex
@@ -27,24 +28,35 @@ PACKAGES = ("torch", "mediapipe", "lightning-fabric", "nerfacc", "numpy")
 
 
 def run(*words: str) -> dict[str, Any]:
-    """One command: seconds, peak memory of its processes in MB, stdout."""
-    began = time.perf_counter()
-    with tempfile.TemporaryFile("w+") as out:
-        process = subprocess.Popen(words, stdout=out, stderr=subprocess.PIPE, text=True)
-        assert process.stderr is not None
-        errors = process.stderr.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-        out.seek(0)
-        text = out.read()
+    """One command: seconds, peak memory of its process in MB, stdout."""
+    began, peak_kb = time.perf_counter(), 0
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        process = subprocess.Popen(words, stdout=out, stderr=err, text=True)
+        while process.poll() is None:
+            peak_kb = max(peak_kb, _peak_kb(process.pid))
+            time.sleep(0.02)
+        seconds = time.perf_counter() - began
+        for file in (out, err):
+            file.seek(0)
+        text, errors = out.read(), err.read()
     if process.returncode:
         raise SystemExit(f"{shlex.join(words)}\n{errors}")
     return {
         "command": shown(["talkhead", *words[3:]]),
-        "seconds": round(time.perf_counter() - began, 2),
-        "peak_mb": round(usage.ru_maxrss / 1024),
+        "seconds": round(seconds, 2),
+        "peak_mb": round(peak_kb / 1024),
         "stdout": text,
     }
+
+
+def _peak_kb(number: int) -> int:
+    """Most that a process has held so far; what wait() says of a child includes its parent's."""
+    with contextlib.suppress(OSError):
+        status = Path(f"/proc/{number}/status").read_text()
+        for line in status.splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1])
+    return 0
 
 
 def shown(words: Sequence[str]) -> str:
@@ -134,7 +146,7 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """None outside a checkout, or without git."""
-    asked = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    asked = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty"]
     with contextlib.suppress(OSError):
         return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or None
     return None
@@ -157,7 +169,8 @@ def usable(work: Path) -> list[str]:
 
 
 def preprocessed(name: str, work: Path) -> None:
-    if not (work / "home" / name / "manifest.json").exists():
+    manifest = work / "home" / name / "manifest.json"
+    if not manifest.exists() or not json.loads(manifest.read_text()).get("finished"):
         talkhead("preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"))
 
 

@@ -24,10 +24,9 @@ FEW_BLINKS = 2  # what follows so few says nothing of eyes
 
 def quality(method: str) -> dict[str, dict[str, Any]]:
     """What `evaluate` said of each person, from the newest file of the method."""
-    files = sorted(RESULTS.glob(FILES[method]))
-    if not files:
-        return {}
-    held = json.loads(files[-1].read_text())
+    records = (json.loads(file.read_text()) for file in sorted(RESULTS.glob(FILES[method])))
+    whole = [record for record in records if not record.get("unfinished")]
+    held = whole[-1] if whole else {}
     people = held.get("quality", held)
     rows = {name: row.get("figures", row) for name, row in people.items() if isinstance(row, dict)}
     return {name: row for name, row in rows.items() if "picture" in row}
