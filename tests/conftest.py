@@ -5,10 +5,12 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from talkhead_cli.contracts import Signals, SilentProgress
@@ -83,3 +85,15 @@ def speaker_home(speaker_clip: Path, tmp_path_factory: pytest.TempPathFactory) -
     home = tmp_path_factory.mktemp("home")
     preprocess(speaker_clip, home, SilentProgress(), name="speaker")
     return home
+
+
+@pytest.fixture
+def home(speaker_home: Path, tmp_path: Path) -> Path:
+    """A copy of the speaker's home, which may be written to."""
+    return Path(shutil.copytree(speaker_home, tmp_path / "home"))
+
+
+@pytest.fixture(scope="session")
+def a_face(speaker_truth: Any) -> Any:
+    """Mesh (478, 2) in pixels of a 512-pixel picture."""
+    return np.asarray(speaker_truth.landmarks_px[0], float)

@@ -214,6 +214,61 @@ def field() -> dict[str, float]:
     return worst
 
 
+class Asked:
+    """LokiTalk's field as its kernel says it, wherever it runs."""
+
+    skips = True
+
+    def __init__(self, plain: Any) -> None:
+        self.aabb, self.channels = plain.aabb, plain.channels
+        self.n_detached, self.n_rows = plain.n_detached, plain.n_rows
+        self._told = field_triton.of(plain)
+
+    def density(self, x: Tensor, row: Tensor) -> Tensor:
+        return self._told(x, x, row)[0]
+
+    def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        return self._told(x, d, row)
+
+
+@torch.no_grad()
+def fused() -> dict[str, float]:
+    """Pictures marched without waiting beside those of the twin; and, while it explores, beside
+    the lattice's, how far opacities are on average."""
+    avatar, signals = someone("tiny", 2)
+    options = march.MarchOptions(
+        n_steps=24, n_samples=6, resolution=16, early_stop=0.0, kind="packed"
+    )
+    marcher, _ = march.build(options, avatar.aabb, "cpu")
+    there, _ = march.build(options, avatar.aabb, DEVICE, kernels=True)
+    assert isinstance(marcher, march.GuidedMarcher) and isinstance(there, march.FusedMarcher)
+    grid = marcher.occupancy
+    grid.occupied.copy_(torch.rand(16, 16, 16) < 0.2)
+    grid.occupied[:5] = False
+    grid.seen.copy_(torch.rand(16, 16, 16))
+    there.load_state_dict(marcher.state_dict())
+    origins = torch.tensor([0.0, 0.0, -4.0]) + 0.1 * torch.randn(200, 3)
+    away = torch.nn.functional.normalize(0.7 * torch.randn(200, 3) - origins, dim=1)
+    near, far = march.intersect_box(origins, away, avatar.aabb)
+    rays = RayBundle(origins, away, near, far, torch.zeros(200, 2), torch.arange(200) % 2)
+    plain = avatar.condition(signals)
+    twin, lattice = marcher.eval().march(plain, rays), marcher.lattice.march(plain, rays)
+    asked = Asked(avatar.to(DEVICE).condition(signals.to(DEVICE)))
+    made = there.eval().march(asked, rays.to(DEVICE))
+    assert twin.opacity.mean() > 0.1
+    assert int(made.n_points) == twin.n_points > 0 and there.samples_per_ray == 6
+    found = {name: float((getattr(made, name).cpu() - getattr(twin, name)).abs().mean())
+             for name in ("feature", "opacity", "depth", "spread")}  # fmt: skip
+    there.exploring = there.whole = True
+    even = there.march(asked, rays.to(DEVICE))
+    assert there.samples_per_ray == 18 and int(even.n_points) == 3 * int(made.n_points)
+    assert len(there.lay(rays.to(DEVICE))[2]) == len(rays), "what meets nothing comes along"
+    found["while exploring"] = float((even.opacity.cpu() - lattice.opacity).abs().mean())
+    there.whole = False
+    assert 0 < len(there.lay(rays.to(DEVICE))[2]) < len(rays)
+    return found
+
+
 def recording() -> dict[str, float]:
     """A recorded picture beside one that is drawn as it comes; on a CUDA device alone."""
     if DEVICE.type != "cuda":
@@ -238,5 +293,6 @@ def recording() -> dict[str, float]:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    kernels = {kernel.__name__: kernel for kernel in (planes, motions, marching, field, recording)}
+    all_of_them = (planes, motions, marching, field, fused, recording)
+    kernels = {kernel.__name__: kernel for kernel in all_of_them}
     print(json.dumps({name: kernels[name]() for name in sys.argv[2:] or kernels}))

@@ -51,6 +51,9 @@ def test_kernels_equal_their_twins(device: str) -> None:
     assert set(found["field"]) == set(limits)
     for name, limit in limits.items():
         assert found["field"][name] < limit, (name, found["field"])
+    marched = found["fused"]
+    assert marched.pop("while exploring") < 0.03, "three times the samples, laid otherwise"
+    assert len(marched) == 4 and max(marched.values()) < 0.01, marched
     assert len(found["recording"]) == (2 if device == "cuda" else 0)
     assert max(found["recording"].values(), default=0) < 1e-5, found["recording"]
 

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from trainings import train
 
 from talkhead_cli import march
-from talkhead_cli.contracts import Signals, SilentProgress, TalkheadError, unpacked
+from talkhead_cli.contracts import Frame, Signals, SilentProgress, TalkheadError, unpacked
 from talkhead_cli.jobs import footage, player
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.player import Player
@@ -38,7 +40,8 @@ def test_pictures_bear_half_precision(
     monkeypatch.setitem(player.HALF, "cpu", torch.bfloat16)
     half = [frame.rgb.float() for frame, _ in show.pictures(rows)]
     for a, b in zip(whole, half, strict=True):
-        assert a.std() > 0.01 and 10 * torch.log10(1 / (a - b).square().mean()) > 30
+        assert a.std() > 0.01 and not torch.equal(a, b), "halves are what is asked for"
+        assert 10 * torch.log10(1 / (a - b).square().mean()) > 30
 
 
 def test_frames_that_march_together_are_the_same_frames(
@@ -151,3 +154,93 @@ def test_rows_of_a_film_are_heard_with_what_came_before_them(
         heard = show.heard(clip.signals, rows)
         assert torch.allclose(heard.landmarks, whole[rows], atol=1e-5)
         assert torch.equal(heard.moment, clip.signals.moment[rows])
+
+
+def test_frames_made_side_by_side_come_in_order_and_are_the_same(home: Path) -> None:
+    train(home)
+    space = Workspace.open(home, "speaker")
+    show = player.load(player.pick_run(space, None)[0], torch.device("cpu"))
+    clip = footage.load(space, show.preset.data, SilentProgress())
+    signals = clip.signals[clip.train[:: len(clip.train) // 6]]
+    n_threads = torch.get_num_threads()
+    try:
+        made = []
+        for n in (1, 3):
+            torch.set_num_threads(n)
+            made.append(torch.cat([frame.rgb for frame, _ in show.pictures(signals)]))
+    finally:
+        torch.set_num_threads(n_threads)
+    assert torch.allclose(*made, atol=1e-5)
+    steps = (made[0][1:] - made[0][:-1]).abs().flatten(1).amax(1)
+    assert steps.min() > 1e-3, "the frames differ, so order shows"
+
+
+class Stream:
+    """Stands for a CUDA stream: work on it is done when an event of it has been waited for."""
+
+    log: list[str] = []
+    now: list[Stream] = []
+
+    def __init__(self, name: str) -> None:
+        self.name, self.device = name, torch.device("cpu")
+
+    def wait_stream(self, other: Stream) -> None:
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self) -> str:
+        return f"event {sum(line.startswith('work') for line in self.log) - 1}"
+
+    def wait_event(self, event: str) -> None:
+        self.log.append(f"{self.name} waits for {event}")
+
+    def __enter__(self) -> None:
+        self.now.append(self)
+
+    def __exit__(self, *_: object) -> None:
+        self.now.pop()
+
+
+@pytest.mark.parametrize("n_read", [1, 4])
+def test_on_a_gpu_the_next_pictures_are_drawn_before_these_are_handed_out(
+    monkeypatch: pytest.MonkeyPatch, n_read: int
+) -> None:
+    """In order, on a stream of their own, each with a wait of the reader's for its very end; and a
+    reader that leaves early leaves nothing running that reads what may be freed."""
+    own, reader = Stream("own"), Stream("reader")
+    monkeypatch.setattr(Stream, "log", [])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: reader)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    held: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, s: held.append(t))
+
+    def work(index: int) -> tuple[Frame, Any]:
+        assert Stream.now == [own]
+        Stream.log.append(f"work {index}")
+        rgb = torch.full((2, 4, 4, 3), float(index))
+        return Frame(rgb, rgb[..., :1], rgb[..., :1], {}), torch.tensor(index)
+
+    frames = player._one_ahead(work, 4, own)  # type: ignore[arg-type]
+    read = []
+    for frame, n_points in frames:
+        assert int(n_points) == frame.rgb[0, 0, 0, 0]
+        Stream.log.append(f"read {int(n_points)}")
+        read.append(int(n_points))
+        if len(read) == n_read:
+            break
+    frames.close()
+    assert read == list(range(n_read)) and len(held) >= 4 * n_read
+    steps = {line: i for i, line in enumerate(Stream.log)}
+    assert Stream.log[0] == "own waits for reader" and Stream.log[-1] == "reader waits for own"
+    for index in read:
+        assert steps[f"reader waits for event {index}"] < steps[f"read {index}"]
+        if index < 3:
+            assert steps[f"work {index + 1}"] < steps[f"read {index}"]
+    assert n_read == 4 or "work 2" not in steps, "one ahead, and no more"
+
+
+def test_a_gpu_marches_as_many_frames_as_it_has_room_for() -> None:
+    show = SimpleNamespace(device=torch.device("cuda"))
+    sizes = {px: Player.rows_at_once(show, px) for px in (64, 256, 512, 1024)}  # type: ignore[arg-type]
+    assert sizes == {64: 8, 256: 8, 512: 2, 1024: 1}
+    show.device = torch.device("cpu")
+    assert Player.rows_at_once(show, 64) == 1  # type: ignore[arg-type]

@@ -35,12 +35,6 @@ def error_of(result: Result) -> str:
     return " ".join(result.stderr.partition("error:")[2].split())
 
 
-@pytest.fixture
-def home(speaker_home: Path, tmp_path: Path) -> Path:
-    """A copy that may be written to."""
-    return Path(shutil.copytree(speaker_home, tmp_path / "home"))
-
-
 # ---------------------------------------------------------------- what cannot be tracked
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-import cv2
-import numpy as np
 import pytest
 import torch
 from conftest import hearing
@@ -19,8 +17,8 @@ from talkhead_cli.avatars.s3d.field import LIP_CUE, _projected, between
 from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
 from talkhead_cli.blocks.mouth import N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import RELIEF, head_relief
-from talkhead_cli.contracts import RELIEF_SIDE, SilentProgress, TalkheadError
-from talkhead_cli.jobs import footage, photo, player, portraits, shots
+from talkhead_cli.contracts import RELIEF_SIDE, SilentProgress
+from talkhead_cli.jobs import footage, player, portraits, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.fit import Drawn, Step
 from talkhead_cli.jobs.footage import Footage
@@ -411,136 +409,3 @@ def test_a_portrait_survives_its_file(clip: Footage, tmp_path: Path) -> None:
     assert torch.equal(back.signals.landmarks, kept.signals.landmarks)
     assert torch.equal(back.signals.camera.c2w, kept.signals.camera.c2w)
     assert back.signals.camera.size_px == PX and len(back) == 2
-
-
-# -- pictures as people have them -----------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def likeness(speaker_home: Path) -> np.ndarray:
-    """One frame of the synthetic speaker, (512, 512, 3) RGB."""
-    found = cv2.VideoCapture(str(Workspace(speaker_home, "speaker").video)).read()[1]
-    return np.ascontiguousarray(found[..., ::-1])
-
-
-def look(path: Path, **options: str) -> tuple[photo.Photo, list[str]]:
-    progress = SilentProgress()
-    return photo.portrait_of(path, PX, progress, **options), progress.notes
-
-
-def save(path: Path, rgb: np.ndarray) -> Path:
-    cv2.imwrite(str(path), rgb[..., ::-1] if rgb.ndim == 3 and rgb.shape[2] == 3 else rgb)
-    return path
-
-
-def test_a_photo_says_what_a_film_s_frame_says(
-    likeness: np.ndarray, clip: Footage, tmp_path: Path
-) -> None:
-    found, _ = look(save(tmp_path / "face.png", likeness))
-    signals = found.portrait.signals
-    film = clip.signals[:1]
-    gap = (signals.landmarks - film.landmarks)[0, 17:].norm(dim=1)
-    assert float(gap.mean()) < 0.08, "face heights; depth and nod are guesses in one picture"
-    assert found.portrait.pictures.shape == (1, PX, PX, 3)
-    assert found.portrait.labels.shape == (1, 6, 128, 128)
-    assert torch.allclose(found.portrait.labels.sum(1), torch.ones(1, 128, 128), atol=0.03)
-    assert found.plate.shape == (512, 512, 3)
-
-
-def test_pictures_of_all_kinds_are_one_and_the_same_face(
-    likeness: np.ndarray, tmp_path: Path
-) -> None:
-    from PIL import Image
-
-    plain, _ = look(save(tmp_path / "plain.png", likeness))
-    turned = Image.fromarray(np.ascontiguousarray(np.rot90(likeness)))  # as a phone stores it
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    turned.save(tmp_path / "phone.png", exif=exif)
-    alpha = np.concatenate([likeness, np.full((512, 512, 1), 255, np.uint8)], 2)
-    Image.fromarray(alpha).save(tmp_path / "alpha.webp", lossless=True)
-    Image.fromarray(likeness).convert("P").save(tmp_path / "palette.gif")
-    Image.fromarray(likeness).convert("L").save(tmp_path / "grey.jpg", quality=95)
-    sixteen = cv2.cvtColor(likeness, cv2.COLOR_RGB2GRAY).astype(np.uint16) * 257
-    cv2.imwrite(str(tmp_path / "sixteen.png"), sixteen)
-    Image.fromarray(likeness).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
-    big = np.pad(cv2.resize(likeness, (300, 300)), ((60, 200), (700, 500), (0, 0)), mode="edge")
-    save(tmp_path / "far away.png", big)
-    true = plain.portrait.signals.landmarks_px[0]
-    for name in ("phone.png", "alpha.webp", "palette.gif", "grey.jpg", "sixteen.png", "print.jpg"):
-        found, _ = look(tmp_path / name)
-        off = (found.portrait.signals.landmarks_px[0] - true).norm(dim=1).mean()
-        assert float(off) < 0.02, (name, float(off))
-    small, notes = look(tmp_path / "far away.png")
-    assert small.portrait.signals.landmarks_px[0].min() > 0
-    assert photo.read(tmp_path / "alpha.webp").shape == (512, 512, 3)
-
-
-def test_transparent_pictures_lie_on_paper(tmp_path: Path) -> None:
-    from PIL import Image
-
-    clear = np.zeros((8, 8, 4), np.uint8)
-    clear[:4] = (200, 10, 10, 255)
-    Image.fromarray(clear).save(tmp_path / "clear.png")
-    found = photo.read(tmp_path / "clear.png")
-    assert found[0, 0].tolist() == [200, 10, 10] and found[7, 7].tolist() == [photo.PAPER] * 3
-
-
-def test_of_two_faces_one_is_chosen_and_said(likeness: np.ndarray, tmp_path: Path) -> None:
-    small = cv2.resize(likeness, (384, 384))
-    both = np.full((512, 1024, 3), 90, np.uint8)
-    both[:, :512], both[128:, 576:960] = likeness, small
-    path = save(tmp_path / "both.png", both)
-    largest, notes = look(path)
-    assert any("2 faces" in note for note in notes)
-    right, _ = look(path, which_face="right")
-    assert not torch.equal(largest.portrait.pictures, right.portrait.pictures)
-
-
-def test_what_is_no_picture_or_shows_nobody_is_answered(tmp_path: Path) -> None:
-    with pytest.raises(TalkheadError, match="there is no picture"):
-        look(tmp_path / "none.png")
-    (tmp_path / "text.png").write_text("not a picture")
-    with pytest.raises(TalkheadError, match="JPEG or PNG"):
-        look(tmp_path / "text.png")
-    rng = np.random.default_rng(0)
-    sky = (rng.random((200, 300, 3)) * 40 + 150).astype(np.uint8)
-    with pytest.raises(TalkheadError, match="no face is found in sky.png"):
-        look(save(tmp_path / "sky.png", sky))
-
-
-def test_an_animal_is_doubtful_and_people_are_not(shared: Path) -> None:
-    for path in sorted((shared / "photos").iterdir()):
-        _, notes = look(path)
-        assert any("may not show" in n for n in notes) == (path.stem == "not_a_person"), path.name
-
-
-def test_a_head_turned_away_is_refused_and_a_half_turned_one_named() -> None:
-    from scipy.spatial.transform import Rotation
-
-    progress = SilentProgress()
-    for yaw in (0, 20):
-        photo._look_at_turn(
-            Path("x.png"), Rotation.from_euler("y", yaw, True).as_matrix(), progress
-        )
-    assert not progress.notes
-    photo._look_at_turn(Path("x.png"), Rotation.from_euler("y", 35, True).as_matrix(), progress)
-    assert "35 degrees" in progress.notes[0]
-    with pytest.raises(TalkheadError, match="turned away by 70"):
-        photo._look_at_turn(
-            Path("x.png"), Rotation.from_euler("y", -70, True).as_matrix(), progress
-        )
-
-
-def test_a_run_is_not_made_from_a_picture_by_a_method_that_wants_footage(
-    likeness: np.ndarray, speaker_home: Path, tmp_path: Path
-) -> None:
-    from talkhead_cli.contracts import MisuseError
-    from talkhead_cli.jobs.enroll import enroll
-
-    face = save(tmp_path / "face.png", likeness)
-    with pytest.raises(MisuseError, match="lokitalk learns a person from footage"):
-        enroll([face], tmp_path, tmp_path, ["lokitalk"], SilentProgress())
-    with pytest.raises(TalkheadError, match="talkhead pretrain -p s3d"):
-        enroll([face], tmp_path, tmp_path, ["s3d"], SilentProgress())
-    assert not (tmp_path / "face").exists()

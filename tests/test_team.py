@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -33,11 +32,6 @@ SMALL = [
     *(f"train.stages.{name}.n_points=3000" for name in ("shape", "detail", "lips")),
 ]  # fmt: skip
 ONLY_SPEECH = [*SMALL, *(f"train.stages.{name}.steps=0" for name in ("shape", "detail", "lips"))]
-
-
-@pytest.fixture
-def home(speaker_home: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(speaker_home, tmp_path / "home"))
 
 
 def ready(home: Path, settings: list[str]) -> tuple[Preset, Any, Any, footage.Footage]:

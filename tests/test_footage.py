@@ -1,0 +1,159 @@
+"""What training draws from footage: which rows, which rays, and their truth."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from trainings import PRESETS, SHORT, train
+
+from talkhead_cli.contracts import (
+    SilentProgress,
+    TalkheadError,
+    repacked,
+    unpacked,
+)
+from talkhead_cli.jobs import footage, shots
+from talkhead_cli.jobs import preset as presets
+from talkhead_cli.march import picture_rays
+from talkhead_cli.store import Workspace
+
+
+def test_seconds_in_which_nothing_is_heard_teach_nothing(home: Path) -> None:
+    space = Workspace.open(home, "speaker")
+    sound = space.load("voice")
+    sound["heard"][:] = False
+    space.save("voice", sound)
+    with pytest.raises(TalkheadError, match="'speaker' is not heard in the .* s that are to be"):
+        train(home)
+
+
+def test_training_can_be_held_to_the_first_seconds(speaker_home: Path) -> None:
+    """The same frames stay held out, and nothing is measured on what is not learnt from."""
+    space = Workspace.open(speaker_home, "speaker")
+    clips = [
+        footage.load(space, presets.load(PRESETS, [f"data.train_s={s}"]).data, SilentProgress())
+        for s in (0, 3, 1000)
+    ]
+    whole, short, long = clips
+    assert short.train.tolist() == whole.train[whole.train < 75].tolist()
+    assert torch.equal(short.held, whole.held) and torch.equal(long.train, whole.train)
+    assert (short.stats.mean != whole.stats.mean).any()
+
+
+def test_shots_drawn_from_memory_are_those_drawn_from_the_disk(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    aabb = footage.box_of(clip.signals.camera[clip.train])
+    near = clip.on(torch.device("cpu"))
+    assert near.near is not None
+    whole = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 2})
+    for stage in (*preset.train.stages.values(), whole):
+        found = [
+            unpacked(shots.draw(c, stage, 2048, aabb, torch.Generator().manual_seed(1)))
+            for c in (clip, near)
+        ]
+        assert len(found[0]) > 10
+        for a, b in zip(*found, strict=True):
+            assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_what_is_unpacked_is_repacked(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    aabb = footage.box_of(clip.signals.camera[clip.train])
+    shot = shots.draw(clip, preset.train.stages["lips"], 2048, aabb, torch.Generator())
+    twice = repacked(shot, (2 * t for t in unpacked(shot)))
+    assert twice.rays.layout == shot.rays.layout and twice.portrait is None  # type: ignore[union-attr]
+    assert torch.equal(twice.signals.camera.k, 2 * shot.signals.camera.k)
+    assert twice.signals.camera.size_px == shot.signals.camera.size_px
+    assert torch.equal(twice.target, 2 * shot.target)  # type: ignore[operator]
+    assert all(torch.equal(a, 2 * b) for a, b in zip(*map(unpacked, (twice, shot)), strict=True))
+
+
+def test_shots_know_their_truth(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    aabb = footage.box_of(clip.signals.camera[clip.train])
+    rng = torch.Generator().manual_seed(1)
+    shot = shots.draw(clip, preset.train.stages["shape"], 512, aabb, rng)
+    assert shot.rays is not None and shot.target is not None and shot.labels is not None
+    frame = shot.signals.moment[shot.rays.row]
+    x, y = shot.rays.pixel.long().unbind(1)
+    truth = torch.from_numpy(clip.pictures[frame.numpy(), y.numpy(), x.numpy()]).float() / 255
+    assert torch.equal(truth, shot.target)
+    assert torch.allclose(shot.labels.sum(1), torch.ones(len(truth)), atol=0.02)
+    assert set(frame.tolist()) <= set(clip.train.tolist())
+    picture = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 2})
+    whole = shots.draw(clip, picture, 0, aabb, rng)
+    assert whole.rays is not None and whole.target is not None and whole.labels is not None
+    frame = whole.signals.moment[whole.rays.row]
+    x, y = whole.rays.pixel.long().unbind(1)
+    truth = torch.from_numpy(clip.pictures[frame.numpy(), y.numpy(), x.numpy()]).float() / 255
+    assert torch.equal(truth, whole.target)
+    at = ((p + 0.5) * clip.labels.shape[-1] / clip.size_px for p in (y, x))
+    line, column = (p.long().numpy() for p in at)
+    labels = torch.from_numpy(clip.labels[frame.numpy(), :, line, column]).float() / 255
+    assert torch.equal(labels, whole.labels)
+    assert whole.plate is not None and torch.equal(whole.plate, clip.plate[y, x])
+    patch = shots.draw(clip, preset.train.stages["lips"], 2048, aabb, rng)
+    assert patch.rays is not None and patch.rays.layout is not None
+    assert len(patch.rays) == torch.tensor(patch.rays.layout).prod()
+
+
+def test_held_out_frames_are_the_end_and_never_trained(speaker_home: Path) -> None:
+    assert footage.split(1000, 1 / 11) == 100  # at least four seconds
+    assert footage.split(11_000, 1 / 11) == 1000
+    assert footage.split(200, 1 / 11) == 50  # at most a quarter
+    assert footage.split(200, 0) == 0
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    assert clip.train.max() < clip.held.min()
+
+
+def test_the_box_holds_every_ray_that_meets_the_head(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    rows = clip.train[::20]
+    box = footage.box_of(clip.signals.camera[clip.train])
+    for row in rows.tolist():
+        rays = picture_rays(clip.signals[row].camera, torch.zeros(1, dtype=torch.long), box)
+        assert bool((rays.far > rays.near).float().mean() > 0.99)
+
+
+def test_rows_of_a_speech_stage_come_in_runs(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    stage = preset.train.stages["speech"].model_copy(update={"batch": 60, "in_sequence": 12})
+    shot = shots.draw(clip, stage, 0, torch.zeros(6), torch.Generator().manual_seed(0))
+    runs = shot.signals.moment.view(5, 12)
+    assert bool((runs.diff(dim=1) == 1).all()) and len(runs[:, 0].unique()) > 1
+
+
+def test_a_stage_that_listens_mixes_what_is_said_with_what_was_tracked(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    said = torch.full_like(clip.signals.landmarks, 7.0)
+    clip = replace(clip, said=said)
+    stage = preset.train.stages["lips"].model_copy(update={"listen": 0.5, "n_frames": 8})
+    box = footage.box_of(clip.signals.camera[clip.train])
+    n_said = [
+        int((shots.draw(clip, stage, 8 * 24**2, box, torch.Generator().manual_seed(s))
+             .signals.landmarks == 7).all((1, 2)).sum())
+        for s in range(20)
+    ]  # fmt: skip
+    assert 40 < sum(n_said) < 120 and len(set(n_said)) > 1
+
+
+def test_a_stage_of_pictures_draws_them_whole(speaker_home: Path) -> None:
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    stage = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 3})
+    box = footage.box_of(clip.signals.camera[clip.train])
+    shot = shots.draw(clip, stage, 100, box, torch.Generator().manual_seed(0))
+    assert shot.rays is not None and shot.target is not None
+    assert shot.rays.layout == (3, 64, 64)
+    truth = torch.from_numpy(clip.pictures[shot.signals.moment.numpy()]).float() / 255
+    assert torch.equal(shot.target.view(3, 64, 64, 3), truth)
