@@ -267,6 +267,21 @@ def test_the_command_says_it_in_words_and_in_json(speaker_clip: Path, tmp_path: 
     assert refused.exit_code == 1 and refused.stderr.startswith("error:")
 
 
+def test_several_films_are_looked_at_past_the_bad_ones(speaker_clip: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.mp4").write_text("no film")
+    words = ["check", str(speaker_clip), str(tmp_path)]
+    plain = CliRunner().invoke(app, words)
+    lines = plain.stdout.splitlines()
+    assert plain.exit_code == 1 and lines[0] == "warn    speaker.mp4"
+    assert lines[-1].startswith("fail    text.mp4  ") and "not a media file" in lines[-1]
+    assert len(lines) > 2 and not any(line.startswith("    pass") for line in lines[1:-1])
+    first, second = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["films"]
+    assert first["verdict"] == "warn" and first["figures"]["found"] == 1.0
+    assert second["verdict"] == "fail" and second["film"].endswith("text.mp4")
+    page = CliRunner().invoke(app, [*words, "--page", str(tmp_path / "r.html")])
+    assert page.exit_code == 2 and "--page is of one film" in page.stderr
+
+
 def test_what_is_no_film_raises(tmp_path: Path) -> None:
     wav = tmp_path / "sound.wav"
     media.write_wav(wav, np.zeros(16_000, np.float32))

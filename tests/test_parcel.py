@@ -171,6 +171,13 @@ def test_what_is_no_parcel_is_said_in_a_sentence(parcel: Path, tmp_path: Path) -
     assert not (tmp_path / "there").exists()
 
 
+def test_an_archive_of_another_kind_is_refused(space: Workspace, tmp_path: Path) -> None:
+    asked = talkhead("export", "--id", space.id, "-o", tmp_path / "avatar.zip",
+                     "--home", space.root.parent)  # fmt: skip
+    assert asked.exit_code == 2 and "NAME.talkhead" in asked.stderr
+    assert not (tmp_path / "avatar.zip").exists()
+
+
 def test_a_run_is_asked_for_in_vain_where_footage_is_exported(
     space: Workspace, tmp_path: Path
 ) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json as jsonlib
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from talkhead_cli.cli.console import answer, err, speaking
+from talkhead_cli.cli.console import Reporter, answer, err, speaking
 from talkhead_cli.cli.options import Home, Json, Verbose, say
+
+if TYPE_CHECKING:
+    from talkhead_cli.jobs.check.report import Finding
 
 
 def preprocess(
@@ -95,35 +99,77 @@ def preprocess(
 
 
 def check(
-    video: Annotated[Path, typer.Argument(help="A film of one person talking.")],
+    videos: Annotated[
+        list[Path], typer.Argument(help="A film of one person talking; or several, or a folder.")
+    ],
     page: Annotated[
         Path | None, typer.Option("--page", help="Also write a page of HTML with plots.")
     ] = None,
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say whether a film is worth training on, point by point, and what to do about it."""
+    """Say whether a film is worth training on, point by point, and what to do about it.
+
+    Of several films the points that are not well are said, film by film.
+    """
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
         from talkhead_cli.jobs.check import check as job
         from talkhead_cli.jobs.check import page as page_of
+        from talkhead_cli.jobs.many import videos_of
         from talkhead_cli.store.files import atomic
 
         if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
             raise MisuseError(f"--page {page} must name a file in a folder that is there")
-        found = job(video, report)
-        if json:
-            answer(jsonlib.dumps(found.facts()))
+        films = videos_of(videos)
+        if len(films) > 1:
+            if page is not None:
+                raise MisuseError(f"--page is of one film; {len(films)} are given")
+            verdicts = _check_each(films, report, json)
         else:
-            for point in found.findings:
-                cure = f"  -> {point.cure}" if point.cure else ""
-                answer(f"{point.verdict:8}{point.name:14}{point.found}{cure}")
-            answer(f"{found.verdict:8}all in all")
-        if page is not None:
-            with atomic(page) as part:
-                part.write_text(page_of(found, video.name), encoding="utf-8", errors="replace")
-    if found.verdict == "fail":
+            found = job(films[0], report)
+            verdicts = [found.verdict]
+            if json:
+                answer(jsonlib.dumps(found.facts()))
+            else:
+                _say_points(found.findings)
+                answer(f"{found.verdict:8}all in all")
+            if page is not None:
+                with atomic(page) as part:
+                    text = page_of(found, films[0].name)
+                    part.write_text(text, encoding="utf-8", errors="replace")
+    if "fail" in verdicts:
         raise SystemExit(1)
+
+
+def _check_each(films: list[Path], report: Reporter, json: bool) -> list[str]:
+    """The verdict on each film, past those that cannot be read, and what is not well with it."""
+    from talkhead_cli.contracts import TalkheadError
+    from talkhead_cli.jobs.check import check as job
+
+    told: list[dict[str, Any]] = []
+    for film in films:
+        facts: dict[str, Any] = {"film": str(film)}
+        try:
+            found = job(film, report)
+        except TalkheadError as error:
+            facts |= {"verdict": "fail", "error": str(error)}
+        else:
+            facts |= found.facts()
+        told.append(facts)
+        if not json:
+            answer(f"{facts['verdict']:8}{film.name}  {facts.get('error', '')}".rstrip())
+            if "error" not in facts:
+                _say_points([point for point in found.findings if point.verdict != "pass"], "    ")
+    if json:
+        answer(jsonlib.dumps({"films": told}))
+    return [facts["verdict"] for facts in told]
+
+
+def _say_points(points: Iterable[Finding], indent: str = "") -> None:
+    for point in points:
+        cure = f"  -> {point.cure}" if point.cure else ""
+        answer(f"{indent}{point.verdict:8}{point.name:14}{point.found}{cure}")
 
 
 def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> None:
