@@ -10,11 +10,18 @@ import pytest
 import torch
 
 from talkhead_cli.contracts import SilentProgress, TalkheadError
-from talkhead_cli.jobs import photo
+from talkhead_cli.jobs import footage, photo
+from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.store import Workspace
 
 PX = 64
+
+
+@pytest.fixture(scope="module")
+def clip(speaker_home: Path) -> Footage:
+    preset = presets.load(["s3d", "tiny"], [f"data.size_px={PX}"])
+    return footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
 
 
 @pytest.fixture(scope="module")

@@ -162,9 +162,11 @@ def test_scout_leaves_the_last_word_to_the_mesh(scout: Scout) -> None:
 
 def test_scout_refuses_faces_that_cross(scout: Scout) -> None:
     a = [[0.05 + 0.09 * i, 0.2, 0.25 + 0.09 * i, 0.6] for i in range(9)]
-    b = [[0.75 - 0.09 * i, 0.75, 0.95 - 0.09 * i, 0.98] for i in range(9)]
+    b = [[0.75 - 0.09 * i, 0.4, 0.95 - 0.09 * i, 0.8] for i in range(9)]
     with pytest.raises(TalkheadError, match="cover"):
         scout([[p, q] for p, q in zip(a, b, strict=True)])
+    below = [[x, 0.7, right, 0.98] for x, _, right, _ in b]
+    assert scout([[p, q] for p, q in zip(a, below, strict=True)]).n_faces == 2
 
 
 def test_two_faces_of_a_film_are_told_apart(shared: Path) -> None:

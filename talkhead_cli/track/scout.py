@@ -110,7 +110,7 @@ def _region(face: _Face, others: list[_Face], size: tuple[int, int]) -> tuple[in
             end[axis] = min(end[axis], (high[axis] + lowest[axis]) / 2)
         else:
             first[axis] = max(first[axis], (low[axis] + highest[axis]) / 2)
-    if (end - first < 0.8 * (high - low)).any():
+    if (np.minimum(end, high) - np.maximum(first, low) < 0.8 * (high - low)).any():
         raise TalkheadError(
             "two faces cover each other; use a part, of the film or of the picture, in which they "
             "stay apart"
