@@ -150,19 +150,6 @@ def test_plate_of_one_colour_is_of_one_colour_behind_the_person_too() -> None:
     assert everywhere.max() == 0  # nothing was seen, and nothing is made up
 
 
-def test_plate_does_not_take_hair_that_the_matte_lost_once_for_the_wall() -> None:
-    wall = np.full((96, 96, 3), 180, np.uint8)
-    hidden = np.zeros((matte.MATTE_PX,) * 2, np.uint8)
-    hidden[64:192, 64:192] = 255
-    frames, mattes = [wall.copy() for _ in range(25)], [hidden.copy() for _ in range(25)]
-    for frame in frames:
-        frame[24:72, 24:72] = 0
-    mattes[7][:] = 0
-    plate, seen = matte.make_plate(frames, mattes)
-    assert 0 < seen[48, 48] < matte.SELDOM
-    assert plate[48, 48].min() > 170
-
-
 def test_labels_are_shares_of_one_and_keep_the_mouth_in_the_face(a_face: Array) -> None:
     mesh = a_face / 512
     person = np.full((matte.MATTE_PX,) * 2, 255, np.uint8)

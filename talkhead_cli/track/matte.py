@@ -23,7 +23,6 @@ Picture = NDArray[np.uint8]
 
 MAP_PX = 128  # side of label and skin maps
 MATTE_PX = 256
-SELDOM = 0.1  # of the frames: less often seen, a piece of background may be hair
 BODY_PX = 160  # side at which the shoulders are registered
 
 
@@ -302,9 +301,8 @@ def parsed_labels(parsed: NDArray[np.uint8], own: NDArray[np.uint8]) -> NDArray[
 def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, Array]:
     """Background (H, W, 3) behind the person, and the share of the frames that saw it (H, W).
 
-    Each pixel is the median over the frames whose matte, grown by a margin, is clear of it.  What
-    was never seen, or so seldom that it may be a wisp of hair, is what lies round it, spread
-    smoothly (`_spread`).
+    Each pixel is the median over the frames whose matte, grown by a margin, is clear of it;
+    what was never seen is what lies round it, spread smoothly (`_spread`).
     """
     side = frames[0].shape[0]
     grow = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
@@ -318,7 +316,7 @@ def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, A
         count = np.isfinite(stack[..., 0]).sum(0)
         middle = np.maximum(count - 1, 0) // 2
         plate = np.take_along_axis(ordered, middle[None, ..., None], 0)[0]
-    known = count >= max(1, SELDOM * len(frames))
+    known = count > 0
     plate[~known] = 0
     if not known.all():
         soft = cv2.GaussianBlur(cv2.erode(known.astype(np.float32), np.ones((5, 5))), (0, 0), 2.0)
