@@ -307,6 +307,24 @@ def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path, method
     assert refused.exit_code in (1, 2) and not (tmp_path / "x.mp4").exists()
 
 
+def test_a_run_of_footage_that_was_replaced_says_so_and_is_not_compared(
+    home: Path, speech: Path, tmp_path: Path
+) -> None:
+    there = Path(shutil.copytree(home, tmp_path / "home"))
+    space = Workspace.open(there, "speaker")
+    run = Run.named(space.runs, "lokitalk+tiny")
+    run.write_meta(source={"name": "before.mp4", "sha256": "0" * 64})
+    base = ("--id", "speaker", "--home", there)
+    said = talkhead("render", *base, "--run", run.name, "--audio", speech, "-o", tmp_path / "f.mp4")
+    assert said.exit_code == 0 and "was trained on other footage (before.mp4)" in said.stderr
+    (Run.named(space.runs, "talk3d+tiny").root / "avatar.safetensors").write_bytes(b"torn")
+    failed = talkhead("evaluate", *base, "--compare", "lokitalk,talk3d")
+    assert failed.exit_code == 1 and "leave it out of --compare" in failed.stderr
+    assert "talk3d+tiny" in failed.stderr.splitlines()[-1]
+    with_table = talkhead("evaluate", *base, "--compare", "lokitalk,landmark")
+    assert with_table.exit_code == 0 and "PSNR, face box (dB)" in with_table.stderr
+
+
 def test_evaluate_writes_figures_and_films(home: Path) -> None:
     result = talkhead("evaluate", "--id", "speaker", "--home", home, "--json")
     assert result.exit_code == 0, result.stderr

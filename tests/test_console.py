@@ -1,0 +1,102 @@
+"""What people are shown while a job runs, and how jobs are interrupted."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+
+import pytest
+from rich.console import Console
+
+from talkhead_cli.cli import console
+from talkhead_cli.jobs import interrupt
+
+
+@pytest.fixture
+def shown(monkeypatch: pytest.MonkeyPatch) -> Console:
+    """A console that remembers what it shows."""
+    made = Console(record=True, width=100, force_terminal=False, stderr=True)
+    monkeypatch.setattr(console, "err", made)
+    monkeypatch.setattr(console, "PLAIN_EVERY_S", 0.0)
+    return made
+
+
+def test_lines_say_how_far_a_stage_is_and_how_long_it_took(
+    shown: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = {"now": 100.0}
+    monkeypatch.setattr(console.time, "monotonic", lambda: clock["now"])
+    with console.Reporter() as report:
+        report.stage("face mesh", 200)
+        for _ in range(2):
+            clock["now"] += 1.0
+            report.advance(50, loss=0.12345)
+        report.note("two faces [left] are seen")
+        report.stage("sound")
+        clock["now"] += 0.1
+    said = shown.export_text().splitlines()
+    assert said[0].startswith("face mesh: 50/200 frames, 50.0/s, 3 s left  loss 0.123")
+    assert said[1].startswith("face mesh: 100/200 frames, 50.0/s, 2 s left")
+    assert said[2] == "note: two faces [left] are seen"
+    assert said[3] == "face mesh: 100 frames, 2.0 s" and len(said) == 4, (
+        "a short stage says nothing"
+    )
+
+
+def test_on_a_terminal_a_bar_stands_still_once_its_stage_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Console(record=True, width=120, force_terminal=True, stderr=True)
+    monkeypatch.setattr(console, "err", made)
+    with console.Reporter() as report:
+        report.stage("looking for faces")
+        report.stage("face mesh", 10)
+        report.advance(4)
+        bars = report._bars
+        assert bars is not None
+        first, second = bars.tasks
+        assert first.finished_time is None and first.stop_time is not None
+        assert second.stop_time is None and second.completed == 4
+    assert second.stop_time is not None
+
+
+@pytest.fixture
+def heard() -> Iterator[list[int]]:
+    """Signals that reach whoever listened before."""
+    found: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: found.append(number))
+    try:
+        yield found
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_first_interruption_waits_and_a_second_does_not(heard: list[int]) -> None:
+    with interrupt.held() as asked:
+        assert not asked()
+        os.kill(os.getpid(), signal.SIGINT)
+        assert asked() and not heard
+        os.kill(os.getpid(), signal.SIGINT)
+        assert heard == [signal.SIGINT], "at once"
+    assert len(heard) == 2, "the first, once the block has ended"
+
+
+def test_without_an_interruption_nothing_is_passed_on(heard: list[int]) -> None:
+    with interrupt.held() as asked:
+        assert not asked()
+    assert not heard
+    os.kill(os.getpid(), signal.SIGINT)
+    assert heard == [signal.SIGINT], "as it was before"
+
+
+def test_a_signal_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with interrupt.held() as asked:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not asked()
+        assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
