@@ -85,7 +85,7 @@ def heard(
                 row: dict[str, Any] = {"name": name, "train_s": length}
                 for start, begun in zip(STARTS, ("none", prior), strict=False):
                     settings = [f"train.stages.{stage}.steps=0" for stage in FIELD_STAGES]
-                    settings.append(f"data.train_s={length:g}")
+                    settings += [f"data.train_s={length:g}", "train.enough_s=0"]
                     run = finetune(
                         home, name, SilentProgress(), names=PRESETS, settings=settings,
                         run_name=f"heard-{start}", prior=begun, device="cpu", fresh=True,
@@ -134,7 +134,7 @@ def _row(
     if kept.exists():
         found: dict[str, Any] = json.loads(kept.read_text())
         return found
-    settings = [f"train.scale={scale}", f"data.train_s={length:g}"]
+    settings = [f"train.scale={scale}", f"data.train_s={length:g}", "train.enough_s=0"]
     with _unmet() if start == STARTS[2] else contextlib.nullcontext():
         run = finetune(
             home, name, SilentProgress(), names=PRESETS, settings=settings, run_name=label,

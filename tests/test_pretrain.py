@@ -196,16 +196,28 @@ def test_only_what_came_from_a_prior_learns_at_the_common_rate() -> None:
     preset = presets.load(PRESETS, ["train.common_rates={speech: 0.25, pose: 0.1}"])
     with pytest.raises(MisuseError, match="sppech"):
         presets.load(PRESETS, ["train.common_rates={sppech: 0.25}"])
-    slow = presets.begun_from(preset, ["speech", "volume"])
+    slow = presets.begun_from(preset, ["speech", "volume"], 20)
     before, after = preset.train.stages, slow.train.stages
     assert after["speech"].rates["speech"] == 0.25 * before["speech"].rates["speech"]
     assert after["detail"].rates == before["detail"].rates
-    assert presets.begun_from(preset, None).train.stages == before
+    assert presets.begun_from(preset, None, 20).train.stages == before
+
+
+def test_little_footage_takes_its_share_of_the_steps_from_a_prior_and_all_from_nothing() -> None:
+    preset = presets.load(PRESETS, ["train.scale=0.5", "train.enough_s=16"])
+
+    def scale(shared: list[str] | None, seconds: float) -> float:
+        return presets.begun_from(preset, shared, seconds).train.scale
+
+    assert [scale(["speech"], s) for s in (4, 8, 16, 60)] == [0.125, 0.25, 0.5, 0.5]
+    assert scale(None, 4) == 0.5
+    preset = presets.load(PRESETS, ["train.enough_s=0"])
+    assert scale(["speech"], 4) == 1
 
 
 def test_stages_are_for_those_who_begin_from_a_prior_or_from_nothing() -> None:
     preset = presets.load(["talk3d", "tiny"])
-    found, fitted = (presets.begun_from(preset, shared) for shared in (["decoder"], None))
+    found, fitted = (presets.begun_from(preset, shared, 20) for shared in (["decoder"], None))
     assert {"invert", "tune"} == found.train.stages.keys() - fitted.train.stages.keys()
     assert {"still"} == fitted.train.stages.keys() - found.train.stages.keys()
 

@@ -170,7 +170,13 @@ def _begun(
     if (generator := preset.avatar.generator) is not None:
         borrowed.begin(avatar, generator, progress)
     knows = start is not None or generator is not None
-    stages = presets.begun_from(preset, avatar.common_parts() if knows else None)
+    seconds = len(clip.train) / FPS
+    if knows and (share := presets.share_of_steps(preset, seconds)) < 1:
+        progress.note(
+            f"{seconds:.1f} s to learn from: {share:.0%} of the steps; more would learn them by "
+            "heart (-s train.enough_s=0 takes all)"
+        )
+    stages = presets.begun_from(preset, avatar.common_parts() if knows else None, seconds)
     refuse_unknown(stages.train, avatar, preset.method)
     hearing = clip.train[clip.heard[clip.train]]
     if not len(hearing):

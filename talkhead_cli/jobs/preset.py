@@ -107,9 +107,12 @@ class Stage(_Strict):
 
 class Train(_Strict):
     """scale multiplies the steps of every stage · ema: decay of the averaged weights
+    · enough_s: seconds of footage that are worth all steps to who begins from a prior; of fewer, so
+    many steps are a share, since more would learn these seconds by heart and forget the others
     · common_rates: shares of their rates that parts learn at where a prior is begun from."""
 
     scale: Annotated[float, Field(gt=0)] = 1.0
+    enough_s: Annotated[float, Field(ge=0)] = 0.0
     common_rates: dict[str, Annotated[float, Field(gt=0, le=1)]] = {}
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
     stages: dict[str, Stage]
@@ -168,9 +171,11 @@ class Preset(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def begun_from(preset: Preset, shared: Collection[str] | None) -> Preset:
-    """The preset as one passes through it who begins from a prior that taught the parts `shared`,
-    which learn at `train.common_rates` from there; None: who begins from nothing."""
+def begun_from(preset: Preset, shared: Collection[str] | None, seconds: float) -> Preset:
+    """The preset as one passes through it who begins, with `seconds` of footage, from a prior that
+    taught the parts `shared`, which learn at `train.common_rates` from there; None: who begins
+    from nothing."""
+    share = 1.0 if shared is None else share_of_steps(preset, seconds)
     slower = {p: share for p, share in preset.train.common_rates.items() if p in (shared or ())}
     other = "prior" if shared is None else "nothing"
     stages = {
@@ -179,7 +184,13 @@ def begun_from(preset: Preset, shared: Collection[str] | None) -> Preset:
         }})
         for name, stage in preset.train.stages.items() if stage.start != other
     }  # fmt: skip
-    return preset.model_copy(update={"train": preset.train.model_copy(update={"stages": stages})})
+    train = {"stages": stages, "scale": share * preset.train.scale}
+    return preset.model_copy(update={"train": preset.train.model_copy(update=train)})
+
+
+def share_of_steps(preset: Preset, seconds: float) -> float:
+    """How much of its steps footage of that length is worth to who begins from a prior."""
+    return min(1.0, seconds / preset.train.enough_s) if preset.train.enough_s else 1.0
 
 
 def patience_asked(preset: Preset, train: Train, device_kind: str) -> str | None:
