@@ -300,13 +300,15 @@ def _listed(text: str) -> list[str]:
 def _measure(
     part: str, path: Path, record: dict[str, Any], work: Path, options: argparse.Namespace
 ) -> None:
-    """Measure a part, and write down what is found, all along where it says so."""
+    """Measure a part, and write down what is found; beside it all along, where the part says so."""
+    unfinished = path.with_suffix(".unfinished.json")
     made = {**vars(costs), **globals()}[f"part_{part}"](work, options)
     if isinstance(made, Iterator):
         for found in made:
-            _write(path, record | {"unfinished": True, part: found})
+            _write(unfinished, record | {"unfinished": True, part: found})
         made = found
     _write(path, record | {part: made})
+    unfinished.unlink(missing_ok=True)
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:

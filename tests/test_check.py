@@ -278,6 +278,8 @@ def test_several_films_are_looked_at_past_the_bad_ones(speaker_clip: Path, tmp_p
     first, second = json.loads(CliRunner().invoke(app, [*words, "--json"]).stdout)["films"]
     assert first["verdict"] == "warn" and first["figures"]["found"] == 1.0
     assert second["verdict"] == "fail" and second["film"].endswith("text.mp4")
+    alone = CliRunner().invoke(app, ["check", str(tmp_path), "--json"])
+    assert alone.exit_code == 1 and len(json.loads(alone.stdout)["films"]) == 1, "a folder of one"
     page = CliRunner().invoke(app, [*words, "--page", str(tmp_path / "r.html")])
     assert page.exit_code == 2 and "--page is of one film" in page.stderr
 

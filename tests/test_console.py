@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -100,3 +103,21 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)
+
+
+def test_names_that_a_terminal_cannot_show_are_told_as_far_as_it_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", errors="strict"))
+    console.answer(os.fsdecode(b"caf\xe9.mp4"))
+    sys.stdout.flush()
+    assert written.getvalue() == b"caf\\udce9.mp4\n"
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES])
+def test_a_file_that_may_not_be_touched_is_a_sentence(shown: Console, number: int) -> None:
+    with pytest.raises(SystemExit) as ended, console.speaking(False):
+        raise OSError(number, os.strerror(number), "/tmp/x")
+    assert ended.value.code == 1
+    assert "cannot open" in shown.export_text()

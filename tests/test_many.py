@@ -115,14 +115,17 @@ def die(video: Path, home: Path, options: dict[str, Any]) -> many.Outcome:
     return many.Outcome(str(video), video.stem, n_frames=100)
 
 
-def test_a_worker_that_is_killed_takes_no_results_along(
+def test_a_worker_that_is_killed_takes_nobody_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(many, "one", die)
-    videos = [tmp_path / f"{name}.mp4" for name in "abc"]
-    found = many.preprocess_many(videos, tmp_path, SilentProgress(), jobs=2)
-    assert [Path(o.video).stem for o in found] == ["a", "b", "c"]
-    assert "probably for memory; try again with --jobs 1" in (found[1].error or "")
+    videos = [tmp_path / f"{name}.mp4" for name in "abcdef"]
+    progress = SilentProgress()
+    found = many.preprocess_many(videos, tmp_path, progress, jobs=2)
+    assert [Path(o.video).stem for o in found] == list("abcdef")
+    assert [Path(o.video).stem for o in found if o.error] == ["b"]
+    assert "its process was killed, probably for memory" in (found[1].error or "")
+    assert any("go one at a time" in note for note in progress.notes)
 
 
 def test_a_fault_of_ours_is_told_and_the_others_go_on(

@@ -69,13 +69,13 @@ def sound_s(path: Path) -> float:
     return len(media.sound(path)) / SAMPLE_RATE_HZ
 
 
-def numbered(path: Path, n_frames: int, *words: object) -> Path:
+def numbered(path: Path, n_frames: int, *words: object, rate: object = FPS) -> Path:
     """Frame i shows i in ten bits, a bar for each."""
     bits = np.arange(n_frames)[:, None] >> np.arange(10) & 1
     pictures = np.repeat(np.repeat(255 * bits.astype(np.uint8), 16, 1)[:, None], 64, 1)
     raw = path.with_suffix(".raw")
     raw.write_bytes(np.repeat(pictures[..., None], 3, 3).tobytes())
-    form = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "160x64", "-r", FPS)
+    form = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "160x64", "-r", rate)
     run_ffmpeg(*form, "-i", raw, *words, path)
     return path
 
@@ -412,6 +412,15 @@ def test_a_film_begins_where_it_is_asked_to(tmp_path: Path, suffix: str, n_betwe
         assert [number_of(picture) for picture in some] == whole[first : first + 5]
 
 
+@pytest.mark.parametrize("rate", ["30", "60", "50", "30000/1001"])
+def test_a_part_of_a_faster_film_shows_the_pictures_of_the_whole(tmp_path: Path, rate: str) -> None:
+    clip = numbered(tmp_path / "a.mp4", 200, "-g", 48, "-pix_fmt", "yuv420p", rate=rate)
+    whole = [number_of(picture) for picture in media.frames(clip)]
+    for first in range(1, len(whole) - 2, 3):
+        some = media.frames(clip, start_s=first / FPS, n_frames=2)
+        assert [number_of(picture) for picture in some] == whole[first : first + 2], first
+
+
 def test_a_still_that_lasts_is_met_wherever_one_begins(tmp_path: Path) -> None:
     gap = ("-vf", "select='lt(n,20)+gt(n,119)'", "-fps_mode", "vfr", "-pix_fmt", "yuv420p")
     clip = numbered(tmp_path / "a.mp4", 140, *gap)
@@ -476,6 +485,16 @@ def test_sound_that_is_damaged_is_said(tmp_path: Path) -> None:
     assert len(said) == 1, "what is asked for was there"
 
 
+def test_sound_that_ends_before_it_says_is_said_where_ffmpeg_says_nothing(tmp_path: Path) -> None:
+    media.write_wav(tmp_path / "a.wav", np.zeros(20 * SAMPLE_RATE_HZ, np.float32))
+    run_ffmpeg("-i", tmp_path / "a.wav", "-c:a", "libmp3lame", tmp_path / "a.mp3")
+    data, said = (tmp_path / "a.mp3").read_bytes(), list[str]()
+    (tmp_path / "b.mp3").write_bytes(data[: len(data) // 2])
+    for name in "ab":
+        media.sound(tmp_path / f"{name}.mp3", on_warning=said.append)
+    assert len(said) == 1 and "the sound of b.mp3 is damaged: 9.9 of 20.0" in said[0]
+
+
 def test_samples_that_are_no_numbers_are_silent(tmp_path: Path) -> None:
     samples = np.full(SAMPLE_RATE_HZ, 0.25, "<f4")
     samples[100:110] = np.nan
@@ -484,7 +503,10 @@ def test_samples_that_are_no_numbers_are_silent(tmp_path: Path) -> None:
     run_ffmpeg("-f", "f32le", "-ar", SAMPLE_RATE_HZ, "-ac", 1, "-i", raw,
                "-c:a", "pcm_f32le", tmp_path / "a.mov")  # fmt: skip
     heard = media.sound(tmp_path / "a.mov")
-    assert np.isfinite(heard).all()
+    media.sound_to_file(tmp_path / "a.mov", tmp_path / "b.raw")
+    filed = np.fromfile(tmp_path / "b.raw", "<i2") / 32768
+    for samples in (heard, filed):
+        assert np.abs(samples[100:110]).max() == 0 and np.allclose(samples[200:], 0.25)
 
 
 # -- parts ---------------------------------------------------------------------------------------

@@ -169,6 +169,11 @@ def test_scout_refuses_faces_that_cross(scout: Scout) -> None:
     assert scout([[p, q] for p, q in zip(a, below, strict=True)]).n_faces == 2
 
 
+def test_a_face_that_reaches_out_of_the_picture_is_covered_by_nobody(scout: Scout) -> None:
+    at_the_edge = [-0.15, -0.2, 0.2, 0.55]
+    assert scout([[at_the_edge, RIGHT]] * 5).n_faces == 2
+
+
 def test_two_faces_of_a_film_are_told_apart(shared: Path) -> None:
     film = shared / "hard" / "two_faces.mp4"
     about = media.probe(film)

@@ -245,6 +245,14 @@ def test_what_killed_jobs_left_is_swept_up(space: Workspace) -> None:
     assert not list(space.root.rglob(".part-*"))
 
 
+def test_what_somebody_writes_at_the_moment_is_not_swept_up(space: Workspace) -> None:
+    """Whoever reads footage makes pixels, and waits for nobody who does so, too."""
+    with atomic(space.root / "cache" / "other.npy") as part:
+        space.save_pixels("rgb", 4, (1, 4, 4, 3), iter([np.zeros((4, 4, 3), np.uint8)]))
+        part.write_bytes(b"whole")
+    assert (space.root / "cache" / "other.npy").read_bytes() == b"whole"
+
+
 def test_pixels_that_find_no_room_are_refused_in_a_sentence(
     space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import time
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,53 @@ def test_an_interrupted_team_saves_first(home: Path, number: int) -> None:
     assert "continuing from step 7" in again.said
     one, two = (torch.load(home / f"{rank}.pt", weights_only=True)["state"] for rank in range(2))
     assert all(torch.equal(one[n], two[n]) for n in one if not n.endswith("seen"))
+
+
+def on_the_second_machine(home: Path, place: dict[str, str], ends: Any) -> None:
+    os.environ.update(place | {"NODE_RANK": "1"})
+    try:
+        team.run(learn, home, progress=SilentProgress(), devices=1, nodes=2, settings=SMALL)
+    except BaseException as error:
+        ends.put(f"{type(error).__name__}: {error}")
+
+
+def test_a_team_of_two_machines_saves_first(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scheduler tells every machine to end; the first one saves, and the others follow it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1])}
+    for name, value in (place | {"NODE_RANK": "0"}).items():
+        monkeypatch.setenv(name, value)
+    context = multiprocessing.get_context("spawn")
+    ends = context.Queue()
+    other = context.Process(target=on_the_second_machine, args=(home, place, ends))
+
+    class Impatient(SilentProgress):
+        n_steps = 0
+
+        def advance(self, n: int = 1, **figures: float) -> None:
+            self.n_steps += n * ("loss" in figures)
+            if self.n_steps == 7:
+                for process in (other.pid, os.getpid()):
+                    assert process is not None
+                    os.kill(process, signal.SIGTERM)
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        other.start()
+        with pytest.raises(KeyboardInterrupt):
+            team.run(learn, home, progress=Impatient(), devices=1, nodes=2, settings=SMALL)
+        said = ends.get(timeout=60)
+        other.join(60)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        other.kill()
+    state = Run.named(home, "run").resume_state()
+    assert state is not None and state["place"]["total"] == 7
+    assert said.startswith("TalkheadError: another machine of the team has ended")
 
 
 class Notes(SilentProgress):

@@ -30,7 +30,7 @@ from talkhead_cli.contracts import MisuseError, TalkheadError
 
 PLAIN_EVERY_S = 10.0
 CANNOT_WRITE = (
-    errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT,
+    errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT,
     errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
 )  # fmt: skip
 
@@ -216,8 +216,13 @@ def _trace(verbose: bool) -> None:
 
 def answer(text: object) -> None:
     """One line of the answer itself, to stdout, if there is one."""
-    if sys.stdout is not None:
-        sys.stdout.write(f"{text}\n")
+    if sys.stdout is None:
+        return
+    line = f"{text}\n"
+    try:
+        sys.stdout.write(line)
+    except UnicodeEncodeError:  # names of files need not be text that a terminal can show
+        sys.stdout.write(line.encode(errors="backslashreplace").decode())
 
 
 def compared(rows: Mapping[str, Mapping[str, float | None]]) -> Table:

@@ -122,9 +122,9 @@ def check(
         if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
             raise MisuseError(f"--page {page} must name a file in a folder that is there")
         films = videos_of(videos)
-        if len(films) > 1:
+        if len(videos) > 1 or videos[0].is_dir():
             if page is not None:
-                raise MisuseError(f"--page is of one film; {len(films)} are given")
+                raise MisuseError("--page is of one film; name its file")
             verdicts = _check_each(films, report, json)
         else:
             found = job(films[0], report)

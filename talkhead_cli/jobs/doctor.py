@@ -31,8 +31,8 @@ def build() -> str:
 
 def _python() -> Need:
     version = platform.python_version()
-    ok = (3, 10) <= tuple(int(p) for p in version.split(".")[:2]) <= (3, 12)
-    return Need("python", ok, version, "use Python 3.10, 3.11 or 3.12")
+    ok = (3, 11) <= tuple(int(p) for p in version.split(".")[:2]) <= (3, 12)
+    return Need("python", ok, version, "use Python 3.11 or 3.12")
 
 
 def _packages() -> list[Need]:

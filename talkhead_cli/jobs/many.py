@@ -103,7 +103,7 @@ def preprocess_many(
         for index, video in enumerate(videos):
             ended(index, one(video, home, options))
     else:
-        _side_by_side(videos, home, options, n_jobs, ended)
+        _side_by_side(videos, home, options, n_jobs, ended, progress)
     return [outcomes[i] for i in range(len(videos))]
 
 
@@ -128,32 +128,49 @@ def one(video: Path, home: Path, options: dict[str, Any]) -> Outcome:
 
 def _side_by_side(
     videos: Sequence[Path], home: Path, options: dict[str, Any], n_jobs: int,
-    ended: Callable[[int, Outcome], None],
+    ended: Callable[[int, Outcome], None], progress: Progress,
 ) -> None:  # fmt: skip
-    """`n_jobs` at a time, each in a fresh process: the face mesh keeps its memory to itself."""
+    """`n_jobs` at a time; what a killed process takes along goes one by one afterwards."""
+    left = _pooled(range(len(videos)), videos, home, options, n_jobs, ended)
+    if left:
+        progress.note(
+            "a process was killed, probably for memory; the videos that are left go one at a time"
+        )
+    for index in left:
+        if _pooled([index], videos, home, options, 1, ended):
+            outcome = Outcome(str(videos[index]), _id_or_nothing(videos[index]))
+            outcome.error = (
+                "its process was killed, probably for memory; free some, or take a part of the "
+                "film (--from, --to)"
+            )
+            ended(index, outcome)
+
+
+def _pooled(
+    wanted: Sequence[int], videos: Sequence[Path], home: Path, options: dict[str, Any], n_jobs: int,
+    ended: Callable[[int, Outcome], None],
+) -> list[int]:  # fmt: skip
+    """Each in a fresh process: the face mesh keeps its memory to itself.  Those of `wanted` that
+    came to no end, because a process was killed and took the pool along."""
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n_jobs, mp_context=context, max_tasks_per_child=1) as pool:
         waiting: dict[Future[Outcome], int] = {
-            pool.submit(one, video, home, options): i for i, video in enumerate(videos)
+            pool.submit(one, videos[i], home, options): i for i in wanted
         }
+        left = []
         try:
             while waiting:
                 done, _ = wait(waiting, return_when=FIRST_COMPLETED)
                 for future in done:
                     index = waiting.pop(future)
-                    ended(index, _result(future, videos[index]))
+                    if isinstance(future.exception(), BrokenProcessPool):
+                        left.append(index)
+                    else:
+                        ended(index, future.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-
-
-def _result(future: Future[Outcome], video: Path) -> Outcome:
-    """How a video ended; where a process was killed, the ones that it took along are not done."""
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        error = "a process was killed, probably for memory; try again with --jobs 1"
-        return Outcome(str(video), _id_or_nothing(video), error=error)
+    return sorted(left)
 
 
 def _by_ray(

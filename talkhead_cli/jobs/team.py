@@ -15,6 +15,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from multiprocessing import connection
 from typing import Any, Literal, TypeVar
 
@@ -60,17 +61,23 @@ def run(
         ]  # fmt: skip
         for other in others:
             other.start()
+        leads = is_chief(devices, nodes)
         try:
-            made = job(*args, progress if is_chief(devices, nodes) else SilentProgress(), **options)
+            # the chief alone is stopped by one word, and saves; without it the others end
+            with nullcontext() if leads else interrupt.held():
+                made = job(*args, progress if leads else SilentProgress(), **options)
             for other in others:
                 other.join(PATIENCE_S)
         except RuntimeError as error:  # gloo's and NCCL's, when somebody is gone
             # one whose connections are gone may take a while to be gone itself
-            if not connection.wait([other.sentinel for other in others], LAST_BREATH_S):
+            gone = connection.wait([other.sentinel for other in others], LAST_BREATH_S)
+            if not gone and not (nodes > 1 and _is_of_the_net(error)):
                 raise
             raise TalkheadError(
                 "a process of the team failed, probably for memory; run the same command again, "
                 "with fewer --devices"
+                if gone
+                else "another machine of the team has ended; run the same command again on each"
             ) from error
         finally:
             for other in others:
@@ -115,10 +122,15 @@ def _join_in(
 ) -> None:
     os.environ.update(place)
     # Ctrl-C reaches all of a terminal's processes, a scheduler's SIGTERM all of a job's: the chief
-    # saves, and ends the others
+    # saves, and without it the others end
     for number in interrupt.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     job(*args, SilentProgress(), **options)
+
+
+def _is_of_the_net(error: RuntimeError) -> bool:
+    """Whether it says that a connection to another process is gone."""
+    return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 @contextlib.contextmanager

@@ -27,13 +27,11 @@ def sound(
     """(N,) float32 in [-1, 1]; sample 0 is at time 0 of the file, where a late track is silent.
 
     Padded with silence or cut to `n_samples` when given, and not read further.  `on_warning` is
-    told in one sentence when the file ends before its declared duration.  TalkheadError without
-    sound.
+    told in one sentence when a file that declares its duration ends before it.  TalkheadError
+    without sound.
     """
-    stream = _pcm(path, "f32le", n_samples, on_warning)
-    samples = np.frombuffer(bytearray().join(stream), "<f4")
-    np.nan_to_num(samples, copy=False)
-    np.clip(samples, -1.0, 1.0, out=samples)
+    chunks = list(_heard(path, n_samples, on_warning))
+    samples = np.concatenate(chunks) if chunks else np.empty(0, np.float32)
     if n_samples is None or len(samples) == n_samples:
         return samples
     return np.pad(samples[:n_samples], (0, max(0, n_samples - len(samples))))
@@ -49,8 +47,8 @@ def sound_to_file(
     part = beside(Path(out_path))
     try:
         with open(part, "wb") as file:
-            stream = _pcm(path, "s16le", on_warning=on_warning)
-            n_bytes = sum(file.write(chunk) for chunk in stream)
+            stream = _heard(path, None, on_warning)
+            n_bytes = sum(file.write(_as_shorts(chunk, 32768.0)) for chunk in stream)
         os.replace(part, out_path)
     except OSError as error:
         raise TalkheadError(f"{out_path} cannot be written: {error.strerror}") from error
@@ -62,11 +60,11 @@ def sound_to_file(
 def write_wav(path: Path | str, samples: Samples) -> None:
     """Write (N,) floats in [-1, 1] as 16-bit mono 16 kHz PCM."""
     part = beside(Path(path))
-    whole = (np.clip(samples, -1.0, 1.0) * 32767.0).round().astype("<i2")
+    whole = _as_shorts(np.clip(samples, -1.0, 1.0), 32767.0)
     try:
         with wave.open(str(part), "wb") as file:
-            file.setparams((1, 2, SAMPLE_RATE_HZ, len(whole), "NONE", "not compressed"))
-            file.writeframes(whole.tobytes())
+            file.setparams((1, 2, SAMPLE_RATE_HZ, len(samples), "NONE", "not compressed"))
+            file.writeframes(whole)
         os.replace(part, path)
     except OSError as error:
         raise TalkheadError(f"{path} cannot be written: {error.strerror}") from error
@@ -95,27 +93,34 @@ def on_common_clock(path: Path | str, rate_hz: int) -> Any:
     return track.filter("aresample", rate_hz, first_pts=0, **{"async": 1})
 
 
-def _pcm(
-    path: Path | str, form: str, n_samples: int | None = None,
-    on_warning: Callable[[str], None] | None = None,
-) -> Iterator[bytes]:  # fmt: skip
-    """Raw samples ("f32le", "s16le"), a mebibyte at a time; of them all, or about so many."""
+def _heard(
+    path: Path | str, n_samples: int | None, on_warning: Callable[[str], None] | None
+) -> Iterator[Samples]:
+    """A mebibyte of samples at a time, in [-1, 1]; of them all, or about `n_samples`."""
     track = on_common_clock(path, SAMPLE_RATE_HZ)
     limit = {} if n_samples is None else {"t": n_samples / SAMPLE_RATE_HZ}
-    graph = track.output("pipe:1", format=form, ac=1, ar=SAMPLE_RATE_HZ, **limit)
-    n_bytes = 0
+    graph = track.output("pipe:1", format="f32le", ac=1, ar=SAMPLE_RATE_HZ, **limit)
+    n_heard = 0
     with closing(Run(graph)) as run:
         while chunk := run.out.read(1 << 20):
-            n_bytes += len(chunk)
-            yield chunk
+            samples = np.nan_to_num(np.frombuffer(chunk, "<f4", len(chunk) // 4))
+            n_heard += len(samples)
+            yield np.clip(samples, -1.0, 1.0, out=samples)
         run.finish()
-        if not n_bytes and n_samples != 0:
+        if not n_heard and n_samples != 0:
             raise TalkheadError(f"{path} has a sound track that cannot be read: {run.complaint}")
-    heard_s = n_bytes / {"f32le": 4, "s16le": 2}[form] / SAMPLE_RATE_HZ
-    declared_s = probe(path).duration_s
-    wanted_s = min(declared_s, limit.get("t", declared_s))
-    if on_warning is not None and run.messages and heard_s < wanted_s - TRUNCATION_S:
+    if on_warning is None:
+        return
+    about = probe(path)
+    heard_s, wanted_s = n_heard / SAMPLE_RATE_HZ, min(about.duration_s, limit.get("t", np.inf))
+    # beside pictures the sound may just be shorter than the film
+    if heard_s < wanted_s - TRUNCATION_S and (run.messages or not about.has_video):
         on_warning(
-            f"the sound of {Path(path).name} is damaged: {heard_s:.1f} of {declared_s:.1f} seconds "
-            "could be read"
+            f"the sound of {Path(path).name} is damaged: {heard_s:.1f} of "
+            f"{about.duration_s:.1f} seconds could be read"
         )
+
+
+def _as_shorts(samples: Samples, full: float) -> bytes:
+    """Of floats in [-1, 1], which become `full` at the ends."""
+    return (samples * full).round().clip(-32768, 32767).astype("<i2").tobytes()

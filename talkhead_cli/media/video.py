@@ -204,15 +204,17 @@ def _graph(
     """From the stored pictures to the ones asked for; ffmpeg itself turns them upright."""
     sought = first > 0 and about.has_index
     # From the picture that stands alone before the target: accurate seeks drop what is still on
-    # show there.
-    seek = {"ss": first / FPS, "noaccurate_seek": None} if sought else {}
+    # show there.  To a whole second: parts of one are no whole number of many a file's ticks, and
+    # pictures half-way between two of ours would be rounded to the other one.
+    skipped = first % FPS if sought else first
+    seek = {"ss": first // FPS, "noaccurate_seek": None} if sought else {}
     stream = graphs.input(url(path), **seek)["V:0"]
     if re.search(r"\b(top|bottom) (coded )?first\b", about.colour):  # two fields, woven
         stream = stream.filter("bwdif", mode="send_frame", deint="interlaced")
     # rounds to the nearest: shows what a viewer sees in the middle of each frame's time
     stream = stream.filter("fps", FPS, start_time=0)
-    if first and not sought:
-        stream = stream.filter("trim", start_frame=first).filter("setpts", "PTS-STARTPTS")
+    if skipped:
+        stream = stream.filter("trim", start_frame=skipped).filter("setpts", "PTS-STARTPTS")
     if stride > 1:
         stream = stream.filter("framestep", stride)
     x, y, width, height = crop

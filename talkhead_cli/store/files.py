@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import zipfile
 import zlib
@@ -25,9 +26,7 @@ from talkhead_cli.contracts import TalkheadError
 def atomic(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; it takes the name only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)
-    os.close(handle)
-    part = Path(name)
+    handle, part = _begun(path)
     try:
         yield part
         os.chmod(part, 0o644)
@@ -43,6 +42,28 @@ def atomic(path: Path) -> Iterator[Path]:
         raise
     finally:
         part.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def _begun(path: Path) -> tuple[int, Path]:
+    """A new file beside `path`, held while it is written, so that no sweep takes it away."""
+    while True:
+        handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        if os.path.exists(name):
+            return handle, Path(name)
+        os.close(handle)  # swept before it was held
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed writers left in a folder; what somebody writes at the moment stays."""
+    for stale in folder.glob(".part-*"):
+        if stale.is_dir():
+            shutil.rmtree(stale)
+            continue
+        with contextlib.suppress(OSError), stale.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            stale.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

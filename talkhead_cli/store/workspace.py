@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from talkhead_cli.store.files import (
     read_arrays,
     read_json,
     sha256_of,
+    sweep,
     write_arrays,
     write_json,
 )
@@ -171,14 +172,14 @@ class Workspace:
         """Hold the folder for one writing job; what a killed one left half-written goes."""
         with held(self.root / ".lock", self.id):
             for folder in ("", "maps", "labels", "consent"):
-                _sweep(self.root / folder)
+                sweep(self.root / folder)
             yield
 
     def clear(self) -> None:
         """Forget everything but the trained runs and consent; nothing of a folder that nobody made
         a workspace of, which may be anybody's."""
         for entry in self.root.iterdir() if self.exists() else ():
-            if entry.name in ("runs", "consent", ".lock", ".cache-lock"):
+            if entry.name in ("runs", "consent", ".lock"):
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry)
@@ -271,23 +272,16 @@ class Workspace:
             return None
         return np.load(path, mmap_mode="r", allow_pickle=False)
 
-    @contextmanager
-    def _making_cache(self) -> Iterator[None]:
-        """Who makes pixels alone sweeps up what was half-written; whoever reads footage may make
-        some, and need not wait for others who do."""
-        with ExitStack() as stack:
-            with suppress(TalkheadError):
-                stack.enter_context(held(self.root / ".cache-lock", self.id))
-                _sweep(self.root / "cache")
-            yield
-
     def save_pixels(
         self, kind: str, size_px: int, shape: tuple[int, ...], rows: Iterator[NDArray[np.uint8]]
     ) -> NDArray[np.uint8]:
-        """Write rows (each shape[1:]) to the cache as they come; returns the memory map."""
+        """Write rows (each shape[1:]) to the cache as they come; returns the memory map.
+
+        Whoever reads footage may make some at any time, and waits for nobody else who does."""
+        sweep(self.root / "cache")
         path = self.cache_file(kind, size_px)
         path.with_suffix(".key").unlink(missing_ok=True)  # of what is about to be replaced
-        with self._making_cache(), atomic(path) as part:
+        with atomic(path) as part:
             target = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
             with part.open("r+b") as file:  # room that is missing later would kill the process
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
@@ -303,12 +297,3 @@ class Workspace:
                 )
         path.with_suffix(".key").write_text(self.fingerprint)
         return np.load(path, mmap_mode="r", allow_pickle=False)
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder."""
-    for stale in folder.glob(".part-*"):
-        if stale.is_dir():
-            shutil.rmtree(stale)
-        else:
-            stale.unlink(missing_ok=True)

@@ -318,11 +318,7 @@ def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, A
         plate = np.take_along_axis(ordered, middle[None, ..., None], 0)[0]
     known = count > 0
     plate[~known] = 0
-    if not known.all():
-        soft = cv2.GaussianBlur(cv2.erode(known.astype(np.float32), np.ones((5, 5))), (0, 0), 2.0)
-        soft = (soft * known)[..., None]  # so that a seam does not show
-        plate = plate * soft + _spread(plate, known.astype(np.float32)) * (1 - soft)
-    return plate.astype(np.uint8), seen
+    return _spread(plate, known.astype(np.float32)).round().astype(np.uint8), seen
 
 
 def _spread(picture: Array, known: Array) -> Array:

@@ -97,7 +97,8 @@ def _link(tracks: list[_Face], box: NDArray[np.float32], frame: int) -> None:
 def _region(face: _Face, others: list[_Face], size: tuple[int, int]) -> tuple[int, int, int, int]:
     """The chosen face's surroundings, cut half-way to its neighbours, in pixels."""
     chosen = np.stack(face.boxes)
-    low, high = chosen[:, :2].min(0), chosen[:, 2:].max(0)
+    # a face at the edge reaches out of the picture, says the detector
+    low, high = chosen[:, :2].min(0).clip(0, 1), chosen[:, 2:].max(0).clip(0, 1)
     grow = 1.2 * (chosen[:, 2:] - chosen[:, :2]).max(0)
     first, end = np.maximum(low - grow, 0), np.minimum(high + grow, 1)
     for other in others:
