@@ -97,12 +97,38 @@ def test_landmarks_of_head_space_land_on_their_pixels(dataset: Path, speaker_hom
         assert np.abs(world).max() < 1, "inside the cube that is marched"
 
 
+def test_a_crop_beside_the_optical_axis_is_seen_as_by_a_camera_that_looks_at_it() -> None:
+    """Readers of the layout know no other principal point than the middle."""
+    size, k = 256, np.array([[700.0, 0, -150], [0, 700, 610], [0, 0, 1]], np.float32)
+    seen = exchange._Straight(k, size)
+    pose = np.array([[0.2, -0.1, 0.05, 1.7, -1.8, 5.0]], np.float32)
+    turn, place = cv2.Rodrigues(pose[0, :3].astype(float))[0], pose[0, 3:].astype(float)
+    marks = np.random.default_rng(0).uniform(-0.3, 0.3, (50, 3))
+    local = (marks @ turn.T + place) @ k.astype(float).T
+    crop = local[:, :2] / local[:, 2:] * size / 512
+    assert (crop > 0).all() and (crop < size).all(), "in the picture"
+    found = seen.points(crop[None])[0]
+    (c2w,) = seen.cameras(pose)
+    ahead = (marks - c2w[:3, 3]) @ c2w[:3, :3]
+    pixel = seen.focal * ahead[:, :2] / ahead[:, 2:] + size / 2
+    assert np.abs(pixel - found).max() < 1e-3
+    assert np.allclose(seen.points(np.array([[[size / 2, size / 2]]])), size / 2)
+    steps = seen.points(np.array([[[size / 2, size / 2 + 1], [size / 2 + 1, size / 2]]])) - size / 2
+    assert np.abs(np.linalg.norm(steps[0], axis=1) - 1).max() < 0.3, "of the same size"
+    picture = np.zeros((size, size, 1), np.float32)
+    picture[140:143, 60:63] = 1
+    x, y = seen.points(np.array([[[61.5, 141.5]]]))[0, 0]
+    rows, columns = np.nonzero(seen.picture(picture) > 0.5)
+    assert np.allclose([columns.mean() + 0.5, rows.mean() + 0.5], [x, y], atol=0.6)
+
+
 def test_pictures_follow_the_labels(dataset: Path, speaker_home: Path) -> None:
     space = Workspace.open(speaker_home, "speaker")
-    dx, dy = (256 - space.load("tracks")["k"][:2, 2]).round().astype(int)
     at = np.arange(24, 488, 32)
     sure = (space.labels(10) > 250)[:, at // 4][:, :, at // 4]
-    rows, columns = (at + dy)[:, None], (at + dx)[None]
+    centres = np.stack(np.meshgrid(at, at), -1) + 0.5
+    seen = exchange._Straight(space.load("tracks")["k"], 512).points(centres)
+    columns, rows = seen.astype(int).transpose(2, 0, 1)
     parsing = cv2.imread(str(dataset / "parsing" / "10.png"))[..., ::-1][rows, columns]
     for name, colour in {"face": (0, 0, 255), "hair": (0, 0, 0), "torso": (255, 0, 0),
                          "background": (255, 255, 255)}.items():  # fmt: skip

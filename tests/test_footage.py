@@ -147,6 +147,24 @@ def test_a_stage_that_listens_mixes_what_is_said_with_what_was_tracked(speaker_h
     assert 40 < sum(n_said) < 120 and len(set(n_said)) > 1
 
 
+def test_lids_are_drawn_by_how_far_they_are_open(speaker_home: Path) -> None:
+    """Somebody who blinks for two frames of two hundred is to learn it, too."""
+    preset = presets.load(PRESETS, SHORT)
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
+    eye = 0.8 + 0.4 * torch.rand(clip.signals.eye.shape, generator=torch.Generator().manual_seed(0))
+    eye[clip.train[70:72]] = 0.05
+    clip = replace(clip, signals=clip.signals.with_(eye=eye))
+    box = footage.box_of(clip.signals.camera[clip.train])
+    rng, drawn = torch.Generator().manual_seed(1), {}
+    for share in (0.0, 0.5):
+        stage = preset.train.stages["detail"].model_copy(update={"lids": share, "n_frames": 16})
+        rows = torch.cat([shots.draw(clip, stage, 256, box, rng).signals.eye for _ in range(60)])
+        drawn[share] = float((rows.mean(1) < 0.5).float().mean())
+    assert drawn[0] < 0.03
+    # of levels from 0 to 1, shut eyes are the nearest to those under 0.42
+    assert 0.15 < drawn[0.5] < 0.28, drawn
+
+
 def test_a_stage_of_pictures_draws_them_whole(speaker_home: Path) -> None:
     preset = presets.load(PRESETS, SHORT)
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())

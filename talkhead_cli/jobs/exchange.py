@@ -10,8 +10,8 @@
 Whose networks cannot be had by pip stands in: the features have DeepSpeech's shape and hold our
 log-mel bands; action units and blend shapes are those that our tracks of lids, brows and lips say,
 the others 0; the mouth's inside stands for teeth.  The split is ours,
-so that the same frames are held out on both sides.  Pictures are shifted by the few pixels that
-bring the optical axis to their middle, where readers of the layout take it to be.
+so that the same frames are held out on both sides.  Readers of the layout take the optical axis to
+be in the middle of the pictures, which are crops: cameras are turned until it is.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
         (out / folder).mkdir(parents=True)
     shutil.copyfile(space.video, out / f"{space.id}.mp4")
     shutil.copyfile(space.audio, out / "aud.wav")
-    shift = size / 2 - tracks["k"][:2, 2].astype(float) * size / STORED_PX
+    seen = _Straight(tracks["k"], size)
     plate = cv2.resize(_read(space.plate_file), (size, size), interpolation=cv2.INTER_AREA)
-    plate = _shifted(plate, shift)
+    plate = seen.picture(plate)
     _save(out / "bc.jpg", plate)
     features = speech_features(voice.features(media.sound(space.audio)), n_frames)
     for file in ("aud.npy", "aud_ds.npy"):  # one name in the scripts, another in the loader
@@ -110,34 +110,73 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
         for i, row in enumerate(np.stack(list(units.values()), 1)):
             rows.writerow([i + 1, *(f"{value:.3f}" for value in row)])
     np.save(out / "bs.npy", blend_shapes(tracks))
-    poses = transforms(tracks["pose"], tracks["k"])
+    c2w = seen.cameras(tracks["pose"])
+    poses = transforms(c2w)
     train, held = split_rows(tracks["usable"], holdout)
-    focal = float(tracks["k"][0, 0]) * size / STORED_PX
     for label, frames in (("train", train.tolist()), ("val", held.tolist())):
         text = json.dumps({
-            "focal_len": focal, "cx": size / 2, "cy": size / 2,
+            "focal_len": seen.focal, "cx": size / 2, "cy": size / 2,
             "frames": [{"img_id": int(i), "aud_id": int(i),
                         "transform_matrix": poses[i].tolist()} for i in frames],
         })  # fmt: skip
         (out / f"transforms_{label}.json").write_text(text)
-    _write_nerfstudio(out, tracks, usable=torch.cat([train, held]).tolist(), focal=focal, size=size)
-    marks = tracks["mesh_px"][:, MESH_TO_68] * size + shift
+    _write_nerfstudio(
+        out, c2w, usable=torch.cat([train, held]).tolist(), focal=seen.focal, size=size
+    )
+    marks = seen.points(tracks["mesh_px"][:, MESH_TO_68] * size)
     progress.stage("export", n_frames)
     stream = media.frames(space.video, size=(size, size), n_frames=n_frames)
     for i, rgb in enumerate(followed(progress, stream)):
-        labels = _shifted(_grown(space.labels(i), size), shift).transpose(2, 0, 1)
-        _write_frame(out, i, _shifted(rgb[..., ::-1], shift), labels, plate)
+        labels = seen.picture(_grown(space.labels(i), size)).transpose(2, 0, 1)
+        _write_frame(out, i, seen.picture(rgb[..., ::-1]), labels, plate)
         np.savetxt(out / "ori_imgs" / f"{i}.lms", marks[i], fmt="%.3f")
 
 
+class _Straight:
+    """A crop's camera turned to look at the middle of the crop, and what it sees then."""
+
+    def __init__(self, k: NDArray[np.float32], size: int) -> None:
+        """k (3, 3) of the crop at STORED_PX · size: of pictures, in pixels"""
+        self.k, self.size = k, size
+        scaled = np.diag([size / STORED_PX, size / STORED_PX, 1.0]) @ k.astype(np.float64)
+        ahead = np.linalg.solve(scaled, [size / 2, size / 2, 1.0])
+        # by the shortest way; distances in the middle stay as they were
+        axis = np.cross(ahead, [0.0, 0.0, 1.0])
+        angle = float(np.arctan2(np.linalg.norm(axis), ahead[2]))
+        self.turn = cv2.Rodrigues(axis / max(float(np.linalg.norm(axis)), 1e-12) * angle)[0]
+        self.focal = float(scaled[0, 0] * np.linalg.norm(ahead))
+        straight = np.array([[self.focal, 0, size / 2], [0, self.focal, size / 2], [0, 0, 1]])
+        self.homography = straight @ self.turn @ np.linalg.inv(scaled)
+
+    def cameras(self, pose: NDArray[np.float32]) -> NDArray[np.float64]:
+        """Poses (T, 6) of the head -> camera-to-head matrices (T, 4, 4), OpenCV axes."""
+        camera = head_camera(torch.from_numpy(pose), torch.from_numpy(self.k), STORED_PX)
+        c2w: NDArray[np.float64] = camera.c2w.double().numpy()
+        c2w[:, :3, :3] = c2w[:, :3, :3] @ self.turn.T
+        return c2w
+
+    def points(self, at: NDArray[Any]) -> NDArray[np.float64]:
+        """Where points (T, N, 2) of the crop are seen, in pixels."""
+        seen = np.concatenate([at, np.ones_like(at[..., :1])], -1) @ self.homography.T
+        found: NDArray[np.float64] = seen[..., :2] / seen[..., 2:]
+        return found
+
+    def picture(self, crop: NDArray[Any]) -> NDArray[Any]:
+        """(s, s, C) as it is seen; the border is repeated where the crop ends."""
+        to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from centres
+        seen: NDArray[Any] = cv2.warpPerspective(
+            np.ascontiguousarray(crop), np.linalg.inv(to_corner) @ self.homography @ to_corner,
+            (self.size, self.size), borderMode=cv2.BORDER_REPLICATE,
+        )  # fmt: skip
+        return seen
+
+
 def _write_nerfstudio(
-    out: Path, tracks: dict[str, NDArray[Any]], *, usable: list[int], focal: float, size: int
+    out: Path, c2w: NDArray[np.float64], *, usable: list[int], focal: float, size: int
 ) -> None:
     """transforms.json: cameras round the head, OpenGL axes, z up, face heights."""
-    pose, k = torch.from_numpy(tracks["pose"]), torch.from_numpy(tracks["k"])
-    c2w = head_camera(pose, k, STORED_PX).c2w.double().numpy() @ TURNED
     stands = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
-    poses = stands @ c2w
+    poses = stands @ c2w @ TURNED
     (out / "transforms.json").write_text(json.dumps({
         "camera_model": "OPENCV", "fl_x": focal, "fl_y": focal, "cx": size / 2, "cy": size / 2,
         "w": size, "h": size,
@@ -196,11 +235,11 @@ def blend_shapes(tracks: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
     return scores
 
 
-def transforms(pose: NDArray[np.float32], k: NDArray[np.float32]) -> NDArray[np.float64]:
-    """Poses (T, 6) -> camera-to-world matrices (T, 4, 4) as the layout's readers want them."""
-    c2w = head_camera(torch.from_numpy(pose), torch.from_numpy(k), STORED_PX).c2w.double().numpy()
-    c2w[:, :3, 3] *= UNIT
-    turned: NDArray[np.float64] = TURNED @ c2w @ TURNED
+def transforms(c2w: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Camera-to-head matrices (T, 4, 4), OpenCV axes, as the layout's readers want them."""
+    scaled = c2w.copy()
+    scaled[:, :3, 3] *= UNIT
+    turned: NDArray[np.float64] = TURNED @ scaled @ TURNED
     return turned
 
 
@@ -221,16 +260,6 @@ def _grown(labels: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
     """(6, 128, 128) uint8 -> (size, size, 6) in [0, 1]."""
     hwc = labels.transpose(1, 2, 0).astype(np.float32) / 255
     return np.asarray(cv2.resize(hwc, (size, size), interpolation=cv2.INTER_LINEAR), np.float32)
-
-
-def _shifted(picture: NDArray[Any], by: NDArray[np.float64]) -> NDArray[Any]:
-    """(s, s, C) moved right and down by (2,) pixels; the border is repeated."""
-    move = np.array([[1, 0, by[0]], [0, 1, by[1]]])
-    size = picture.shape[1::-1]
-    moved: NDArray[Any] = cv2.warpAffine(
-        np.ascontiguousarray(picture), move, size, borderMode=cv2.BORDER_REPLICATE
-    )
-    return moved
 
 
 def _bytes(picture: NDArray[Any]) -> NDArray[np.uint8]:

@@ -155,6 +155,11 @@ class Footage:
         shut, wide = rows.eye.mean(1).argsort()[:n], mouth.argsort(descending=True)[:n]
         return self.train[torch.cat([shut, wide]).unique()]
 
+    @cached_property
+    def opened(self) -> Tensor:
+        """How far eyes are open in each training row, 0 to 1."""
+        return self.signals.eye[self.train].mean(1).cpu().clamp(0, 1)
+
     def portrait(self, rows: Tensor) -> Portrait:
         """Some rows (P,) as pictures that an avatar may be made from."""
         frames = rows.numpy()

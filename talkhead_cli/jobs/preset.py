@@ -70,6 +70,8 @@ class Stage(_Strict):
     shown        whether a speech-only step shows its rows' pictures too
     portraits    pictures of each person that the avatar is made from, or told apart by
     rare         share of the rows drawn where eyes are shut or mouths wide open
+    lids         share of what is drawn of eyes (of rows, in patches and pictures) that is drawn
+                 evenly by how far they are open, not as time has it
     start        who passes through it: those who begin from a prior, from nothing, or any
     n_people     people mixed in a step when there are many (0: all of them)
     """
@@ -94,6 +96,7 @@ class Stage(_Strict):
     noise: Annotated[float, Field(ge=0)] = 1.0
     shown: bool = False
     rare: Annotated[float, Field(ge=0, le=1)] = 0.0
+    lids: Annotated[float, Field(ge=0, le=1)] = 0.0
     portraits: Annotated[int, Field(ge=0)] = 0
     n_people: Annotated[int, Field(ge=0)] = 0
     start: Literal["any", "nothing", "prior"] = "any"

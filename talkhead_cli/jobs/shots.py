@@ -15,6 +15,7 @@ from talkhead_cli.march import picture_rays, pixel_rays
 # Shares of random rays by region.  Mouth and eyes cover a hundredth of the picture: drawn
 # evenly they would hardly ever be seen, and blinks would not be learnt at all.
 SHARES = {"mouth": 0.18, "eyes": 0.12, "face": 0.32, "all": 0.38}
+ALIKE = 0.05  # between eyes that count as open alike
 
 
 def draw(
@@ -43,6 +44,8 @@ def draw(
     if stage.rare:
         n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
         rows = torch.cat([_pick(footage.rare, n_rare, rng), rows])[: len(rows)]
+    lids = _by_lids(footage, stage, len(rows), rng)
+    rows = torch.cat([rows if stage.rays == "random" else rows[len(lids) :], lids])
     at = _sent(rows, footage.device)
     signals = footage.signals[at]
     if footage.said is not None:
@@ -61,7 +64,7 @@ def draw(
         row, pixel = _patches(footage, at, stage, rng)
         layout = (n_frames, stage.patch_px, stage.patch_px)
     else:
-        row, pixel = _pixels(footage, at, n_rays, rng)
+        row, pixel = _pixels(footage, at, n_rays, rng, len(lids), stage.lids)
         layout = None
     rays = pixel_rays(signals.camera, row, pixel, aabb, layout=layout)
     return with_truth(footage, at, Shot(signals, rays, portrait=others))
@@ -133,6 +136,21 @@ def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:
     return rows[torch.randperm(len(rows), generator=rng)[:n]]
 
 
+def _by_lids(footage: Footage, stage: Stage, n_rows: int, rng: torch.Generator) -> Tensor:
+    """Training rows whose eyes are open by amounts drawn evenly between shut and wide: somebody
+    who blinks for two frames of four hundred would hardly learn to.  Beside rows whose rays
+    are random, a few; else their share of the rows."""
+    if not stage.lids:
+        return footage.train[:0]
+    n = max(1, n_rows // 8)
+    if stage.rays != "random":
+        n = int((torch.rand(n_rows, generator=rng) < stage.lids).sum())
+    opened = footage.opened
+    level = torch.rand(n, 1, generator=rng) * opened.max()
+    among = ALIKE * torch.rand(n, len(opened), generator=rng)  # any of those that are alike
+    return footage.train[((opened - level).abs() + among).argmin(1)]
+
+
 def _in_sequence(rows: Tensor, n: int, length: int, rng: torch.Generator) -> Tensor:
     """n of the rows, in runs of `length` that begin anywhere."""
     length = min(length, len(rows))
@@ -147,21 +165,37 @@ def _in_sequence(rows: Tensor, n: int, length: int, rng: torch.Generator) -> Ten
 
 
 def _pixels(
-    footage: Footage, rows: Tensor, n_rays: int, rng: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """Random pixels by region, row after row: row (R,), pixel centres (R, 2)."""
-    per_row = max(4, n_rays // len(rows))
-    places = []
+    footage: Footage, rows: Tensor, n_rays: int, rng: torch.Generator, n_lids: int = 0,
+    lids: float = 0.0,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Random pixels by region, row after row: row (R,), pixel centres (R, 2).  Of the last `n_lids`
+    rows eyes alone, which are the share `lids` of what is drawn of eyes."""
+    n_whole = len(rows) - n_lids
+    per_row = max(4, n_rays // n_whole)
+    places, number = [], torch.arange(len(rows), device=rows.device)[:, None]
     for region, share in SHARES.items():
-        at = _rand(len(rows), max(1, round(share * per_row)), 2, rng=rng, on=rows)
-        if region != "all":
-            centre, half = _region(footage, rows, region, rng)
-            at = centre[:, None] + (2 * at - 1) * half[:, None]
-        places.append(at)
+        taken = share * (1 - lids) if region == "eyes" else share
+        n = max(1, round(taken * per_row))
+        places.append(_places(footage, rows[:n_whole], region, n, rng))
+    at = torch.cat(places, 1)
+    row = number[:n_whole].expand(at.shape[:2])
+    at, row = at.flatten(0, 1), row.flatten()
+    if n_lids:
+        n = max(1, round(SHARES["eyes"] * lids * per_row * n_whole / n_lids))
+        shut = _places(footage, rows[n_whole:], "eyes", n, rng)
+        at = torch.cat([at, shut.flatten(0, 1)])
+        row = torch.cat([row, number[n_whole:].expand(shut.shape[:2]).flatten()])
     size = footage.size_px
-    pixel = (torch.cat(places, 1) * size).floor().clamp(0, size - 1) + 0.5
-    row = torch.arange(len(rows), device=rows.device)[:, None].expand(pixel.shape[:2])
-    return row.flatten(), pixel.flatten(0, 1)
+    return row, (at * size).floor().clamp(0, size - 1) + 0.5
+
+
+def _places(footage: Footage, rows: Tensor, region: str, n: int, rng: torch.Generator) -> Tensor:
+    """n random places in a region of each row (T, n, 2), in shares of the side."""
+    at = _rand(len(rows), n, 2, rng=rng, on=rows)
+    if region == "all":
+        return at
+    centre, half = _region(footage, rows, region, rng)
+    return centre[:, None] + (2 * at - 1) * half[:, None]
 
 
 def _patches(
