@@ -155,14 +155,25 @@ def test_lids_are_drawn_by_how_far_they_are_open(speaker_home: Path) -> None:
     eye[clip.train[70:72]] = 0.05
     clip = replace(clip, signals=clip.signals.with_(eye=eye))
     box = footage.box_of(clip.signals.camera[clip.train])
-    rng, drawn = torch.Generator().manual_seed(1), {}
-    for share in (0.0, 0.5):
-        stage = preset.train.stages["detail"].model_copy(update={"lids": share, "n_frames": 16})
-        rows = torch.cat([shots.draw(clip, stage, 256, box, rng).signals.eye for _ in range(60)])
-        drawn[share] = float((rows.mean(1) < 0.5).float().mean())
-    assert drawn[0] < 0.03
+    rng = torch.Generator().manual_seed(1)
+    stage = preset.train.stages["detail"].model_copy(update={"lids": 0.5, "n_frames": 16})
+    drawn = [shots.draw(clip, stage, 1600, box, rng) for _ in range(60)]
+    lids = torch.cat([shot.signals.eye[16:] for shot in drawn]).mean(1)
+    assert len(lids) == 120, "two beside sixteen rows"
     # of levels from 0 to 1, shut eyes are the nearest to those under 0.42
-    assert 0.15 < drawn[0.5] < 0.28, drawn
+    assert 0.3 < float((lids < 0.5).float().mean()) < 0.55
+    rays = drawn[0].rays
+    assert rays is not None and abs(len(rays) - 1600) < 40
+    beside = rays.row >= 16
+    assert float(beside.float().mean()) == pytest.approx(0.06, abs=0.01)
+    moments = drawn[0].signals.moment[rays.row[beside]]
+    corners = torch.stack([clip.regions[f"{side} eye"] for side in ("left", "right")], 1)
+    centre, half = corners[moments][:, :, 0], corners[moments][:, :, 1]
+    off = (rays.pixel[beside][:, None] / clip.size_px - centre).abs() - half
+    assert float(off.amax(2).amin(1).max()) < 1 / clip.size_px, "all of them at eyes"
+    eyes = preset.train.stages["eyes"].model_copy(update={"lids": 0.5, "n_frames": 8})
+    rows = torch.cat([shots.draw(clip, eyes, 8 * 16**2, box, rng).signals.eye for _ in range(60)])
+    assert 0.15 < float((rows.mean(1) < 0.5).float().mean()) < 0.28, "in patches, of the rows"
 
 
 def test_a_stage_of_pictures_draws_them_whole(speaker_home: Path) -> None:
