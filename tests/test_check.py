@@ -56,6 +56,7 @@ def test_a_sound_film_passes_but_for_its_length(sound_one: Report) -> None:
         ("head", {"warn"}, ["-vf", "scale=160:160"]),
         ("clipping", {"warn", "fail"}, ["-af", "volume=40dB", "-c:a", "pcm_s16le"]),
         ("sound", {"warn", "fail"}, ["-af", "volume=-40dB"]),
+        ("dead sound", {"warn"}, ["-af", "volume=enable='gt(t,4)':volume=0"]),
         ("background", {"warn", "fail"},
          ["-vf", "crop=iw-120:ih-120:60+55*sin(n/5):60+55*cos(n/7)"]),
     ],
@@ -138,6 +139,14 @@ def test_a_film_of_nobody_fails_at_once(tmp_path: Path) -> None:
     report = check(film, SilentProgress())
     assert report.verdict == "fail" and verdicts(report)["face"] == "fail"
     assert "sharpness" not in verdicts(report)
+
+
+def test_a_film_that_was_cut_short_says_so(speaker_clip: Path, tmp_path: Path) -> None:
+    film = spoilt(speaker_clip, tmp_path / "whole.mp4", "-movflags", "+faststart")
+    data = film.read_bytes()
+    film.write_bytes(data[: int(0.6 * len(data))])
+    told = {f.name: f for f in check(film, SilentProgress()).findings}
+    assert told["picture"].verdict == "warn" and "none from" in told["picture"].found
 
 
 def test_cuts_are_found_where_they_are() -> None:

@@ -187,6 +187,10 @@ def test_pose_of_a_file_is_played_as_it_is(
 ) -> None:
     given = np.random.default_rng(0).normal(0, 0.1, (40, 6))
     np.save(tmp_path / "pose.npy", given)
+    with pytest.raises(TalkheadError, match="face heights from the camera"):
+        drive.make(footage, 40, pose=str(tmp_path / "pose.npy"))
+    given[:, 5] += 4
+    np.save(tmp_path / "pose.npy", given)
     poses, bodies = drive.make(footage, 40, pose=str(tmp_path / "pose.npy")).pose(np.arange(40))
     np.testing.assert_allclose(poses, given)
     np.testing.assert_allclose(bodies, np.tile(np.median(footage["body"][12:], 0), (40, 1)))

@@ -406,6 +406,12 @@ def test_films_take_the_place_of_our_own_alone(home: Path, speech: Path, tmp_pat
     far.write_text("0,0,0,0,0,900\n")
     lost = talkhead("render", *said, "--audio", short, "--pose", far, "-o", tmp_path / "far.mp4")
     assert lost.exit_code == 0 and "nobody is seen in 5 of 5 frames" in lost.stderr
+    far.write_text("0,0,0,0,0,0.4\n")
+    within = talkhead("render", *said, "--audio", short, "--pose", far, "-o", tmp_path / "in.mp4")
+    assert within.exit_code == 1 and "0.4 face heights from the camera" in within.stderr
+    for words in (["-o", tmp_path / "x.avi"], ["--background", "green"], ["--pose", "sitting"]):
+        misused = talkhead("render", *said, "--audio", short, "-o", tmp_path / "x.mp4", *words)
+        assert misused.exit_code == 2 and misused.stdout == "", words
 
 
 def test_homes_are_listed(home: Path, tmp_path: Path) -> None:
@@ -433,12 +439,14 @@ def test_of_a_wide_background_the_middle_is_shown(tmp_path: Path) -> None:
     wide = np.zeros((40, 100, 3), np.uint8)
     wide[:, 30:70] = (0, 0, 255)  # OpenCV's order: red
     cv2.imwrite(str(tmp_path / "wide.png"), wide)
-    shown = render_job._background(str(tmp_path / "wide.png"), torch.zeros(8, 8, 3), 8)
+    picture = render_job._background(str(tmp_path / "wide.png"))
+    assert picture is not None
+    shown = render_job._middle(picture, 8)
     assert shown.shape == (8, 8, 3) and torch.equal(shown[..., 0], torch.ones(8, 8))
     assert float(shown[..., 1:].max()) == 0
     (tmp_path / "no.png").write_text("no picture")
     with pytest.raises(TalkheadError, match="no.png cannot be read as a picture"):
-        render_job._background(str(tmp_path / "no.png"), torch.zeros(8, 8, 3), 8)
+        render_job._background(str(tmp_path / "no.png"))
 
 
 def test_frames_heard_alone_and_lids_that_an_option_or_a_track_moves(

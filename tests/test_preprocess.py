@@ -17,7 +17,7 @@ from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import preprocess as job
 from talkhead_cli.jobs import stages
-from talkhead_cli.store import Workspace
+from talkhead_cli.store import Run, Workspace, list_runs, priors_folder
 from talkhead_cli.track import face, matte
 from talkhead_cli.track.scout import Scene
 
@@ -178,6 +178,51 @@ def test_unknown_words_are_misuse(tmp_path: Path, speaker_clip: Path) -> None:
     with pytest.raises(TalkheadError, match="consent file"):
         job.preprocess(speaker_clip, tmp_path, SilentProgress(), consent=tmp_path / "no.pdf")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_another_part_does_not_take_the_one_that_runs_learnt_from(
+    speaker_clip: Path, tmp_path: Path
+) -> None:
+    space = job.preprocess(speaker_clip, tmp_path, SilentProgress(), name="a", end_s=4.0)
+    run = Run.named(space.runs, "mine")
+    run.write_meta(finished=True)
+    with pytest.raises(TalkheadError, match="run 'mine' of 'a' learnt from another part.*--id"):
+        job.preprocess(speaker_clip, tmp_path, SilentProgress(), name="a", start_s=2.0)
+    assert space.manifest()["n_frames"] == 100
+    job.preprocess(speaker_clip, tmp_path, SilentProgress(), name="a", end_s=4.0)  # the same
+    progress = SilentProgress()
+    job.preprocess(speaker_clip, tmp_path, progress, name="a", start_s=2.0, end_s=6.0, fresh=True)
+    assert any("run 'mine' of 'a' learnt what was tracked before" in n for n in progress.notes)
+
+
+def test_sound_that_is_moved_out_of_the_film_is_not_called_silent(
+    speaker_clip: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(TalkheadError, match="nothing is heard.*moved by 9 s.*--offset"):
+        job.preprocess(speaker_clip, tmp_path, SilentProgress(), name="a", offset="9", end_s=4.0)
+
+
+def test_one_run_or_a_prior_can_be_removed(home: Path) -> None:
+    space = Workspace.open(home, "speaker")
+    for name in ("one", "two"):
+        Run.named(space.runs, name).write_meta(finished=True)
+    prior = Run.named(priors_folder(home), "crowd")
+    prior.write_meta(finished=True, method="lokitalk", people={"a": "1", "b": "2"})
+    listed = talkhead("list", "--home", home).stdout.splitlines()
+    assert listed[-1] == "crowd\tprior of 2 people\tlokitalk"
+    told = json.loads(talkhead("list", "--json", "--home", home).stdout.splitlines()[-1])
+    assert told == {
+        "prior": "crowd", "finished": True, "method": "lokitalk", "people": ["a", "b"]
+    }  # fmt: skip
+    for words in ([], ["speaker", "--prior", "crowd"], ["--prior", "crowd", "--run", "one"]):
+        assert talkhead("remove", *words, "--yes", "--home", home).exit_code == 2
+    assert "known: " in error_of(talkhead("remove", "speaker", "--run", "no", "--home", home))
+    assert talkhead("remove", "speaker", "--run", "one", "--yes", "--home", home).exit_code == 0
+    assert [run.name for run in list_runs(space.runs)] == ["two"]
+    assert talkhead("remove", "--prior", "crowd", "--yes", "--home", home).exit_code == 0
+    assert not prior.root.exists() and space.video.exists()
+    kept = talkhead("remove", "speaker", "--run", "two", "--home", home)  # nobody says yes
+    assert kept.exit_code == 1 and Run.named(space.runs, "two").root.exists()
 
 
 def test_an_identity_that_is_worked_on_is_not_removed(home: Path) -> None:

@@ -44,6 +44,18 @@ def test_a_stage_that_is_misspelt_is_named_with_those_there_are() -> None:
         preset.load(["lokitalk"], ["train.stages.lipz.steps=3"])
 
 
+def test_of_several_misspelt_stages_none_is_called_known() -> None:
+    with pytest.raises(MisuseError) as error:
+        preset.load(["s3d"], ["pretrain.stages.shape.steps=6", "pretrain.stages.match.steps=6"])
+    said = str(error.value).partition("known there:")[2]
+    assert "pairs" in said and "shape" not in said and "match" not in said
+
+
+def test_an_overlay_goes_after_its_method() -> None:
+    with pytest.raises(MisuseError, match="an overlay goes after.*-p lokitalk -p tiny"):
+        preset.load(["tiny", "lokitalk"])
+
+
 def test_who_trains_at_full_size_without_a_gpu_is_told() -> None:
     full, tiny = preset.load(["lokitalk"]), preset.load(["lokitalk", "tiny"])
     assert "-p tiny" in str(preset.patience_asked(full, full.train, "cpu"))

@@ -14,6 +14,7 @@ from talkhead_cli.cli.options import Home, Json, Verbose, say
 
 if TYPE_CHECKING:
     from talkhead_cli.jobs.check.report import Finding
+    from talkhead_cli.store import Run
 
 
 def preprocess(
@@ -27,7 +28,7 @@ def preprocess(
         str, typer.Option(help="With several faces: largest, left or right.")
     ] = "largest",
     no_audio: Annotated[
-        bool, typer.Option("--no-audio", help="Track a film without sound.")
+        bool, typer.Option("--no-audio", help="Track pictures alone; no avatar is trained of them.")
     ] = False,
     backend: Annotated[
         list[str] | None,
@@ -44,11 +45,13 @@ def preprocess(
         ),
     ] = "auto",
     start: Annotated[
-        float, typer.Option("--from", help="Second of the film from which on it counts.")
+        float, typer.Option("--from", help="Second of one film from which on it counts.")
     ] = 0.0,
     end: Annotated[
         float | None,
-        typer.Option("--to", help="Second up to which it counts.  \\[default: its end]"),
+        typer.Option(
+            "--to", help="Second up to which it counts, 3 or more later.  \\[default: its end]"
+        ),
     ] = None,
     consent: Annotated[
         Path | None, typer.Option(help="The person's consent; kept with the identity.")
@@ -173,10 +176,10 @@ def _say_points(points: Iterable[Finding], indent: str = "") -> None:
 
 
 def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> None:
-    """List identities and their runs."""
+    """List identities, their runs (first the one that is taken by default) and priors."""
     with speaking(verbose) as report:
         from talkhead_cli.contracts import FPS
-        from talkhead_cli.store import Workspace, home_folder, list_ids, list_runs
+        from talkhead_cli.store import Workspace, home_folder, list_ids, list_runs, priors_folder
 
         folder = home_folder(home)
         names = list_ids(folder)
@@ -197,6 +200,17 @@ def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> No
                 told = [run + ("" if done else " (unfinished)") for run, done in runs]
                 length = f"{seconds:.1f} s" if finished else "(unfinished)"
                 answer(f"{name}\t{length}\t{', '.join(told) or 'no runs'}")
+        for prior in list_runs(priors_folder(folder)):
+            meta = prior.meta()
+            people, method = list(meta.get("people", {})), meta.get("method", "")
+            if json:
+                answer(jsonlib.dumps(
+                    {"prior": prior.name, "finished": prior.is_finished, "method": method,
+                     "people": people}
+                ))  # fmt: skip
+            else:
+                done = "" if prior.is_finished else " (unfinished)"
+                answer(f"{prior.name}\tprior of {len(people)} people{done}\t{method}")
 
 
 def info(
@@ -214,20 +228,52 @@ def info(
 
 
 def remove(
-    name: Annotated[str, typer.Argument(help="Identity.")],
+    name: Annotated[str | None, typer.Argument(help="Identity.")] = None,
+    run: Annotated[str | None, typer.Option("--run", help="This run of it alone.")] = None,
+    prior: Annotated[str | None, typer.Option("--prior", help="Or a prior.")] = None,
     yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
     home: Home = None,
     verbose: Verbose = False,
 ) -> None:
-    """Delete an identity with all its runs."""
+    """Delete an identity with all its runs, one run of it, or a prior."""
     with speaking(verbose):
-        from talkhead_cli.store import Workspace, home_folder, list_ids
+        from talkhead_cli.contracts import MisuseError
+        from talkhead_cli.store import Workspace, home_folder, list_ids, priors_folder
 
         folder = home_folder(home)
-        space = Workspace(folder, name)
+        if (name is None) == (prior is None) or (run and prior):
+            raise MisuseError("say what goes: an identity, with or without --run, or --prior NAME")
+
+        def sure(what: Path | str) -> None:
+            if not yes and not typer.confirm(f"Delete {what}?", err=True):
+                raise typer.Exit(1)
+
+        if prior is not None:
+            gone = _run_of(priors_folder(folder), prior, "prior")
+            sure(gone.root)
+            with gone.locked():
+                gone.clear()
+            return
+        space = Workspace(folder, str(name))
         if name not in list_ids(folder):
-            Workspace.open(folder, name)
-        if not yes and not typer.confirm(f"Delete {space.root} and all its runs?", err=True):
-            raise typer.Exit(1)
+            Workspace.open(folder, str(name))
+        if run is not None:
+            gone = _run_of(space.runs, run, "run")
+            sure(gone.root)
+            with space.locked():
+                gone.clear()
+            return
+        sure(f"{space.root} and all its runs")
         with space.locked():
             space.remove()
+
+
+def _run_of(folder: Path, name: str, kind: str) -> Run:
+    """The run or prior of that name, finished or not."""
+    from talkhead_cli.contracts import TalkheadError
+    from talkhead_cli.store import Run, list_runs
+
+    known = [run.name for run in list_runs(folder)]
+    if name not in known:
+        raise TalkheadError(f"there is no {kind} '{name}'; known: {', '.join(known) or 'none'}")
+    return Run.named(folder, name)

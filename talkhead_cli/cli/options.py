@@ -35,7 +35,11 @@ Seed = Annotated[
 Id = Annotated[str, typer.Option("--id", help="Which identity.")]
 Presets = Annotated[
     list[str] | None,
-    typer.Option("-p", "--preset", help="Preset by name or file; repeat it, the later wins."),
+    typer.Option(
+        "-p",
+        "--preset",
+        help="Preset by name or file; repeat it, the later wins.  \\[default: lokitalk]",
+    ),
 ]
 Settings = Annotated[
     list[str] | None, typer.Option("-s", "--set", help="One preset key: key=value.")

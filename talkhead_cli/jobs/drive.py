@@ -31,6 +31,7 @@ BLINK_MEAN_S, BLINK_SPREAD, BLINK_MIN_S = 3.5, 0.5, 1.0
 SWAY_DEG = np.array([1.6, 2.4, 1.2])  # standard deviations of pitch, yaw, roll
 SWAY_HZ = (0.07, 0.55)
 N_WAVES = 5
+NEAREST = 1.0  # face heights from the camera: nearer, and it is within the hair
 EYE_ROOM = 0.5  # that tracked openness may lie beyond 0 and 1
 BLINK_SHAPE = np.array([0.75, 0.35, 0.05, 0.0, 0.15, 0.4, 0.7, 0.9])
 
@@ -248,11 +249,18 @@ def _sway(pose: Array, body: Array, seed: int) -> Callable[[NDArray[Any]], tuple
 def _pose_file(
     path: Path, body: Array, n_frames: int
 ) -> Callable[[NDArray[Any]], tuple[Array, Array]]:
-    """Poses of a file: 6 columns, rotation vector (rad) and translation (face heights).
+    """Poses of a file: 6 columns, rotation vector (rad) and place (face heights) of the head in the
+    camera's space: x right, y down, z away.
 
     A file shorter than the film is replayed there and back.
     """
     given = read_table(path, (6,), "--pose")
+    if given[:, 5].min() < NEAREST:
+        raise TalkheadError(
+            f"--pose {path}: the head is {given[:, 5].min():g} face heights from the camera (last "
+            f"column), which must be {NEAREST:g} or more; films have 2 to 9 (an identity's own "
+            "poses are `pose` in its tracks.npz)"
+        )
     replay = there_and_back(len(given))
 
     def moves(frames: NDArray[Any]) -> tuple[Array, Array]:
@@ -265,7 +273,7 @@ def _pose_file(
 def read_table(path: Path, columns: tuple[int, ...], option: str) -> Array:
     """Numbers of a .csv, .txt or .npy file, one row a frame, (n, columns)."""
     if not path.is_file():
-        raise TalkheadError(f"{option} {path}: there is no such file (and it is no known word)")
+        raise MisuseError(f"{option} {path}: there is no such file (and it is no known word)")
     try:
         if path.suffix == ".npy":
             table = np.load(path, allow_pickle=False)

@@ -62,11 +62,7 @@ def evaluate(
     run, by_default = player.pick_run(space, run_name)
     if by_default:
         progress.note(f"run: {run.name}")
-    if not space.video.exists():
-        raise TalkheadError(
-            f"'{name}' is here without its footage, as an imported avatar is: there is nothing to "
-            "score it on"
-        )
+    space.refuse_without_footage("score it on")
     show = player.load(run, march.device_of(device))
     if show.preset.data.holdout == 0:
         raise TalkheadError(

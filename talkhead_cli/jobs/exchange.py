@@ -72,6 +72,7 @@ def export_dataset(
 ) -> Path:
     """Write identity `name` as a dataset folder `out`, which must not exist yet."""
     space = Workspace.open(home, name)
+    space.refuse_without_footage("write; -o NAME.talkhead carries the avatar")
     if out.exists():
         raise TalkheadError(f"{out} is there already; give a folder that is not")
     if not space.manifest()["has_audio"]:

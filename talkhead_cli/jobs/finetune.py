@@ -106,6 +106,7 @@ def finetune(
             return run
         run.write_meta(seconds=round(set_up + place.seconds, 1))
         if place.stage == len(stages.train.stages):
+            progress.stage("views of held-out frames")
             _finish(avatar, marcher, clip, run, space, fabric.device)
             run.write_meta(
                 finished=True, finished_at=time.time(), steps=place.total, figures=place.figures,
@@ -128,6 +129,7 @@ def _asked_for(
             f"{preset.method}"
         )
     space = Workspace.open(home, name)
+    space.refuse_without_footage("learn from")
     if not space.manifest()["has_audio"]:
         raise TalkheadError(
             f"'{name}' was preprocessed without sound, so its speech cannot be learnt; "
@@ -173,8 +175,8 @@ def _begun(
     seconds = len(clip.train) / FPS
     if knows and (share := presets.share_of_steps(preset, seconds)) < 1:
         progress.note(
-            f"{seconds:.1f} s to learn from: {share:.0%} of the steps; more would learn them by "
-            "heart (-s train.enough_s=0 takes all)"
+            f"{seconds:.1f} s to learn from: {share:.0%} of the steps that more footage gets: "
+            "all would learn it by heart (-s train.enough_s=0 takes all)"
         )
     stages = presets.begun_from(preset, avatar.common_parts() if knows else None, seconds)
     refuse_unknown(stages.train, avatar, preset.method)

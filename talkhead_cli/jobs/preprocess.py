@@ -82,7 +82,7 @@ def preprocess(
     if with_audio and not probe.has_audio:
         raise TalkheadError(
             f"{video.name} has no sound track; film with sound, or pass --no-audio to track "
-            "the pictures alone"
+            "the pictures alone, of which no avatar is trained"
         )
     part = _part(video, probe.duration_s, start_s, end_s)
     for warning in backends.warnings(chosen):
@@ -93,9 +93,12 @@ def preprocess(
         if fresh:
             _name_what_stays(space, source, progress)
             space.clear()
-        _refuse_other_footage(space, source)
-        work = Stages(space, part, probe, progress, chosen)
         place = [part.first, part.n_frames]
+        _refuse_other_footage(space, source, place)
+        before = space.fingerprint
+        work = Stages(space, part, probe, progress, chosen)
+        if with_audio:
+            work.refuse_silence()
         eyes = [chosen[kind] for kind in ("detector", "mesh", "landmarks")]
         work.do("mesh", lambda: work.mesh(which_face), source, which_face, place, eyes)
         faces, n_faces = work.faces()
@@ -114,9 +117,9 @@ def preprocess(
             progress.note(
                 f"the head's square is {crop.side} px in the film; it is enlarged to {size_px} px"
             )
-        place = [crop.x, crop.y, crop.side, size_px]
+        square = [crop.x, crop.y, crop.side, size_px]
         work.do(
-            "film", lambda: work.film(faces, crop, size_px), place, chosen["labels"],
+            "film", lambda: work.film(faces, crop, size_px), square, chosen["labels"],
             needs=("mesh",),
         )  # fmt: skip
         work.do("tracks", lambda: work.tracks(faces, head, crop, size_px), needs=("film",))
@@ -135,6 +138,7 @@ def preprocess(
                 "sha256": source,
                 "seconds": probe.duration_s,
                 "first_frame": part.first,
+                "part": place,
             },
             fps=FPS,
             size_px=size_px,
@@ -154,6 +158,8 @@ def preprocess(
             dataset=None,
             consent=space.consents(),
         )
+        if space.fingerprint != before and (runs := _finished(space)):
+            progress.note(f"{runs} of '{space.id}' learnt what was tracked before; train anew")
         if work.n_done == len(VERSIONS):  # a partial run says nothing about speed
             rate = n_frames / max(seconds, 1e-6)
             space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
@@ -172,10 +178,23 @@ def _nothing_left_of_refused(space: Workspace, is_new: bool) -> Iterator[None]:
         raise
 
 
-def _refuse_other_footage(space: Workspace, source: str) -> None:
-    """Two films may bear one name, and who is in them is not asked: neither takes the other's."""
+def _finished(space: Workspace) -> str:
+    return ", ".join(f"run '{run.name}'" for run in list_runs(space.runs) if run.is_finished)
+
+
+def _refuse_other_footage(space: Workspace, source: str, place: list[int | None]) -> None:
+    """Two films may bear one name, and who is in them is not asked: neither takes the other's.  Nor
+    does another part of the film take the one that runs have learnt from."""
     known = space.manifest().get("source")
-    if known is not None and known.get("sha256") != source:
+    if known is None:
+        return
+    runs = _finished(space)
+    if known["sha256"] == source and runs and known.get("part", place) != place:
+        raise TalkheadError(
+            f"{runs} of '{space.id}' learnt from another part of this film; name this part with "
+            "--id, or track it instead of that one with --fresh"
+        )
+    if known["sha256"] != source:
         raise TalkheadError(
             f"there is another '{space.id}' already, of other footage ({known.get('name')}); name "
             "this one with --id, or replace that one (preprocess --fresh, or talkhead remove "

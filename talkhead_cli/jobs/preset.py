@@ -250,6 +250,10 @@ def load(names: Sequence[str], settings: Sequence[str] = ()) -> Preset:
         method, other = merged.get("method"), layer.get("method")
         if None not in (method, other) and method != other:
             raise MisuseError(f"presets {method} and {other} are two methods; choose one of them")
+        if merged and method is None and other is not None:
+            raise MisuseError(
+                f"an overlay goes after the method that it changes: -p {name} -p {names[0]}"
+            )
         merged = _merge(merged, _for_method(layer, merged))
     if names and "method" not in merged:
         raise MisuseError(
@@ -312,7 +316,8 @@ def validate(values: dict[str, Any]) -> Preset:
             raise MisuseError(f"unknown preset key '{path}'{hint}") from error
         match first["loc"]:
             case (str(part), "stages", str(stage), *_) if first["type"] == "missing":
-                there = [name for name in values[part]["stages"] if name != stage]
+                stages = values[part]["stages"]
+                there = [name for name, held in stages.items() if "learn" in (held or ())]
                 raise MisuseError(
                     f"unknown stage '{part}.stages.{stage}'; known there: {', '.join(there)} (one "
                     f"of your own needs '{path.rpartition('.')[2]}', too)"

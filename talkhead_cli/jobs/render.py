@@ -69,18 +69,21 @@ def render(
     if out.exists() and out.samefile(speech):
         raise MisuseError("the output would overwrite the speech file; give another -o")
     _refuse_foreign(sidecar, [out] if depth_out is None else [out, depth_out])
+    media.refuse_container(out, alpha=wishes.alpha)
+    backdrop = _background(wishes.background)
     _name_old_footage(space, run, progress)
     show = player.load(run, march.device_of(device))
     progress.note(f"marching: {show.note}")
     wishes = script.settled(show, wishes, progress)
     size = show.preset.data.size_px
-    plate = _background(wishes.background, show.plate, size)
+    plate = show.plate if backdrop is None else _middle(backdrop, size)
     out.parent.mkdir(parents=True, exist_ok=True)
     made = [out]
     tags = _marks(space, show, speech)
     with script.written(show, speech, wishes, progress) as film_script:
         n_frames = film_script.n_frames
         if wishes.pose not in script.familiar(show) or film_script.moves.looks_elsewhere:
+            progress.stage("new views", None)
             at = film_script.moves.telling(player.N_VIEWS, n_frames)
             show.open_views(film_script.scattered(at))
         behind = torch.zeros_like(plate) if wishes.alpha else plate
@@ -170,19 +173,22 @@ def _depth(frame: Frame) -> NDArray[np.uint16]:
     return steps.numpy().astype(np.uint16)
 
 
-def _background(wanted: str, plate: Tensor, size_px: int) -> Tensor:
-    """plate, #rrggbb or a picture file, of which the middle is shown -> (s, s, 3) in [0, 1]."""
+def _background(wanted: str) -> NDArray[np.uint8] | None:
+    """#rrggbb or a picture file -> (H, W, 3); plate -> None."""
     if wanted == "plate":
-        return plate
+        return None
     if re.fullmatch(r"#[0-9a-fA-F]{6}", wanted):
-        colour = torch.tensor([int(wanted[i : i + 2], 16) / 255 for i in (1, 3, 5)])
-        return colour.expand(size_px, size_px, 3).contiguous()
+        return np.array([[[int(wanted[i : i + 2], 16) for i in (1, 3, 5)]]], np.uint8)
     path = Path(wanted)
     if not path.is_file():
-        raise TalkheadError(
+        raise MisuseError(
             f"--background {wanted}: give 'plate', a colour like #00ff00, or a picture file"
         )
-    picture = photo.read(path)
+    return photo.read(path)
+
+
+def _middle(picture: NDArray[np.uint8], size_px: int) -> Tensor:
+    """The largest square in the middle (s, s, 3), in [0, 1]."""
     height, width = picture.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2

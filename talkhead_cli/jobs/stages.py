@@ -68,6 +68,22 @@ class Stages:
             work()
             self.space.mark_done(stage, key)
 
+    @property
+    def n_declared(self) -> int:
+        """Frames of the part, if the film is as long as it says."""
+        return self.part.n_frames or round(self.probe.duration_s * FPS) - self.part.first
+
+    def refuse_silence(self) -> None:
+        """Before anybody is tracked in a film that says nothing."""
+        if "sound" in self.space.manifest()["stages"]:
+            return
+        samples = self.part.sound(self.n_declared * SAMPLES_PER_FRAME)
+        if not voice.heard(samples, self.n_declared).any():
+            raise TalkheadError(
+                f"the sound of {self.video.name} is silent; film with a working microphone, or "
+                "pass --no-audio to track the pictures alone, of which no avatar is trained"
+            )
+
     def mesh(self, which_face: str) -> None:
         """Find the person, then the mesh in every frame."""
         self.progress.stage("looking for faces")
@@ -116,7 +132,7 @@ class Stages:
         scale = np.array([width / size[0], height / size[1], width / size[0]], np.float32)
         offset = np.array([x, y, 0], np.float32)
         skin, shots = {}, Shots()
-        total = self.part.n_frames or round(self.probe.duration_s * FPS) - self.part.first
+        total = self.n_declared
         self.progress.stage("face mesh", total)
         blank = np.full((face.N_MESH, 3), np.nan, np.float32)
         mark = backends.landmarks_of(self.chosen["landmarks"])
@@ -217,8 +233,8 @@ class Stages:
         heard = voice.heard(samples, n_frames)
         if with_audio and not heard.any():
             raise TalkheadError(
-                f"the sound of {self.video.name} is silent; film with a working microphone, or "
-                "pass --no-audio to track the pictures alone"
+                f"nothing is heard in the part that is left of {self.video.name} when its sound is "
+                f"moved by {offset_s or 0:g} s; give another --offset"
             )
         quiet = ranges(~heard)
         if with_audio and quiet:

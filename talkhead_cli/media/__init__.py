@@ -11,7 +11,7 @@ from talkhead_cli.media import ffmpeg
 from talkhead_cli.media.audio import read_wav, sound, sound_to_file, write_wav
 from talkhead_cli.media.ffmpeg import Probe, probe
 from talkhead_cli.media.part import Part
-from talkhead_cli.media.video import VideoWriter, frames
+from talkhead_cli.media.video import VideoWriter, frames, refuse_container
 
 __all__ = [
     "Part",
@@ -21,6 +21,7 @@ __all__ = [
     "frames",
     "probe",
     "read_wav",
+    "refuse_container",
     "sound",
     "sound_to_file",
     "write_wav",

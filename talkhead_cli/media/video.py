@@ -14,7 +14,7 @@ import ffmpeg as graphs
 import numpy as np
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import FPS, TalkheadError
+from talkhead_cli.contracts import FPS, MisuseError, TalkheadError
 from talkhead_cli.media.audio import TRUNCATION_S, on_common_clock
 from talkhead_cli.media.ffmpeg import Probe, Run, beside, knows, probe, url
 
@@ -121,6 +121,7 @@ class VideoWriter:
         self._shape = (height, width) if gray16 else (height, width, 4 if alpha else 3)
         self._dtype = np.dtype("<u2" if gray16 else "u1")
         pix_fmt = "gray16le" if gray16 else "rgba" if alpha else "rgb24"
+        refuse_container(self.path, alpha=alpha, gray16=gray16)
         codec = _codec(self.path.suffix.lower(), crf, preset, intra, alpha, gray16)
         if "420" in codec["pix_fmt"] and (width % 2 or height % 2):
             raise TalkheadError(
@@ -263,17 +264,21 @@ def _tone_mapped(stream: Any, matrix: str, primaries: str, transfer: str) -> Any
     return stream.filter("zscale", t="709", m="709", r="tv").filter("format", "yuv444p")
 
 
+def refuse_container(path: Path, *, alpha: bool = False, gray16: bool = False) -> None:
+    """MisuseError where a file of that name cannot hold what `VideoWriter` would write."""
+    kind = "depth" if gray16 else "transparency" if alpha else "video"
+    suffix, allowed = path.suffix.lower(), SUFFIXES[kind]
+    if suffix not in allowed:
+        raise MisuseError(
+            f"{kind} cannot be stored as {suffix or 'a file without suffix'}; "
+            f"use a name that ends in {' or '.join(allowed)}"
+        )
+
+
 def _codec(
     suffix: str, crf: int, preset: str | None, intra: bool, alpha: bool, gray16: bool
 ) -> dict[str, Any]:
     """Output options of ffmpeg for a kind of file."""
-    kind = "depth" if gray16 else "transparency" if alpha else "video"
-    allowed = SUFFIXES[kind]
-    if suffix not in allowed:
-        raise TalkheadError(
-            f"{kind} cannot be stored as {suffix or 'a file without suffix'}; "
-            f"use a name that ends in {' or '.join(allowed)}"
-        )
     if gray16:
         return {"vcodec": "ffv1", "pix_fmt": "gray16le", "acodec": "aac"}
     if suffix == ".webm":

@@ -125,6 +125,14 @@ class Workspace:
             )
         return space
 
+    def refuse_without_footage(self, what: str) -> None:
+        """TalkheadError where an avatar was imported alone."""
+        if not self.video.exists():
+            raise TalkheadError(
+                f"'{self.id}' is here without its footage, as an imported avatar is: there is "
+                f"nothing to {what}"
+            )
+
     def exists(self) -> bool:
         """Whether anything was ever begun here."""
         return (self.root / "manifest.json").exists()

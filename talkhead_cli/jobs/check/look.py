@@ -54,14 +54,17 @@ def pieces_of(
     """What can be looked at: the picture may end before the sound, or the file be cut short."""
     pieces: list[Piece] = []
     for first, n in spread(seconds):
+        end = first
         try:
             pieces.append(_look(video, first, n, roi, captions, progress))
+            end += len(pieces[-1].found)
         except TalkheadError:
             if not pieces:
                 raise
-            if seconds - first / FPS > 1:
+        if end < first + n:
+            if seconds - end / FPS > 1:
                 report.findings.append(Finding(
-                    "picture", "warn", f"none from {first / FPS:.0f} s on, of {seconds:.0f} s",
+                    "picture", "warn", f"none from {end / FPS:.0f} s on, of {seconds:.0f} s",
                     "copy the file anew from the camera, if it should be whole"
                 ))  # fmt: skip
             break
