@@ -5,15 +5,19 @@ from __future__ import annotations
 import errno
 import io
 import os
+import pty
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 from talkhead_cli.cli import console
 from talkhead_cli.jobs import interrupt
+from talkhead_cli.store import Workspace
 
 
 @pytest.fixture
@@ -121,3 +125,46 @@ def test_a_file_that_may_not_be_touched_is_a_sentence(shown: Console, number: in
         raise OSError(number, os.strerror(number), "/tmp/x")
     assert ended.value.code == 1
     assert "cannot open" in shown.export_text()
+
+
+def test_answers_go_to_stdout_while_bars_are_on_a_terminal(tmp_path: Path) -> None:
+    """path=$(talkhead render ...) is typed where stderr is a terminal."""
+    for name in ("a", "b"):
+        Workspace(tmp_path, name).note(finished=False)
+    reader, terminal = pty.openpty()
+    command = [sys.executable, "-m", "talkhead_cli.cli.app", "list", "--home", str(tmp_path)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=terminal, check=True, timeout=60)
+    os.close(terminal)
+    os.close(reader)
+    assert done.stdout == b"a\t(unfinished)\tno runs\nb\t(unfinished)\tno runs\n"
+
+
+@pytest.mark.parametrize("on_a_terminal", [True, False])
+def test_a_stage_is_over_before_the_answer(
+    monkeypatch: pytest.MonkeyPatch, on_a_terminal: bool
+) -> None:
+    order: list[str] = []
+
+    class Pen(io.StringIO):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name_ = name
+
+        def write(self, text: str) -> int:
+            if text.strip():
+                order.append(self.name_)
+            return super().write(text)
+
+    aside = Pen("stderr")
+    monkeypatch.setattr(
+        console, "err", Console(file=aside, width=100, force_terminal=on_a_terminal)
+    )
+    monkeypatch.setattr(sys, "stdout", Pen("stdout"))
+    with console.Reporter() as report:
+        report.stage("render", 2)
+        report._began -= 5
+        report.advance(2)
+        console.answer("film.mp4")
+        console.answer("film.mp4.json")
+    assert order[-2:] == ["stdout", "stdout"] and "stderr" in order, order
+    assert "render" in aside.getvalue()

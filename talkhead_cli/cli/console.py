@@ -40,6 +40,8 @@ err = Console(stderr=True, highlight=False)
 class Reporter:
     """Progress on a terminal as bars with rate and time left, elsewhere as plain lines."""
 
+    shown: Reporter | None = None  # which is speaking
+
     def __init__(self) -> None:
         self._bars: Progress | None = None
         self._task: TaskID | None = None
@@ -50,18 +52,25 @@ class Reporter:
             self._bars = Progress(
                 TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(),
                 TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[figures]}"), console=err,
+                TextColumn("[dim]{task.fields[figures]}"), console=err, redirect_stdout=False,
             )  # fmt: skip
 
     def __enter__(self) -> Reporter:
-        if self._bars is not None:
-            self._bars.start()
+        Reporter.shown = self
         return self
 
     def __exit__(self, *_: object) -> None:
+        Reporter.shown = None
+        self.make_way()
+
+    def make_way(self) -> None:
+        """End the stage, and leave the terminal to what is said next."""
         self._close_stage()
         if self._bars is not None:
             self._bars.stop()
+            for task in self._bars.task_ids:
+                self._bars.remove_task(task)
+            self._task = None
 
     def stage(self, name: str, total: int | None = None, unit: str = "frames") -> None:
         self._close_stage()
@@ -69,6 +78,7 @@ class Reporter:
         self._done, self._began = 0, time.monotonic()
         self._said = self._began
         if self._bars is not None:
+            self._bars.start()
             self._task = self._bars.add_task(name, total=total, rate="", figures="")
 
     def advance(self, n: int = 1, **figures: float) -> None:
@@ -216,6 +226,8 @@ def _trace(verbose: bool) -> None:
 
 def answer(text: object) -> None:
     """One line of the answer itself, to stdout, if there is one."""
+    if Reporter.shown is not None:
+        Reporter.shown.make_way()
     if sys.stdout is None:
         return
     line = f"{text}\n"
