@@ -206,3 +206,28 @@ def test_a_background_that_moves_is_told_from_one_that_stands() -> None:
     assert matte.unrest(moving, mattes, plate) > 30
     everywhere = [np.full_like(mask, 255) for mask in mattes]
     assert matte.unrest(still, everywhere, plate) == 0
+
+
+def test_what_always_stands_beside_the_person_is_none_of_it() -> None:
+    """An ornament that the network sees in some frames, and faintly; a hand that is lifted."""
+    y, x = np.mgrid[: matte.MATTE_PX, : matte.MATTE_PX]
+
+    def disc(at: tuple[float, float], radius: float, value: int) -> NDArray[np.uint8]:
+        return np.where(np.hypot(x - at[0], y - at[1]) < radius, value, 0).astype(np.uint8)
+
+    mattes = []
+    for i in range(60):
+        seen = [disc((128 + i % 7, 128), 60, 255)]
+        if i % 3:
+            seen.append(disc((230, 60), 10 + i % 4, 120))
+        if i >= 50:
+            seen.append(disc((20 + 4 * (i - 50), 230 - 3 * (i - 50)), 9, 250))
+        mattes.append(np.max(seen, 0))
+    furniture = matte.fixtures(mattes)
+    assert furniture[60, 230] == pytest.approx(2 / 3, abs=0.01) and furniture[128, 128] == 0
+    clean = matte.without(mattes[59], furniture)
+    assert clean[60, 230] == 0 and mattes[59][60, 230] == 120
+    assert clean[203, 56] == 250, "the hand"
+    assert np.array_equal(clean[:, 60:200], mattes[59][:, 60:200])
+    nobody = np.zeros_like(mattes[0])
+    assert np.array_equal(matte.without(nobody, furniture), nobody)

@@ -41,7 +41,7 @@ N_EVIDENCE = 40  # frames that tell hair from torso by motion
 RESTLESS = 4.0  # of 255; a still background is off by 1 to 2, for noise and shadows
 MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 2, "mesh": 4, "film": 3, "tracks": 3, "labels": 2}
+VERSIONS = {"sound": 2, "mesh": 4, "film": 4, "tracks": 3, "labels": 2}
 
 
 class Stages:
@@ -332,10 +332,11 @@ class Stages:
                 f"captions are burnt into the picture, {top:.0%} to {bottom:.0%} of the way down; "
                 "they will be learnt as if they were part of the person: take the film without them"
             )
-        self._plate(plate_frames, plate_mattes)
+        furniture = matte.fixtures(plate_mattes)
+        self._plate(plate_frames, [matte.without(mask, furniture) for mask in plate_mattes])
         self.space.save("film", {
             "warps": warps, "tracked": tracked, "thumbs": np.stack(thumbs),
-            "thumbs_at": thumbs_at, "reference": np.array(reference),
+            "thumbs_at": thumbs_at, "reference": np.array(reference), "furniture": furniture,
         })  # fmt: skip
 
     def _plate(self, frames: list[NDArray[np.uint8]], mattes: list[NDArray[np.uint8]]) -> None:
@@ -429,7 +430,8 @@ class Stages:
             for row in followed(self.progress, range(n_frames)):
                 seen = self.space.piece("maps", row)
                 hair, torso = maps.moved(mesh[row], body[row] - body[reference], pivot)
-                own = matte.label_maps(mesh[row], seen["matte"], seen["skin"], hair, torso)
+                person = matte.without(seen["matte"], film["furniture"])
+                own = matte.label_maps(mesh[row], person, seen["skin"], hair, torso)
                 parsed = seen.get("parsed")
                 labels.add(labels=own if parsed is None else matte.parsed_labels(parsed, own))
 

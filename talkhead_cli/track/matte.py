@@ -7,6 +7,7 @@ against torso, the question which of the two motions explains the pixel.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,8 @@ Picture = NDArray[np.uint8]
 
 MAP_PX = 128  # side of label and skin maps
 MATTE_PX = 256
+TRACE = 40  # of a matte's 255, from which on something is there
+FIXED = 0.15  # share of the frames from which on what stands beside the person is furniture
 BODY_PX = 160  # side at which the shoulders are registered
 
 
@@ -244,6 +247,36 @@ def motion_evidence(
         ]
         evidence += cv2.GaussianBlur(np.clip(errors[0] - errors[1], -20, 20), (0, 0), 2.0)
     return evidence / (4.0 * max(len(frames), 1) ** 0.5)
+
+
+def fixtures(mattes: Sequence[Picture]) -> Array:
+    """In what share of the frames each pixel belongs to something beside the person (MATTE_PX,
+    MATTE_PX): an ornament that the network takes for a face does so wherever it stands, a hand
+    comes and goes."""
+    seen = np.zeros((MATTE_PX, MATTE_PX), np.float32)
+    for mask in mattes:
+        parts, person = _parts(mask)
+        seen += (parts > 0) & (parts != person)
+    return seen / max(len(mattes), 1)
+
+
+def without(mask: Picture, furniture: Array) -> Picture:
+    """The matte without what `fixtures` say is none of the person."""
+    parts, person = _parts(mask)
+    kept = mask.copy()
+    for part in range(1, int(parts.max()) + 1):
+        where = parts == part
+        if part != person and furniture[where].mean() > FIXED:
+            faint = cv2.dilate(where.astype(np.uint8), np.ones((7, 7))) > 0  # its rim
+            kept[faint & (parts != person)] = 0
+    return kept
+
+
+def _parts(mask: Picture) -> tuple[NDArray[np.int32], int]:
+    """Numbers of what hangs together (MATTE_PX, MATTE_PX), 0 for the background; the largest's."""
+    n, parts, stats, _ = cv2.connectedComponentsWithStats((mask > TRACE).astype(np.uint8))
+    largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax()) if n > 1 else 0
+    return np.asarray(parts, np.int32), largest
 
 
 def label_maps(
