@@ -112,11 +112,15 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
 def test_names_that_a_terminal_cannot_show_are_told_as_far_as_it_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    written = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, "utf-8", errors="strict"))
-    console.answer(os.fsdecode(b"caf\xe9.mp4"))
-    sys.stdout.flush()
-    assert written.getvalue() == b"caf\\udce9.mp4\n"
+    for code, name, told in (
+        ("utf-8", os.fsdecode(b"caf\xe9.mp4"), b"caf\\udce9.mp4\n"),
+        ("latin-1", "\u65e5\u672c.mp4", b"\\u65e5\\u672c.mp4\n"),
+    ):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, code, errors="strict"))
+        console.answer(name)
+        sys.stdout.flush()
+        assert written.getvalue() == told
 
 
 @pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES])

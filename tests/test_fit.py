@@ -159,6 +159,26 @@ def test_half_precision_leaves_places_alone() -> None:
     assert seen == [torch.float32]
 
 
+def test_a_run_keeps_the_presets_that_it_was_begun_with(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same words may mean another preset after an upgrade."""
+    words = {"names": PRESETS, "settings": SHORT, "device": "cpu", "run_name": "old"}
+    finetune(home, "speaker", SilentProgress(), **words, stop_after=lambda p: p.total >= 5)
+    as_they_were = presets.load
+
+    def changed(names: list[str], settings: list[str] | tuple[str, ...] = ()) -> Any:
+        return as_they_were(names, [*settings, "train.ema=0.5"])
+
+    monkeypatch.setattr(presets, "load", changed)
+    progress = SilentProgress()
+    run = finetune(home, "speaker", progress, **words)
+    assert run.is_finished and any("presets changed" in note for note in progress.notes)
+    assert presets.from_yaml(run.preset_text() or "").train.ema == 0.998
+    with pytest.raises(TalkheadError, match="other settings"):
+        finetune(home, "speaker", progress, **{**words, "settings": [*SHORT, "train.scale=2"]})
+
+
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path) -> None:
     train(home)
     run, by_default = pick_run(Workspace.open(home, "speaker"), None)

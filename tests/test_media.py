@@ -490,6 +490,10 @@ def test_sound_that_ends_before_it_says_is_said_where_ffmpeg_says_nothing(tmp_pa
     run_ffmpeg("-i", tmp_path / "a.wav", "-c:a", "libmp3lame", tmp_path / "a.mp3")
     data, said = (tmp_path / "a.mp3").read_bytes(), list[str]()
     (tmp_path / "b.mp3").write_bytes(data[: len(data) // 2])
+    quiet_first = np.concatenate([np.zeros(300_000), np.sin(np.arange(150_000) / 5)])
+    media.write_wav(tmp_path / "c.wav", quiet_first.astype(np.float32))
+    run_ffmpeg("-i", tmp_path / "c.wav", tmp_path / "c.aac")  # which declares no length
+    media.sound(tmp_path / "c.aac", on_warning=said.append)
     for name in "ab":
         media.sound(tmp_path / f"{name}.mp3", on_warning=said.append)
     assert len(said) == 1 and "the sound of b.mp3 is damaged: 9.9 of 20.0" in said[0]

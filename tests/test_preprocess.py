@@ -190,7 +190,15 @@ def test_another_part_does_not_take_the_one_that_runs_learnt_from(
         job.preprocess(speaker_clip, tmp_path, SilentProgress(), name="a", start_s=2.0)
     assert space.manifest()["n_frames"] == 100
     job.preprocess(speaker_clip, tmp_path, SilentProgress(), name="a", end_s=4.0)  # the same
+    run.write_meta(footage=space.fingerprint)
     progress = SilentProgress()
+    job.preprocess(speaker_clip, tmp_path, progress, name="a", end_s=4.0, fresh=True)
+    assert not any("learnt" in note for note in progress.notes), "nothing has changed"
+    source = space.manifest()["source"]
+    del source["part"]  # as older versions wrote it
+    space.note(source=source)
+    with pytest.raises(TalkheadError, match="another part"):
+        job.preprocess(speaker_clip, tmp_path, progress, name="a", start_s=2.0, end_s=6.0)
     job.preprocess(speaker_clip, tmp_path, progress, name="a", start_s=2.0, end_s=6.0, fresh=True)
     assert any("run 'mine' of 'a' learnt what was tracked before" in n for n in progress.notes)
 

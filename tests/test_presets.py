@@ -51,6 +51,16 @@ def test_of_several_misspelt_stages_none_is_called_known() -> None:
     assert "pairs" in said and "shape" not in said and "match" not in said
 
 
+def test_a_stage_that_is_no_table_is_answered() -> None:
+    with pytest.raises(MisuseError, match="unknown stage 'train.stages.aaa'"):
+        preset.load(["lokitalk"], ["train.stages.aaa.steps=3", "train.stages.bbb=5"])
+
+
+def test_lids_do_not_go_with_rows_in_sequence() -> None:
+    with pytest.raises(MisuseError, match="lids are drawn one by one"):
+        preset.load(["landmark"], ["train.stages.speech.lids=0.5"])
+
+
 def test_an_overlay_goes_after_its_method() -> None:
     with pytest.raises(MisuseError, match="an overlay goes after.*-p lokitalk -p tiny"):
         preset.load(["tiny", "lokitalk"])

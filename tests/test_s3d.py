@@ -393,6 +393,20 @@ def test_rare_rows_are_drawn_more_often(clip: Footage, preset: Preset) -> None:
     assert shares[0] < 0.2 and 0.4 < shares[1] < 0.75, shares
 
 
+def test_lids_leave_rare_rows_where_they_are(clip: Footage, preset: Preset) -> None:
+    assert preset.pretrain is not None
+    rng, rare = torch.Generator().manual_seed(0), set(clip.signals.moment[clip.rare].tolist())
+    n_rare = 0
+    for lids in (0.0, 0.5):
+        stage = preset.pretrain.stages["finish"].model_copy(
+            update={"n_frames": 8, "rare": 0.4, "lids": lids}
+        )
+        aabb = torch.tensor(S3D.box)
+        rows = [shots.draw(clip, stage, 0, aabb, rng).signals.moment[:3] for _ in range(30)]
+        n_rare = sum(m in rare for some in rows for m in some.tolist())
+        assert n_rare > 45, "the first of eight"
+
+
 def test_a_portrait_survives_its_file(clip: Footage, tmp_path: Path) -> None:
     from talkhead_cli.store import Run
 

@@ -253,6 +253,18 @@ def test_what_somebody_writes_at_the_moment_is_not_swept_up(space: Workspace) ->
     assert (space.root / "cache" / "other.npy").read_bytes() == b"whole"
 
 
+def test_where_locks_cannot_be_had_files_are_written_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unsupported(*_: object) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with atomic(tmp_path / "a") as part:
+        part.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+
+
 def test_pixels_that_find_no_room_are_refused_in_a_sentence(
     space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:

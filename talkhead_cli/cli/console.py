@@ -234,7 +234,8 @@ def answer(text: object) -> None:
     try:
         sys.stdout.write(line)
     except UnicodeEncodeError:  # names of files need not be text that a terminal can show
-        sys.stdout.write(line.encode(errors="backslashreplace").decode())
+        code = sys.stdout.encoding or "utf-8"
+        sys.stdout.write(line.encode(code, "backslashreplace").decode(code))
 
 
 def compared(rows: Mapping[str, Mapping[str, float | None]]) -> Table:

@@ -201,7 +201,7 @@ def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> No
                 length = f"{seconds:.1f} s" if finished else "(unfinished)"
                 answer(f"{name}\t{length}\t{', '.join(told) or 'no runs'}")
         for prior in list_runs(priors_folder(folder)):
-            meta = prior.meta()
+            meta = prior.meta() if prior.is_finished else {}
             people, method = list(meta.get("people", {})), meta.get("method", "")
             if json:
                 answer(jsonlib.dumps(
@@ -209,8 +209,8 @@ def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> No
                      "people": people}
                 ))  # fmt: skip
             else:
-                done = "" if prior.is_finished else " (unfinished)"
-                answer(f"{prior.name}\tprior of {len(people)} people{done}\t{method}")
+                what = f"prior of {len(people)} people" if meta else "prior (unfinished)"
+                answer(f"{prior.name}\t{what}\t{method}".rstrip())
 
 
 def info(

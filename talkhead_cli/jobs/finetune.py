@@ -66,6 +66,9 @@ def finetune(
         raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
     start = priors.choose(home, prior, preset, space, hears, progress)
     run = Run.named(space.runs, run_name or _run_name(names, settings, start))
+    asked = {"presets": list(names), "settings": list(settings)}
+    if not fresh:
+        preset = _as_begun(run, preset, asked, progress)
     chief = team.is_chief(devices, nodes)
     with space.locked() if chief else nullcontext():
         fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
@@ -87,6 +90,7 @@ def finetune(
                 run.clear()
             run.write_meta(
                 identity=name, version=__version__, footage=space.fingerprint, seed=seed,
+                asked=asked,
                 prior=None if start is None else start.facts(),
                 **borrowed.facts(preset.avatar.generator),
             )  # fmt: skip
@@ -245,6 +249,21 @@ def _introduced(start: Start, name: str) -> str:
     if start.knows:
         told += f"; '{name}' is one of them, so its held-out figures will flatter"
     return told
+
+
+def _as_begun(run: Run, preset: Preset, asked: dict[str, list[str]], progress: Progress) -> Preset:
+    """The preset that a run was begun with, where the same words mean another one by now."""
+    text = run.preset_text()
+    files = [name for name in asked["presets"] if presets.is_file(name)]
+    if text is None or files or run.meta().get("asked") != asked:
+        return preset
+    begun = presets.from_yaml(text)
+    if begun != preset:
+        progress.note(
+            f"talkhead's presets changed since run '{run.name}' was begun, which keeps its own "
+            "(--fresh takes the new ones)"
+        )
+    return begun
 
 
 def _is_finished(

@@ -20,7 +20,7 @@ from talkhead_cli.contracts import (
 from talkhead_cli.jobs import backends
 from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Stages, ranges
 from talkhead_cli.media import Part
-from talkhead_cli.store import Workspace, check_id, list_runs
+from talkhead_cli.store import Run, Workspace, check_id, list_runs
 from talkhead_cli.store.files import digest, sha256_of
 from talkhead_cli.track.scout import FACES
 
@@ -95,7 +95,6 @@ def preprocess(
             space.clear()
         place = [part.first, part.n_frames]
         _refuse_other_footage(space, source, place)
-        before = space.fingerprint
         work = Stages(space, part, probe, progress, chosen)
         if with_audio:
             work.refuse_silence()
@@ -158,8 +157,11 @@ def preprocess(
             dataset=None,
             consent=space.consents(),
         )
-        if space.fingerprint != before and (runs := _finished(space)):
-            progress.note(f"{runs} of '{space.id}' learnt what was tracked before; train anew")
+        old = [r for r in _finished(space) if r.meta().get("footage") != space.fingerprint]
+        if old:
+            progress.note(
+                f"{_named(old)} of '{space.id}' learnt what was tracked before; train anew"
+            )
         if work.n_done == len(VERSIONS):  # a partial run says nothing about speed
             rate = n_frames / max(seconds, 1e-6)
             space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
@@ -178,8 +180,12 @@ def _nothing_left_of_refused(space: Workspace, is_new: bool) -> Iterator[None]:
         raise
 
 
-def _finished(space: Workspace) -> str:
-    return ", ".join(f"run '{run.name}'" for run in list_runs(space.runs) if run.is_finished)
+def _finished(space: Workspace) -> list[Run]:
+    return [run for run in list_runs(space.runs) if run.is_finished]
+
+
+def _named(runs: Sequence[Run]) -> str:
+    return ", ".join(f"run '{run.name}'" for run in runs)
 
 
 def _refuse_other_footage(space: Workspace, source: str, place: list[int | None]) -> None:
@@ -189,10 +195,12 @@ def _refuse_other_footage(space: Workspace, source: str, place: list[int | None]
     if known is None:
         return
     runs = _finished(space)
-    if known["sha256"] == source and runs and known.get("part", place) != place:
+    first, n_frames = place
+    held = known.get("part", [known.get("first_frame", first), n_frames])  # older ones say less
+    if known["sha256"] == source and runs and held != [first, n_frames]:
         raise TalkheadError(
-            f"{runs} of '{space.id}' learnt from another part of this film; name this part with "
-            "--id, or track it instead of that one with --fresh"
+            f"{_named(runs)} of '{space.id}' learnt from another part of this film; name this part "
+            "with --id, or track it instead of that one with --fresh"
         )
     if known["sha256"] != source:
         raise TalkheadError(

@@ -105,6 +105,8 @@ class Stage(_Strict):
     def _rates_are_for_what_learns(self) -> Stage:
         if missing := set(self.learn) ^ set(self.rates):
             raise ValueError(f"learn and rates must name the same parts; differ in {missing}")
+        if self.lids and self.in_sequence > 1:
+            raise ValueError("lids are drawn one by one, which does not go with in_sequence")
         return self
 
 
@@ -217,11 +219,15 @@ def preset_names() -> list[str]:
     return sorted(p.stem for p in preset_folder().glob("*.yaml"))
 
 
+def is_file(name: str) -> bool:
+    """Whether a preset is one of the user's, and not of those that come with talkhead."""
+    return name.endswith((".yaml", ".yml"))
+
+
 def preset_text(name: str) -> str:
     """The YAML of a preset by name, or of a file whose name ends in .yaml."""
-    is_file = name.endswith((".yaml", ".yml"))
-    path = Path(name) if is_file else preset_folder() / f"{name}.yaml"
-    if not (path.is_file() if is_file else name in preset_names()):
+    path = Path(name) if is_file(name) else preset_folder() / f"{name}.yaml"
+    if not (path.is_file() if is_file(name) else name in preset_names()):
         raise MisuseError(
             f"there is no preset '{name}'; known: {', '.join(preset_names())}, or a .yaml file"
         )
@@ -317,7 +323,9 @@ def validate(values: dict[str, Any]) -> Preset:
         match first["loc"]:
             case (str(part), "stages", str(stage), *_) if first["type"] == "missing":
                 stages = values[part]["stages"]
-                there = [name for name, held in stages.items() if "learn" in (held or ())]
+                there = [
+                    n for n, held in stages.items() if isinstance(held, dict) and "learn" in held
+                ]
                 raise MisuseError(
                     f"unknown stage '{part}.stages.{stage}'; known there: {', '.join(there)} (one "
                     f"of your own needs '{path.rpartition('.')[2]}', too)"

@@ -101,10 +101,12 @@ def _asked_for(
     spaces = _openable(home, names, progress)
     if len(spaces) < MIN_PEOPLE:
         raise _too_few(len(spaces), len(set(names)))
-    text = preset.model_copy(update={"train": stages, "pretrain": None}).to_yaml()
+    alone = preset.model_copy(update={"train": stages, "pretrain": None})
     sources = [[space.id, space.manifest()["source"]["sha256"]] for space in spaces]
-    key = digest({"people": sources, "preset": text, "seed": seed})
-    return _Asked(spaces, len(set(names)), text, key)
+    # by what was chosen: a key that presets get one day changes no prior that does without it
+    chosen = alone.model_dump(mode="json", exclude_defaults=True)
+    key = digest({"people": sources, "preset": chosen, "seed": seed})
+    return _Asked(spaces, len(set(names)), alone.to_yaml(), key)
 
 
 def _refuse_another(prior: Run, preset: Preset, key: str) -> None:

@@ -45,7 +45,8 @@ def draw(
         n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
         rows = torch.cat([_pick(footage.rare, n_rare, rng), rows])[: len(rows)]
     lids = _by_lids(footage, stage, len(rows), rng)
-    rows = torch.cat([rows if stage.rays == "random" else rows[len(lids) :], lids])
+    kept = len(rows) - (0 if stage.rays == "random" else len(lids))
+    rows = torch.cat([rows[:kept], lids])
     at = _sent(rows, footage.device)
     signals = footage.signals[at]
     if footage.said is not None:
@@ -137,16 +138,16 @@ def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:
 
 
 def _by_lids(footage: Footage, stage: Stage, n_rows: int, rng: torch.Generator) -> Tensor:
-    """Training rows whose eyes are open by amounts drawn evenly between shut and wide: somebody
-    who blinks for two frames of four hundred would hardly learn to.  Beside rows whose rays
-    are random, a few; else their share of the rows."""
+    """Training rows whose eyes are open by amounts drawn evenly between the least and the most:
+    somebody who blinks for two frames of four hundred would hardly learn to.  Beside rows whose
+    rays are random, a few; else their share of the rows."""
     if not stage.lids:
         return footage.train[:0]
     n = max(1, n_rows // 8)
     if stage.rays != "random":
         n = int((torch.rand(n_rows, generator=rng) < stage.lids).sum())
     opened = footage.opened
-    level = torch.rand(n, 1, generator=rng) * opened.max()
+    level = opened.min() + torch.rand(n, 1, generator=rng) * (opened.max() - opened.min())
     among = ALIKE * torch.rand(n, len(opened), generator=rng)  # any of those that are alike
     return footage.train[((opened - level).abs() + among).argmin(1)]
 

@@ -41,7 +41,7 @@ N_EVIDENCE = 40  # frames that tell hair from torso by motion
 RESTLESS = 4.0  # of 255; a still background is off by 1 to 2, for noise and shadows
 MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 2, "mesh": 4, "film": 4, "tracks": 3, "labels": 2}
+VERSIONS = {"sound": 2, "mesh": 5, "film": 4, "tracks": 3, "labels": 2}
 
 
 class Stages:
@@ -75,7 +75,9 @@ class Stages:
 
     def refuse_silence(self) -> None:
         """Before anybody is tracked in a film that says nothing."""
-        if "sound" in self.space.manifest()["stages"]:
+        known = self.space.manifest()
+        place = [self.part.first, self.part.n_frames]
+        if known.get("has_audio") and known["source"].get("part") == place:
             return
         samples = self.part.sound(self.n_declared * SAMPLES_PER_FRAME)
         if not voice.heard(samples, self.n_declared).any():
@@ -233,8 +235,9 @@ class Stages:
         heard = voice.heard(samples, n_frames)
         if with_audio and not heard.any():
             raise TalkheadError(
-                f"nothing is heard in the part that is left of {self.video.name} when its sound is "
-                f"moved by {offset_s or 0:g} s; give another --offset"
+                f"nothing is heard of {self.video.name} while its picture lasts"
+                + (f", when its sound is moved by {offset_s:g} s" if offset_s else "")
+                + "; give another part of it, or another --offset"
             )
         quiet = ranges(~heard)
         if with_audio and quiet:

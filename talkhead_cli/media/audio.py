@@ -114,7 +114,8 @@ def _heard(
     about = probe(path)
     heard_s, wanted_s = n_heard / SAMPLE_RATE_HZ, min(about.duration_s, limit.get("t", np.inf))
     # beside pictures the sound may just be shorter than the film
-    if heard_s < wanted_s - TRUNCATION_S and (run.messages or not about.has_video):
+    is_sure = run.messages or not (about.has_video or about.is_estimated)
+    if heard_s < wanted_s - TRUNCATION_S and is_sure:
         on_warning(
             f"the sound of {Path(path).name} is damaged: {heard_s:.1f} of "
             f"{about.duration_s:.1f} seconds could be read"

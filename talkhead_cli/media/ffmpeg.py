@@ -117,6 +117,7 @@ class Probe:
 
     width, height  pixels of the picture as it is meant to be seen: upright, square pixels
     duration_s     of the longest track, as declared (a truncated file may hold less)
+    is_estimated   nothing is declared: ffmpeg makes the duration of bit rate and size
     fps            nominal; 0 without video
     rotation_deg   clockwise turn that makes the stored picture upright: 0, 90, 180, 270
     colour         pixel format and colour tags as ffmpeg writes them, e.g.
@@ -128,6 +129,7 @@ class Probe:
     width: int
     height: int
     duration_s: float
+    is_estimated: bool
     fps: float
     has_video: bool
     has_audio: bool
@@ -169,6 +171,7 @@ def probe(path: Path | str) -> Probe:
         width=width,
         height=height,
         duration_s=_duration_s(head, path),
+        is_estimated="Estimating duration from bitrate" in head,
         fps=_number(r"([\d.]+) fps", nominal) or _number(r"([\d.]+) tbr", nominal),
         has_video=bool(video),
         has_audio=bool(audio),

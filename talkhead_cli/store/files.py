@@ -49,7 +49,8 @@ def _begun(path: Path) -> tuple[int, Path]:
     """A new file beside `path`, held while it is written, so that no sweep takes it away."""
     while True:
         handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        with contextlib.suppress(OSError):  # not every mount has locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
         if os.path.exists(name):
             return handle, Path(name)
         os.close(handle)  # swept before it was held
