@@ -243,7 +243,7 @@ def fused() -> dict[str, float]:
     there, _ = march.build(options, avatar.aabb, DEVICE, kernels=True)
     assert isinstance(marcher, march.GuidedMarcher) and isinstance(there, march.FusedMarcher)
     grid = marcher.occupancy
-    grid.occupied.copy_(torch.rand(16, 16, 16) < 0.2)
+    grid.occupied.copy_(torch.rand(16, 16, 16) < 0.6)
     grid.occupied[:5] = False
     grid.seen.copy_(torch.rand(16, 16, 16))
     there.load_state_dict(marcher.state_dict())
@@ -255,7 +255,7 @@ def fused() -> dict[str, float]:
     twin, lattice = marcher.eval().march(plain, rays), marcher.lattice.march(plain, rays)
     asked = Asked(avatar.to(DEVICE).condition(signals.to(DEVICE)))
     made = there.eval().march(asked, rays.to(DEVICE))
-    assert twin.opacity.mean() > 0.1
+    assert twin.opacity.mean() > 0.1, float(twin.opacity.mean())
     assert int(made.n_points) == twin.n_points > 0 and there.samples_per_ray == 6
     found = {name: float((getattr(made, name).cpu() - getattr(twin, name)).abs().mean())
              for name in ("feature", "opacity", "depth", "spread")}  # fmt: skip

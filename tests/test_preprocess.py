@@ -280,7 +280,7 @@ def test_a_film_that_shows_hardly_any_face_is_refused(tmp_path: Path) -> None:
     points = np.zeros((300, 4, 3), np.float32)
     space.save("mesh", {"points": points, "found": found, "n_faces": np.array(1)})
     space.save("shots", {"kept": np.ones(300, bool)})
-    about = media.Probe(64, 64, 12.0, 25, True, True, 0, "", 0.0, 0.0, True)
+    about = media.Probe(64, 64, 12.0, False, 25, True, True, 0, "", 0.0, 0.0, True)
     work = stages.Stages(space, media.Part(Path("talk.mp4")), about, SilentProgress(), {})
     with pytest.raises(TalkheadError, match=r"a face is seen in only 1.1 s of talk.mp4"):
         work.faces()
