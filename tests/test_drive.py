@@ -73,6 +73,25 @@ def test_replay_of_one_frame_stands_still() -> None:
     np.testing.assert_array_equal(drive.there_and_back(1)(np.arange(5)), np.zeros(5))
 
 
+def test_a_film_is_replayed_row_by_row_and_back() -> None:
+    rows = drive.to_and_fro(4)(np.arange(9))
+    np.testing.assert_array_equal(rows, [0, 1, 2, 3, 2, 1, 0, 1, 2])
+    np.testing.assert_array_equal(drive.to_and_fro(1)(np.arange(3)), [0, 0, 0])
+
+
+def test_as_filmed_also_rows_without_a_face_are_replayed(
+    footage: dict[str, np.ndarray],
+) -> None:
+    """From the first on, each as it was: pictures of the film go with them."""
+    footage = footage | {"usable": np.arange(len(footage["pose"])) > 20}
+    frames = np.arange(len(footage["pose"]))
+    made = drive.make(footage, 2 * len(frames), as_filmed=True)
+    np.testing.assert_array_equal(made.rows(frames), frames)
+    np.testing.assert_allclose(made.pose(frames)[0], footage["pose"], atol=1e-6)
+    np.testing.assert_allclose(made.eyes(frames)[0], footage["eye"], atol=1e-6)
+    assert drive.make(footage, 60).rows(frames).min() > 20
+
+
 def test_between_is_linear_and_holds_the_end() -> None:
     values = np.array([[0.0, 5.0], [2.0, 5.0], [6.0, 7.0]])
     found = drive.between(values, np.array([0, 0.5, 1.25, 2]))

@@ -52,6 +52,10 @@ def render(
     orbit: Annotated[
         bool, typer.Option("--orbit", help="Swing the camera 30 degrees to either side, in 8 s.")
     ] = False,
+    into: Annotated[
+        Path | None,
+        typer.Option(help="The film that the identity was made of: set the face into it."),
+    ] = None,
     device: Device = "auto",
     seed: Seed = 0,
     home: Home = None,
@@ -67,13 +71,15 @@ def render(
 
         wishes = Wishes(
             pose=pose, blink=blink, yaw_deg=yaw, pitch_deg=pitch, orbit=orbit, seed=seed,
-            landmarks=landmarks, background=background, alpha=alpha, depth=depth,
+            landmarks=landmarks, into=into, background=background, alpha=alpha, depth=depth,
         )  # fmt: skip
         if (name is None) == (not image):
             raise MisuseError("say who speaks: --id NAME or --image FILE, one of them")
         if image:
             if run is not None:
                 raise MisuseError("--run goes with --id; a picture is drawn by --prior")
+            if into is not None:
+                raise MisuseError("--into goes with --id; a picture has no film to be set into")
             paths = render_picture(
                 image, home_folder(home), audio, report, preset_names=preset or ["s3d"],
                 prior=prior, which_face=face or "largest", out=out, wishes=wishes, device=device,

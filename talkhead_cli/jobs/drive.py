@@ -43,6 +43,7 @@ class Drive:
     pose: Callable[[NDArray[Any]], tuple[Array, Array]]  # -> pose (n, 6), body (n, 4)
     eyes: Callable[[NDArray[Any]], tuple[Array, Array, Array]]  # -> eye, gaze, brow (n, 2)
     k: Tensor
+    rows: Callable[[NDArray[Any]], Array]  # frames (n,) -> rows of the footage that they replay
     yaw_deg: float = 0.0
     pitch_deg: float = 0.0
     orbit: bool = False
@@ -85,11 +86,13 @@ def make(
     pitch_deg: float = 0.0,
     orbit: bool = False,
     seed: int = 0,
+    as_filmed: bool = False,
 ) -> Drive:
     """The drive of a film of n_frames.
 
     footage: a run's drive.npz · pose: footage, still, auto or a file · blink: footage, auto, none
-    or a file · orbit: swing ORBIT_DEG to either side in ORBIT_S
+    or a file · orbit: swing ORBIT_DEG to either side in ORBIT_S · as_filmed: replay whole rows from
+    the very first on, also those that show no face, for films that the frames are set into
     """
     furthest = abs(yaw_deg) + (ORBIT_DEG if orbit else 0)
     if not max(furthest, abs(pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
@@ -97,9 +100,10 @@ def make(
             f"--yaw and --pitch must lie within {MAX_ANGLE_DEG:.0f} degrees, --yaw within "
             f"{MAX_ANGLE_DEG - ORBIT_DEG:.0f} beside --orbit"
         )
-    first, last = longest_run(footage["usable"])
+    n_rows = len(footage["usable"])
+    first, last = (0, n_rows - 1) if as_filmed else longest_run(footage["usable"])
     clip = {k: footage[k][first : last + 1] for k in ("pose", "body", "eye", "gaze", "brow")}
-    replay = there_and_back(last - first + 1)
+    replay = (to_and_fro if as_filmed else there_and_back)(last - first + 1)
     middle = {k: np.median(v, axis=0) for k, v in clip.items()}
 
     def from_footage(frames: NDArray[Any]) -> tuple[Array, Array]:
@@ -122,7 +126,8 @@ def make(
 
     looks = replay if pose == "footage" else None
     eyes = _eyes(blink, clip, middle, replay, looks, n_frames, seed)
-    return Drive(moves, eyes, torch.from_numpy(footage["k"]), yaw_deg, pitch_deg, orbit)
+    k = torch.from_numpy(footage["k"])
+    return Drive(moves, eyes, k, lambda at: first + replay(at), yaw_deg, pitch_deg, orbit)
 
 
 def longest_run(usable: NDArray[np.bool_]) -> tuple[int, int]:
@@ -133,6 +138,17 @@ def longest_run(usable: NDArray[np.bool_]) -> tuple[int, int]:
         raise TalkheadError("the run's footage has no usable frame; preprocess it again")
     first, end = spans[np.argmax(spans[:, 1] - spans[:, 0])]
     return int(first), int(end) - 1
+
+
+def to_and_fro(n: int) -> Callable[[NDArray[Any]], Array]:
+    """Frame numbers -> rows of a clip of n frames: forward, then backward, every one as it is."""
+    last = max(1, n - 1)
+
+    def place(frames: NDArray[Any]) -> Array:
+        at = np.abs((np.asarray(frames, float) + last) % (2 * last) - last)
+        return np.minimum(at, n - 1)
+
+    return place
 
 
 def there_and_back(n: int) -> Callable[[NDArray[Any]], Array]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import tempfile
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from talkhead_cli import __version__, march, media
 from talkhead_cli.contracts import FPS, Frame, MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import photo, player, script
 from talkhead_cli.jobs.enroll import enroll
+from talkhead_cli.jobs.paste import Original
 from talkhead_cli.jobs.player import Player
-from talkhead_cli.jobs.script import Moves
+from talkhead_cli.jobs.script import Moves, Script
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import read_json, sha256_of, write_json
 
@@ -30,11 +31,15 @@ DEPTH_UNIT = 1 / 8192  # face heights per step of the 16-bit depth film
 
 @dataclass(frozen=True)
 class Wishes(Moves):
-    """What a render may be asked for, beside the speech."""
+    """What a render may be asked for, beside the speech.
+
+    into  the film that the identity was made of, to paste the face back into
+    """
 
     background: str = "plate"
     alpha: bool = False
     depth: bool = False
+    into: Path | None = None
 
 
 def render(
@@ -50,77 +55,135 @@ def render(
 ) -> list[Path]:
     """Film identity `name` saying `speech`; the paths of what was made, the film first.
 
-    The film has round(25 * seconds of sound) frames.  A JSON sidecar and the container's
-    metadata say that it is synthetic, and from what it was made.
+    It is the square crop, or with `wishes.into` the film that the crop is of, and has
+    round(25 * seconds of sound) frames.  A JSON sidecar and the container's metadata say that it is
+    synthetic, and from what it was made.
     """
     wishes = wishes or Wishes()
+    wishes = replace(wishes, as_filmed=wishes.into is not None)
     began = time.monotonic()
     space = Workspace.open(home, name)
     run, by_default = player.pick_run(space, run_name)
     if by_default:
         progress.note(f"run: {run.name}")
     script.refuse_mute(speech)
-    if wishes.alpha and wishes.background != "plate":
-        raise MisuseError("--alpha leaves the background out, so --background does not go with it")
-    usual = Path(f"{name}-{speech.stem}{'.webm' if wishes.alpha else '.mp4'}")
-    out = usual if out is None else out / usual if out.is_dir() else out
-    depth_out = out.with_name(out.stem + ".depth.mkv") if wishes.depth else None
-    sidecar = out.with_name(out.name + ".json")
-    if out.exists() and out.samefile(speech):
-        raise MisuseError("the output would overwrite the speech file; give another -o")
-    _refuse_foreign(sidecar, [out] if depth_out is None else [out, depth_out])
-    media.refuse_container(out, alpha=wishes.alpha)
+    _refuse_contradictions(wishes)
+    files = _Files.of(name, speech, out, wishes)
     backdrop = _background(wishes.background)
     _name_old_footage(space, run, progress)
+    original = None if wishes.into is None else Original.of(space, run, wishes.into)
     show = player.load(run, march.device_of(device))
     progress.note(f"marching: {show.note}")
     wishes = script.settled(show, wishes, progress)
-    size = show.preset.data.size_px
-    plate = show.plate if backdrop is None else _middle(backdrop, size)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    made = [out]
+    plate = show.plate if backdrop is None else _middle(backdrop, show.preset.data.size_px)
     tags = _marks(space, show, speech)
+    shoot = _Shoot(show, wishes, plate, original, speech, files, tags)
+    files.film.parent.mkdir(parents=True, exist_ok=True)
     with script.written(show, speech, wishes, progress) as film_script:
         n_frames = film_script.n_frames
         if wishes.pose not in script.familiar(show) or film_script.moves.looks_elsewhere:
             progress.stage("new views", None)
             at = film_script.moves.telling(player.N_VIEWS, n_frames)
             show.open_views(film_script.scattered(at))
-        behind = torch.zeros_like(plate) if wishes.alpha else plate
         progress.stage("render", n_frames)
-        with (
-            media.VideoWriter(
-                out, (size, size), audio=speech, crf=show.preset.render.crf, alpha=wishes.alpha,
-                metadata=tags,
-            ) as film,
-            _maybe_depth(depth_out, size, tags) as depth_film,
-        ):  # fmt: skip
-            n_empty = 0
-            for signals in film_script.chunks():
-                for frame, _ in show.pictures(signals, behind):
-                    n_empty += float(frame.alpha.max()) < 0.5
-                    film.write(player.eight_bits(frame, wishes.alpha))
-                    if depth_film is not None:
-                        depth_film.write(_depth(frame))
-                    progress.advance()
+        n_empty = shoot.film(film_script, progress)
     if n_empty:
         progress.note(f"nobody is seen in {n_empty} of {n_frames} frames: poses lead out of them")
-    if depth_out is not None:
-        made.append(depth_out)
     seconds = time.monotonic() - began
-    write_json(sidecar, {
+    write_json(files.sidecar, {
         "synthetic": True, **tags,
-        "talkhead": __version__, "speech_sha256": sha256_of(speech), "film_sha256": sha256_of(out),
+        "talkhead": __version__, "speech_sha256": sha256_of(speech),
+        "film_sha256": sha256_of(files.film),
         "run_meta": {k: show.run.meta().get(k)
                      for k in ("version", "steps", "source", "torch", "generator")},
         "consent": show.run.meta().get("consent", []),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(wishes).items()},
-        "frames": n_frames, "fps": FPS, "size_px": size,
-        "depth_unit_face_heights": DEPTH_UNIT if depth_out else None,
+        "frames": n_frames, "fps": FPS, "size_px": show.preset.data.size_px,
+        "film_px": shoot.size_px,
+        "depth_unit_face_heights": DEPTH_UNIT if files.depth else None,
         "seconds_taken": round(seconds, 2),
         "frames_per_second": round(n_frames / max(seconds, 1e-9), 2),
     })  # fmt: skip
-    return [*made, sidecar]
+    return [*files.films, files.sidecar]
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What a render writes."""
+
+    film: Path
+    depth: Path | None
+    sidecar: Path
+
+    @classmethod
+    def of(cls, name: str, speech: Path, out: Path | None, wishes: Wishes) -> _Files:
+        """Their names; MisuseError where one cannot be made, or would replace what is not ours."""
+        usual = Path(f"{name}-{speech.stem}{'.webm' if wishes.alpha else '.mp4'}")
+        film = usual if out is None else out / usual if out.is_dir() else out
+        for what, given in (("speech file", speech), ("film it is set into", wishes.into)):
+            if given is not None and film.exists() and given.exists() and film.samefile(given):
+                raise MisuseError(f"the output would overwrite the {what}; give another -o")
+        depth = film.with_name(film.stem + ".depth.mkv") if wishes.depth else None
+        files = cls(film, depth, film.with_name(film.name + ".json"))
+        _refuse_foreign(files.sidecar, files.films)
+        media.refuse_container(film, alpha=wishes.alpha)
+        return files
+
+    @property
+    def films(self) -> list[Path]:
+        return [self.film] if self.depth is None else [self.film, self.depth]
+
+
+@dataclass(frozen=True)
+class _Shoot:
+    """Everything a film is made with but its script."""
+
+    show: Player
+    wishes: Wishes
+    plate: Tensor
+    original: Original | None
+    speech: Path
+    files: _Files
+    tags: dict[str, str]
+
+    def film(self, film_script: Script, progress: Progress) -> int:
+        """Draw and write every frame; in how many nobody is seen."""
+        wishes, side, n_empty = self.wishes, self.show.preset.data.size_px, 0
+        behind = torch.zeros_like(self.plate) if wishes.alpha else self.plate
+        with (
+            media.VideoWriter(
+                self.files.film, self.size_px, audio=self.speech, crf=self.show.preset.render.crf,
+                alpha=wishes.alpha, metadata=self.tags,
+            ) as film,
+            _maybe_depth(self.files.depth, side, self.tags) as depth_film,
+        ):  # fmt: skip
+
+            def drawn() -> Iterator[NDArray[np.uint8]]:
+                nonlocal n_empty
+                for signals in film_script.chunks():
+                    for frame, _ in self.show.pictures(signals, behind):
+                        n_empty += float(frame.alpha.max()) < 0.5
+                        if depth_film is not None:
+                            depth_film.write(_depth(frame))
+                        yield player.eight_bits(frame, wishes.alpha)
+
+            pictures = drawn()
+            if self.original is not None:
+                rows = film_script.moves.rows(np.arange(film_script.n_frames)).astype(int)
+                for warning in self.original.warnings(rows, side):
+                    progress.note(warning)
+                eyes = wishes.blink != "footage"
+                pictures = self.original.with_faces(rows, pictures, eyes=eyes)
+            for picture in pictures:
+                film.write(picture)
+                progress.advance()
+        return n_empty
+
+    @property
+    def size_px(self) -> tuple[int, int]:
+        """Width and height of the film."""
+        side = self.show.preset.data.size_px
+        return (side, side) if self.original is None else self.original.size
 
 
 def render_picture(
@@ -139,6 +202,25 @@ def render_picture(
             Path(folder), space.id, speech, progress, out=out, run_name=run.name, wishes=wishes,
             device=device,
         )  # fmt: skip
+
+
+def _refuse_contradictions(wishes: Wishes) -> None:
+    """Refuse options that do not go with one another."""
+    if wishes.alpha and wishes.background != "plate":
+        raise MisuseError("--alpha leaves the background out, so --background does not go with it")
+    if wishes.into is None:
+        return
+    own = {
+        "--pose": wishes.pose != "footage", "--background": wishes.background != "plate",
+        "--alpha": wishes.alpha, "--depth": wishes.depth, "--yaw": bool(wishes.yaw_deg),
+        "--pitch": bool(wishes.pitch_deg), "--orbit": wishes.orbit,
+    }  # fmt: skip
+    at_odds = [option for option, asked in own.items() if asked]
+    if at_odds:
+        raise MisuseError(
+            f"--into keeps the film's own moves, camera and background, so {', '.join(at_odds)} "
+            f"{'does' if len(at_odds) == 1 else 'do'} not go with it"
+        )
 
 
 def _refuse_foreign(sidecar: Path, films: Sequence[Path]) -> None:

@@ -40,7 +40,10 @@ OWN_STATS_S = 5.0  # speech shorter than this is standardised by the footage's s
 
 @dataclass(frozen=True)
 class Moves:
-    """How the head moves while it speaks; what `--pose`, `--blink`, `--yaw` and so on say."""
+    """How the head moves while it speaks; what `--pose`, `--blink`, `--yaw` and so on say.
+
+    as_filmed  replay every row of the footage, for a film that is pasted into it
+    """
 
     pose: str = "footage"
     blink: str = "footage"
@@ -49,6 +52,7 @@ class Moves:
     orbit: bool = False
     seed: int = 0
     landmarks: Path | None = None
+    as_filmed: bool = False
 
 
 M = TypeVar("M", bound=Moves)
@@ -147,7 +151,7 @@ def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Ite
         drive = drives.make(
             show.run.drive(), n_frames, pose=moves.pose, blink=moves.blink,
             yaw_deg=moves.yaw_deg, pitch_deg=moves.pitch_deg, orbit=moves.orbit,
-            seed=moves.seed,
+            seed=moves.seed, as_filmed=moves.as_filmed,
         )  # fmt: skip
         track = _track(show, moves.landmarks, n_frames)
         # --blink says what lids do; left alone, a track of landmarks does

@@ -9,10 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from talkhead_cli.media.audio import Samples, sound
 from talkhead_cli.media.video import Picture, frames
+
+BACKWARDS = 16  # frames that are read forwards, and held, to be shown backwards
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,23 @@ class Part:
             self.path, start_s=(self.first + first) / FPS, n_frames=min(limits, default=None),
             stride=stride, **options,
         )  # fmt: skip
+
+    def played(self, rows: NDArray[np.integer[Any]], **options: Any) -> Generator[Picture]:
+        """Frames in the order of `rows` (n,), which may run backwards, in constant memory."""
+        if not len(rows):
+            return
+        step = np.diff(rows)
+        for run in np.split(rows, np.flatnonzero(step[1:] != step[:-1]) + 2):
+            first, n = int(run[0]), len(run)
+            if n == 1 or run[1] == first + 1:
+                yield from self.frames(first=first, n_frames=n, **options)
+                continue
+            if run[1] != first - 1:
+                raise ValueError(f"rows {run[:3]} ... are not one after the other")
+            for begin in range(0, n, BACKWARDS):
+                block = run[begin : begin + BACKWARDS]
+                held = list(self.frames(first=int(block[-1]), n_frames=len(block), **options))
+                yield from reversed(held)
 
     def sound(self, n_samples: int, *, late_s: float = 0.0) -> Samples:
         """(n_samples,) from `late_s` after the part's beginning on; silent where there is none."""

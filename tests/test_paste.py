@@ -1,0 +1,155 @@
+"""Faces are set into the film they came from, and nothing else of it is touched."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from talkhead_cli import media
+from talkhead_cli.contracts import MisuseError, TalkheadError
+from talkhead_cli.jobs.paste import MASK_PX, Original, face_mask
+from talkhead_cli.jobs.render import Wishes, _refuse_contradictions
+from talkhead_cli.store import Run, Workspace
+from talkhead_cli.track.crop import Crop
+from talkhead_cli.track.face import EYES, LOWER_LIP, TOP, UPPER_LIP
+from talkhead_cli.track.shots import Take, Takes
+from talkhead_cli.track.zoom import STILL, Zoom
+
+N, SIZE = 40, (96, 64)
+
+
+def at(mask: np.ndarray, point: np.ndarray) -> float:
+    x, y = (point * MASK_PX).astype(int)
+    return float(mask[y, x])
+
+
+def test_what_is_pasted_is_the_mouth_and_what_moves_with_it(a_face: np.ndarray) -> None:
+    mesh = (a_face / 512).astype(np.float32)
+    chin, height = mesh[152], np.linalg.norm(mesh[152] - mesh[TOP])
+    mask, with_eyes = face_mask(mesh, eyes=False), face_mask(mesh, eyes=True)
+    for inside in (mesh[UPPER_LIP], mesh[LOWER_LIP], chin, chin + [0, 0.05 * height]):
+        assert at(mask, inside) > 0.5
+    assert at(mask, mesh[LOWER_LIP]) > 0.99
+    for *corners, _, iris in EYES:
+        assert at(mask, mesh[iris]) < 0.01 and at(with_eyes, mesh[iris]) > 0.95
+        assert all(at(with_eyes, mesh[corner]) > 0.5 for corner in corners)
+    for outside in (mesh[TOP], mesh[4], chin + [0, 0.3 * height], np.array([0.02, 0.02])):
+        assert at(with_eyes, outside) < 0.2
+    assert at(with_eyes, mesh[TOP]) < 0.01
+    assert np.abs(np.diff(mask, axis=0)).max() < 0.35, "no hard edge"
+
+
+@pytest.fixture(scope="module")
+def film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Flat frames, each lighter than the one before."""
+    path = tmp_path_factory.mktemp("film") / "film.mkv"
+    with media.VideoWriter(path, SIZE, crf=1) as out:
+        for index in range(N):
+            out.write(np.full((SIZE[1], SIZE[0], 3), 20 + 5 * index, np.uint8))
+    return path
+
+
+def levels(frames: Any) -> list[int]:
+    return [round((float(frame.mean()) - 20) / 5) for frame in frames]
+
+
+@pytest.mark.parametrize("rows", [
+    [*range(5, 12)], [9], [7, 6, 5], [*range(N), *range(N - 2, -1, -1), 1, 2], [3, 4, 3, 2, 3],
+    [*range(N - 1, -1, -1)],
+])  # fmt: skip
+def test_a_film_is_played_in_any_order(film: Path, rows: list[int]) -> None:
+    assert levels(media.Part(film).played(np.array(rows))) == rows
+
+
+def test_rows_count_from_where_the_part_begins(film: Path) -> None:
+    assert levels(media.Part(film, 5, 20).played(np.array([2, 3, 4, 3, 2]))) == [7, 8, 9, 8, 7]
+
+
+def test_a_film_is_not_played_in_leaps(film: Path) -> None:
+    assert not list(media.Part(film).played(np.array([], int)))
+    with pytest.raises(ValueError, match="one after the other"):
+        list(media.Part(film).played(np.array([5, 3, 1])))
+
+
+def original(film: Path, mesh: np.ndarray, found: np.ndarray, takes: Takes) -> Original:
+    meshes = np.repeat(mesh[None].astype(np.float32), N, 0)
+    return Original(media.Part(film), SIZE, Crop(30, 10, 40), takes, meshes, found)
+
+
+def test_all_but_the_face_is_the_film_s_own(film: Path, a_face: np.ndarray) -> None:
+    """Also in a shot that shows it nearer, and where nobody is seen."""
+    mesh, found = a_face / 512, np.ones(N, bool)
+    found[20:22] = False
+    takes = Takes([Take(0, 25, STILL), Take(25, N, Zoom(1.25, (-12.0, -5.0)))])
+    rows = np.arange(N)
+    white = (np.full((16, 16, 3), 255, np.uint8) for _ in rows)
+    plain = list(media.Part(film).frames())
+    pasted = list(original(film, mesh, found, takes).with_faces(rows, white, eyes=False))
+    mouth = mesh[[UPPER_LIP, LOWER_LIP]].mean(0)
+    for row in rows:
+        changed = (pasted[row] != plain[row]).any(-1)
+        if not found[row]:
+            assert not changed.any()
+            continue
+        x, y, side = (30, 10, 40) if row < 25 else (25.5, 7.5, 50)
+        lips = int(y + mouth[1] * side), int(x + mouth[0] * side)
+        assert (255 - pasted[row][lips] < 0.15 * (255 - plain[row][lips])).all()
+        ys, xs = np.nonzero(changed)
+        assert xs.min() >= int(x) and xs.max() < x + side + 1
+        assert ys.min() >= y + mesh[TOP, 1] * side and ys.max() < y + side + 1
+
+
+def test_a_frame_too_few_is_no_film(film: Path, a_face: np.ndarray) -> None:
+    whole = original(film, a_face / 512, np.ones(N, bool), Takes([Take(0, N, STILL)]))
+    with pytest.raises(ValueError, match="zip"):
+        list(whole.with_faces(np.arange(5), iter([np.zeros((8, 8, 3), np.uint8)]), eyes=False))
+
+
+def test_what_the_film_cannot_have_is_said(film: Path, a_face: np.ndarray) -> None:
+    found = np.ones(N, bool)
+    whole = original(film, a_face / 512, found.copy(), Takes([Take(0, N, STILL)]))
+    assert not list(whole.warnings(np.arange(N), 40))
+    assert "softer" in "".join(whole.warnings(np.arange(5), 20))
+    assert "backwards" in "".join(whole.warnings(np.arange(N + 1) % N, 40))
+    whole.found[3:5] = False
+    assert "in 2 of the frames" in "".join(whole.warnings(np.arange(10), 40))
+
+
+def run_of(space: Workspace, **meta: Any) -> Run:
+    """What paste-back asks of a run."""
+    known = {"footage": space.fingerprint} | meta
+    fake: Any = SimpleNamespace(name="lokitalk", meta=lambda: known)
+    return fake  # type: ignore[no-any-return]
+
+
+def test_it_must_be_the_film_and_the_track_that_the_run_learnt_from(
+    home: Path, speaker_clip: Path, film: Path, tmp_path: Path
+) -> None:
+    space = Workspace.open(home, "speaker")
+    copy = Path(shutil.copy(speaker_clip, tmp_path / "renamed.mp4"))
+    found = Original.of(space, run_of(space), copy)
+    assert found.size == (512, 512) and len(found.found) == len(found.mesh)
+    with pytest.raises(TalkheadError, match="another file"):
+        Original.of(space, run_of(space), film)
+    with pytest.raises(MisuseError, match="no such file"):
+        Original.of(space, run_of(space), tmp_path)
+    with pytest.raises(TalkheadError, match="another track"):
+        Original.of(space, run_of(space, footage="earlier"), copy)
+    space.video.unlink()
+    with pytest.raises(TalkheadError, match="without its footage"):
+        Original.of(space, run_of(space), copy)
+
+
+@pytest.mark.parametrize(("option", "value"), [
+    ("pose", "still"), ("background", "#00ff00"), ("alpha", True), ("depth", True),
+    ("yaw_deg", 5.0), ("pitch_deg", 5.0), ("orbit", True),
+])  # fmt: skip
+def test_what_the_film_has_of_its_own_is_not_asked_for(option: str, value: Any) -> None:
+    _refuse_contradictions(Wishes(into=Path("film.mp4"), blink="auto"))
+    with pytest.raises(MisuseError, match="--" + option.removesuffix("_deg")):
+        _refuse_contradictions(Wishes(into=Path("film.mp4"), **{option: value}))
