@@ -106,7 +106,7 @@ def _heard(home: Path, name: str, preset: Preset, voice: str) -> Footage:
     space, ear = Workspace.open(home, name), backends.voice_of(voice)
     clip = footage.load(space, preset.data, SilentProgress(), pictures=False)
     stream = ear.features(media.sound(space.audio))
-    stats = SpeechStats.of(stream, ear.rate_hz, int(clip.train[-1]) + 1)
+    stats = SpeechStats.of(stream, ear.rate_hz, clip.heard[: int(clip.train[-1]) + 1].numpy())
     signals = footage.make_signals(space.load("tracks"), stream, stats, preset.data)
     return replace(clip, signals=signals.with_(person=clip.signals.person), stats=stats)
 

@@ -100,6 +100,12 @@ def free_gb() -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
+def _alone(index: Any, n: int) -> slice:
+    """The slice that holds item `index` of n, counted from the end if negative."""
+    first = range(n)[int(index)]
+    return slice(first, first + 1)
+
+
 @dataclass(frozen=True)
 class Camera:
     """Where each row is seen from, in head space.
@@ -164,8 +170,8 @@ class Signals:
         return int(self.pose.shape[0])
 
     def __getitem__(self, rows: Any) -> Signals:
-        if isinstance(rows, int):
-            rows = slice(rows, rows + 1)
+        if isinstance(rows, int) or getattr(rows, "ndim", 1) == 0:
+            rows = _alone(rows, len(self))
         return Signals(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
 
     def to(self, device: Any) -> Signals:
@@ -265,7 +271,7 @@ class Frame:
 
     def __getitem__(self, index: int) -> Frame:
         """One of the B pictures, as a frame of its own (B = 1)."""
-        own = slice(index, index + 1)
+        own = _alone(index, len(self.rgb))
         parts = {name: part[own] for name, part in self.parts.items()}
         return Frame(self.rgb[own], self.alpha[own], self.depth[own], parts)
 

@@ -6,6 +6,7 @@ import math
 from dataclasses import fields
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,7 +27,19 @@ from talkhead_cli.blocks.rigid import (
     undone,
 )
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
-from talkhead_cli.contracts import Camera, Signals
+from talkhead_cli.contracts import Camera, Frame, Signals
+
+
+@pytest.mark.parametrize("index", [2, -2, np.int64(2), np.array(-2), torch.tensor(2)])
+def test_one_row_of_signals_is_a_row(index: Any) -> None:
+    """However the number is held, and counted from the end if it is negative."""
+    camera = Camera(torch.eye(4).repeat(4, 1, 1), torch.eye(3).repeat(4, 1, 1), 32)
+    rest = {f.name: torch.arange(4.0)[:, None] for f in fields(Signals)} | {"camera": camera}
+    row, picture = Signals(**rest)[index], torch.arange(4.0).view(4, 1, 1, 1)
+    assert len(row) == len(row.camera.c2w) == 1 and row.pose.item() == 2
+    assert Frame(picture, picture, picture, {})[index].rgb.tolist() == [[[[2]]]]
+    with pytest.raises(IndexError):
+        Signals(**rest)[4]
 
 
 def test_planes_are_bilinear_and_keep_their_axes() -> None:

@@ -213,6 +213,9 @@ def test_pose_of_a_file_is_played_as_it_is(
     poses, bodies = drive.make(footage, 40, pose=str(tmp_path / "pose.npy")).pose(np.arange(40))
     np.testing.assert_allclose(poses, given)
     np.testing.assert_allclose(bodies, np.tile(np.median(footage["body"][12:], 0), (40, 1)))
+    longer = drive.make(footage, 100, pose=str(tmp_path / "pose.npy")).pose(np.arange(100))[0]
+    np.testing.assert_allclose(longer[:40], given)
+    np.testing.assert_allclose(longer[39:79], given[::-1], err_msg="there and back")
 
 
 @pytest.mark.parametrize("angle", [{"yaw_deg": 45.1}, {"pitch_deg": -46.0}, {"yaw_deg": 180.0}])

@@ -119,6 +119,20 @@ def test_a_sheet_has_a_line_for_each_name_and_its_pictures_in_order() -> None:
     assert drawn[:cell, :margin].any() and drawn[cell:, :margin].any(), "names are written"
 
 
+@pytest.mark.parametrize("n_heard", [30, 110, 130, 400])
+def test_controls_are_three_different_stretches(n_heard: int) -> None:
+    """Also where there is hardly more to hear than is asked for, or less."""
+    clip: Any = SimpleNamespace(
+        train=torch.arange(n_heard), heard=torch.ones(n_heard, dtype=torch.bool),
+        signals=SimpleNamespace(audio=torch.arange(n_heard)[:, None]),
+    )  # fmt: skip
+    found = torch.stack(job._other_speech(clip, 100))[..., 0]
+    assert found.shape == (3, 100)
+    starts = found[:, 0].sort().values
+    assert (starts.diff() >= min(job.BLOCK, n_heard // 3)).all()
+    assert ((found.diff(dim=1) == 1) | (found[:, 1:] == 0)).all(), "sound as it was said"
+
+
 def test_figures_of_other_footage_are_not_compared(speaker_home: Path, tmp_path: Path) -> None:
     """Even where they were written down in time."""
     shutil.copytree(speaker_home / "speaker", tmp_path / "speaker")

@@ -50,6 +50,17 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(home: Path) 
         assert torch.allclose(value.float(), resumed[name].float(), atol=1e-5), name
 
 
+def test_a_state_of_another_version_is_refused_in_a_sentence(home: Path) -> None:
+    assert not train(home, run_name="old", stop_after=lambda p: p.total >= 3)
+    run = Run.named(Workspace.open(home, "speaker").runs, "old")
+    for key in ("place", "module"):
+        held = run.resume_state()
+        assert held is not None
+        run.save_resume(held | {key: {"other": torch.zeros(1)}})
+        with pytest.raises(TalkheadError, match="another version.*--fresh"):
+            train(home, run_name="old")
+
+
 def test_what_a_recorded_step_left_goes_on_without_a_recording(home: Path) -> None:
     """A GPU's state, whose rates are tensors there, on a CPU."""
     assert not train(home, run_name="moved", stop_after=lambda p: p.total >= 33)

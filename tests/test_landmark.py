@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from conftest import hearing
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from talkhead_cli import march
 from talkhead_cli.avatars.landmark import UPPER, Face, Landmark
@@ -162,6 +164,26 @@ def test_a_row_is_said_alike_from_any_stretch_that_holds_its_past(
         assert torch.allclose(again, whole[first:], atol=1e-5)
     short = said(transformer, heard[40:], moment[40:])
     assert not torch.allclose(short[0], whole[40], atol=1e-3), "the past has no say"
+
+
+def test_long_films_take_memory_by_their_length_not_its_square(
+    transformer: SpeechTransformer,
+) -> None:
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            out = func(*args, **kwargs or {})
+            if isinstance(out, torch.Tensor):
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    n = 4000
+    with Largest() as seen:
+        said(transformer, torch.zeros(n, 10, 33), torch.arange(n))
+    assert seen.numel < 2000 * n
 
 
 def test_rows_hear_neither_the_future_nor_other_stretches(transformer: SpeechTransformer) -> None:

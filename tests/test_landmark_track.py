@@ -68,6 +68,10 @@ def test_files_that_are_no_archives_are_refused(tmp_path: Path) -> None:
     for wrong in (path, tmp_path / "absent.npz", tmp_path):
         with pytest.raises(TalkheadError, match="--landmarks"):
             landmark_track.read(wrong)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))  # one array under an archive's name
+    with pytest.raises(TalkheadError, match="not a .npz archive"):
+        landmark_track.read(path)
     np.savez(path, landmarks=np.array([object()], dtype=object))
     with pytest.raises(TalkheadError, match="not a .npz archive"):
         landmark_track.read(path)

@@ -8,6 +8,7 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -128,14 +129,21 @@ def test_a_worker_that_is_killed_takes_nobody_along(
     assert any("go one at a time" in note for note in progress.notes)
 
 
+def err(video: Path, home: Path, options: dict[str, Any], one: Any = many.one) -> many.Outcome:
+    """A worker in which preprocess has a fault."""
+    with mock.patch("talkhead_cli.jobs.preprocess.preprocess", side_effect=ZeroDivisionError):
+        outcome: many.Outcome = one(video, home, options)
+    outcome.notes = [str(os.getpid())]
+    return outcome
+
+
 def test_a_fault_of_ours_is_told_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def faulty(video: Path, *_: object, **__: object) -> None:
-        raise ZeroDivisionError("by nothing")
-
-    monkeypatch.setattr("talkhead_cli.jobs.preprocess.preprocess", faulty)
+    """One at a time, too, each has a process of its own."""
+    monkeypatch.setattr(many, "one", err)
     videos = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
     found = many.preprocess_many(videos, tmp_path / "home", SilentProgress(), jobs=1)
     assert [o.id for o in found] == ["a", "b"]
     assert all("ZeroDivisionError" in (o.error or "") for o in found)
+    assert len({o.notes[0] for o in found} | {str(os.getpid())}) == 3

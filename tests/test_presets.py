@@ -57,7 +57,7 @@ def test_a_stage_that_is_no_table_is_answered() -> None:
 
 
 def test_lids_do_not_go_with_rows_in_sequence() -> None:
-    with pytest.raises(MisuseError, match="lids are drawn one by one"):
+    with pytest.raises(MisuseError, match="lids draws rows one by one"):
         preset.load(["landmark"], ["train.stages.speech.lids=0.5"])
 
 
@@ -84,6 +84,8 @@ def test_who_trains_at_full_size_without_a_gpu_is_told() -> None:
         "train.stages.lips.step",
         "train.stages.lips.weights_",
         "avatar.width",
+        "pretrain.stage",
+        "pretrain.stages.speech.step",
     ],
 )
 def test_an_unknown_key_is_named_by_its_path(key: str) -> None:
@@ -94,7 +96,13 @@ def test_an_unknown_key_is_named_by_its_path(key: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "known"),
-    [("data.size", "size_px"), ("train.stages.lips.step", "steps"), ("colour", "method")],
+    [
+        ("data.size", "size_px"),
+        ("train.stages.lips.step", "steps"),
+        ("colour", "method"),
+        ("pretrain.stages.speech.step", "steps"),
+        ("pretrain.stage", "stages"),
+    ],
 )
 def test_an_unknown_key_is_answered_with_the_known_ones(key: str, known: str) -> None:
     with pytest.raises(MisuseError, match=f"known there: .*{known}"):

@@ -6,6 +6,9 @@ import errno
 import fcntl
 import json
 import os
+import stat
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import MisuseError, TalkheadError
@@ -20,6 +24,7 @@ from talkhead_cli.store import Run, Workspace, check_id, home_folder, list_ids, 
 from talkhead_cli.store.files import (
     atomic,
     digest,
+    held,
     read_arrays,
     read_json,
     sha256_of,
@@ -263,6 +268,20 @@ def test_where_locks_cannot_be_had_files_are_written_all_the_same(
     with atomic(tmp_path / "a") as part:
         part.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    with held(tmp_path / ".lock", "alice"):
+        pass
+
+
+def test_files_have_the_rights_that_the_user_s_mask_leaves(tmp_path: Path) -> None:
+    """Consent records and portraits are nobody else's business where the mask says so."""
+    script = (
+        "import os, sys; os.umask(0o077)\n"
+        "from pathlib import Path\n"
+        "from talkhead_cli.store.files import write_json\n"
+        "write_json(Path(sys.argv[1]), {})\n"
+    )
+    subprocess.run([sys.executable, "-c", script, tmp_path / "a.json"], check=True, cwd=ROOT)
+    assert stat.S_IMODE((tmp_path / "a.json").stat().st_mode) == 0o600
 
 
 def test_pixels_that_find_no_room_are_refused_in_a_sentence(

@@ -235,15 +235,20 @@ class _Attention(nn.Module):
         """x (T, width), moment (T,) -> (T, width)."""
         t, width = x.shape
         ask, key, value = self.ask(self.before(x)).view(t, 3, self.n_heads, -1).unbind(1)
-        back = torch.arange(t, device=x.device)
-        back = back[:, None] - back
+        keys, values = (self._past_of(part) for part in (key, value))  # (T, heads, C, reach)
+        back = torch.arange(self.reach - 1, -1, -1, device=x.device)
         # rows of other stretches stand nearby in the batch, but not in time
-        near = (back >= 0) & (back < self.reach) & (moment[:, None] - moment == back)
-        bias = (-back * self.slope[:, None, None]).masked_fill(~near, -torch.inf)
-        ask, key, value = (part.transpose(0, 1) for part in (ask, key, value))
-        heads = F.scaled_dot_product_attention(ask, key, value, attn_mask=bias.to(ask.dtype))
-        x = x + self.answer(heads.transpose(0, 1).reshape(t, width))
+        then = F.pad(moment, (self.reach - 1, 0), value=-self.reach).unfold(0, self.reach, 1)
+        near = (moment[:, None] - then == back)[:, None]
+        score = torch.einsum("thc,thcr->thr", ask, keys) / ask.shape[-1] ** 0.5
+        score = (score - back * self.slope[:, None]).masked_fill(~near, -torch.inf)
+        heads = torch.einsum("thr,thcr->thc", score.softmax(-1).to(values), values)
+        x = x + self.answer(heads.reshape(t, width))
         return x + self.think(self.between(x))
+
+    def _past_of(self, part: Tensor) -> Tensor:
+        """Each row's last `reach` rows: (T, heads, C) -> (T, heads, C, reach)."""
+        return F.pad(part, (0, 0, 0, 0, self.reach - 1, 0)).unfold(0, self.reach, 1)
 
 
 def _disturbed(heard: Tensor, noise: Tensor) -> Tensor:

@@ -42,8 +42,8 @@ def compare(
     after it was trained is not evaluated again.
     """
     space = Workspace.open(home, name)
-    runs = [_run(space, word) for word in wanted]
-    if len({run.name for run in runs}) < 2:
+    runs = list({run.name: run for run in (_run(space, word) for word in wanted)}.values())
+    if len(runs) < 2:
         raise MisuseError("--compare needs at least two different runs, like lokitalk,landmark")
     for run in runs:
         refuse_stale(space, run)

@@ -63,7 +63,7 @@ def import_dataset(
     if cameras is None:
         return space
     share = cameras.n_held / len(cameras.frames)
-    if 0 < share < 0.5:
+    if 0 < share <= 0.25:
         progress.note(
             f"the dataset holds out {cameras.n_held} of {len(cameras.frames)} frames, the same "
             f"share as finetune -s data.holdout={share:.3f}"
@@ -103,6 +103,8 @@ def read_cameras(folder: Path) -> Cameras | None:
                 f"{path.name} lacks what the layout has (img_id and transform_matrix of each "
                 f"frame, focal_len, cx, cy): {error}"
             ) from error
+        if not np.isfinite([focal, *centre]).all() or focal <= 0:
+            raise TalkheadError(f"{path.name}: focal_len, cx and cy must be numbers above 0")
         for index, matrix in found:
             known = 0 <= index < MAX_FRAMES
             if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not known:
@@ -112,8 +114,6 @@ def read_cameras(folder: Path) -> Cameras | None:
     if not frames:
         return None
     frames.sort(key=lambda frame: frame[0])
-    if not np.isfinite([focal, *centre]).all() or focal <= 0:
-        raise TalkheadError(f"{path.name}: focal_len, cx and cy must be numbers above 0")
     return Cameras(
         np.array([i for i, _ in frames]), np.stack([m for _, m in frames]), focal, centre, n_held
     )

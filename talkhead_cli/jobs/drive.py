@@ -122,7 +122,7 @@ def make(
     elif pose == "auto":
         moves = _sway(middle["pose"], middle["body"], seed)
     else:
-        moves = _pose_file(Path(pose), middle["body"], n_frames)
+        moves = _pose_file(Path(pose), middle["body"])
 
     looks = replay if pose == "footage" else None
     eyes = _eyes(blink, clip, middle, replay, looks, n_frames, seed)
@@ -168,7 +168,6 @@ def there_and_back(n: int) -> Callable[[NDArray[Any]], Array]:
         def eased(distance: Array) -> Array:
             return np.where(distance < turn, distance**2 / (2 * turn) + turn / 2, distance)
 
-        # measured from either end, the corner is cut by turn / 2; spread that over the clip
         at = np.where(at < last / 2, eased(at), last - eased(last - at))
         return at
 
@@ -262,9 +261,7 @@ def _sway(pose: Array, body: Array, seed: int) -> Callable[[NDArray[Any]], tuple
     return moves
 
 
-def _pose_file(
-    path: Path, body: Array, n_frames: int
-) -> Callable[[NDArray[Any]], tuple[Array, Array]]:
+def _pose_file(path: Path, body: Array) -> Callable[[NDArray[Any]], tuple[Array, Array]]:
     """Poses of a file: 6 columns, rotation vector (rad) and place (face heights) of the head in the
     camera's space: x right, y down, z away.
 
@@ -277,11 +274,10 @@ def _pose_file(
             f"column), which must be {NEAREST:g} or more; films have 2 to 9 (an identity's own "
             "poses are `pose` in its tracks.npz)"
         )
-    replay = there_and_back(len(given))
+    replay = to_and_fro(len(given))
 
     def moves(frames: NDArray[Any]) -> tuple[Array, Array]:
-        at = np.asarray(frames, float) if n_frames <= len(given) else replay(frames)
-        return between(given, at), np.tile(body, (len(frames), 1))
+        return between(given, replay(frames)), np.tile(body, (len(frames), 1))
 
     return moves
 

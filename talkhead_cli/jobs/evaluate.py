@@ -87,9 +87,9 @@ def evaluate(
     heard = show.listen(stretch)[own]
     rendered, heads, seconds, n_points = _film(show, heard, progress)
     seen_truth, seen = _measure(truth, progress), _measure(rendered, progress)
-    controls = []
-    for index, audio in enumerate(_other_speech(clip, len(stretch))):
-        progress.stage(f"control {index + 1} of {N_CONTROLS}", len(held))
+    others, controls = _other_speech(clip, len(stretch)), []
+    for index, audio in enumerate(others):
+        progress.stage(f"control {index + 1} of {len(others)}", len(held))
         mute, *_ = _film(show, show.listen(stretch.with_(audio=audio))[own], progress)
         controls.append(_measure(mute, progress))
 
@@ -179,10 +179,10 @@ def _other_speech(clip: Footage, n: int) -> list[torch.Tensor]:
     """Windows (n, W, A) of stretches of the same person's other speech."""
     heard = clip.train[clip.heard[clip.train]]
     spare = len(heard) - n
-    if spare < 1:
-        reps = n // len(heard) + 1
-        return [clip.signals.audio[heard.repeat(reps)[:n]]]
     starts = np.linspace(0, spare, N_CONTROLS).astype(int)
+    if spare < (N_CONTROLS - 1) * BLOCK:  # they would be one and the same: go round instead
+        starts = np.arange(N_CONTROLS) * len(heard) // N_CONTROLS
+        heard = heard.repeat((int(starts[-1]) + n) // len(heard) + 1)
     return [clip.signals.audio[heard[s : s + n]] for s in starts]
 
 
@@ -314,7 +314,7 @@ def _linear_baseline(clip: Footage, sound: Array) -> Array:
     """
     rows = clip.train[clip.heard[clip.train]]
     stream = voice.features(sound)[:, : voice.N_MEL]
-    stats = SpeechStats.of(stream, voice.RATE_HZ, int(rows[-1]) + 1)
+    stats = SpeechStats.of(stream, voice.RATE_HZ, clip.heard[: int(rows[-1]) + 1].numpy())
     frames = np.arange(len(clip.lip_truth))
     window = torch.from_numpy(stats.windows(stream, frames, BASELINE_STEPS)).flatten(1)
     target = torch.from_numpy(clip.lip_truth.astype(np.float32))[:, None]

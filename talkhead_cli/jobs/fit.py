@@ -83,9 +83,15 @@ def fit(
         rng=torch.Generator().manual_seed(seed), seed=seed, clock=_Clock(),
     )  # fmt: skip
     if held is not None:
-        place = Place(**held["place"])
-        job.module.load_state_dict(held["module"])
-        job.average.load(held["average"])
+        try:
+            place = Place(**held["place"])
+            job.module.load_state_dict(held["module"])
+            job.average.load(held["average"])
+        except (KeyError, TypeError, RuntimeError) as error:
+            raise TalkheadError(
+                f"what run '{run.name}' has learnt so far was saved by another version of "
+                "talkhead; begin again with --fresh"
+            ) from error
         progress.note(f"continuing from step {place.total}")
     job.clock.begin(place)
     with interrupt.held() if fabric.is_global_zero else nullcontext(lambda: False) as asked:

@@ -52,9 +52,12 @@ class SpeechStats:
     rate_hz: int = voice.RATE_HZ
 
     @classmethod
-    def of(cls, stream: NDArray[np.float32], rate_hz: int, n_frames: int) -> SpeechStats:
-        """Of what is heard in the first n_frames of the video."""
-        own = stream[: n_frames * rate_hz // FPS]
+    def of(cls, stream: NDArray[np.float32], rate_hz: int, heard: NDArray[np.bool_]) -> SpeechStats:
+        """Of a stream's first frames, but for those (T,) in which the sound is dead."""
+        per_frame = rate_hz // FPS
+        own = stream[: len(heard) * per_frame]
+        living = np.repeat(heard, per_frame)[: len(own)]
+        own = own[living] if living.any() else own
         return cls(own.mean(0), own.std(0) + 1e-3, rate_hz)
 
     @classmethod
@@ -225,7 +228,7 @@ def load(
             f"'{space.id}' has only {len(train) / FPS:.1f} s with a face to learn from; at least "
             "2 s are needed"
         )
-    stats = SpeechStats.of(stream, rate_hz, int(train[-1]) + 1)
+    stats = SpeechStats.of(stream, rate_hz, heard[: int(train[-1]) + 1].numpy())
     signals = make_signals(tracks, stream, stats, data)
     n_seen = n_frames if pictures else 0
     return Footage(

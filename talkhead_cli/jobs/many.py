@@ -99,9 +99,6 @@ def preprocess_many(
     n_jobs = min(len(videos), jobs or _bearable())
     if engine == "ray":
         _by_ray(videos, home, options, jobs, address, ended)
-    elif n_jobs == 1:
-        for index, video in enumerate(videos):
-            ended(index, one(video, home, options))
     else:
         _side_by_side(videos, home, options, n_jobs, ended, progress)
     return [outcomes[i] for i in range(len(videos))]

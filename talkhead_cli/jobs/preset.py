@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -29,7 +29,7 @@ class Data(_Strict):
     · window: steps of 10 ms of speech around a frame."""
 
     size_px: Annotated[int, Field(ge=32, le=1024, multiple_of=8)] = 512
-    holdout: Annotated[float, Field(ge=0, le=0.5)] = 1 / 11
+    holdout: Annotated[float, Field(ge=0, le=0.25)] = 1 / 11
     train_s: Annotated[float, Field(ge=0)] = 0.0
     window: Annotated[int, Field(ge=5, le=201)] = 33
 
@@ -105,8 +105,9 @@ class Stage(_Strict):
     def _rates_are_for_what_learns(self) -> Stage:
         if missing := set(self.learn) ^ set(self.rates):
             raise ValueError(f"learn and rates must name the same parts; differ in {missing}")
-        if self.lids and self.in_sequence > 1:
-            raise ValueError("lids are drawn one by one, which does not go with in_sequence")
+        for name in ("lids", "rare"):
+            if getattr(self, name) and self.in_sequence > 1:
+                raise ValueError(f"{name} draws rows one by one, which breaks up in_sequence")
         return self
 
 
@@ -343,7 +344,8 @@ def _known_keys(parents: tuple[int | str, ...]) -> list[str]:
             model = Stage
         else:
             field = model.model_fields.get(str(part))
-            model = field.annotation if field else None
+            kinds = [] if field is None else [field.annotation, *get_args(field.annotation)]
+            model = next((kind for kind in kinds if hasattr(kind, "model_fields")), None)
         if model is None:
             return []
     return list(model.model_fields) if hasattr(model, "model_fields") else []

@@ -25,6 +25,7 @@ from talkhead_cli.store.files import atomic, held, read_arrays, read_json, write
 if TYPE_CHECKING:
     from torch import Tensor
 
+CURE = "make it again with --fresh (finetune, or pretrain)"
 _NAME_CHARS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._+-")
 
 
@@ -89,11 +90,11 @@ class Run:
 
         path = self.root / "avatar.safetensors"
         if not path.exists():
-            raise TalkheadError(f"run '{self.name}' has no weights; run finetune again")
+            raise TalkheadError(f"run '{self.name}' has no weights; {CURE}")
         try:
             return load_file(path)
         except Exception as error:  # safetensors raises its own untyped errors
-            raise TalkheadError(f"{path} is damaged ({error}); run finetune --fresh") from error
+            raise TalkheadError(f"{path} is damaged ({error}); {CURE}") from error
 
     def save_resume(self, state: dict[str, Any]) -> None:
         """Weights, optimiser and place in the schedule, in one file: they must agree."""
@@ -115,7 +116,7 @@ class Run:
         try:
             return dict(torch.load(path, map_location="cpu", weights_only=True))
         except Exception as error:  # a torn file of another program; ours are atomic
-            raise TalkheadError(f"{path} is damaged ({error}); run finetune --fresh") from error
+            raise TalkheadError(f"{path} is damaged ({error}); {CURE}") from error
 
     def save_drive(self, arrays: dict[str, NDArray[Any]]) -> None:
         write_arrays(self.root / "drive.npz", arrays)
@@ -125,10 +126,10 @@ class Run:
 
     def portrait(self) -> dict[str, NDArray[Any]] | None:
         path = self.root / "portrait.npz"
-        return read_arrays(path) if path.exists() else None
+        return read_arrays(path, cure=CURE) if path.exists() else None
 
     def drive(self) -> dict[str, NDArray[Any]]:
-        return read_arrays(self.root / "drive.npz")
+        return read_arrays(self.root / "drive.npz", cure=CURE)
 
     @property
     def plate_file(self) -> Path:

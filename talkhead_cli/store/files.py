@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 
 from talkhead_cli.contracts import TalkheadError
 
+UMASK = os.umask(0o077)  # which can only be read by setting it
+os.umask(UMASK)
+
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
@@ -29,7 +32,7 @@ def atomic(path: Path) -> Iterator[Path]:
     handle, part = _begun(path)
     try:
         yield part
-        os.chmod(part, 0o644)
+        os.chmod(part, 0o666 & ~UMASK)
         with part.open("rb") as file:
             os.fsync(file.fileno())  # else a power cut may leave the name with nothing in it
         os.replace(part, path)
@@ -74,10 +77,12 @@ def held(lock: Path, what: str) -> Iterator[None]:
     with lock.open("w") as handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except BlockingIOError as error:
             raise TalkheadError(
                 f"another talkhead is working on '{what}'; wait until it has ended"
             ) from error
+        except OSError:  # a mount without locks, where nobody can be told to wait
+            pass
         yield
 
 
@@ -102,14 +107,20 @@ def write_arrays(path: Path, arrays: dict[str, NDArray[Any]], *, compress: bool 
         (np.savez_compressed if compress else np.savez)(file, **arrays)
 
 
-def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+def read_arrays(
+    path: Path, *, cure: str = "run preprocess with --fresh"
+) -> dict[str, NDArray[Any]]:
+    """The arrays of an .npz; TalkheadError, with the cure, where it is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        archive = np.load(path, allow_pickle=False)
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise ValueError("it is no archive of arrays")
+        with archive:
             return {name: archive[name] for name in archive.files}
     except FileNotFoundError:
         raise
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise TalkheadError(f"{path} is damaged ({error}); run preprocess with --fresh") from error
+        raise TalkheadError(f"{path} is damaged ({error}); {cure}") from error
 
 
 def sha256_of(path: Path) -> str:

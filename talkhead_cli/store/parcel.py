@@ -70,16 +70,17 @@ def unpack(file: Path, home: Path, name: str | None = None) -> tuple[Workspace, 
             space = Workspace(home, check_id(record["id"] if name is None else name))
             run = Run.named(space.runs, record["run"])
             is_new = not space.root.exists()
-            try:
-                with space.locked():
+            with space.locked():
+                is_new &= not space.exists()  # somebody may have made it before the lock was had
+                try:
                     _fits(space, run, archive)
                     with tempfile.TemporaryDirectory(prefix=".part-", dir=space.root) as folder:
                         _extract(archive, record, Path(folder))
                         _settle(Path(folder), space, run)
-            except BaseException:
-                if is_new:
-                    shutil.rmtree(space.root, ignore_errors=True)
-                raise
+                except BaseException:
+                    if is_new:
+                        shutil.rmtree(space.root, ignore_errors=True)
+                    raise
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise _damaged(file, str(error)) from error
     except _Wrong as error:

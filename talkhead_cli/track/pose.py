@@ -357,10 +357,8 @@ def _solve_shape(
     shape = shape + np.linalg.solve(normal + hold, right[..., None])[..., 0]
     if tune_focal:
         # Scaling focal and depth together keeps the size: only perspective is left to see.
-        gain = np.einsum(
-            "tnk,tnk->", error[:, RIGID], _focal_slope(pose[rows], rotation, shape[RIGID], focal)
-        )
         slope = _focal_slope(pose[rows], rotation, shape[RIGID], focal)
+        gain = np.einsum("tnk,tnk->", error[:, RIGID], slope)
         information = (slope**2).sum() + (1.5 / 0.15) ** 2 * len(rows)
         log_step = float(np.clip(gain / information, -0.1, 0.1))
         focal = float(focal * np.exp(log_step))
