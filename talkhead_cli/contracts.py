@@ -44,6 +44,10 @@ class MisuseError(TalkheadError):
     """The command itself is wrong (unknown key, bad id): exit code 2."""
 
 
+class UnfitError(TalkheadError):
+    """The film itself will not do: the same command would be refused again."""
+
+
 class Progress(Protocol):
     """How a job reports. The console implements it; tests pass `SilentProgress`."""
 

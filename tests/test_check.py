@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 
 from talkhead_cli import media
 from talkhead_cli.cli.app import app
-from talkhead_cli.contracts import SilentProgress, TalkheadError
-from talkhead_cli.jobs.check import Report, check, page
+from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
+from talkhead_cli.jobs.check import Report, check, page, refuse_page
 from talkhead_cli.jobs.check.judge import _best_part, _cuts, _segments
 from talkhead_cli.jobs.check.look import MAX_PIECES, Piece, spread
 from talkhead_cli.jobs.check.report import Curve, Finding, Segment
@@ -228,6 +228,19 @@ class Balance(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+
+
+def test_a_page_replaces_no_file_but_a_page(tmp_path: Path) -> None:
+    """Above all not the film."""
+    film, old = tmp_path / "film.mp4", tmp_path / "old.html"
+    film.write_bytes(b"precious")
+    old.write_text(page(Report(), "f"))
+    refuse_page(old)
+    refuse_page(tmp_path / "new.html")
+    for path, why in ((film, "no page of talkhead"), (tmp_path, "must name a file"),
+                      (tmp_path / "no" / "a.html", "must name a file")):  # fmt: skip
+        with pytest.raises(MisuseError, match=why):
+            refuse_page(path)
 
 
 def test_the_page_needs_nothing_beside_it(sound_one: Report) -> None:

@@ -46,7 +46,7 @@ def test_lines_say_how_far_a_stage_is_and_how_long_it_took(
     assert said[0].startswith("face mesh: 50/200 frames, 50.0/s, 3 s left  loss 0.123")
     assert said[1].startswith("face mesh: 100/200 frames, 50.0/s, 2 s left")
     assert said[2] == "note: two faces [left] are seen"
-    assert said[3] == "face mesh: 100 frames, 2.0 s" and len(said) == 4, (
+    assert said[3] == "face mesh: 100/200 frames, 2.0 s" and len(said) == 4, (
         "a short stage says nothing"
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -345,3 +346,19 @@ def test_an_unknown_word_is_taken_for_a_file_that_is_not_there(
 ) -> None:
     with pytest.raises(TalkheadError, match="no known word"):
         drive.make(footage, 5, pose=word)
+
+
+def test_views_that_nobody_filmed_are_named(
+    footage: dict[str, NDArray[Any]], tmp_path: Path
+) -> None:
+    def said(n: int = 50, **wishes: Any) -> str:
+        return drive.beyond(footage, drive.make(footage, n, **wishes), n)
+
+    for usual in ({}, {"pose": "still"}, {"pose": "auto"}, {"yaw_deg": 10.0}):
+        assert not said(**usual)
+    assert re.search(r"\b(2[5-9]|30) degrees beyond", said(yaw_deg=30.0))
+    assert "degrees beyond" in said(n=200, orbit=True)
+    far = np.tile(np.median(footage["pose"][footage["usable"]], 0), (5, 1))
+    far[:, 5] += 1.5
+    np.save(tmp_path / "far.npy", far)
+    assert re.search(r"1\.\d face heights beyond", said(pose=str(tmp_path / "far.npy")))

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 import pytest
+from conftest import ROOT
 from typer.testing import CliRunner, Result
 
 from talkhead_cli.cli.app import app
@@ -147,3 +151,27 @@ def test_a_fault_of_ours_is_told_and_the_others_go_on(
     assert [o.id for o in found] == ["a", "b"]
     assert all("ZeroDivisionError" in (o.error or "") for o in found)
     assert len({o.notes[0] for o in found} | {str(os.getpid())}) == 3
+
+
+def test_an_interruption_ends_it_at_once(speaker_clip: Path, tmp_path: Path) -> None:
+    """Those that are being tracked go down with it, and nobody waits for them."""
+    for name in "abc":
+        shutil.copy(speaker_clip, tmp_path / f"{name}.mp4")
+    words = [
+        sys.executable,
+        "-c",
+        "from talkhead_cli.cli.app import main; main()",
+        "preprocess",
+        str(tmp_path),
+        "--jobs",
+        "2",
+    ]
+    job = subprocess.Popen(
+        [*words, "--home", str(tmp_path / "home")], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "home").glob("*/.lock")) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    job.send_signal(signal.SIGINT)
+    _, told = job.communicate(timeout=20)
+    assert job.returncode == 130 and "interrupted" in told and "Traceback" not in told

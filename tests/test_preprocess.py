@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from conftest import n_frames_in
@@ -38,17 +39,26 @@ def error_of(result: Result) -> str:
 # ---------------------------------------------------------------- what cannot be tracked
 
 
-def test_a_film_without_a_face_is_refused(
-    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_film_without_a_face_is_refused_and_leaves_nothing(tmp_path: Path, shared: Path) -> None:
     film = shared / "hard" / "no_face.mp4"
     with pytest.raises(TalkheadError, match=r"no face was found in no_face\.mp4; film one person"):
         job.preprocess(film, tmp_path, SilentProgress())
-    with pytest.raises(TalkheadError, match="not preprocessed to the end"):
-        Workspace.open(tmp_path, "no_face")
-    monkeypatch.setattr(face, "FaceMesh", None)  # known by now: not looked for again
-    with pytest.raises(TalkheadError, match="no face was found"):
-        job.preprocess(film, tmp_path, SilentProgress())
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_picture_is_no_film_and_a_films_avatar_no_person(
+    tmp_path: Path, speaker_clip: Path
+) -> None:
+    picture = tmp_path / "face.png"
+    cv2.imwrite(str(picture), next(media.frames(speaker_clip)))
+    with pytest.raises(TalkheadError, match="is a picture; talkhead render --image"):
+        job.preprocess(picture, tmp_path / "home", SilentProgress())
+    for name in ("film.mp4", "film.mkv"):
+        made = tmp_path / name
+        with media.VideoWriter(made, (64, 64), metadata={"talkhead_synthetic": "true"}) as film:
+            film.write(np.zeros((64, 64, 3), np.uint8))
+        assert media.probe(made).is_synthetic
+    assert not media.probe(speaker_clip).is_synthetic
 
 
 @pytest.mark.parametrize(
@@ -175,7 +185,7 @@ def test_nothing_is_left_of_who_was_not_found(
 def test_unknown_words_are_misuse(tmp_path: Path, speaker_clip: Path) -> None:
     with pytest.raises(MisuseError, match="largest, left, right"):
         job.preprocess(speaker_clip, tmp_path, SilentProgress(), which_face="middle")
-    with pytest.raises(TalkheadError, match="consent file"):
+    with pytest.raises(TalkheadError, match="--consent"):
         job.preprocess(speaker_clip, tmp_path, SilentProgress(), consent=tmp_path / "no.pdf")
     assert list(tmp_path.iterdir()) == []
 
@@ -280,7 +290,7 @@ def test_a_film_that_shows_hardly_any_face_is_refused(tmp_path: Path) -> None:
     points = np.zeros((300, 4, 3), np.float32)
     space.save("mesh", {"points": points, "found": found, "n_faces": np.array(1)})
     space.save("shots", {"kept": np.ones(300, bool)})
-    about = media.Probe(64, 64, 12.0, False, 25, True, True, 0, "", 0.0, 0.0, True)
+    about = media.Probe(64, 64, 12.0, False, 25, True, True, 0, "", 0.0, 0.0, False, True)
     work = stages.Stages(space, media.Part(Path("talk.mp4")), about, SilentProgress(), {})
     with pytest.raises(TalkheadError, match=r"a face is seen in only 1.1 s of talk.mp4"):
         work.faces()

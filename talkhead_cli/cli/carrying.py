@@ -10,8 +10,6 @@ import typer
 from talkhead_cli.cli.console import answer, speaking
 from talkhead_cli.cli.options import Home, Id, Json, RunName, Verbose, say
 
-ARCHIVES = (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
-
 
 def export(
     name: Id,
@@ -40,10 +38,10 @@ def export(
                 raise MisuseError(
                     f"a dataset is of footage, not of a run; --run goes with -o NAME{SUFFIX}"
                 )
-            if out.suffix.lower() in ARCHIVES:
+            if out.suffix[1:].isalpha():
                 raise MisuseError(
-                    f"-o {out} names an archive; give NAME{SUFFIX} for an avatar in one file, or a "
-                    "folder for its footage as a dataset"
+                    f"-o {out} is neither NAME{SUFFIX}, for an avatar in one file, nor a folder "
+                    "(a name without a suffix), for its footage as a dataset"
                 )
             say([export_dataset(home_folder(home), name, out, report)], {}, json)
 

@@ -112,7 +112,9 @@ class Reporter:
         elif self._name:
             seconds = time.monotonic() - self._began
             if seconds > 0.5:
-                count = f" {self._done} {self._unit}," if self._done else ""
+                short = self._total is not None and self._done < self._total
+                of = f"/{self._total}" if short else ""
+                count = f" {self._done}{of} {self._unit}," if self._done else ""
                 err.print(f"{self._name}:{count} {seconds:.1f} s")
         self._name = ""
 
@@ -143,7 +145,7 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
         code, words = 130, "interrupted"
         if isinstance(stop, Terminated):
             code, words = 143, "terminated"
-        words += "; run the same command again (preprocessing and training go on where they were)"
+        words += "; run the same command again (preprocess, pretrain and finetune go on from there)"
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise

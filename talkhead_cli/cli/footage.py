@@ -119,11 +119,12 @@ def check(
         from talkhead_cli.contracts import MisuseError
         from talkhead_cli.jobs.check import check as job
         from talkhead_cli.jobs.check import page as page_of
+        from talkhead_cli.jobs.check import refuse_page
         from talkhead_cli.jobs.many import videos_of
         from talkhead_cli.store.files import atomic
 
-        if page is not None and (page.is_dir() or not page.absolute().parent.is_dir()):
-            raise MisuseError(f"--page {page} must name a file in a folder that is there")
+        if page is not None:
+            refuse_page(page)
         films = videos_of(videos)
         if len(videos) > 1 or videos[0].is_dir():
             if page is not None:

@@ -31,6 +31,8 @@ BLINK_MEAN_S, BLINK_SPREAD, BLINK_MIN_S = 3.5, 0.5, 1.0
 SWAY_DEG = np.array([1.6, 2.4, 1.2])  # standard deviations of pitch, yaw, roll
 SWAY_HZ = (0.07, 0.55)
 N_WAVES = 5
+TURNED_DEG, OFF = 15.0, 0.4  # degrees and face heights beyond the footage's, worth a word
+N_LOOKED_AT = 200  # frames of a film that tell
 NEAREST = 1.0  # face heights from the camera: nearer, and it is within the hair
 EYE_ROOM = 0.5  # that tracked openness may lie beyond 0 and 1
 BLINK_SHAPE = np.array([0.75, 0.35, 0.05, 0.0, 0.15, 0.4, 0.7, 0.9])
@@ -128,6 +130,35 @@ def make(
     eyes = _eyes(blink, clip, middle, replay, looks, n_frames, seed)
     k = torch.from_numpy(footage["k"])
     return Drive(moves, eyes, k, lambda at: first + replay(at), yaw_deg, pitch_deg, orbit)
+
+
+def beyond(footage: dict[str, NDArray[Any]], drive: Drive, n_frames: int) -> str:
+    """How far the views of a film lie beyond what the footage shows, in words; "" if they do not.
+
+    The angle is that between the lines of sight, in the head's space, to the nearest of the
+    footage's; distances and places of the head count from the footage's range.
+    """
+    own = footage["pose"][footage["usable"]]
+    frames = drive.telling(N_LOOKED_AT, n_frames)
+    pose = drive.pose(frames)[0]
+    filmed = head_camera(torch.from_numpy(own).float(), drive.k, 1)
+    seen, known = (c.c2w[:, :3, 2].numpy() for c in (drive.camera(pose, 1, frames), filmed))
+    turned = np.degrees(np.arccos(np.clip(seen @ known.T, -1, 1))).min(1).max()
+    low, high = own[:, 3:].min(0), own[:, 3:].max(0)
+    off = float(np.maximum(low - pose[:, 3:], pose[:, 3:] - high).max())
+    told = []
+    if turned > TURNED_DEG:
+        told.append(f"the head is seen from up to {turned:.0f} degrees beyond the footage's views")
+    if off > OFF:
+        told.append(
+            f"it stands up to {off:.1f} face heights beyond where the footage has it (places from "
+            f"{_triple(low)} to {_triple(high)})"
+        )
+    return " and ".join(told)
+
+
+def _triple(place: Array) -> str:
+    return "(" + ", ".join(f"{value:.1f}" for value in place) + ")"
 
 
 def longest_run(usable: NDArray[np.bool_]) -> tuple[int, int]:

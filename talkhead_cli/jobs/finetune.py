@@ -274,10 +274,11 @@ def _is_finished(
     text = run.preset_text()
     if text is None:
         return False
-    if presets.from_yaml(text) != preset:
+    held = presets.from_yaml(text)
+    if held != preset:
         raise TalkheadError(
-            f"run '{run.name}' was begun with other settings; pass --fresh to replace it, or "
-            "--run NAME for a new one"
+            f"run '{run.name}' was begun with other settings ({presets.differences(held, preset)});"
+            " pass --fresh to replace it, or --run NAME for a new one"
         )
     if run.meta().get("footage", space.fingerprint) != space.fingerprint:
         raise TalkheadError(

@@ -92,8 +92,9 @@ def preprocess_many(
     def ended(index: int, outcome: Outcome) -> None:
         outcomes[index] = outcome
         told = outcome.error or f"{outcome.n_frames} frames, {outcome.seconds:.1f} s"
+        name = Path(outcome.video).name
         for said in (told, *outcome.notes):
-            progress.note(f"{Path(outcome.video).name}: {said}")
+            progress.note(said if said.startswith(name) else f"{name}: {said}")
         progress.advance()
 
     n_jobs = min(len(videos), jobs or _bearable())
@@ -150,23 +151,26 @@ def _pooled(
     """Each in a fresh process: the face mesh keeps its memory to itself.  Those of `wanted` that
     came to no end, because a process was killed and took the pool along."""
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n_jobs, mp_context=context, max_tasks_per_child=1) as pool:
-        waiting: dict[Future[Outcome], int] = {
-            pool.submit(one, videos[i], home, options): i for i in wanted
-        }
-        left = []
-        try:
-            while waiting:
-                done, _ = wait(waiting, return_when=FIRST_COMPLETED)
-                for future in done:
-                    index = waiting.pop(future)
-                    if isinstance(future.exception(), BrokenProcessPool):
-                        left.append(index)
-                    else:
-                        ended(index, future.result())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    pool = ProcessPoolExecutor(n_jobs, mp_context=context, max_tasks_per_child=1)
+    waiting: dict[Future[Outcome], int] = {
+        pool.submit(one, videos[i], home, options): i for i in wanted
+    }
+    left = []
+    try:
+        while waiting:
+            done, _ = wait(waiting, return_when=FIRST_COMPLETED)
+            for future in done:
+                index = waiting.pop(future)
+                if isinstance(future.exception(), BrokenProcessPool):
+                    left.append(index)
+                else:
+                    ended(index, future.result())
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in multiprocessing.active_children():  # which would finish their films first
+            child.terminate()
+        raise
+    pool.shutdown()
     return sorted(left)
 
 

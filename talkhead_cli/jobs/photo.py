@@ -45,7 +45,7 @@ def read(path: Path) -> NDArray[np.uint8]:
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not path.is_file():
-        raise TalkheadError(f"there is no picture {path}")
+        raise TalkheadError(f"there is no picture file {path}")
     try:
         with Image.open(path) as picture:
             upright = ImageOps.exif_transpose(picture)

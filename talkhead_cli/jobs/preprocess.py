@@ -16,6 +16,7 @@ from talkhead_cli.contracts import (
     MisuseError,
     Progress,
     TalkheadError,
+    UnfitError,
 )
 from talkhead_cli.jobs import backends
 from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Stages, ranges
@@ -26,6 +27,7 @@ from talkhead_cli.track.scout import FACES
 
 MAX_OFFSET_S = 10.0
 SIZE_PX = 512
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic")
 
 
 def id_from(video: Path) -> str:
@@ -64,7 +66,7 @@ def preprocess(
     if which_face not in FACES:
         raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which_face}'")
     if consent is not None and not consent.is_file():
-        raise TalkheadError(f"the consent file {consent} does not exist")
+        raise MisuseError(f"--consent {consent}: there is no such file")
     known_offset = _offset_from(offset)
     chosen = backends.choose(wanted)
     space = Workspace(home, id_from(video) if name is None else check_id(name))
@@ -74,6 +76,11 @@ def preprocess(
     probe = media.probe(video)
     if not probe.has_video:
         raise TalkheadError(f"{video.name} has no picture; give a video of somebody talking")
+    if video.suffix.lower() in PICTURES:
+        raise TalkheadError(
+            f"{video.name} is a picture; talkhead render --image FILE speaks from one, without "
+            "training"
+        )
     if probe.duration_s < MIN_SECONDS:
         raise TalkheadError(
             f"{video.name} is only {probe.duration_s:.1f} s long; "
@@ -83,6 +90,11 @@ def preprocess(
         raise TalkheadError(
             f"{video.name} has no sound track; film with sound, or pass --no-audio to track "
             "the pictures alone, of which no avatar is trained"
+        )
+    if probe.is_synthetic:
+        progress.note(
+            f"{video.name} is synthetic, made by talkhead render: what is learnt from it is an "
+            "avatar's likeness, not the person's"
         )
     part = _part(video, probe.duration_s, start_s, end_s)
     for warning in backends.warnings(chosen):
@@ -94,7 +106,7 @@ def preprocess(
             _name_what_stays(space, source, progress)
             space.clear()
         place = [part.first, part.n_frames]
-        _refuse_other_footage(space, source, place)
+        _refuse_other_footage(space, source, place, progress)
         work = Stages(space, part, probe, progress, chosen)
         if with_audio:
             work.refuse_silence()
@@ -136,6 +148,7 @@ def preprocess(
                 "name": video.name,
                 "sha256": source,
                 "seconds": probe.duration_s,
+                "synthetic": probe.is_synthetic,
                 "first_frame": part.first,
                 "part": place,
             },
@@ -174,8 +187,8 @@ def _nothing_left_of_refused(space: Workspace, is_new: bool) -> Iterator[None]:
     was there before may be anybody's."""
     try:
         yield
-    except TalkheadError:
-        if is_new and not space.manifest()["stages"]:
+    except TalkheadError as error:
+        if is_new and (isinstance(error, UnfitError) or not space.manifest()["stages"]):
             space.remove()
         raise
 
@@ -188,7 +201,9 @@ def _named(runs: Sequence[Run]) -> str:
     return ", ".join(f"run '{run.name}'" for run in runs)
 
 
-def _refuse_other_footage(space: Workspace, source: str, place: list[int | None]) -> None:
+def _refuse_other_footage(
+    space: Workspace, source: str, place: list[int | None], progress: Progress
+) -> None:
     """Two films may bear one name, and who is in them is not asked: neither takes the other's.  Nor
     does another part of the film take the one that runs have learnt from."""
     known = space.manifest().get("source")
@@ -197,6 +212,8 @@ def _refuse_other_footage(space: Workspace, source: str, place: list[int | None]
     runs = _finished(space)
     first, n_frames = place
     held = known.get("part", [known.get("first_frame", first), n_frames])  # older ones say less
+    if known["sha256"] == source and not runs and held != [first, n_frames]:
+        progress.note(f"'{space.id}' held another part of {known.get('name')}, which this replaces")
     if known["sha256"] == source and runs and held != [first, n_frames]:
         raise TalkheadError(
             f"{_named(runs)} of '{space.id}' learnt from another part of this film; name this part "

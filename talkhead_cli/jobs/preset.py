@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -333,6 +333,22 @@ def validate(values: dict[str, Any]) -> Preset:
                 ) from error
         said = first["msg"].removeprefix("Value error, ")
         raise MisuseError(f"preset key '{path}': {said}" if path else said) from error
+
+
+def differences(held: Preset, wanted: Preset, at_most: int = 3) -> str:
+    """The first few keys in which two presets differ, as 'key=held, not wanted'."""
+    sides = [dict(_leaves(p.model_dump(mode="json"))) for p in (held, wanted)]
+    keys = [key for key in sides[0] | sides[1] if sides[0].get(key) != sides[1].get(key)]
+    told = [f"{key}={sides[0].get(key)}, not {sides[1].get(key)}" for key in keys[:at_most]]
+    return "; ".join(told) + (" ..." if len(keys) > at_most else "")
+
+
+def _leaves(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{path}{key}.")
+        else:
+            yield path + key, value
 
 
 def _known_keys(parents: tuple[int | str, ...]) -> list[str]:

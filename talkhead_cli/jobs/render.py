@@ -18,7 +18,7 @@ from torch import Tensor
 
 from talkhead_cli import __version__, march, media
 from talkhead_cli.contracts import FPS, Frame, MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import photo, player, script
+from talkhead_cli.jobs import drive, photo, player, script
 from talkhead_cli.jobs.enroll import enroll
 from talkhead_cli.jobs.paste import Original
 from talkhead_cli.jobs.player import Player
@@ -72,6 +72,7 @@ def render(
     backdrop = _background(wishes.background)
     _name_old_footage(space, run, progress)
     original = None if wishes.into is None else Original.of(space, run, wishes.into)
+    script.refuse_moves(run, wishes)
     show = player.load(run, march.device_of(device))
     progress.note(f"marching: {show.note}")
     wishes = script.settled(show, wishes, progress)
@@ -81,6 +82,8 @@ def render(
     files.film.parent.mkdir(parents=True, exist_ok=True)
     with script.written(show, speech, wishes, progress) as film_script:
         n_frames = film_script.n_frames
+        if beyond := drive.beyond(run.drive(), film_script.moves, n_frames):
+            progress.note(f"{beyond}; what nobody filmed is guessed, and looks it")
         if wishes.pose not in script.familiar(show) or film_script.moves.looks_elsewhere:
             progress.stage("new views", None)
             at = film_script.moves.telling(player.N_VIEWS, n_frames)

@@ -30,6 +30,7 @@ from talkhead_cli.jobs.backends import Voice
 from talkhead_cli.jobs.footage import SpeechStats
 from talkhead_cli.jobs.landmark_track import LandmarkTrack
 from talkhead_cli.jobs.player import Player
+from talkhead_cli.store import Run
 from talkhead_cli.track import voice
 
 PCM_SCALE = 1 / 32768
@@ -124,6 +125,16 @@ def settled(show: Player, moves: M, progress: Progress) -> M:
         what = " and ".join({"pose": "head", "blink": "lids"}[k] for k in instead)
         progress.note(f"one picture has no motion to replay: {what} move by --seed")
     return replace(moves, **instead)  # type: ignore[arg-type]
+
+
+def refuse_moves(run: Run, moves: Moves) -> None:
+    """MisuseError or TalkheadError for moves that cannot be made, before anything is loaded."""
+    drives.make(
+        run.drive(), 1, pose=moves.pose, blink=moves.blink, yaw_deg=moves.yaw_deg,
+        pitch_deg=moves.pitch_deg, orbit=moves.orbit,
+    )  # fmt: skip
+    if moves.landmarks is not None:
+        landmark_track.read(moves.landmarks)
 
 
 def familiar(show: Player) -> tuple[str, ...]:

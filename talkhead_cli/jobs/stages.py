@@ -15,7 +15,7 @@ from talkhead_cli.contracts import (
     FPS,
     SAMPLES_PER_FRAME,
     Progress,
-    TalkheadError,
+    UnfitError,
     followed,
 )
 from talkhead_cli.jobs import backends
@@ -81,7 +81,7 @@ class Stages:
             return
         samples = self.part.sound(self.n_declared * SAMPLES_PER_FRAME)
         if not voice.heard(samples, self.n_declared).any():
-            raise TalkheadError(
+            raise UnfitError(
                 f"the sound of {self.video.name} is silent; film with a working microphone, or "
                 "pass --no-audio to track the pictures alone, of which no avatar is trained"
             )
@@ -105,22 +105,22 @@ class Stages:
         stored = self.space.load("mesh")
         found = stored["found"]
         if not found.any():
-            raise TalkheadError(
+            raise UnfitError(
                 f"no face was found in {self.video.name}; film one person facing the camera"
             )
         if len(found) < MIN_SECONDS * FPS:
-            raise TalkheadError(
+            raise UnfitError(
                 f"only {len(found) / FPS:.1f} s of {self.video.name} could be read; at least "
                 f"{MIN_SECONDS:.0f} s of talking are needed"
             )
         n_kept = int(self.space.load("shots")["kept"].sum())
         if n_kept < MIN_SECONDS * FPS:
-            raise TalkheadError(
+            raise UnfitError(
                 f"only {n_kept / FPS:.1f} s of {self.video.name} show one person in one picture, "
                 f"between cuts; at least {MIN_SECONDS:.0f} s of talking are needed"
             )
         if found.sum() < MIN_SECONDS * FPS:
-            raise TalkheadError(
+            raise UnfitError(
                 f"a face is seen in only {found.sum() / FPS:.1f} s of {self.video.name}; at least "
                 f"{MIN_SECONDS:.0f} s of talking are needed"
             )
@@ -234,7 +234,7 @@ class Stages:
             samples = np.zeros(n_samples, np.float32)
         heard = voice.heard(samples, n_frames)
         if with_audio and not heard.any():
-            raise TalkheadError(
+            raise UnfitError(
                 f"nothing is heard of {self.video.name} while its picture lasts"
                 + (f", when its sound is moved by {offset_s:g} s" if offset_s else "")
                 + "; give another part of it, or another --offset"
@@ -375,8 +375,9 @@ class Stages:
         lost = 1 - float(film["tracked"][self.space.load("shots")["kept"]].mean())
         if lost > 0.2:
             self.progress.note(
-                f"the shoulders could not be followed in {lost:.0%} of the frames; "
-                "there their motion is bridged, and they may swim"
+                f"the shoulders could not be followed in {lost:.0%} of the frames (plain or dark "
+                "clothes, or hardly in the picture); there they are taken to move on evenly, and "
+                "may swim in films"
             )
         reference = int(film["reference"])
         pivot = matte.body_pivot(mesh[reference])

@@ -108,7 +108,8 @@ def _heard(
             yield np.clip(samples, -1.0, 1.0, out=samples)
         run.finish()
         if not n_heard and n_samples != 0:
-            raise TalkheadError(f"{path} has a sound track that cannot be read: {run.complaint}")
+            why = run.complaint or "it holds no samples"
+            raise TalkheadError(f"{path} has a sound track that cannot be read: {why}")
     if on_warning is None:
         return
     about = probe(path)

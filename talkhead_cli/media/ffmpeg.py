@@ -123,6 +123,7 @@ class Probe:
     colour         pixel format and colour tags as ffmpeg writes them, e.g.
                    "yuv420p10le(tv, bt2020nc/bt2020/smpte2084, progressive)"
     video_start_s, audio_start_s  start of the track on the file's common clock
+    is_synthetic   its metadata says that talkhead rendered it
     has_index      the file knows where pictures lie that stand alone; seeks in others miss
     """
 
@@ -137,6 +138,7 @@ class Probe:
     colour: str
     video_start_s: float
     audio_start_s: float
+    is_synthetic: bool
     has_index: bool
 
 
@@ -179,6 +181,7 @@ def probe(path: Path | str) -> Probe:
         colour=colour,
         video_start_s=_start_s(nominal, origin_s),
         audio_start_s=_start_s(audio, origin_s),
+        is_synthetic=_SYNTHETIC.search(text) is not None,
         has_index=_INDEXED.search(head) is not None,
     )
 
@@ -194,6 +197,7 @@ def count_packets(path: Path | str, track: str) -> tuple[int, float]:
     return int(frames[-1]) if frames else 0, int(micros[-1]) / 1e6 if micros else 0.0
 
 
+_SYNTHETIC = re.compile(r"^ +talkhead_synthetic *: true", re.M | re.I)
 _INDEXED = re.compile(r"^Input #0, (mov|matroska),", re.M)
 # The colour's brackets may hold others: "yuv420p(tv, bottom coded first (swapped))".
 _VIDEO = re.compile(r": Video: .*?, (\w+(?:\((?:[^()]|\([^()]*\))*\))?), (\d+)x(\d+)")

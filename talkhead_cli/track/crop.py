@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.contracts import UnfitError
 from talkhead_cli.track.face import CHIN, TOP
 from talkhead_cli.track.zoom import Box, Zoom
 
@@ -46,10 +46,10 @@ def choose_crop(points: NDArray[np.float32], found: NDArray[np.bool_], bounds: B
     )  # fmt: skip
     seen = points[found]
     if len(seen) == 0:
-        raise TalkheadError("no face was found in any frame; film one person facing the camera")
+        raise UnfitError("no face was found in any frame; film one person facing the camera")
     face_px = float(np.median(np.linalg.norm(seen[:, TOP, :2] - seen[:, CHIN, :2], axis=-1)))
     if face_px < MIN_FACE_PX:
-        raise TalkheadError(
+        raise UnfitError(
             f"the face is only {face_px:.0f} pixels tall; film closer, so that it is at least "
             f"{MIN_FACE_PX} (150 or more looks good)"
         )

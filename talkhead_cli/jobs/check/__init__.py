@@ -7,7 +7,7 @@ long film it says which part shows most: mouths that move, sounds that differ, v
 from __future__ import annotations
 
 from talkhead_cli.jobs.check.judge import check
-from talkhead_cli.jobs.check.page import page
+from talkhead_cli.jobs.check.page import page, refuse_page
 from talkhead_cli.jobs.check.report import Report
 
-__all__ = ["Report", "check", "page"]
+__all__ = ["Report", "check", "page", "refuse_page"]

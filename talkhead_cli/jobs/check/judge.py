@@ -12,6 +12,7 @@ from talkhead_cli import media
 from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, Progress, TalkheadError
 from talkhead_cli.jobs.check.look import MAX_SIDE, Piece, pieces_of
 from talkhead_cli.jobs.check.report import LIMITS, Array, Curve, Finding, Report, Segment
+from talkhead_cli.jobs.stages import MIN_SECONDS
 from talkhead_cli.track import face, lipsync, voice
 from talkhead_cli.track.captions import CaptionFinder
 from talkhead_cli.track.crop import ABOVE_CENTRE, HEIGHTS_PER_SIDE
@@ -228,8 +229,8 @@ def _segments(pieces: list[Piece], stream: NDArray[np.float32] | None) -> list[S
     mel = None if stream is None else stream[:, : voice.N_MEL]
     rows = []
     for piece in pieces:
-        if piece.found.sum() < FPS:
-            continue
+        if piece.found.sum() < FPS or len(piece.found) < MIN_SECONDS * FPS:
+            continue  # too little to learn from
         rate = voice.RATE_HZ // FPS
         end = piece.first + len(piece.found)
         heard = None if mel is None else mel[piece.first * rate : end * rate]

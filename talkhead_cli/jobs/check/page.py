@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import base64
 import math
+import os
 from html import escape
+from pathlib import Path
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from talkhead_cli.contracts import MisuseError
 from talkhead_cli.jobs.check.report import Curve, Report
 
 WIDTH, HEIGHT, MARGIN = 880, 110, 44
+MARK = '<meta name="generator" content="talkhead check">'
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em;
        color: #222; background: #fff }
@@ -22,6 +26,22 @@ table { border-collapse: collapse; width: 100% } td, th { text-align: left; padd
 .verdict { font-weight: 600 } figure { display: inline-block; margin: 0 .5em .5em 0 }
 figcaption, text { font-size: 12px; fill: #555; color: #555 } img { border-radius: 4px }
 """
+
+
+def refuse_page(path: Path) -> None:
+    """MisuseError where a page cannot be written, or would replace a file that is none of ours."""
+    folder = path.absolute().parent
+    if path.is_dir() or not folder.is_dir():
+        raise MisuseError(f"--page {path} must name a file in a folder that is there")
+    if not os.access(folder, os.W_OK):
+        raise MisuseError(f"--page {path}: nothing may be written in {folder}")
+    if path.exists():
+        with path.open("rb") as file:
+            if MARK.encode() not in file.read(4096):
+                raise MisuseError(
+                    f"--page {path} is there already, and is no page of talkhead check; give "
+                    "another name"
+                )
 
 
 def page(report: Report, name: str) -> str:
@@ -43,7 +63,7 @@ def page(report: Report, name: str) -> str:
     )
     plots = "".join(f"<h3>{escape(c.name)}</h3>{_plot(c)}" for c in report.curves)
     return f"""<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>{escape(name)}</title><style>{STYLE}</style>
+<html lang="en"><meta charset="utf-8">{MARK}<title>{escape(name)}</title><style>{STYLE}</style>
 <h1>{escape(name)}: <span class="{report.verdict}">{report.verdict}</span></h1>
 {shown}
 <table><tr><th></th><th>point</th><th>found</th><th>what to do</th></tr>{points}</table>
