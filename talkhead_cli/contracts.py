@@ -1,4 +1,4 @@
-"""Floor 0: the types that every room shares. Imports nothing of ours.
+"""Types and protocols that all packages share (floor 0); imports none of our modules.
 
 Shape legend
     T rows of Signals (frames)   W audio window steps   A audio feature size
@@ -11,7 +11,7 @@ Axes
     picture), y down, z away from the camera (a face looks along -z); 1.0 = one face
     height (top of the forehead to the chin).  Camera axes are OpenCV's (x right, y down,
     z forward); pixel centres lie at +0.5.  Colours are sRGB in [0, 1], channels last.
-    In head space the head stands still: a turning head is a moving camera.
+    The head is fixed in head space: head motion appears as camera motion.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
 
-if TYPE_CHECKING:  # `--help` must not pay for torch
+if TYPE_CHECKING:  # keeps torch out of the start-up time of `--help`
     from torch import Tensor
 
 FPS = 25
@@ -37,7 +37,7 @@ Item = TypeVar("Item")
 
 
 class TalkheadError(Exception):
-    """Something the user can mend; its text is one sentence that says how."""
+    """An error the user can fix; its text is one sentence that says how."""
 
 
 class MisuseError(TalkheadError):
@@ -49,20 +49,20 @@ class UnfitError(TalkheadError):
 
 
 class Progress(Protocol):
-    """How a job reports. The console implements it; tests pass `SilentProgress`."""
+    """How a job reports progress. The console implements it; tests pass `SilentProgress`."""
 
     def stage(self, name: str, total: int | None = None, unit: str = "frames") -> None:
-        """Begin a named part of `total` units (None: unknown)."""
+        """Begin a named stage of `total` units (None: unknown)."""
 
     def advance(self, n: int = 1, **figures: float) -> None:
-        """`n` more units are done; `figures` are shown beside them."""
+        """Report `n` more units as done; `figures` are shown beside them."""
 
     def note(self, text: str) -> None:
-        """One line the user should read: a fallback and what it lost, a choice made."""
+        """Show one line the user should read: a fallback and its cost, or a choice made."""
 
 
 class SilentProgress:
-    """Keeps the notes and says nothing."""
+    """A `Progress` that prints nothing and collects the notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -78,7 +78,7 @@ class SilentProgress:
 
 
 def followed(progress: Progress, items: Iterable[Item]) -> Iterator[Item]:
-    """Yield `items`, one unit of progress each."""
+    """Yield `items`, advancing progress by one unit after each."""
     for item in items:
         yield item
         progress.advance()
@@ -86,7 +86,7 @@ def followed(progress: Progress, items: Iterable[Item]) -> Iterator[Item]:
 
 @dataclass(frozen=True)
 class Need:
-    """One thing that a room needs of the machine; `doctor` prints them."""
+    """One requirement that a package has of the machine; `doctor` prints them."""
 
     name: str
     ok: bool
@@ -96,7 +96,7 @@ class Need:
 
 
 def free_gb() -> float:
-    """Memory that is free for the asking, GB; what the disk's cache holds is."""
+    """Return available memory in GB (2^30 bytes), on Linux including reclaimable page cache."""
     with contextlib.suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
         told = next((line for line in lines if line.startswith("MemAvailable:")), "")
@@ -112,7 +112,7 @@ def _alone(index: Any, n: int) -> slice:
 
 @dataclass(frozen=True)
 class Camera:
-    """Where each row is seen from, in head space.
+    """One pinhole camera per row, in head space.
 
     c2w      (T, 4, 4) camera to world, rotation orthonormal
     k        (T, 3, 3) intrinsics in pixels of a picture of `size_px`
@@ -130,32 +130,31 @@ class Camera:
         return Camera(self.c2w.to(device), self.k.to(device), self.size_px)
 
     def resized(self, size_px: int) -> Camera:
-        """The same view as a picture of another size."""
+        """Return the same view for a picture of another size."""
         k = self.k.clone()
         k[:, :2] *= size_px / self.size_px
         return Camera(self.c2w, k, size_px)
 
     def smaller(self, times: int) -> Camera:
-        """The same view as a picture of a `times` smaller side."""
+        """Return the same view for a picture whose side is `times` times smaller."""
         return self if times == 1 else self.resized(self.size_px // times)
 
 
 @dataclass(frozen=True)
 class Signals:
-    """All that a network may listen to, T rows. Smoothing happens here and nowhere later.
+    """All driving signals that networks may use, T rows; already smoothed, never smoothed later.
 
     audio         (T, W, A) standardised speech features around each frame
     eye           (T, 2) openness of the eyes on the picture's left, right: 0 shut ... 1 open
     gaze          (T, 2) iris offset right, down, in eye widths
-    brow          (T, 2) height of the brows on the picture's left, right, over the person's mean
+    brow          (T, 2) height of the picture's left, right brow minus the person's mean
     landmarks     (T, 68, 3) iBUG order, head space
-    landmarks_px  (T, 68, 2) as seen, in pixels of the 512-normalised crop divided by 512: [0, 1]
+    landmarks_px  (T, 68, 2) x, y in the picture, as fractions of its side: [0, 1]
     pose          (T, 6) head to camera: rotation vector (rad), translation (face heights)
-    body          (T, 4) shoulders against their mean: right, down (face heights at the
-                  torso's depth), roll (rad), and 0, where log scale would be: not measured
-    person        (T,) long
-    moment        (T,) long, number of the frame in its clip or film: rows whose numbers follow each
-                  other are heard one after the other
+    body          (T, 4) shoulders relative to their mean: right, down (face heights at the
+                  torso's depth), roll (rad), log scale (not measured: always 0)
+    person        (T,) long, index of the person
+    moment        (T,) long, frame number in the clip; consecutive numbers are consecutive in time
     """
 
     audio: Tensor
@@ -182,7 +181,7 @@ class Signals:
         return Signals(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
 
     def with_(self, **changes: Any) -> Signals:
-        """A copy with some tensors replaced."""
+        """Return a copy with some tensors replaced."""
         return replace(self, **changes)
 
 
@@ -192,7 +191,7 @@ class RayBundle:
 
     origins (R, 3) · directions (R, 3) unit · near, far (R, 1) distances; far <= near: misses
     pixel (R, 2) x, y in pixels · row (R,) the row of the Signals each ray belongs to
-    layout (B, h, w) when the rays are B patches or pictures in raster order · whole: pictures
+    layout (B, h, w) if they are B patches or pictures in raster order · whole: if pictures
     """
 
     origins: Tensor
@@ -232,13 +231,13 @@ class RayBundle:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What marching returns for R rays; weights accumulate in float32.
+    """Composited channels of R rays; weights accumulate in float32.
 
     feature (R, C) composited channels, the last `n_detached` with detached weights
-    opacity (R, 1) in [0, 1] · depth (R, 1) expected distance of what was hit, not
-    normalised by opacity · spread (R, 1) variance of that distance along the ray,
-    sum w t^2 - (sum w t)^2 / sum w (0 for a thin surface) · n_points sent to the field, a
-    number () on the device where nobody waited for it
+    opacity (R, 1) in [0, 1] · depth (R, 1) expected hit distance, sum w t, not normalised by
+    opacity · spread (R, 1) variance of that distance along the ray,
+    sum w t^2 - (sum w t)^2 / sum w (0 for a thin surface) · n_points number of points sent to
+    the field, a () tensor on the device if reading it would have needed a host sync
     """
 
     feature: Tensor
@@ -251,9 +250,10 @@ class Rendered:
     def of_moments(
         cls, feature: Tensor, moments: Tensor, origin: Tensor, n_points: int | Tensor
     ) -> Rendered:
-        """moments (R, 3): of the weights about origin (R, 1) on each ray, sum w, sum w s and
-        sum w s^2.  A ray's first sample is a good one: numbers stay small, so that the spread of a
-        thin surface survives float32."""
+        """Build from moments (R, 3) of the weights: sum w, sum w s, sum w s^2, s = t - origin.
+
+        origin (R, 1) should be each ray's first sample: s then stays small, so that the spread of
+        a thin surface survives float32."""
         opacity, first, second = moments.split(1, 1)
         spread = (second - first**2 / opacity.clamp_min(1e-10)).clamp_min(0)
         return cls(feature, opacity, first + origin * opacity, spread, n_points)
@@ -261,11 +261,11 @@ class Rendered:
 
 @dataclass(frozen=True)
 class Frame:
-    """A finished picture, B of them when the rays had a layout, else R loose pixels.
+    """B finished pictures if the rays have a layout, else R single pixels.
 
-    rgb (B, H, W, 3) or (R, 3) · alpha, depth with one channel, depth the distance in face heights
-    of what is solid and infinite elsewhere · parts: named maps for losses and pictures, never
-    for control
+    rgb (B, H, W, 3) or (R, 3) · alpha, depth with one channel; depth is the distance in face
+    heights where opacity exceeds 0.5, else infinite · parts: named maps for losses and
+    visualisation, never for control flow
     """
 
     rgb: Tensor
@@ -274,7 +274,7 @@ class Frame:
     parts: dict[str, Tensor]
 
     def __getitem__(self, index: int) -> Frame:
-        """One of the B pictures, as a frame of its own (B = 1)."""
+        """Return one of the B pictures as a frame with B = 1."""
         own = _alone(index, len(self.rgb))
         parts = {name: part[own] for name, part in self.parts.items()}
         return Frame(self.rgb[own], self.alpha[own], self.depth[own], parts)
@@ -282,11 +282,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Portrait:
-    """P pictures of one person, for avatars that are made from pictures; the first is the main one.
+    """P pictures of one person, for avatars built from pictures; the first is the main one.
 
-    pictures (P, H, W, 3) · labels (P, 6, h, w) soft, in the order of LABELS · signals P rows: how
-    each picture's face stands and what it does · relief (P, n, n, 2) depth z of the rigid face
-    and the trust in it over x, y in [-RELIEF_SIDE, RELIEF_SIDE] of head space
+    pictures (P, H, W, 3) · labels (P, 6, h, w) soft, in the order of LABELS · signals P rows: pose
+    and expression in each picture · relief (P, n, n, 2) depth z of the rigid face and confidence
+    in it, over x, y in [-RELIEF_SIDE, RELIEF_SIDE] of head space
     """
 
     pictures: Tensor
@@ -306,14 +306,14 @@ class Portrait:
 
 @dataclass(frozen=True)
 class Shot:
-    """One person's share of a training step.
+    """One person's part of a training step.
 
-    signals  T rows · rays None for a stage that hears only speech
-    target   (R, 3) true colours; without rays the rows' pictures (T, H, W, 3), for a stage that is
-             shown them · labels (R, 6) soft labels in the order of LABELS · plate (R, 3)
-             what is behind: of every ray, or of every pixel of the finished pictures where the
-             rays are whole pictures, which may be smaller
-    portrait other pictures of the person, for avatars that are made from pictures
+    signals  T rows · rays None in a speech-only stage
+    target   (R, 3) true colours; without rays, the rows' pictures (T, H, W, 3) if the stage uses
+             them · labels (R, 6) soft labels in the order of LABELS · plate (R, 3) background.
+             If the rays are whole pictures, these three have one row for every pixel of the
+             finished pictures, which may be larger than the marched ones
+    portrait other pictures of the person, for avatars that are built from pictures
     """
 
     signals: Signals
@@ -325,8 +325,8 @@ class Shot:
 
 
 def unpacked(thing: Any) -> list[Tensor]:
-    """All tensors in dataclasses of this file, however deep, in a fixed order."""
-    if hasattr(thing, "data_ptr"):  # who reads contracts need not load torch
+    """Return all tensors nested in a tensor, dict or dataclass, in a fixed order."""
+    if hasattr(thing, "data_ptr"):  # isinstance would need torch, which this module never imports
         return [thing]
     if isinstance(thing, dict):
         return [t for part in thing.values() for t in unpacked(part)]
@@ -336,7 +336,7 @@ def unpacked(thing: Any) -> list[Tensor]:
 
 
 def repacked(like: Any, tensors: Iterator[Tensor]) -> Any:
-    """The same with other tensors, in the order of `unpacked`."""
+    """Return a copy of `like` with its tensors replaced, in the order of `unpacked`."""
     if hasattr(like, "data_ptr"):
         return next(tensors)
     if isinstance(like, dict):
@@ -348,7 +348,7 @@ def repacked(like: Any, tensors: Iterator[Tensor]) -> Any:
 
 @runtime_checkable
 class Field(Protocol):
-    """Density and C channels of points in head space, for `n_rows` rows said beforehand."""
+    """Density and C channels of points in head space, for the `n_rows` rows it was built for."""
 
     aabb: Tensor  # (6,) x0 y0 z0 x1 y1 z1
     channels: int
@@ -356,7 +356,7 @@ class Field(Protocol):
     n_rows: int
 
     def density(self, x: Tensor, row: Tensor) -> Tensor:
-        """x (N, 3), row (N,) long -> density (N,) >= 0 per unit of length."""
+        """x (N, 3), row (N,) long -> density (N,) >= 0 per face height."""
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, 3), unit d (N, 3), row (N,) -> density (N,), channels (N, C)."""
@@ -366,8 +366,8 @@ class Field(Protocol):
 class RayMarcher(Protocol):
     """Turns rays into composited channels; sees points, directions and row numbers only.
 
-    `exploring`: training has yet to find where the surfaces are, so no place may be passed over
-    for what was seen so far.
+    `exploring`: surfaces are not located yet, so samples must cover all occupied space instead of
+    following the weights observed so far.
     """
 
     exploring: bool
@@ -376,10 +376,10 @@ class RayMarcher(Protocol):
         """Integrate `field` along `rays`."""
 
     def refresh(self, field: Field, step: int) -> None:
-        """Learn which cells of space the field fills."""
+        """Update the occupancy grid from the field, when it is due."""
 
     def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Learn from nothing where a field is that nobody trained on; fields of one row."""
+        """Rebuild the occupancy grid from views of an untrained person; fields of one row."""
 
     def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Learn of poses and views that training did not show, each a field of one row."""
+        """Add poses and views that training did not cover to the grid; fields of one row."""

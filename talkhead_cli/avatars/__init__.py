@@ -1,4 +1,4 @@
-"""The methods, by name; a method's module is imported when it is asked for."""
+"""The methods by name; a method's module is imported on first use."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
     from talkhead_cli.avatars.base import Avatar
 
 METHODS = {"landmark": "Landmark", "lokitalk": "LokiTalk", "s3d": "S3D", "talk3d": "Talk3D"}
-LEARNERS = METHODS | {"expert": "Expert"}  # who pretrain can train; an expert draws nobody
+LEARNERS = METHODS | {"expert": "Expert"}  # what pretrain can train; the expert renders nothing
 
 
 def avatar_class(method: str) -> type[Avatar]:
-    """The class of a method, or MisuseError naming the known ones."""
+    """Return the class of a method; MisuseError names the known ones."""
     if method not in LEARNERS:
         raise MisuseError(f"unknown method '{method}'; known: {', '.join(sorted(METHODS))}")
     found: type[Avatar] = getattr(import_module(f"{__name__}.{method}"), LEARNERS[method])

@@ -1,4 +1,4 @@
-"""What every method is: signals in, a field out; marched channels in, a picture out."""
+"""The interface of all methods: signals -> field, and marched channels -> picture."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from talkhead_cli.contracts import Field, Frame, Portrait, RayBundle, Rendered, 
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one shot of a training step came to; the rays' part is None for speech-only stages."""
+    """A shot of a training step and what was rendered of it, None in speech-only stages."""
 
     shot: Shot
     field: Field | None = None
@@ -25,7 +25,7 @@ class StepResult:
 
 
 class Speaker(Protocol):
-    """Somebody who can be drawn: the calls that jobs make once they know whom."""
+    """A person ready to be rendered: the part of `Avatar` that jobs call after `enroll`."""
 
     aabb: Tensor
     past: int
@@ -44,22 +44,23 @@ class Speaker(Protocol):
 
 
 class Avatar(nn.Module):
-    """Base of the methods. An avatar knows neither how it is marched, nor saved, nor filmed.
+    """Base class of the methods; independent of marching, saving and video I/O.
 
-    `aabb` (6,) is the box of head space that holds the person.  In training, methods put noise
-    on the driving signals; `noise` is the stage's share of it.  `common` names what people share
-    and a prior consists of, by the beginnings of its names in the state.
-    `weighs` names all losses that it may have, and of these the ones that it `heeds` are the word
-    of an expert, who may be missing.
-    `judges` are frozen networks that a job hands in for their word in the losses; a list, so
-    that they are neither trained nor saved with the avatar.
-    One that `needs_portrait` learns to draw people whom it never met (`enroll`), within `box`.
-    One that `begins_with` published generators is built for one of them and is given it (`borrow`).
-    `past` is how many rows before a row `listen` has to be given for it to hear the row as in
-    the whole speech.  Whole pictures are marched `magnification` times smaller than they come out
-    of `compose`.  `maps` are parts of a frame that are worth a look: the names of their channels,
-    none of them negative.  One that `has_kernel` answers by one where no gradients are wanted
-    (its field `skips`), and nothing it does with rays and signals waits for a CUDA device.
+    aabb            (6,) box of head space that holds the person
+    noise           scale of the noise on driving signals in training; each stage sets it
+    common, own     name prefixes of the state that people share, which a prior consists of, and
+                    name suffixes excluded from it
+    weighs, heeds   names of all its losses · those computed by a lip-sync expert or critic, which
+                    may be missing
+    judges          frozen networks that losses use, handed in by the job; a plain list, so that
+                    they are neither trained nor saved with the avatar
+    needs_portrait  whether it renders unseen people from pictures (`enroll`), within `box`
+    begins_with     published generators it can be built for, loaded by `borrow`
+    past            preceding rows that `listen` needs for a row to match the whole-clip result
+    magnification   side of finished pictures over that of the marched ones
+    maps            parts of a frame to visualise: names of their channels, which are never negative
+    has_kernel      without gradients a Triton kernel evaluates its field (which then `skips`), and
+                    no operation on rays or signals causes a host sync on CUDA
     """
 
     aabb: Tensor
@@ -86,25 +87,25 @@ class Avatar(nn.Module):
         cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
         n_people: int = 1,
     ) -> Self:  # fmt: skip
-        """A fresh avatar of one size for speech windows (n_steps, n_features), pictures of px."""
+        """Return an untrained avatar for speech windows (n_steps, n_features), pictures of px."""
         raise NotImplementedError
 
     def common_state(self) -> dict[str, Tensor]:
-        """What people share: the tensors that a prior consists of."""
+        """Return the tensors that people share, which a prior consists of."""
         return {
             k: v for k, v in self.state_dict().items()
             if k.startswith(self.common) and not k.endswith(self.own)
         }  # fmt: skip
 
     def common_parts(self) -> list[str]:
-        """The parts that learn any of it."""
+        """Return the names of parts that hold any of the common parameters."""
         names = self.common_state()
         shared = {id(p) for n, p in self.named_parameters() if n in names}
         return [name for name in self.parts() if any(id(p) in shared for p in self.part(name))]
 
     @torch.no_grad()
     def take_common(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begin from a prior, strictly; ValueError names what does not fit."""
+        """Load a prior strictly; ValueError names a tensor that does not fit."""
         own = self.common_state()
         for name in own.keys() | tensors.keys():
             have, want = (t.shape if t is not None else None
@@ -114,81 +115,79 @@ class Avatar(nn.Module):
             own[name].copy_(tensors[name])
 
     def borrow(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begin with the published generator that it was built for; ValueError names what does not
-        fit."""
+        """Load the published generator it was built for; ValueError names a misfit."""
         raise NotImplementedError
 
     def survey(self, people: Sequence[Signals]) -> None:
-        """Read what is common to `people` and measured, before any of them is calibrated."""
+        """Measure (not learn) what `people` have in common, before any of them is calibrated."""
 
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Read what is measured rather than learnt off one person's training rows.
+        """Measure (not learn) what is specific to one person, on its training rows.
 
         mesh (n, 3) the rigid face in head space · aabb (6,) the box that holds the person
         """
         raise NotImplementedError
 
     def enroll(self, portrait: Portrait | None) -> Speaker:
-        """The avatar as the person of the pictures, in one forward pass through which gradients
-        go; who learnt one person's footage is that person already."""
+        """Return the avatar as the person in the pictures, by one differentiable forward pass; an
+        avatar trained on one person's footage returns itself."""
         assert portrait is None
         return self
 
     def meet(self, portrait: Portrait) -> None:
-        """Begin, from a prior, as the person of the pictures, who is then learnt from footage; by
-        default as anybody."""
+        """Initialise from a portrait after loading a prior, before fine-tuning; default: no-op."""
 
     def settle(self, kept: Signals) -> None:
-        """After a stage that kept rows from training (`inner_split`): measure on those rows."""
+        """Measure on rows that a stage held out of training (`inner_split`), when it ends."""
 
     def finish(self) -> None:
-        """After training: become what a finished person needs, the same pictures as before."""
+        """Drop what only training needs; rendered pictures stay the same."""
 
     def listen(self, signals: Signals) -> Signals:
-        """What speech says about the face, written into the signals; by default nothing.
+        """Return the signals with the face predicted from speech; by default unchanged.
 
-        Called once per job or chunk, before `condition`; what it writes a person may edit.
+        Called once per job or chunk, before `condition`; users may edit the result in between.
         """
         return signals
 
     @property
     def neutral(self) -> Tensor | None:
-        """The face at rest (68, 3) that tracks of landmarks move; None where none drive it."""
+        """Landmarks at rest (68, 3), which landmark tracks displace; None if none drive it."""
         return None
 
     def aim(self, signals: Signals, rays: RayBundle) -> RayBundle:
-        """Rays in head space as the avatar has learnt it; by default as it was tracked."""
+        """Return rays with the avatar's learned pose correction; by default unchanged."""
         return rays
 
     def condition(self, signals: Signals) -> Field:
-        """Close over the driving signals of T rows."""
+        """Return the field of T rows with these driving signals."""
         raise NotImplementedError
 
     def compose(
         self, rendered: Rendered, rays: RayBundle, signals: Signals, plate: Tensor
     ) -> Frame:
-        """Marched channels and the background -> picture.
+        """Return the picture of marched channels over the background.
 
-        plate (R, 3): behind each ray, or behind each pixel of the finished pictures where the
-        rays are whole ones.
+        plate (R, 3): background of each ray or, if the rays are whole pictures, of each pixel of
+        the finished pictures.
         """
         raise NotImplementedError
 
     def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
-        """Scalars by name, of those it `weighs`; a stage says which count, and how much."""
+        """Return unweighted scalar losses by name, out of `weighs`; stages set the weights."""
         raise NotImplementedError
 
     def part(self, name: str) -> list[nn.Parameter]:
-        """Parameters of a named part, for the stage's `learn` and `rates`."""
+        """Return the parameters of a named part, for the stage's `learn` and `rates`."""
         raise NotImplementedError
 
     def parts(self) -> list[str]:
-        """Names that `part` knows."""
+        """Return the names that `part` accepts."""
         raise NotImplementedError
 
 
 def averaged(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Losses of several shots, by name -> the mean of each name over the shots that have it."""
+    """Return the mean of each named loss over the shots that have it."""
     terms: dict[str, list[Tensor]] = {}
     for losses in found:
         for name, value in losses.items():
@@ -197,12 +196,12 @@ def averaged(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def shaped(tensor: Tensor, rays: RayBundle) -> Tensor:
-    """(R, C) -> (B, h, w, C) where the rays have a layout."""
+    """Reshape (R, C) to (B, h, w, C) if the rays have a layout."""
     return tensor if rays.layout is None else tensor.view(*rays.layout, tensor.shape[-1])
 
 
 def distance(rendered: Rendered, rays: RayBundle) -> Tensor:
-    """How far what is solid lies along each ray, face heights; infinite where nothing is."""
+    """Return the hit distance along each ray, face heights; infinite where opacity <= 0.5."""
     solid = rendered.opacity > 0.5
     away = rendered.depth / rendered.opacity.clamp_min(1e-3)
     return shaped(torch.where(solid, away, torch.inf), rays)

@@ -1,6 +1,6 @@
-"""The lip-sync expert: draws nobody, but learns from the same people by the same loop.
+"""The lip-sync expert: renders nothing, but is trained on the same data by the same loop.
 
-Frozen, it tells other methods (and `evaluate`) whether lips go with a sound.
+Frozen, it scores for other methods (and `evaluate`) how well lips match a sound.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from talkhead_cli.blocks.sync import SyncExpert, agreement, lip_boxes, lip_crops
 from talkhead_cli.contracts import Signals
 
 SIZES = {"tiny": (32, 64), "full": (64, 128)}
-SHIFT, STRETCH, SHADE, NOISE = 0.08, 0.08, 0.15, 0.02  # how crops are varied in training
+SHIFT, STRETCH, SHADE, NOISE = 0.08, 0.08, 0.15, 0.02  # strengths of crop augmentation
 
 
 class Expert(Avatar):
@@ -39,20 +39,20 @@ class Expert(Avatar):
         return cls(size, n_steps=n_steps, n_features=n_features)
 
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Nothing is measured."""
+        """Do nothing: no measurements are needed."""
 
     def crops(self, pictures: Tensor, marks_px: Tensor) -> Tensor:
-        """What is looked at of pictures (T, H, W, 3) whose landmarks are at marks_px (T, 68, 2), in
-        [0, 1]."""
+        """Return grey lip crops of pictures (T, H, W, 3) with landmarks marks_px (T, 68, 2) in
+        [0, 1]; augmented in training."""
         boxes = lip_boxes(marks_px)
         return _varied(pictures, boxes) if self.training else lip_crops(pictures, boxes)
 
     def embedded(
         self, crops: Tensor, audio: Tensor, moment: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Lips and sounds of rows as unit vectors (N, D), and the rows (N,) they are of.
+        """Return unit embeddings (N, D) of lips and of sounds, and the rows (N,) they belong to.
 
-        crops of T rows · audio (T, W, A) standardised windows · moment (T,) numbers of the frames
+        crops of T rows · audio (T, W, A) standardised windows · moment (T,) frame numbers
         """
         runs, middle = runs_of(crops, moment)
         return self.sync.seen(runs), self.sync.heard(audio[middle]), middle
@@ -65,7 +65,7 @@ class Expert(Avatar):
             rows = shot.signals
             crops = self.crops(shot.target, rows.landmarks_px)
             seen, heard, middle = self.embedded(crops, rows.audio, rows.moment)
-            if not len(middle):  # no five rows of this person follow each other
+            if not len(middle):  # this person has no five consecutive rows
                 continue
             for name, value in agreement(seen, heard, rows.moment[middle]).items():
                 terms.setdefault(name, []).append(value)
@@ -81,7 +81,7 @@ class Expert(Avatar):
 
 
 def _varied(pictures: Tensor, boxes: Tensor) -> Tensor:
-    """Crops of a shot, all shifted, stretched, shaded and mirrored alike: films do not tremble."""
+    """Return augmented crops, alike in all rows but for pixel noise: videos do not tremble."""
     shift = SHIFT * (2 * torch.rand(2, device=boxes.device) - 1)
     stretch = 1 + STRETCH * (2 * torch.rand(1, device=boxes.device) - 1)
     moved = torch.cat([boxes[:, :2] + boxes[:, 2:] * shift, boxes[:, 2:] * stretch], 1)

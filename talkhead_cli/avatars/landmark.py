@@ -1,25 +1,25 @@
-"""landmark: speech becomes landmarks, landmarks become pictures (GtsTalkNeRF, CVM 11(4), 2025).
+"""landmark: speech to landmarks, landmarks to pictures (GtsTalkNeRF, CVM 11(4), 2025).
 
-Stage one says the landmarks (`listen`): what lies between is a track that a person can edit.
-Stage two draws the head that any track asks for:
+Stage one predicts landmarks from speech (`listen`), a track that users can edit.
+Stage two renders the head of any such track:
 
     code(x)   Gaussian relative position code of x among the row's 68 landmarks
     u         = tanh(A(planes(x), code(x), gaze)), two ambient coordinates (HyperNeRF's slices)
-    density, colour  of (planes(x), ambient planes(u)): nothing is displaced, the head of one
-              moment is a slice of a volume of more dimensions
-Stage three paints neck and shoulders round the marched head: a Style-U-Net, steered by the pose
-of head and shoulders.
+    density, colour  of (planes(x), ambient planes(u)): points are not displaced; each row's head
+              is a slice of a higher-dimensional volume
+Stage three adds neck and shoulders around the rendered head by a Style-U-Net, conditioned on the
+pose of head and shoulders.
 
-Where the paper's release is silent or we differ on purpose:
-* Nothing of the sound reaches the picture but through landmarks; the release also feeds the
-  field an audio vector, so that an edited track would not be what is drawn.
-* Upper faces are not still: lids and brows follow eye openness and brow height by a linear map
-  of the person's own frames.  Gaze, which no landmark shows, enters beside the code.
-* z is taken along the camera's own axis, in units of the Gaussians' size: in the release's
+Where the paper's release does not say, or we differ on purpose:
+* Audio affects the picture through landmarks only.  The release also feeds the field an audio
+  vector, with which an edited track would not determine the picture.
+* The upper face moves: lids and brows follow eye openness and brow height by a linear map fitted
+  to the person's own frames.  Gaze, which no landmark shows, is an input beside the code.
+* z is taken along the camera's own axis, in units of the Gaussians' initial size: in the release's
   units its sines and cosines hardly differ from z and 1.
-* Ambient coordinates are asked to be still away from mouth and eyes.
-* The torso's net learns from training frames alone, emits alpha, and moves a canvas with the
-  shoulders.
+* A loss penalises ambient coordinates away from mouth and eyes.
+* The torso network is trained on training frames only, outputs alpha, and warps a learned canvas
+  with the shoulders.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ from talkhead_cli.blocks.style_unet import StyleUNet
 from talkhead_cli.contracts import N_LANDMARKS, Frame, RayBundle, Rendered, Signals
 
 UPPER = torch.tensor([i for i in range(N_LANDMARKS) if i not in MOUTH.tolist()])
-UPPER_RIDGE = 0.01  # per row
+UPPER_RIDGE = 0.01  # ridge strength per row
 COLOUR, AMBIENT = slice(0, 3), slice(3, 4)
 LOOK_SCALE = 5.0
 
@@ -80,7 +80,7 @@ SIZES = {
 
 
 class Face(Person):
-    """A person whose lids and brows follow eyes and brows: upper (4, 117), rest (117,)."""
+    """A `Person` with the linear map upper (4, 117), rest (117,) from eyes and brows to UPPER."""
 
     upper: Tensor
     rest: Tensor
@@ -102,7 +102,7 @@ class Face(Person):
 
     @staticmethod
     def raised(signals: Signals) -> Tensor:
-        """What lids and brows follow, (T, 4)."""
+        """Return the inputs of the map to upper landmarks, (T, 4)."""
         return torch.cat([signals.eye, 10 * signals.brow], 1)
 
     def heard(self, signals: Signals, said: Tensor) -> Signals:
@@ -113,8 +113,8 @@ class Face(Person):
 
     @exact
     def noise(self, like: Tensor) -> Tensor:
-        """Displacements as mouths, lids and brows make them, of a small size: as many as landmarks
-        `like` (n, 68, 3)."""
+        """Return small random displacements, of the shape of `like` (n, 68, 3), along the person's
+        own modes of mouth, lids and brows."""
         code = LIP_NOISE * torch.randn(len(like), N_CODES, device=like.device)
         marks = self.mouth.landmarks(code) - self.mouth.neutral
         raised = torch.randn(len(like), 4, device=like.device)
@@ -124,7 +124,7 @@ class Face(Person):
 
 
 class Landmark(PersonalAvatar):
-    """The avatar of landmarks."""
+    """The avatar of the landmark method."""
 
     own = (".styles",)
     weighs = SOLID | PATCH | WHOLE | {"speech", "colour", "relief", "rough", "still"}
@@ -159,10 +159,10 @@ class Landmark(PersonalAvatar):
         return cls(size, n_steps=n_steps, n_features=n_features, px=px, n_people=n_people)
 
     def coding(self) -> GaussianCode:
-        """How a point is told where it lies among the landmarks."""
+        """Return the position code of points relative to the landmarks."""
         return GaussianCode(N_LANDMARKS)
 
-    # -- hop 8 to 10 -----------------------------------------------------------------------
+    # -- rendering -------------------------------------------------------------------------
 
     def condition(self, signals: Signals) -> LandmarkField:
         person = self.person(signals)
@@ -181,7 +181,7 @@ class Landmark(PersonalAvatar):
     def compose(
         self, rendered: Rendered, rays: RayBundle, signals: Signals, plate: Tensor
     ) -> Frame:
-        """The head over the plate; where rays are whole pictures, the rest of the person too."""
+        """Composite the head over the plate; with whole pictures, add neck and shoulders."""
         head = torch.cat([rendered.feature[:, COLOUR], rendered.opacity], 1)
         over = head[:, :3] + (1 - head[:, 3:]) * plate
         parts = {
@@ -198,7 +198,7 @@ class Landmark(PersonalAvatar):
         return Frame(rgb, alpha.clamp(0, 1), depth, parts)
 
     def _whole(self, head: Tensor, signals: Signals) -> Tensor:
-        """Pictures of the head (B, H, W, 4), premultiplied -> of the whole person."""
+        """Premultiplied pictures of the head (B, H, W, 4) -> of the whole person."""
         person = self.person(signals)
         stance = person.stance(signals)
         if self.training:
@@ -229,7 +229,7 @@ class Landmark(PersonalAvatar):
         }
         if rays.layout is not None:
             losses |= patch_losses(over, target.view(*rays.layout, 3), self.judges)
-        if frame.rgb is not over:  # the whole person was painted
+        if frame.rgb is not over:  # whole pictures: the torso network ran
             picture = shot.target.view(*frame.rgb.shape)
             person = 1 - shot.labels[:, 5:6].view(*frame.alpha.shape)
             losses |= patch_losses(frame.rgb, picture, self.judges, "whole_")
@@ -250,7 +250,7 @@ class Landmark(PersonalAvatar):
 
 
 class LandmarkField:
-    """The field of heads, closed over T rows of landmarks."""
+    """The field of the head for T rows of landmarks."""
 
     channels = 4
     n_detached = 1
@@ -274,12 +274,12 @@ class LandmarkField:
         """x (N, 3), row (N,) -> density (N,), hidden (N, 16), ambient coordinates (N, 2)."""
         avatar = self.avatar
         features = avatar.volume(gathered(x, self._reach))
-        # Codes enter the first layer by a map of their own: most points have none.
+        # Codes have their own map into the first layer, since most points are near no landmark.
         code, near = avatar.code(x, self._tables, row)
         gaze = self._gaze.index_select(0, row)
         told = avatar.to_ambient(code)
         ambient = avatar.ambient_net(torch.cat([features, gaze], 1), told=(told, near))
-        ambient = ambient.float().tanh()  # a place
+        ambient = ambient.float().tanh()  # coordinates need float32
         hidden = avatar.density_net(torch.cat([features, avatar.ambient(ambient)], 1))
         density = density_of(hidden[:, 0])
         return density, hidden[:, 1:], ambient

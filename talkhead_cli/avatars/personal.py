@@ -1,4 +1,4 @@
-"""What the avatars of one person's footage share: a measured face, speech that says its mouth."""
+"""Base classes of avatars trained on footage: measured face, speech-driven mouth, aimed rays."""
 
 from __future__ import annotations
 
@@ -32,20 +32,20 @@ from talkhead_cli.blocks.rigid import (
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import RayBundle, Signals
 
-# Noise on the driving signals in training.  Twenty-odd numbers can name each of a few hundred
-# frames; without noise networks learn the frames by heart.
-LIP_NOISE, POSE_NOISE = 0.25, 0.1  # in standard deviations of the person's own
+# Noise on the driving signals in training.  Some twenty numbers are enough to identify each of a
+# few hundred frames; without noise, networks memorise the frames.
+LIP_NOISE, POSE_NOISE = 0.25, 0.1  # in the person's own standard deviations
 EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
 N_EYES = 2 * 3 + 2 + 2
 
 
 def noisy(x: Tensor, size: float | Tensor) -> Tensor:
-    """The tensor with normal noise of a standard deviation, which broadcasts."""
+    """Return x plus normal noise of standard deviation `size`, which broadcasts."""
     return x + size * torch.randn_like(x)
 
 
 def disturbed(signals: Signals, noise: float) -> Signals:
-    """Eyes, gaze and brows with a little noise, `noise` times the usual."""
+    """Return the signals with noise on eyes, gaze and brows, `noise` times the usual."""
     return signals.with_(
         eye=noisy(signals.eye, noise * EYE_NOISE),
         gaze=noisy(signals.gaze, noise * GAZE_NOISE),
@@ -54,18 +54,18 @@ def disturbed(signals: Signals, noise: float) -> Signals:
 
 
 def eyes_told(signals: Signals) -> Tensor:
-    """What networks are told of eyes: openness (T, 2), by waves too, gaze and brows (T, 2) in much
-    the same size -> (T, N_EYES)."""
+    """Return the eye inputs of networks (T, N_EYES): openness with its sine and cosine, gaze and
+    brows, scaled to similar magnitude."""
     eye = signals.eye
     waves = (torch.pi * eye).sin(), (torch.pi * eye).cos()
     return torch.cat([eye, *waves, 4 * signals.gaze, 10 * signals.brow], 1)
 
 
 class Person(nn.Module):
-    """What is measured of one person.
+    """Measurements of one person.
 
-    mouth (whose mean pose is the one in which head and shoulders are canonical) ·
-    body_mean, body_scale (4,) of the shoulders · relief of the face
+    mouth, including the mean pose, in which head and shoulders are canonical ·
+    body_mean, body_scale (4,) of `Signals.body` · relief of the face
     """
 
     body_mean: Tensor
@@ -87,24 +87,23 @@ class Person(nn.Module):
         self.relief.measure(mesh, aabb)
 
     def stance(self, signals: Signals) -> Tensor:
-        """Standardised pose of head and shoulders (T, 10)."""
+        """Return the standardised pose of head and shoulders (T, 10)."""
         body = (signals.body - self.body_mean) / self.body_scale
         return torch.cat([self.mouth.pose(signals), body], 1)
 
     def heard(self, signals: Signals, said: Tensor) -> Signals:
-        """The signals with the landmarks that were said (T, K)."""
+        """Return the signals with landmarks from the speech encoder's predictions (T, K)."""
         return self.mouth.heard(signals, said)
 
 
 class PersonalAvatar(Avatar):
-    """Speech says the mouth, supervised on tracked ones; what draws it is the method's own.
+    """Speech predicts the mouth, supervised on tracked mouths; rendering is left to the method.
 
-    What speech says of a mouth is common to all people: its networks, and the shapes that
-    their code counts in, mouth_basis (87, K) and mouth_scale (K,).  A single person's avatar
-    changes them for that person's `own_shapes`, unless what draws the mouth is common as well.
-    Rays are put right before they are marched (`aim`): trackers err by habit,
-    and a linear map of pose and expression undoes most of it, for turns that training never
-    shows too.
+    The speech networks are common to all people, and so are the shapes whose coordinates they
+    predict: mouth_basis (87, K), mouth_scale (K,).  With `own_shapes`, the avatar of one person
+    replaces them by that person's; not so if the networks that render the mouth are common too.
+    `aim` corrects rays before they are marched: tracking errors are mostly systematic, and a
+    linear map of pose and expression removes most of them, also in poses not seen in training.
     """
 
     common: tuple[str, ...] = ("speech.nets.", "speech.linear.", "mouth_basis")
@@ -121,17 +120,17 @@ class PersonalAvatar(Avatar):
         self.pose_correction = PoseCorrection(6 + 2 + 2 + 2)
 
     def person(self, signals: Signals) -> Person:
-        """Whose rows these are; people mix between shots, never inside one."""
+        """Return the person of these rows; all rows of a shot belong to one person."""
         index = int(signals.person[0]) if len(self.people) > 1 else 0
         found = self.people[index]
         assert isinstance(found, Person)
         return found
 
-    # -- what is measured ------------------------------------------------------------------
+    # -- measurement -----------------------------------------------------------------------
 
     @torch.no_grad()
     def survey(self, people: Sequence[Signals]) -> None:
-        """Shapes of mouths and how far they go; of several people, the linear map of speech."""
+        """Measure the mouth basis and scale; for several people also fit the linear speech map."""
         self.mouth_basis.copy_(principal_shapes(people))
         self.mouth_scale.copy_(usual_scale(people, self.mouth_basis))
         if len(people) > 1:
@@ -142,14 +141,14 @@ class PersonalAvatar(Avatar):
 
     @torch.no_grad()
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Mouth, statistics of the pose, relief; of one person, also how its speech differs from
-        what is known."""
+        """Measure mouth, pose statistics and relief; with a single person, also fit the linear
+        speech map, to the residual of a prior's encoder if there is one."""
         self.aabb.copy_(aabb)
         alone = len(self.people) == 1
         known = self.mouth_basis.clone()
         if alone and (self.own_shapes or not known.any()):
-            # Speech may come from a prior, which says shapes that suit everybody: this mouth's
-            # own ones draw it better.
+            # A prior's speech encoder predicts shapes fitted to many people; this person's own
+            # shapes reproduce the mouth better.
             self.survey([signals])
             if known.any():
                 self.speech.retarget(change_of_shapes(signals, known, self.mouth_basis))
@@ -167,7 +166,7 @@ class PersonalAvatar(Avatar):
         self.person(kept).mouth.settle(kept, self.speech(kept))
 
     def listen(self, signals: Signals) -> Signals:
-        """Landmarks as speech and pose say them; what neither says is neutral."""
+        """Return the signals with landmarks predicted from speech and pose, the rest neutral."""
         return self.person(signals).heard(signals, self.speech(signals))
 
     @property
@@ -177,7 +176,7 @@ class PersonalAvatar(Avatar):
         return person.mouth.neutral
 
     def speech_losses(self, result: StepResult) -> dict[str, Tensor]:
-        """How far what is said lies from the tracked mouth."""
+        """Return the smooth L1 error of the predicted against the tracked mouth."""
         signals = result.shot.signals
         told = self.person(signals).mouth.to_say(signals)
         if self.training:
@@ -186,7 +185,7 @@ class PersonalAvatar(Avatar):
         return {"speech": F.smooth_l1_loss(self.speech(signals), told)}
 
     def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
-        """What the method asks of marched rays."""
+        """Return the method's losses on marched rays."""
         raise NotImplementedError
 
     def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
@@ -198,10 +197,10 @@ class PersonalAvatar(Avatar):
     # -- pose ------------------------------------------------------------------------------
 
     def aim(self, signals: Signals, rays: RayBundle) -> RayBundle:
-        """Rays where the head is, rather than where the tracker thinks it is."""
+        """Return rays corrected for the tracker's systematic pose errors."""
         motion = self.correction(signals)
         turn = F.pad(motion[:, :, :3], (0, 1))
-        # near and far stay: the motion is small against the room the box leaves round the head
+        # near and far stay: the motion is small compared with the box's margin around the head
         return replace(
             rays,
             origins=moved(rays.origins, motion, rays.row),
@@ -209,17 +208,17 @@ class PersonalAvatar(Avatar):
         )
 
     def correction(self, signals: Signals) -> Tensor:
-        """What is put right of each row's head, (T, 3, 4)."""
+        """Return the correction of each row's head pose, (T, 3, 4)."""
         face = [4 * (signals.eye - 1), 4 * signals.gaze, 10 * signals.brow]
         pose = self.person(signals).mouth.pose(signals)
         return self.pose_correction(torch.cat([pose, *face], 1))
 
     def shoulders(self, signals: Signals) -> Tensor:
-        """Motions (T, 3, 4) of head space that carry points of the shoulders from where rows show
-        them to where they rest.
+        """Return rigid motions (T, 3, 4) of head space that take points on the shoulders from
+        each row to the rest pose.
 
-        They were measured in the picture: they are where they are, whatever is put right of the
-        head's pose.
+        Shoulders are tracked in the picture, independently of the head-pose correction, which is
+        therefore undone first.
         """
         rest = self.person(signals).mouth.pose_mean
         carried = shoulders_in_head(signals.pose, signals.body, rest)
@@ -228,7 +227,7 @@ class PersonalAvatar(Avatar):
     # -- parts -----------------------------------------------------------------------------
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:
-        """The method's own parts; the base adds speech and pose."""
+        """Return the method's own parts; the base class adds speech and pose."""
         raise NotImplementedError
 
     def _parts(self) -> dict[str, list[nn.Module]]:
@@ -245,11 +244,11 @@ class PersonalAvatar(Avatar):
 
 
 class SharedAvatar(PersonalAvatar):
-    """One whose networks people share, not its speech alone: places are told as a face has them
-    that they share, by one affine map of each person's landmarks at rest (`alignment`).
+    """A `PersonalAvatar` whose rendering networks people share too.  They see points in the space
+    of a shared face, one affine map per person from the landmarks at rest (`alignment`).
 
-    face (68, 3) landmarks at rest that people share · frame (6,) the box in which networks are
-    told places: one person's is `aabb`, and a prior's is kept by those who begin from it
+    face (68, 3) the shared landmarks at rest · frame (6,) the box by which networks normalise
+    points: a prior's if there is one, else `aabb`
     """
 
     common = (*PersonalAvatar.common, "face", "frame", "pose_correction.", "shading.")
@@ -275,7 +274,7 @@ class SharedAvatar(PersonalAvatar):
             self.frame.copy_(aabb)
 
     def shared(self, person: Person) -> Tensor:
-        """From the person's head space to the face that people share, (1, 3, 4)."""
+        """Return the affine map (1, 3, 4) from the person's head space to the shared face's."""
         neutral, face = person.mouth.neutral, self.face
         found: Tensor = remembered(
             person, "alignment", [neutral, face], lambda: alignment(neutral, face)
@@ -284,5 +283,5 @@ class SharedAvatar(PersonalAvatar):
 
     @property
     def reach(self) -> Tensor:
-        """Half-size (3,) of what planes hold; the face stays in their middle."""
+        """Half-size (3,) of the box that planes cover, centred on the origin of head space."""
         return torch.maximum(-self.frame[:3], self.frame[3:]) * 1.1

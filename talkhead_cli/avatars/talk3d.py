@@ -1,33 +1,33 @@
-"""Talk3D (Ko et al., arXiv 2403.20153): a personal tri-plane of the head, which speech edits.
+"""Talk3D (Ko et al., arXiv 2403.20153): a personal tri-plane of the head, edited by speech.
 
     P          identity planes of one person
-    t          five tokens of the row: speech, eyes, nothing, rotation of the head, its place
-    P' = P + U(P, t)        U: an attention U-Net over planes (of `edited` size), silent at first
-    density, features       of a small decoder of P' at x
-    picture = Up(marched features), a quarter of the picture's size in the full avatar
+    t          five tokens of the row: speech, eyes, null (learned), head rotation, place
+    P' = P + U(P, t)        U: an attention U-Net over planes (of side `edited`), initially zero
+    density, features       a small decoder of P' at x
+    picture = Up(marched features); marching is at a quarter of the side in the full avatar
 
-so that before training each picture is the still identity, exactly.
+Before training, every picture is therefore exactly that of the still identity.
 
-The generator that gives P in the paper is EG3D's, whose weights are restricted; who has them and
-may use them begins with it (`borrow`).  Else P is fitted freely to the person's own footage, as a
-pyramid of planes (coarse ones say what no frame shows), with what keeps a head a head from sides
-that nobody filmed: the tracked mesh's own depth, left like right, smoothness.  Or it begins from a
-generator of our own, which `pretrain` taught the still heads of many people, each by a latent.  In
-either generator a new one is found as in VIVE3D (Fruehstueck et al. 2023), which the paper takes:
-first the latent (inversion), then the generator's weights as well (tuning).  The pyramid, silent so
-far, goes on to say what the generator does not; a finished person has planes alone.  Each time a
-still head comes first, and goes on learning beside U.
+There are three sources of P:
+* EG3D's generator, as in the paper; its weights are restricted and the user's to bring (`borrow`).
+* Free fitting to the person's footage, as a pyramid of planes (coarse levels extrapolate to
+  unseen areas), regularised by the tracked mesh's depth, mirror symmetry and smoothness.
+* A generator of our own, pretrained on the still heads of many people, one latent each.
+In either generator a new person is found as in VIVE3D (Fruehstueck et al. 2023), which the paper
+uses: optimise the latent (inversion), then the generator's weights too (tuning).  The pyramid,
+zero until then, learns the residual; `finish` reduces a person to planes.  In all cases the still
+head is fitted first and keeps learning beside U.
 
 Where we differ on purpose:
-* Pictures are steady crops round the head already, and rays meet the head in head space: the
-  camera does what the paper's face-aligned crop does, and nothing has to be pasted back.
-* Shoulders hang on no head: their measured rigid motion is undone below the chin before planes
-  are read.  The landmark token, which carries the paper's crop, is here the place of the head
-  and of the shoulders.
-* The speech token hears the mouth's shape, which the speech encoder is supervised on directly;
-  learnt from pixels alone, the link from speech to lips is lost.
-* Angles enter as they are, without the paper's waves: a few hundred frames would be told apart
-  by them.
+* Pictures are stable crops around the head, and rays are in head space: the camera plays the role
+  of the paper's face-aligned crop, and nothing has to be pasted back.
+* Shoulders do not follow the head: their measured rigid motion is undone below the chin before
+  planes are read.  In place of the landmark token, which carries the paper's crop, the place
+  token holds the translation of the head and the motion of the shoulders.
+* The speech token encodes the mouth's shape, on which the speech encoder is supervised directly;
+  learned from pixels alone, the link from speech to lips is lost.
+* Angles are not frequency-encoded as in the paper: encoded, they would identify each of a few
+  hundred frames.
 """
 
 from __future__ import annotations
@@ -83,11 +83,11 @@ TOKENS = ("speech", "eyes", "nothing", "rotation", "place")
 class _Widths:
     planes: tuple[int, ...]  # sides of the pyramid
     channels: int
-    edited: int  # side at which planes are edited
+    edited: int  # side of the planes that the U-Net edits
     unet: tuple[int, ...]
     generator: tuple[int, ...]
     decoder: int
-    features: int  # marched, colours among them
+    features: int  # marched channels, including colour
     magnification: int
     upscaler: int
 
@@ -101,10 +101,10 @@ SIZES = {
 
 
 class Talk3D(SharedAvatar):
-    """Talk3D's avatar; of several people, or begun from them, also the `generator` of their planes
-    and their `latents`.
+    """Talk3D's avatar; for several people, or started from a prior or EG3D, it also has the
+    `generator` of planes and the people's `latents`.
 
-    For comparisons: `unheard`, names of TOKENS that are silenced · `still`, the identity alone.
+    For ablations: `unheard`, names of TOKENS set to zero · `still`, render the identity alone.
     """
 
     common = (*SharedAvatar.common, "generator.", "decoder.", "upscaler.")
@@ -121,7 +121,7 @@ class Talk3D(SharedAvatar):
         self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1,
         split: bool = True, borrowed: Kind | None = None,
     ) -> None:  # fmt: skip
-        """borrowed: the published generator that the decoder is of"""
+        """borrowed: kind of the published generator whose decoder is used."""
         super().__init__(
             [Person() for _ in range(n_people)],
             SpeechEncoder.of_windows(n_steps, n_features, N_CODES),
@@ -160,12 +160,11 @@ class Talk3D(SharedAvatar):
             size, n_steps=n_steps, n_features=n_features, n_people=n_people, borrowed=borrowed
         )
 
-    # -- who people are --------------------------------------------------------------------
+    # -- identity --------------------------------------------------------------------------
 
     @torch.no_grad()
     def _be_generated(self, n_people: int) -> None:
-        """From now on planes come out of a generator, and the pyramid adds what it does not say:
-        nothing so far."""
+        """Add a plane generator and its latents; zero the pyramid, which learns the residual."""
         widths = self.widths
         made = PlaneGenerator(widths.channels, widths.planes[-1], widths.generator)
         self.generator = made.to(self.aabb.device)
@@ -175,8 +174,8 @@ class Talk3D(SharedAvatar):
 
     @torch.no_grad()
     def borrow(self, tensors: Mapping[str, Tensor]) -> None:
-        """Begin with EG3D's generator and decoder: tensors as its file names them; ValueError names
-        what does not fit."""
+        """Load EG3D's generator and decoder, tensors named as in its file; ValueError names what
+        does not fit."""
         assert self.borrowed is not None and isinstance(self.decoder, EG3DDecoder)
         known, where = checked(tensors), self.aabb.device
         self.generator = EG3DGenerator()
@@ -194,14 +193,14 @@ class Talk3D(SharedAvatar):
         super().take_common(tensors)
 
     def finish(self) -> None:
-        """A person's planes, whatever they came from."""
+        """Add the generated planes to the pyramid's finest level and drop the generator."""
         if (drawn := self._drawn(0)) is not None:
             with torch.no_grad():
                 self.planes.levels[-1].add_(drawn)
         self.generator, self.latents, self.placing = None, None, None
 
     def _drawn(self, index: int) -> Tensor | None:
-        """What the generator says of a person's planes, (3, C, S, S)."""
+        """Return the generator's planes of a person, (3, C, S, S); None without a generator."""
         if self.generator is None:
             return None
         assert self.latents is not None
@@ -212,7 +211,7 @@ class Talk3D(SharedAvatar):
             planes = self.placing(self.generator(self.latents(index)[0]), self.reach)
         return planes
 
-    # -- hop 8 to 10 -----------------------------------------------------------------------
+    # -- rendering -------------------------------------------------------------------------
 
     def condition(self, signals: Signals) -> Talk3DField:
         person = self.person(signals)
@@ -236,7 +235,7 @@ class Talk3D(SharedAvatar):
         )
 
     def _told(self, signals: Signals, stance: Tensor) -> Tensor:
-        """The tokens (T, 5, TOKEN_WIDTH) of each row."""
+        """Return the tokens (T, 5, TOKEN_WIDTH) of each row."""
         lips = self.person(signals).mouth.code(signals)
         if self.training:
             stance = noisy(stance, self.noise * POSE_NOISE)
@@ -295,7 +294,7 @@ class Talk3D(SharedAvatar):
         return losses
 
     def _whole_losses(self, result: StepResult) -> dict[str, Tensor]:
-        """Finished pictures, and the small ones that were marched."""
+        """Return losses on finished pictures and on the smaller marched ones."""
         shot, frame = result.shot, result.frame
         assert frame is not None and shot.target is not None and shot.labels is not None
         assert shot.plate is not None
@@ -328,7 +327,7 @@ class Talk3D(SharedAvatar):
         }
 
     def _finds(self) -> list[nn.Module]:
-        """What tells one person of the generator's from another."""
+        """Return the modules that inversion optimises: latents and, with EG3D, placing."""
         return [module for module in (self.latents, self.placing) if module is not None]
 
     def part(self, name: str) -> list[nn.Parameter]:
@@ -336,13 +335,13 @@ class Talk3D(SharedAvatar):
 
 
 class Talk3DField:
-    """Talk3D's field, closed over the planes of T rows.
+    """Talk3D's field for the planes of T rows.
 
-    identity (3, C, S, S) · drawn, as much of it as a generator says · change (T, 3, C, s, s) what
-    rows add to it, None for nothing; it may be coarser, since the reading of a sum is the sum of
-    readings · shared (1, 3, 4) from head space to the face that planes are laid out by ·
-    shoulders (T, 3, 4) from where a row shows them to where they rest · light (T, 3, 4) what the
-    row's light adds to the logits of the head's colour, by place · chin () its height at rest
+    identity (3, C, S, S) · drawn: the generator's part of it · change (T, 3, C, s, s) added per
+    row, or None; it may be coarser, since sampling is linear · shared (1, 3, 4) from head space to
+    the shared face's space, in which planes are laid out · shoulders (T, 3, 4) from the row to the
+    rest pose · light (T, 3, 4) affine in position, added to the head's colour logits · chin () its
+    height at rest
     """
 
     n_detached = 0
@@ -367,7 +366,7 @@ class Talk3DField:
         return density, torch.cat([logits.sigmoid(), features[:, 3:]], 1)
 
     def _decoded(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, 3), row (N,) -> density (N,), features (N, F), share of the shoulders (N, 1)."""
+        """x (N, 3), row (N,) -> density (N,), features (N, F), shoulder weight (N, 1)."""
         torso = below_chin(x[:, 1:2], self._chin)
         x = x + torso * (moved(x, self._shoulders, row) - x)
         at = gathered(moved(x, self._shared, row), self._reach)
@@ -380,5 +379,5 @@ class Talk3DField:
 
 
 def _smaller(pictures: Tensor, times: int) -> Tensor:
-    """Means of (B, H, W, C) over squares of `times` pixels."""
+    """Downsample pictures (B, H, W, C) by averaging squares of side `times`."""
     return F.avg_pool2d(pictures.permute(0, 3, 1, 2), times).permute(0, 2, 3, 1)

@@ -1,4 +1,4 @@
-"""LokiTalk: region-specific deformation fields, and what people lend each other of them."""
+"""LokiTalk: region-specific deformation fields, and ID-aware knowledge transfer between people."""
 
 from talkhead_cli.avatars.lokitalk.field import LokiField
 from talkhead_cli.avatars.lokitalk.method import LokiTalk

@@ -1,4 +1,4 @@
-"""LokiTalk's field: two displacements, and the canonical volume at the place they lead to."""
+"""LokiTalk's field: two displacements of a point, then the canonical volume at the result."""
 
 from __future__ import annotations
 
@@ -20,19 +20,18 @@ if TYPE_CHECKING:
     from talkhead_cli.avatars.lokitalk.method import LokiTalk
 
 MAX_SHIFT = 0.15  # face heights; guards the displacement fields
-LOOK_SCALE = 5.0  # a talking head turns by a few degrees: directions hardly differ
-DEPTH = 0.3  # of a face's shift: one camera hardly sees it, and it would be noise from the side
-REACH = 0.02  # attention under which a region's field is not asked
+LOOK_SCALE = 5.0  # of view directions: a talking head turns by a few degrees, so they hardly differ
+DEPTH = 0.3  # of the face's z displacement, hardly constrained by one camera: noise in side views
+REACH = 0.02  # attention up to which a region's field is not evaluated
 
 
 class LokiField:
-    """LokiTalk's field, closed over T rows of codes.
+    """LokiTalk's field for T rows of codes.
 
-    face (2 T, trunk), density (2 T, head), torso (T, trunk): what a row's lip and eye codes, and
-    its pose code, add to the first layers of the three nets · shoulders (T, 3, 4) ·
-    light (T, 3, 4) what the row's light adds to the logits of the head's colour, by place
-
-    skips: whether points of row -1 may be among those asked, of which nothing is wanted
+    face (2 T, trunk), density (2 T, head), torso (T, trunk): terms that the rows' codes (lips and
+    eyes interleaved; pose for the torso) add in the first layers of the three nets · shoulders
+    (T, 3, 4) motion to the rest pose · light (T, 3, 4) affine in position, added to the head's
+    colour logits · skips: whether points may have row -1, which are ignored (density 0)
     """
 
     channels = 8
@@ -46,7 +45,7 @@ class LokiField:
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(torso)
         self._codes = self._face, self._density, self._torso = face, density, torso
         self._shoulders, self._light = shoulders, light
-        # Networks are told places as the face that people share has them, in its own frame.
+        # Networks see points in the shared face's space, normalised by `frame` (with 10 % margin).
         low, high = avatar.frame[:3], avatar.frame[3:]
         middle, half = (low + high) / 2, (high - low) / 2 * 1.1
         self._shared = avatar.shared(person)
@@ -57,15 +56,15 @@ class LokiField:
         self._prior_weight, self._prior_bias = remembered(
             person, "attention", [neutral], lambda: _prior(neutral)
         )
-        # Pictures on a GPU need no gradients: kernels say everything of a point.
+        # Without gradients on a GPU, fused kernels evaluate the whole field.
         if neutral.is_cuda and not torch.is_grad_enabled() and triton_obstacle() == "":
             from talkhead_cli.avatars.lokitalk import field_triton as kernel
 
             self.skips, self._asked = True, kernel.of(self)
 
     def told(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
-        """All that a kernel wants to be told besides the weights: what holds for every point
-        (55,), for the points of a row (T, 24), and the codes of rows."""
+        """Return the kernel's inputs besides weights: constants of all points (55,), shoulders and
+        light of each row (T, 24), and the rows' codes."""
         everywhere = torch.cat([
             self._framed.flatten(), self._shared.flatten(), self._prior_weight.flatten(),
             self._prior_bias, self._reach,
@@ -83,7 +82,7 @@ class LokiField:
             return self._asked(x, d, row)
         density, hidden, attention, shifts = self._static(x, row)
         logits = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1))
-        # light falls on the person's own head; shoulders do not turn with it
+        # shading follows the head's pose, with which the shoulders do not turn
         head = 1 - attention[:, 2:].detach()
         colour = (logits + head * moved(x, self._light, row)).sigmoid()
         return density, torch.cat([colour, attention, shifts], 1)
@@ -91,8 +90,8 @@ class LokiField:
     def _static(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x (N, 3), row (N,) -> density (N,), hidden (N, 16), attention (N, 3), shifts (N, 2)."""
         avatar = self.avatar
-        # Where a point lies is learnt (`aim`) from what the canonical volume shows there: how
-        # attention and displacements change with it is slight, and a twentieth of a step.
+        # Pose correction (`aim`) gets its gradient through the canonical volume.  The gradient
+        # through attention and displacement inputs is slight and a twentieth of a step's time.
         here = x.detach()
         encoded = frequencies(moved(here, self._framed, row), avatar.octaves)
         attention = (avatar.attention(encoded).float() + self._prior(here)).sigmoid()
@@ -109,7 +108,7 @@ class LokiField:
     def _moved_by_face(
         self, x: Tensor, encoded: Tensor, driven: Tensor, reach: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Points after the face field, (N, 3), and how far they went, (N, 1)."""
+        """Return points displaced by the face field, (N, 3), and L1 shift lengths, (N, 1)."""
 
         def shift(encoded: Tensor, driven: Tensor, reach: Tensor) -> Tensor:
             raw = self.avatar.face_field(encoded, (driven, self._face))
@@ -120,7 +119,7 @@ class LokiField:
         return _shifted(x, reach.detach() > REACH, shift, encoded, driven, reach)
 
     def _moved_by_torso(self, x: Tensor, torso: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Points after the torso field, (N, 3), and how far they went, (N, 1)."""
+        """Return points displaced by the torso field, (N, 3), and L1 shift lengths, (N, 1)."""
 
         def shift(point: Tensor, weight: Tensor, row: Tensor) -> Tensor:
             encoded = frequencies(moved(point.detach(), self._framed, row), self.avatar.octaves)
@@ -133,9 +132,9 @@ class LokiField:
 
     @exact
     def _prior(self, x: Tensor) -> Tensor:
-        """Logits (N, 3) of lips, eyes and torso by place alone: where attention starts from."""
+        """Return position-only logits (N, 3) of lips, eyes, torso, refined by the attention net."""
         squares = torch.cat([x, x * x], 1)
-        if x.is_cuda:  # whose products of so few columns take ten times as long
+        if x.is_cuda:  # where a matrix product with so few columns takes ten times as long
             found = (squares[:, None] * self._prior_weight.T).sum(2) + self._prior_bias
         else:
             found = torch.addmm(self._prior_bias, squares, self._prior_weight)
@@ -146,10 +145,10 @@ class LokiField:
 def _shifted(
     x: Tensor, near: Tensor, shift: Callable[..., Tensor], *told: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Points x (N, 3), those that are `near` (N,) shifted, and how far they went, (N, 1).
+    """Return x (N, 3) with the points that are `near` (N,) shifted, and L1 shift lengths (N, 1).
 
-    A CPU asks the field of those points alone; a GPU of all, since it would have to say how many
-    there are before anybody may go on.
+    On a CPU the field is evaluated at near points only; on a GPU at all points, since selecting
+    the near ones would need a host sync.
     """
     if x.is_cuda:
         shifts = shift(*told) * near[:, None]
@@ -161,9 +160,9 @@ def _shifted(
 
 
 def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:
-    """Ellipsoids round lips and both eyes, and the half-space under the chin.
+    """Return weight (6, 4) and bias (4,) that map x, x^2 to logits of lips, two eyes and torso.
 
-    Weight (6, 4) and bias (4,) that map x, x^2 to logits: an ellipsoid is a quadratic form.
+    Lips and eyes are ellipsoids (quadratic forms), the torso is the half-space below the chin.
     """
     mouth = (neutral[LIPS].mean(0) * 2 + neutral[8]) / 3
     weight, bias = neutral.new_zeros(6, 4), neutral.new_zeros(4)

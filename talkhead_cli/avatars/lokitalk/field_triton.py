@@ -1,9 +1,9 @@
-"""LokiTalk's field as three CUDA kernels, for pictures: the twin of `LokiField.__call__` in Triton.
+"""LokiTalk's field as three Triton kernels, for inference: the twin of `LokiField.__call__`.
 
-Where a point goes, what the planes hold there, what that looks like.  Operation by operation, a
-point moves some seven kilobytes through the GPU's memory, from kernel to kernel a few hundred
-bytes.  Matrix products are of sixteen bits with sums of thirty-two; places are exact.  There are
-no gradients.
+The kernels deform points, read the planes, and compute density and colour.  As separate torch
+operations a point moves some seven kilobytes through GPU memory; between these kernels, a few
+hundred bytes.  Matrix products take float16 inputs and accumulate in float32; positions are
+float32.  There are no gradients.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ if TYPE_CHECKING:
     from talkhead_cli.avatars.lokitalk.field import LokiField
     from talkhead_cli.avatars.lokitalk.method import LokiTalk
 
-BLOCK, WARPS = 64, 4  # points per program, and who shares them
-READ_BLOCK = 64  # of those that read planes
-REGISTERS = 128  # of a thread that deforms: with more of them too few threads find room
-N_HIDDEN = 16  # what the density's net says to the colour's
-OUT = 16  # columns of a small layer, and of a piece of input: the least that products take
+BLOCK, WARPS = 64, 4  # points and warps per program
+READ_BLOCK = 64  # points per program of the kernel that reads planes
+REGISTERS = 128  # limit per thread of `_deform`: more would lower occupancy
+N_HIDDEN = 16  # outputs of the density net that feed the colour net
+OUT = 16  # columns of a small layer and of a piece of input: the minimum of tl.dot
 CHANNELS = 4  # of a texel
-# Kernels read constants of this kind alone.
+# Triton kernels can read globals only if they are constexpr.
 _OUT, _THIN, _GATHER = tl.constexpr(OUT), tl.constexpr(THIN), tl.constexpr(GATHER)
 _WHOLE = tl.constexpr(math.asinh(GATHER))
 _MAX_SHIFT, _DEPTH = tl.constexpr(field.MAX_SHIFT), tl.constexpr(field.DEPTH)
@@ -42,13 +42,13 @@ _REACH, _LOOK = tl.constexpr(field.REACH), tl.constexpr(field.LOOK_SCALE)
 
 
 class Packed(NamedTuple):
-    """An avatar's weights as the kernels read them, padded to powers of two.
+    """An avatar's weights in the kernels' layout; layers padded to powers of two or pieces of OUT.
 
-    matrices  (M,) float16, layer after layer, inputs down and outputs across
-    biases    (B,) float32 · texels (S,) float16, level after level, channels last
-    levels    (2, L) int32 of the planes: where a level begins, in texels, and its side
-    waves     (3, E) float32 of the frequency encoding: axis, turns per unit, turns ahead; an
-              axis of 3 is none
+    matrices  (M,) float16, layer after layer, rows are inputs and columns outputs
+    biases    (B,) float32, then the colour net's weights (3, 32) for the view direction
+    texels    (S,) float16, level after level, channels last
+    levels    (2, L) int32: first texel of each level, and the side of its planes
+    waves     (3, E) float32 of the frequency encoding: axis (3: padding), turns per unit, phase
     sizes     E, trunk, head as padded, L
     """
 
@@ -61,10 +61,10 @@ class Packed(NamedTuple):
 
 
 def of(asked_of: LokiField) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
-    """What the kernels say of points x (N, 3) seen along d (N, 3), row (N,): density (N,) and
-    channels (N, 8), float32; -1 for a row is a point that nobody asks for, and is empty."""
+    """Return the kernels as a function of x (N, 3), d (N, 3), row (N,): density (N,) and channels
+    (N, 8), float32.  A point of row -1 is skipped: density 0, channels undefined."""
     avatar = asked_of.avatar
-    if avatar.training:  # by recorded steps, which tensors do not count
+    if avatar.training:  # CUDA graph replays change weights without raising tensor versions
         weights = packed(avatar)
     else:
         learnt = [t for layer in _layers(avatar) for t in (layer.weight, layer.bias)]
@@ -79,7 +79,7 @@ def of(asked_of: LokiField) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, 
 
 
 def _layers(avatar: LokiTalk) -> list[nn.Linear]:
-    """In the order in which points pass them."""
+    """Return the linear layers in the order in which points pass them."""
     nets = (avatar.attention, avatar.face_field, avatar.torso_field, avatar.density_net,
             avatar.colour_net)  # fmt: skip
     return [m for net in nets for m in net if isinstance(m, nn.Linear)]
@@ -87,7 +87,7 @@ def _layers(avatar: LokiTalk) -> list[nn.Linear]:
 
 @torch.no_grad()
 def packed(avatar: LokiTalk) -> Packed:
-    """Lay an avatar's weights out."""
+    """Return an avatar's weights in the kernels' layout."""
     device, n = avatar.aabb.device, avatar.octaves
     encoded = _rounded(3 * (1 + 2 * n))
     trunk, head = (triton.next_power_of_2(n) for n in (avatar.widths.trunk, avatar.widths.head))
@@ -95,10 +95,10 @@ def packed(avatar: LokiTalk) -> Packed:
     assert {tuple(level.shape[:2]) for level in levels} == {(3, CHANNELS)}, "other planes"
     layers = _layers(avatar)
     colour = layers[-2].weight
-    # what the density's net says besides the density is what the colour's net hears
+    # column 0 of the density net's output is the density, which the colour net ignores
     maps = [*(layer.weight for layer in layers[:-2]), F.pad(colour[:, :N_HIDDEN], (1, 0)),
             layers[-1].weight]  # fmt: skip
-    # a level's readings are padded one by one, since points read level after level
+    # each level's inputs are padded separately, since `_shade` consumes them level by level
     read = maps[-4].unflatten(1, (len(levels), -1))
     maps[-4] = F.pad(read, (0, OUT - read.shape[2])).flatten(1)
     field = [(encoded, trunk), (trunk, trunk), (trunk, OUT)]
@@ -112,7 +112,7 @@ def packed(avatar: LokiTalk) -> Packed:
         F.pad(layer.bias, (0, b - len(layer.bias)))
         for layer, (_, b) in zip(layers, rooms, strict=True)
     ]
-    looks = colour[:, N_HIDDEN:].T  # (3, 32), by the direction of view
+    looks = colour[:, N_HIDDEN:].T  # (3, 32), weights of the view direction
 
     sizes = (level.numel() // CHANNELS for level in levels[:-1])
     begins = itertools.accumulate(sizes, initial=0)
@@ -120,7 +120,7 @@ def packed(avatar: LokiTalk) -> Packed:
     texels = torch.cat([level.permute(0, 2, 3, 1).flatten() for level in levels])
 
     waves = [(axis, 0.0, 0.0) for axis in range(3)]
-    for phase in (0.0, 0.25):  # a cosine is a sine a quarter of a turn ahead
+    for phase in (0.0, 0.25):  # cos x = sin(x + a quarter of a turn)
         waves += [(axis, 2.0 ** (k - 1), phase) for axis in range(3) for k in range(n)]
     waves += [(3, 0.0, 0.0)] * (encoded - len(waves))
     return Packed(
@@ -134,7 +134,7 @@ def packed(avatar: LokiTalk) -> Packed:
 
 
 def _rounded(n: int) -> int:
-    """n columns in whole pieces, since encodings are made piece by piece."""
+    """Round n up to a multiple of OUT, the piece in which encodings are computed."""
     return -(-n // OUT) * OUT
 
 
@@ -143,11 +143,11 @@ def evaluate(
     weights: Packed, x: Tensor, d: Tensor, row: Tensor, affine: Tensor, rows: Tensor,
     codes: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Density (N,) and channels (N, 8) of points.
+    """Return density (N,) and channels (N, 8) of points.
 
-    affine (55,) what places are told by: framing (12), alignment (12), attention by place (6, 4)
-    and (4,), reach of the planes (3,) · rows (T, 24) shoulders and light of each row · codes: what
-    rows' codes add to first layers, face (2 T, trunk), density (2 T, head), torso (T, trunk)
+    affine (55,) constants: framing (12), alignment (12), position-only attention (6, 4) and (4,),
+    reach of the planes (3,) · rows (T, 24) shoulders and light of each row · codes: first-layer
+    terms of rows, face (2 T, trunk), density (2 T, head), torso (T, trunk)
     """
     n, x, d, row = len(x), x.contiguous(), d.contiguous(), row.contiguous()
     encoded, trunk, head, n_levels = weights.sizes
@@ -179,7 +179,7 @@ def evaluate(
 
 @triton.jit
 def _affine(place, x0, x1, x2):
-    """A point under its map [A | b] (3, 4), or one that all points share."""
+    """Apply maps [A | b] (3, 4), one per point or one for all, to points."""
     y0 = tl.load(place) * x0 + tl.load(place + 1) * x1 + tl.load(place + 2) * x2
     y1 = tl.load(place + 4) * x0 + tl.load(place + 5) * x1 + tl.load(place + 6) * x2
     y2 = tl.load(place + 8) * x0 + tl.load(place + 9) * x1 + tl.load(place + 10) * x2
@@ -188,7 +188,7 @@ def _affine(place, x0, x1, x2):
 
 @triton.jit
 def _times(h, matrices, at, K: tl.constexpr, N: tl.constexpr):
-    """h (B, K) times the matrix (K, N) that begins at `at` -> (B, N) float32."""
+    """Multiply h (B, K) by the matrix (K, N) stored at offset `at` -> (B, N) float32."""
     down, across = tl.arange(0, K), tl.arange(0, N)
     return tl.dot(h.to(tl.float16), tl.load(matrices + at + down[:, None] * N + across[None, :]))
 
@@ -200,14 +200,14 @@ def _bias(biases, at, N: tl.constexpr):
 
 @triton.jit
 def _layer(h, matrices, biases, at, bias, K: tl.constexpr, N: tl.constexpr):
-    """h (B, K) through the layer whose matrix begins at `at` -> (B, N) float32."""
+    """Apply the linear layer at offsets `at` and `bias` to h (B, K) -> (B, N) float32."""
     return _times(h, matrices, at, K, N) + _bias(biases, bias, N)
 
 
 @triton.jit
 def _own_row(row, point, here):
-    """The rows of points, 0 for those that nobody asks for; which of them are asked; whether all
-    those are of one row, and that one, -1 if there are none: neighbours mostly are."""
+    """Return rows of points (0 if skipped), which points are not skipped, whether those all have
+    the same row, as neighbours mostly do, and their largest row (-1 if all are skipped)."""
     own = tl.load(row + point, mask=here, other=-1).to(tl.int32)
     asked = own >= 0
     one = tl.max(own, 0)
@@ -216,7 +216,7 @@ def _own_row(row, point, here):
 
 @triton.jit
 def _codes(table, row, alike, one, N: tl.constexpr):
-    """What the codes of points' rows add, (B, N)."""
+    """Load the code terms of points' rows, (B, N)."""
     across = tl.arange(0, N)
     if alike:
         codes = tl.load(table + one * N + across)[None, :] + tl.zeros((row.shape[0], N), tl.float32)
@@ -227,13 +227,13 @@ def _codes(table, row, alike, one, N: tl.constexpr):
 
 @triton.jit
 def _column(h, i, N: tl.constexpr):
-    """Column i of h (B, N)."""
+    """Return column i of h (B, N)."""
     return tl.sum(tl.where(tl.arange(0, N)[None, :] == i, h, 0.0), 1)
 
 
 @triton.jit
 def _waves(table, first, f0, f1, f2, E: tl.constexpr):
-    """Columns of the frequency encoding of places from `first` on, (B, 16)."""
+    """Return columns `first` to `first` + 15 of the frequency encoding, (B, 16)."""
     across = first + tl.arange(0, _OUT)
     axis = tl.load(table + across)[None, :]
     rate = tl.load(table + E + across)[None, :]
@@ -244,8 +244,8 @@ def _waves(table, first, f0, f1, f2, E: tl.constexpr):
 
 @triton.jit
 def _sine(turns):
-    """sin(2 pi turns) to 4e-6: the library's own, good for angles of any size, fills the
-    instruction cache."""
+    """Return sin(2 pi turns) to 4e-6; the library's sine, which is accurate for angles of any
+    size, fills the instruction cache."""
     t = turns - tl.floor(turns + 0.5)
     t = tl.where(t > 0.25, 0.5 - t, tl.where(t < -0.25, -0.5 - t, t))
     x = 6.283185307179586 * t
@@ -260,7 +260,7 @@ def _tanh(x):
 
 @triton.jit
 def _gathered(x, reach):
-    """asinh(GATHER x / reach) / asinh(GATHER), odd in x."""
+    """Return asinh(GATHER x / reach) / asinh(GATHER), as `planes.gathered`."""
     u = tl.abs(_GATHER * x / reach)
     y = tl.log(u + tl.sqrt(u * u + 1)) / _WHOLE
     return tl.where(x < 0, -y, y)
@@ -271,7 +271,7 @@ def _deform(
     x, row, places, channels, n, matrices, biases, waves, affine, rows, face, torso,
     E: tl.constexpr, W: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Attention, both displacements, and where in the planes they lead to."""
+    """Compute attention, both displacements, and plane coordinates of the displaced points."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = point < n
     own, asked, alike, one = _own_row(row, point, here)
@@ -281,7 +281,7 @@ def _deform(
     x1 = tl.load(x + 3 * point + 1, mask=here, other=0.0)
     x2 = tl.load(x + 3 * point + 2, mask=here, other=0.0)
 
-    # Attention by place, and where it starts from: ellipsoids and a half-space.
+    # Attention: a net's logits plus position-only ones (ellipsoids and a half-space).
     f0, f1, f2 = _affine(affine, x0, x1, x2)
     h = tl.zeros((BLOCK, 32), tl.float32)
     for k in range(0, E, _OUT):
@@ -316,7 +316,7 @@ def _deform(
         y0, y1, y2 = y0 + s0, y1 + s1, y2 + s2
     at, bias = at + E * W + W * W + W * _OUT, bias + 2 * W + _OUT
 
-    # The torso field, where the face field led to.
+    # The torso field, at the points displaced by the face field.
     moved_by_torso = tl.zeros((BLOCK,), tl.float32)
     z0, z1, z2 = y0, y1, y2
     if tl.max(tl.where(asked, below, 0.0), 0) > _REACH:
@@ -351,8 +351,8 @@ def _deform(
 
 @triton.jit
 def _read(places, row, read, n, texels, levels, L: tl.constexpr, BLOCK: tl.constexpr):
-    """Bilinear readings of one level's planes xy, xz, yz, four channels each, and four zeros;
-    outside, the border's value.  Two channels are one access, of 32 bits."""
+    """Sample one level's planes xy, xz, yz bilinearly with border padding: four channels each,
+    then four zeros.  Two channels are one 32-bit access."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     level = tl.program_id(1)
     here = (point < n) & (tl.load(row + point, mask=point < n, other=-1) >= 0)
@@ -386,7 +386,7 @@ def _read(places, row, read, n, texels, levels, L: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def _half(bits):
-    """The lower sixteen bits as the number that they are."""
+    """Reinterpret the lower sixteen bits as float16, as float32."""
     return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
@@ -407,7 +407,7 @@ def _shade(
     E: tl.constexpr, W: tl.constexpr, H: tl.constexpr, L: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Density, and colour by the direction of view and the room's light."""
+    """Compute density, and colour with view direction and the row's light."""
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     here = point < n
     own, asked, alike, one = _own_row(row, point, here)
@@ -418,7 +418,7 @@ def _shade(
     lips = tl.load(place + 3, mask=here, other=0.0)
     eyes = tl.load(place + 4, mask=here, other=0.0)
     below = tl.load(place + 5, mask=here, other=0.0)
-    # attention's net and both fields come before
+    # skip the weights of the attention net and both fields
     at = E * 32 + 32 * _OUT + 2 * (E * W + W * W + W * _OUT)
     bias = 32 + _OUT + 2 * (2 * W + _OUT)
     h = _bias(biases, bias, H) + lips[:, None] * _codes(density, 2 * own, alike, 2 * one, H)
@@ -453,7 +453,7 @@ def _shade(
 
 @triton.jit
 def _own_affine(rows, own, alike, one, x0, x1, x2, at: tl.constexpr):
-    """A point under its own row's map, which begins `at` numbers into the row."""
+    """Apply to points the maps (3, 4) stored at offset `at` of their rows."""
     if alike:
         y0, y1, y2 = _affine(rows + one * 24 + at, x0, x1, x2)
     else:
@@ -463,7 +463,7 @@ def _own_affine(rows, own, alike, one, x0, x1, x2, at: tl.constexpr):
 
 @triton.jit
 def _prior(table, x0, x1, x2, i: tl.constexpr):
-    """Logit i (of 4) of attention by place alone: a quadratic form."""
+    """Return position-only attention logit i (of 4): a quadratic form, clamped to [-6, 6]."""
     y = tl.load(table + 24 + i)
     y += tl.load(table + i) * x0 + tl.load(table + 4 + i) * x1 + tl.load(table + 8 + i) * x2
     y += tl.load(table + 12 + i) * x0 * x0 + tl.load(table + 16 + i) * x1 * x1

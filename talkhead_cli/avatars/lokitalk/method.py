@@ -1,29 +1,29 @@
 """LokiTalk (Li et al., arXiv 2411.19525): region-specific deformation fields.
 
 Two cascaded fields warp every observed point into one canonical volume that holds head
-and torso: the face field listens to lips and eyes, the torso field to the pose.
+and torso: the face field is driven by lips and eyes, the torso field by the pose.
 
     a, e, p          lip, eye and pose codes of the row
     A_k(x)           attention of region k (lips, eyes, torso), composited as channels
-    dx_face(x)       = F_face(PE(x), A_lips M_a(a), A_eyes M_e(e))
+    dx_face(x)       = min(A_lips + A_eyes, 1) F_face(PE(x), A_lips M_a(a), A_eyes M_e(e))
     dx_torso(x')     = A_torso ((T x' - x') + F_torso(PE(x'), M_p(p))),  x' = x + dx_face
     density, colour  of the canonical volume at x' + dx_torso
 
-What people lend each other of this is said in transfer.py.  Where the paper is silent or we differ
-on purpose:
-* T is the measured rigid motion of the shoulders against the head.  In head space a turning
-  head swings the whole body; a network should learn the rest, not that.
-* Rays are put right before all this (`aim`): trackers err by habit, and a linear map of pose
-  and expression undoes most of it, for turns that training never shows too.
-* Lips are driven through the mouth's shape in head space, which the speech encoder is
-  supervised on directly (`listen`); learnt from pixels alone the link is lost.  The part of
-  it that goes with the head's pose is left to the pose.
-* The gated codes also reach the colour network: a closed lid or an open mouth shows
-  surfaces that no displacement of a canonical volume can bring to light.
-* Networks are told places as a face that people share has them (`alignment`, one affine map by
-  landmarks at rest); mouths are measured in the shapes and on the scale that people share.  For
-  one person alone these are the person's own.
-* Light stays in the room while the head turns (`Shading`).
+Knowledge transfer between people is in transfer.py.  Where the paper does not say, or we differ on
+purpose:
+* T is the measured rigid motion of the shoulders relative to the head.  In head space a turning
+  head swings the whole body; the network only has to learn the residual.
+* Rays are corrected first (`aim`): tracking errors are mostly systematic, and a linear map of
+  pose and expression removes most of them, also in poses not seen in training.
+* Lips are driven by the mouth's shape in head space, on which the speech encoder is supervised
+  directly (`listen`); learned from pixels alone, the link from speech to lips is lost.  The part
+  of the shape that correlates with head pose is predicted from the pose.
+* The gated codes also enter the density net, and through it colour: a closed lid or an open mouth
+  shows surfaces that no displacement of a canonical volume can reveal.
+* Networks see points in the space of a shared face (`alignment`, one affine map from landmarks at
+  rest); mouth codes use the shapes and scale that people share.  For one person without a prior
+  all of these are the person's own.
+* Light is fixed in the room while the head turns (`Shading`).
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.variant import variant
 from talkhead_cli.contracts import Frame, Portrait, RayBundle, Rendered, Signals
 
-# Channels that the marcher composites: colour, then auxiliary maps with detached weights.
+# Channels of the field: colour, then auxiliary maps composited with detached weights.
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
-MAX_LIPS = 4.0  # standard deviations; further out, codes are held
+MAX_LIPS = 4.0  # standard deviations at which lip codes are clamped
 N_CODE, N_GATE = 16, 12
 
 
@@ -83,7 +83,7 @@ SIZES = {
 
 
 class LokiTalk(SharedAvatar):
-    """LokiTalk's avatar; of several people, also what tells them apart (`transfer`)."""
+    """LokiTalk's avatar; for several people, it also has the ID-encoder (`transfer`)."""
 
     common = (
         *SharedAvatar.common, "mouth_scale", "lip_code.", "eye_code.", "pose_code.", "attention.",
@@ -91,7 +91,7 @@ class LokiTalk(SharedAvatar):
         "transfer.",
     )  # fmt: skip
     weighs = SOLID | PATCH | {"speech", "colour", "attention", "still", "relief", "rough"}
-    own_shapes = False  # networks that draw mouths know people's
+    own_shapes = False  # the common networks that render mouths use the shared shapes
     has_kernel = True
     transfer: Transfer | None
     maps: Mapping[str, tuple[str, ...]] = MappingProxyType({
@@ -118,8 +118,8 @@ class LokiTalk(SharedAvatar):
         self.volume = TriPlanes(widths.planes, widths.plane_channels)
         self.density_net = Mlp(self.volume.n_out, widths.head, 1 + 16, 2)
         self.colour_net = Mlp(16 + 3, 32, 3, 2)
-        # Codes enter the first layer of the nets they drive, each by its own map; the density's
-        # pass a bottleneck, lest a face be drawn by its expression alone.
+        # Each code has its own map into the first layer of the net it drives; those of the density
+        # net pass a bottleneck, so that the face is not rendered from its expression alone.
         n_face, n_density = n_position + 2 * N_CODE, self.volume.n_out + N_GATE
         self.to_face = _two(N_CODE, widths.trunk, of=n_face)
         self.to_gate = _two(N_CODE, N_GATE, of=2 * N_CODE)
@@ -134,7 +134,7 @@ class LokiTalk(SharedAvatar):
     ) -> Self:  # fmt: skip
         return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
 
-    # -- who people are ----------------------------------------------------------------------
+    # -- identity ----------------------------------------------------------------------------
 
     def enroll(self, portrait: Portrait | None) -> Speaker:
         if self.transfer is None or portrait is None:
@@ -158,7 +158,7 @@ class LokiTalk(SharedAvatar):
         return Transfer(shapes, self.volume, self.widths.encoder)
 
     def _own(self, portrait: Portrait) -> dict[str, Tensor]:
-        """What pictures say that a person has of its own: changes of parameters."""
+        """Return the person-specific changes of parameters, predicted from pictures."""
         assert self.transfer is not None
         signals = portrait.signals
         person = self.person(signals)
@@ -170,7 +170,7 @@ class LokiTalk(SharedAvatar):
         changes: dict[str, Tensor] = self.transfer(seen, told_of(signals))
         return changes
 
-    # -- hop 8 to 10 -------------------------------------------------------------------------
+    # -- rendering ---------------------------------------------------------------------------
 
     def condition(self, signals: Signals) -> LokiField:
         person = self.person(signals)
@@ -225,11 +225,11 @@ class LokiTalk(SharedAvatar):
         moved = rendered.feature[:, SHIFTS]
         losses = solid_losses(rendered, person, shot.labels[:, :1]) | {
             "colour": F.mse_loss(rgb, shot.target),
-            # one-sided inside the soft masks would let attention vanish: two-sided, as in 1.4
+            # two-sided: a one-sided loss would let attention vanish inside the soft masks
             "attention": ((attention - masks * solid) * solid).abs().mean(),
             "still": (moved * (1 - masks[:, :2].amax(1, keepdim=True))).mean(),
             "relief": self.person(shot.signals).relief.loss(rendered, rays, person[:, 0]),
-            "rough": result.field.avatar.volume.roughness(),  # of the person, among several
+            "rough": result.field.avatar.volume.roughness(),  # the person's, `enroll` may change it
         }
         if rays.layout is not None:
             losses |= patch_losses(frame.rgb, shot.target.view(*rays.layout, 3), self.judges)
@@ -248,17 +248,17 @@ class LokiTalk(SharedAvatar):
 
 
 def _block(n_in: int, n_out: int, *, of: int) -> nn.Linear:
-    """A linear map that starts as the columns of `n_in` inputs in a layer that has `of`."""
+    """A linear map initialised like `n_in` input columns of a layer that has `of` inputs."""
     block = nn.Linear(n_in, n_out, bias=False)
     block.weight.data.mul_((n_in / of) ** 0.5)
     return block
 
 
 def _two(n_in: int, n_out: int, *, of: int) -> nn.ModuleList:
-    """One map for the lips, one for the eyes."""
+    """Return one map for the lips, one for the eyes."""
     return nn.ModuleList(_block(n_in, n_out, of=of) for _ in range(2))
 
 
 def _mapped(maps: nn.ModuleList, codes: tuple[Tensor, Tensor]) -> Tensor:
-    """Codes (T, N_CODE) of lips and eyes, each through its map -> (2 T, n_out), row by row."""
+    """Map codes (T, N_CODE) of lips and eyes, each by its own map -> (2 T, n_out), interleaved."""
     return torch.stack([m(c) for m, c in zip(maps, codes, strict=True)], 1).flatten(0, 1)

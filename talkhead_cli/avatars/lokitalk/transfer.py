@@ -1,20 +1,20 @@
-"""ID-aware knowledge transfer: what pictures say that a person has of its own (LokiTalk, Fig. 2).
+"""ID-aware knowledge transfer: person-specific parameters from pictures (LokiTalk, Fig. 2).
 
-People share the networks, the canonical volume and this encoder.  A person has five things of its
-own; each is a change of parameters that are otherwise common:
+People share the networks, the canonical volume and this encoder.  Five items are specific to a
+person; each is a change of otherwise common parameters:
 
-    dynamic      what the nets of lip, eye and pose codes are told besides
-    geometry     what the density net is told, and
-    appearance   what the colour net is told besides
+    dynamic      first biases of the nets of lip, eye and pose codes
+    geometry     first bias of the density net
+    appearance   first bias of the colour net
     hyper        last layers of both displacement fields
     offset       of the canonical volume
 
-So LokiTalk's fields are the same with and without it: a person is what people share with the five
-changes added, and from there on has parameters like anybody else (`LokiTalk.meet`).
+LokiTalk's field therefore works the same with and without transfer: a person is the common
+parameters plus the five changes, which `LokiTalk.meet` turns into ordinary parameters.
 
-The paper feeds pictures to a CNN and cameras and poses to an MLP.  Here pictures are first laid out
-as the volume's front plane has them, by camera, pose and relief of the face: what a texel of that
-plane is to hold then lies at the very place of the encoder's map.
+The paper feeds pictures to a CNN and cameras and poses to an MLP.  Here pictures are first warped
+into the layout of the volume's front plane, by camera, pose and relief of the face, so that pixels
+of the encoder's feature map are aligned with the texels they predict.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.rigid import below_chin
 from talkhead_cli.contracts import RELIEF_SIDE, Camera, Portrait, Signals
 
-N_SEEN = 3 + 6 + 1  # colours, labels, whether the picture reaches there
+N_SEEN = 3 + 6 + 1  # colours, labels, whether the texel lies inside the picture
 N_TOLD = 6 + 4 + 1  # pose, shoulders, focal length
 N_CODE = 64
-SCALE = 0.1  # of the changes, against the numbers that the encoder says
+SCALE = 0.1  # factor from the encoder's outputs to parameter changes
 VECTORS = {
     "dynamic": ("lip_code.0.bias", "eye_code.0.bias", "pose_code.0.bias"),
     "geometry": ("density_net.0.bias",),
@@ -51,14 +51,14 @@ class Transfer(nn.Module):
     def __init__(
         self, shapes: Mapping[str, torch.Size], volume: TriPlanes, widths: Sequence[int]
     ) -> None:
-        """shapes: of the parameters named in VECTORS · widths: of the encoder's levels, one for
-        each of the volume's at least"""
+        """shapes: of the parameters named in VECTORS · widths: of the encoder's levels, at least
+        one for each of the volume's but its finest."""
         super().__init__()
         self.shapes = {item: {n: shapes[n] for n in names} for item, names in VECTORS.items()}
         self.sizes = [level.shape[-1] for level in volume.levels]  # ascending
         n_scales = len(self.sizes) - 1
         self.encoder = AppearanceEncoder(N_SEEN, widths, volume.channels, n_scales)
-        # The front plane's finer levels also by themselves, texel by texel.
+        # Each texel of the front plane's two finest levels also sees its own pixel directly.
         self.details = nn.ModuleList(
             nn.Sequential(nn.Conv2d(N_SEEN, 16, 1), nn.LeakyReLU(0.2),
                           nn.Conv2d(16, volume.channels, 1))
@@ -71,16 +71,16 @@ class Transfer(nn.Module):
             for item, of in self.shapes.items()
         })  # fmt: skip
         for parameter in self.items["hyper"].parameters():
-            nn.init.zeros_(parameter)  # displacements start as hardly any
+            nn.init.zeros_(parameter)  # so that displacements start near zero
 
     @property
     def px(self) -> int:
-        """Side of the pictures that the encoder is shown: the volume's finest."""
+        """Side of the encoder's input pictures: that of the volume's finest level."""
         return self.sizes[-1]
 
     def forward(self, seen: Tensor, told: Tensor) -> dict[str, Tensor]:
-        """seen (P, N_SEEN, px, px) laid out (`laid_out`), told (P, N_TOLD) of P pictures ->
-        changes of LokiTalk's parameters, by name."""
+        """seen (P, N_SEEN, px, px) from `laid_out`, told (P, N_TOLD) from `told_of` ->
+        changes of LokiTalk's parameters by name, averaged over the P pictures."""
         half = F.avg_pool2d(seen, 2)
         planes, deep = self.encoder(half)
         code = self.code(torch.cat([deep.mean(1), self.told(told)], 1)).mean(0)
@@ -102,7 +102,7 @@ class Transfer(nn.Module):
 
 
 def told_of(signals: Signals) -> Tensor:
-    """What the encoder is told of pictures, beside what they show: (P, N_TOLD)."""
+    """Return pose, shoulders and focal length of pictures for the encoder: (P, N_TOLD)."""
     camera = signals.camera
     focal = camera.k[:, :1, 0] / camera.size_px
     return torch.cat([signals.pose[:, :5], signals.pose[:, 5:] - 5, signals.body, focal], 1)
@@ -113,11 +113,11 @@ def laid_out(
     portrait: Portrait, *, px: int, reach: Tensor, shared: Tensor, aimed: Tensor,
     shoulders: Tensor, chin: float,
 ) -> Tensor:  # fmt: skip
-    """Pictures as the canonical volume's front plane would show them: (P, N_SEEN, px, px).
+    """Warp pictures into the layout of the canonical volume's front plane: (P, N_SEEN, px, px).
 
-    reach (3,) of the volume's planes · shared (1, 3, 4) from the person's head space to the face
-    that people share · aimed (P, 3, 4) what is put right of each row's head · shoulders (P, 3, 4)
-    from where rows show them to where they rest · chin: its height in head space
+    reach (3,) half-size of the volume's planes · shared (1, 3, 4) from the person's head space to
+    the shared face's · aimed (P, 3, 4) correction of each row's head pose · shoulders (P, 3, 4)
+    from each row to the rest pose · chin: its height in head space
     """
     line = (torch.arange(px, device=reach.device) + 0.5) * 2 / px - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -139,7 +139,7 @@ def laid_out(
 
 @exact
 def _in_picture(point: Tensor, camera: Camera) -> Tensor:
-    """Where points (P, N, 3) of head space are seen, [-1, 1] across each picture: (P, N, 2)."""
+    """Project points (P, N, 3) of head space to picture coordinates in [-1, 1]: (P, N, 2)."""
     seen = (point - camera.c2w[:, None, :3, 3]) @ camera.c2w[:, :3, :3]
     pixel = seen @ camera.k.transpose(1, 2)
     return 2 * pixel[..., :2] / pixel[..., 2:].clamp_min(1e-3) / camera.size_px - 1
@@ -147,12 +147,12 @@ def _in_picture(point: Tensor, camera: Camera) -> Tensor:
 
 @exact
 def _through(motion: Tensor, point: Tensor) -> Tensor:
-    """Points (P, N, 3) under maps (P, 3, 4)."""
+    """Apply affine maps (P, 3, 4) to points (P, N, 3)."""
     return point @ motion[:, :, :3].transpose(1, 2) + motion[:, None, :, 3]
 
 
 @exact
 def _inverse(motion: Tensor) -> Tensor:
-    """The inverse of affine maps (P, 3, 4)."""
+    """Return the inverse of affine maps (P, 3, 4)."""
     back = torch.linalg.inv(motion[:, :, :3])
     return torch.cat([back, -back @ motion[:, :, 3:]], 2)

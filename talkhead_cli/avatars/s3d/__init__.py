@@ -1,4 +1,4 @@
-"""S3D-NeRF: one picture of a face speaks, without training."""
+"""S3D-NeRF: a talking head from one picture, without training on the person."""
 
 from talkhead_cli.avatars.s3d.field import S3DField
 from talkhead_cli.avatars.s3d.method import DEFORMATIONS, S3D

@@ -1,4 +1,4 @@
-"""What pictures say of a person, once for all rows."""
+"""What is computed from a person's pictures once, for all rows."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from talkhead_cli.contracts import Portrait, Signals
 class Face:
     """One picture of a person, encoded.
 
-    planes by scale · seen (1, 6, s, s): colour, and labels of face, mouth, hair, at the size that
-    is encoded · picture (1, 3, H, W) the head's colours, going on beyond its rim · shoulders
+    planes by scale · seen (1, 6, s, s): colour and labels of face, mouth, hair at the encoder's
+    input size · picture (1, 3, H, W) the head's colours, extrapolated beyond its rim · shoulders
     (1, 4, H, W) premultiplied · signals of one row · slots (n, width) · relief (1, 1, n, n) ·
-    mouth at rest, as it is presumed · skin (3,) the face's mean colour
+    mouth as estimated from the picture (`presume`) · skin (3,) the face's mean colour
     """
 
     planes: list[RowPlanes]
@@ -37,8 +37,8 @@ class Face:
 
 @dataclass(frozen=True)
 class Layers:
-    """P pictures taken apart: what is encoded (P, 8, s, s), and `Face`'s seen, picture, shoulders,
-    for each."""
+    """P pictures as layers: encoded (P, 8, s, s), the encoder's input, and `Face`'s seen, picture
+    and shoulders of each."""
 
     encoded: Tensor
     seen: Tensor
@@ -47,12 +47,12 @@ class Layers:
 
     @classmethod
     def of(cls, portrait: Portrait, picture_px: int) -> Layers:
-        """picture_px: side of what is encoded."""
+        """Split pictures into layers; picture_px: side s of the encoder's input."""
         size = (portrait.pictures.shape[1],) * 2
         picture = portrait.pictures.permute(0, 3, 1, 2)
         labels = F.interpolate(portrait.labels, size=size, mode="bilinear")
         head = labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
-        # pixels of the rim are half background: the head's own colour is that of its inside
+        # rim pixels mix with the background: extrapolate the head's colour from its inside
         sure = (1 - 10 * labels[:, 5:6]).clamp_min(0) * (5 * (head - 0.2)).clamp(0, 1)
         colour = torch.lerp(filled(picture, sure), picture, sure)
         seen = torch.cat([colour, labels[:, :3]], 1)
@@ -63,7 +63,7 @@ class Layers:
 
 
 def _places(signals: Signals, px: int) -> Tensor:
-    """Where pixels lie against the face (P, 2, px, px): from between the eyes, in eye distances."""
+    """Return pixel positions (P, 2, px, px) from between the eyes, in two eye distances."""
     marks = 2 * signals.landmarks_px - 1
     left, right = (marks[:, eye].mean(1) for eye in EYES)
     middle, unit = (left + right) / 2, (right - left).norm(dim=1)
@@ -74,11 +74,11 @@ def _places(signals: Signals, px: int) -> Tensor:
 
 
 def _behind_the_head(picture: Tensor, labels: Tensor, signals: Signals) -> Tensor:
-    """Shoulders and neck (P, 4, H, W), premultiplied, going on beneath chin and hair."""
+    """Return shoulders and neck (P, 4, H, W), premultiplied, extended behind chin and hair."""
     body = labels[:, 3:5].sum(1, keepdim=True).clamp(0, 1)
     head = labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
     marks = signals.landmarks_px
-    height = (marks[:, 8, 1] - marks[:, 27, 1]).clamp_min(1e-3)  # from the chin to the eyes
+    height = (marks[:, 8, 1] - marks[:, 27, 1]).clamp_min(1e-3)  # from chin to nose bridge
     px = picture.shape[-1]
     line = (torch.arange(px, device=picture.device) + 0.5) / px
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -86,7 +86,7 @@ def _behind_the_head(picture: Tensor, labels: Tensor, signals: Signals) -> Tenso
     beside = (x - marks[:, 8, 0, None, None]).abs() / wide[:, None, None]
     below = (y - marks[:, 8, 1, None, None]) / height[:, None, None] + 0.35
     throat = (8 * (0.5 - beside)).sigmoid() * (16 * below).sigmoid()
-    # lying behind a head that lets some of it through, together they are as solid as the person
+    # composited behind the partly transparent head, the result has the person's total alpha
     alpha = torch.maximum((body / (1 - head).clamp_min(0.05)).clamp_max(1), throat[:, None])
     alpha = alpha * (body + head).clamp(0, 1)
     sure = (10 * (body + head - 0.9)).clamp(0, 1) * (5 * (body - 0.2)).clamp(0, 1)
@@ -95,8 +95,8 @@ def _behind_the_head(picture: Tensor, labels: Tensor, signals: Signals) -> Tenso
 
 
 def filled(picture: Tensor, sure: Tensor) -> Tensor:
-    """Colours (P, C, H, W) where they are sure (P, 1, H, W), and elsewhere those of the nearest
-    sure places, ever coarser (push and pull over a pyramid)."""
+    """Fill colours (P, C, H, W) where confidence `sure` (P, 1, H, W) is low from nearby confident
+    pixels, at ever coarser scales (push-pull over a pyramid)."""
     if picture.shape[-1] <= 2:
         mean = (picture * sure).sum((2, 3), True) / sure.sum((2, 3), True).clamp_min(1e-4)
         return torch.lerp(mean.expand_as(picture), picture, sure)

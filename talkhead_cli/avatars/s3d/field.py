@@ -1,4 +1,4 @@
-"""The field of one person: where points lie in the pictures, and what is there."""
+"""S3D-NeRF's field of one person: deform points into the pictures, then decode features there."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from talkhead_cli.contracts import RELIEF_SIDE, Camera, Signals
 if TYPE_CHECKING:
     from talkhead_cli.avatars.s3d.method import S3D
 
-LIP_NOISE, EYE_NOISE = 0.1, 0.03  # on what drives, in training
-N_HIDDEN = 8  # numbers that the deformation tells the decoder about a point
+LIP_NOISE, EYE_NOISE = 0.1, 0.03  # on mouth and eye drives, in training
+N_HIDDEN = 8  # features per point that the deformation passes to the decoder
 N_OCTAVES = 5
-N_CUES = 2  # see `between`; of the mouth and of the eyes each
+N_CUES = 2  # outputs of `between`, for the mouth and for the eyes each
 UPPER_LIP, LOWER_LIP = [60, 61, 62, 63, 64], [60, 67, 66, 65, 64]  # their inner edges
-# Lids from corner to corner, of the picture's left eye, and of its right one as in a mirror.
+# Lids from corner to corner: the picture's left eye, then its right eye, mirrored.
 UPPER_LID, LOWER_LID = ([36, 37, 38, 39], [45, 44, 43, 42]), ([36, 41, 40, 39], [45, 46, 47, 42])
-LIP_CUE, LID_CUE = 20.0, 20.0 / 4  # how fine cues are: per face height, per eye width
-ANCHORS = torch.cat([MOUTH, torch.arange(36, 48)])  # landmarks that teach where points lie
+LIP_CUE, LID_CUE = 20.0, 20.0 / 4  # scale of cues, per face height and per eye width
+ANCHORS = torch.cat([MOUTH, torch.arange(36, 48)])  # landmarks that supervise the deformation
 MOUTH_REACH, EYE_REACH = (0.5, 0.7), (0.9, 0.9)  # radii, see `_View`
-FADE = 30.0  # how soon a region ends beyond its radii
-MOVED = 0.3  # displacements are learnt on this scale, in the region's measure
-SOLID = 17.0  # density of what is solid, per face height: most of the light stops within .06
-SOFT = 0.02  # face heights over which the face's surface begins
-DEPTH = 0.8  # half of the depth that planes cover round the ears, face heights
-NEAR_POSE, NEAR_MOUTH = 0.1, 0.05  # how alike rows and pictures are: radians, face heights
+FADE = 30.0  # sharpness of a region's fall-off beyond its radii
+MOVED = 0.3  # displacement per unit of network output, in the region's unit of length
+SOLID = 17.0  # maximal density before the decoder's factor: most light stops within .06
+SOFT = 0.02  # face heights over which density rises at the surface
+DEPTH = 0.8  # half of the depth range that planes cover around the ears, face heights
+NEAR_POSE, NEAR_MOUTH = 0.1, 0.05  # scales of `likeness`: radians, face heights
 N_MOUTH_DRIVES, N_EYE_DRIVES = N_CODES + 4, 8
-# What the field says of a point, in this order; then features, then for each picture how much it
-# has to say there and the place (N_PLACE).
+# Channels of the field: own colour, source colour and share of own colour; then features; then,
+# for each picture, its weight and weight times picture coordinates (N_PLACE channels).
 OWN, SOURCE, SHARE = slice(0, 3), slice(3, 6), slice(6, 7)
 N_COLOURS, N_PLACE = 7, 3
 
 
 class Deformation(nn.Module):
-    """Where points of a region lie in the picture's face: an hourglass net with skip sums."""
+    """Displacement of points of a region into the picture's face: an hourglass MLP with skips."""
 
     def __init__(self, width: int, n_told: int, n_cues: int = 0) -> None:
         super().__init__()
@@ -57,9 +57,9 @@ class Deformation(nn.Module):
         nn.init.zeros_(self.last.bias)
 
     def forward(self, place: Tensor, told: Tensor, row: Tensor, cues: Tensor) -> Tensor:
-        """place (N, 3) in the region's own measure, told (M, n_told), row (N,) into it, cues
-        (N, n_cues) -> (N, 3 + N_HIDDEN): displacement in that measure, and what the decoder is
-        told."""
+        """place (N, 3) in the region's unit of length, told (M, n_told), row (N,) into told, cues
+        (N, n_cues) -> (N, 3 + N_HIDDEN): displacement in MOVED times that unit, and features for
+        the decoder."""
         told = self.told(told).index_select(0, row)
         seen = torch.cat([frequencies(0.5 * place, N_OCTAVES), cues], 1)
         wide = (self.first(seen) + told).relu()
@@ -69,8 +69,8 @@ class Deformation(nn.Module):
 
 
 class S3DField:
-    """The field of one person, closed over T rows; of several pictures, each has a say by how much
-    it is like the row."""
+    """The field of one person for T rows; several pictures are blended, weighted by their
+    likeness to the row."""
 
     n_detached = 0
 
@@ -79,7 +79,7 @@ class S3DField:
         self.channels = N_COLOURS + avatar.n_features + N_PLACE * len(faces)
         rest = faces[0].mouth.neutral
         self.views = [
-            # mouths of another picture rest where that picture's does
+            # another picture's face rests elsewhere: move the landmarks there
             _View(avatar, face, signals.with_(
                 landmarks=signals.landmarks + face.mouth.neutral - rest) if i else signals)
             for i, face in enumerate(faces)
@@ -106,8 +106,8 @@ class S3DField:
         return density, torch.cat([mixed, told.flatten(1)], 1)
 
     def losses(self, signals: Signals) -> dict[str, Tensor]:
-        """How far landmarks are carried from where the main picture has them (anchor), in face
-        heights times ten; size of the displacements there (deform)."""
+        """Return anchor, the smooth L1 error of deformed landmarks against the main picture's in
+        tenths of a face height, and deform, their mean squared displacement."""
         view = self.views[0]
         home = view.face.signals.landmarks[0, ANCHORS]
         x = signals.landmarks[:, ANCHORS]
@@ -121,11 +121,11 @@ class S3DField:
 
 
 def likeness(signals: Signals, faces: Sequence[Face]) -> Tensor:
-    """How much each picture has to say in each row, (T, P), adding up to 1: by how alike views of
-    the head and openings of the mouth are."""
+    """Return the weight of each picture in each row, (T, P), summing to 1, by similarity of the
+    view of the head and of mouth opening."""
     far = []
     for face in faces:
-        # which way the camera looks at the head, whoever of the two has turned
+        # camera axis in head space: it depends on head and camera motion alike
         ahead, there = (s.camera.c2w[:, :3, 2] for s in (signals, face.signals))
         turn = (ahead - there).norm(dim=1) / NEAR_POSE
         mouths = [s.landmarks[:, INNER_LIPS, 1].diff(dim=1)[:, 0] for s in (signals, face.signals)]
@@ -134,13 +134,13 @@ def likeness(signals: Signals, faces: Sequence[Face]) -> Tensor:
 
 
 class _View:
-    """What one picture says of the points of T rows."""
+    """The field of one picture for the points of T rows."""
 
     def __init__(self, avatar: S3D, face: Face, signals: Signals) -> None:
         self.avatar, self.face, self.n_rows = avatar, face, len(signals)
         marks = face.signals.landmarks[0]
-        # each region's middle and unit of length; radii are in that unit, the mouth's across in
-        # widths of the jaw
+        # Centre and unit of length of each region.  Radii are in that unit, except that
+        # MOUTH_REACH gives the horizontal one in jaw widths.
         nose, chin, jaw = marks[33], marks[8], (marks[4] - marks[12]).norm()
         self._mouth = (nose + chin) / 2, (chin - nose).norm()
         across, down = MOUTH_REACH
@@ -152,7 +152,7 @@ class _View:
         self._lids = torch.cat([self._lids_of(signals, side) for side in (0, 1)])  # (2 T, 2, 4, 2)
 
     def _lids_of(self, signals: Signals, side: int) -> Tensor:
-        """Where an eye's lids are in each row, in its own measure, by how open it is against the
+        """Return an eye's lids in each row in its local frame, from its openness relative to the
         picture's: (T, 2, 4, 2)."""
         home, (middle, unit) = self.face.signals, self._eyes[side]
         mirror = middle.new_tensor([1.0 if side == 0 else -1.0, 1.0])
@@ -163,7 +163,8 @@ class _View:
         return torch.stack([drawn, lower.expand_as(drawn)], 1)
 
     def _told(self, signals: Signals) -> tuple[Tensor, Tensor]:
-        """What regions are told of each row: (T, n), and (2 T, n) of both eyes, mirrored."""
+        """Return conditioning of the mouth net (T, n), and of the eye net (2 T, n), left eyes
+        first, right eyes mirrored."""
         avatar, home = self.avatar, self.face.signals
         drives = self._mouth_drives(signals.landmarks, home.landmarks)
         eyes = torch.stack([_eye_drives(signals, home, side) for side in (0, 1)])
@@ -181,7 +182,7 @@ class _View:
         return mouth, torch.cat([eyes, heard.expand(2, -1, -1)], 2).flatten(0, 1)
 
     def _mouth_drives(self, marks: Tensor, home: Tensor) -> Tensor:
-        """The mouth against the picture's, in shapes; opening and width of both: (T, n)."""
+        """Return mouth shape relative to the picture's, and opening and width of both: (T, n)."""
         avatar = self.avatar
         shift = (marks - home)[:, MOUTH].flatten(1) @ avatar.mouth_basis
         scale = avatar.mouth_scale.clamp_min(1e-4)
@@ -194,18 +195,18 @@ class _View:
         return torch.cat([(shift / scale).clamp(-6, 6), opened(marks), there], 1)
 
     def coloured(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (N, 3), row (N,) -> density (N,), colours and features (N, N_COLOURS + F), the place
-        in the picture (N, 2)."""
+        """x (N, 3), row (N,) -> density (N,), colours and features (N, N_COLOURS + F), picture
+        coordinates (N, 2)."""
         density, said, seen, place = self.decoded(x, row)
         share = (said[:, :1] - 3.0).sigmoid()
-        # teeth and lids are as bright as the light on the face makes them
+        # relative to the skin, since teeth and lids are lit like the face
         own = share * (2 * self.face.skin * said[:, 1:4].sigmoid())
         source = (1 - share) * seen[:, :3]
         return density, torch.cat([own, source, share, said[:, 4:]], 1), place
 
     def displaced(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """Points (N, 3) of rows (N,) -> where they lie in the picture's face (N, 3), and what the
-        decoder is told of them (N, N_HIDDEN + 2 N_CUES)."""
+        """Points (N, 3), rows (N,) -> points in the picture's face (N, 3), and features for the
+        decoder (N, N_HIDDEN + 2 N_CUES)."""
         avatar = self.avatar
         shift = x.new_zeros(len(x), 3 + N_HIDDEN + 2 * N_CUES)
         if avatar.deformation == "none":
@@ -228,8 +229,8 @@ class _View:
         net: nn.Module, shift: Tensor, local: Tensor, radii: Tensor, told: Tensor, row: Tensor,
         unit: Tensor, cues: Callable[[Tensor, Tensor], Tensor], place: int,
     ) -> Tensor:  # fmt: skip
-        """Add what a net says of the points (N,) that lie in its region to `shift` (N, ...), and
-        the region's cues, of points by number and row, at their place among cues."""
+        """Evaluate a net on the points (N,) inside its region; return shift (N, ...) plus its
+        output and the region's cues, written from column `place` of the cues."""
         off = ((local[:, :2] / radii).square().sum(1).sqrt() - 1).clamp_min(0)
         weight = (-FADE * off.square()).exp()
         near = (weight > 0.01).nonzero().squeeze(1)
@@ -240,8 +241,8 @@ class _View:
         return shift.index_add(0, near, said * weight[near, None])
 
     def decoded(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x (N, 3), row (N,) -> density (N,), share and own colour and features (N, 4 + F), what
-        the picture shows (N, 6), the place in the picture (N, 2) in [-1, 1]."""
+        """x (N, 3), row (N,) -> density (N,), share and own colour, raw, and features (N, 4 + F),
+        `Face.seen` there (N, 6), picture coordinates (N, 2) in [-1, 1]."""
         face = self.face
         at, hidden = self.displaced(x, row)
         place = _projected(at, face.signals.camera)
@@ -258,14 +259,14 @@ class _View:
         depth = torch.stack([(behind / 0.1).clamp(-3, 3), head], 1)
         said = self.avatar.decoder(torch.cat([read, seen, depth, hidden], 1)).float()
         surface = ((behind + 0.1 * said[:, 0].tanh()) / SOFT).sigmoid()
-        # a ray that runs through what is solid loses as much light as the picture's matte says
+        # density with which 0.4 face heights of the head are as opaque as in the picture's labels
         thick = -(1 - 0.999 * head).log() / 0.4
         density = surface * thick.clamp_max(SOLID) * (0.5 * said[:, 1].tanh()).exp()
         return density, said[:, 2:], seen, place[:, :2]
 
 
 def _eye_drives(signals: Signals, home: Signals, side: int) -> Tensor:
-    """What drives an eye (T, N_EYE_DRIVES), as if it were the picture's left one."""
+    """Return driving signals of an eye (T, N_EYE_DRIVES), mirrored to the picture's left one."""
     there = home.eye[:, side : side + 1].expand(len(signals), 1)
     eye = signals.eye[:, side : side + 1]
     mirror = signals.gaze.new_tensor([1.0 if side == 0 else -1.0, 1.0])
@@ -277,11 +278,10 @@ def _eye_drives(signals: Signals, home: Signals, side: int) -> Tensor:
 
 @exact
 def between(x: Tensor, edges: Tensor, near: Tensor, row: Tensor, *, scale: float) -> Tensor:
-    """How far points x (N, 2 or 3), those of the numbers `near` (M,), lie between the upper and the
-    lower edge of their rows (M,), times scale and negative outside; and where along, from -1 to 1:
-    (M, 2).
+    """Return cues (M, 2) of the points x[near], near (M,), of rows (M,): depth inside the gap
+    between upper and lower edge, times scale, negative outside; -1 to 1 from corner to corner.
 
-    edges (T, 2, K, 2): x, y of either from corner to corner, taken as evenly spaced
+    x (N, 2 or 3) · edges (T, 2, K, 2): x, y from corner to corner, assumed evenly spaced in x
     """
     x, last = x[near], edges.shape[2] - 1
     left, right = edges[:, 0, 0, 0], edges[:, 0, last, 0]
@@ -301,8 +301,8 @@ def between(x: Tensor, edges: Tensor, near: Tensor, row: Tensor, *, scale: float
 
 @exact
 def _projected(x: Tensor, camera: Camera) -> Tensor:
-    """Head space (N, 3) -> the first picture's place in [-1, 1] and depth round the ears over
-    DEPTH, (N, 3)."""
+    """Head space (N, 3) -> coordinates in the camera's first row: picture x, y in [-1, 1], and
+    depth relative to the ears over DEPTH, (N, 3)."""
     c2w, k = camera.c2w[0], camera.k[0]
     seen = (x - c2w[:3, 3]) @ c2w[:3, :3]
     pixel = seen[:, :2] / seen[:, 2:] * torch.stack([k[0, 0], k[1, 1]]) + k[:2, 2]

@@ -1,26 +1,26 @@
-"""S3D-NeRF (Li et al., ECCV 2024): a face whom nobody filmed speaks, from one picture of it.
+"""S3D-NeRF (Li et al., ECCV 2024): a talking head of an unseen person, from one picture.
 
-    x' = x + D(x, a, F)      where a point of the row's face lies in the picture's face
-    p  = the place of x' in the picture's camera
-    density, colour = decoder(planes(p), ...)     planes: of an encoder of the picture
-    film = retouched(marched head, over the picture's shoulders, over the background)
+    x' = x + D(x, a, F)      position in the picture's face of a point of the row's face
+    p  = x' projected by the picture's camera
+    density, colour = decoder(planes(p), ...)     planes: encoded from the picture
+    output = retouched(marched head, over the picture's shoulders, over the background)
 
-D is told a, what drives the face, and F, what slots of the picture's appearance hear of a by
-cross-attention.  All of it learns from pairs of frames of many people; a new face is one forward
-pass of the encoder (`enroll`).
+D is conditioned on the driving signals a and on F, the result of cross-attention from slots of the
+picture's appearance to a.  All networks learn from pairs of frames of many people; a new face
+takes one forward pass of the encoder (`enroll`).
 
-The paper's text leaves sizes and much else open (only its outline is known to us).  Where we go
-our own way, it is because a handful of people is all that a small training set has:
-* What a picture shows is carried, not painted: besides features the first plane holds the
-  picture itself, and colours of the field's own have to be asked for (`own`: teeth, lids).
-* The depth of the face is the tracked mesh's; learnt is what is to be changed of it.
-* a is the mouth's shape, which the speech encoder says and is supervised on directly, against
-  the picture's own; and lids, gaze and brows.  Learnt from pixels alone, the link from speech to
-  lips is lost.  D is supervised too, where landmarks are: they say what lies where.
-* D works in the regions that speak and blink, each in its own measure of length (so that faces
-  are alike), and is zero elsewhere; both eyes share one, mirrored.
-* Hair is marched with the face, since it turns with it.  Finishing carries the picture itself
-  along the marched places, at its full size, and lays it over shoulders that follow `body`.
+The paper's text leaves sizes and much else open (only its outline is known to us).  Where we
+differ, the reason is that a small training set has only a handful of people:
+* Pixels are warped, not synthesised: besides features the front plane holds the picture itself,
+  and a loss (`own`) limits the field's own colours to mouth and eyes (teeth, lids).
+* The depth of the face is the tracked mesh's; only a correction is learned.
+* a is the mouth's shape relative to the picture's, and lids, gaze and brows.  The speech encoder is
+  supervised on the shape directly: learned from pixels alone, the link from speech to lips is
+  lost.  D is supervised at landmarks, whose correspondence is known.
+* D acts in regions around mouth and eyes, each in its own unit of length (so that faces are
+  alike), and is zero elsewhere; both eyes share one net, mirrored.
+* Hair is marched with the face, since it turns with it.  The final stage warps the full-size
+  picture by the marched coordinates and composites it over shoulders that follow `body`.
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ SIZES = {
 
 
 class S3D(Avatar):
-    """The network that draws whom it is shown.  For comparisons: `deformation`, one of
-    DEFORMATIONS (naive: told what drives alone; concatenated: and what the picture looks like)."""
+    """S3D's network, which renders any person from a portrait.  For ablations: `deformation`, from
+    DEFORMATIONS (naive: driving signals alone; concatenated: with the mean appearance slot)."""
 
     needs_portrait = True
     heeds = frozenset({"sync", "critic"})
@@ -95,7 +95,7 @@ class S3D(Avatar):
     }  # fmt: skip
     maps = MAPS
     box = (-1.0, -1.1, -0.75, 1.0, 1.1, 0.45)
-    common = ("",)  # nothing is a single person's
+    common = ("",)  # the whole state is shared
     mouth_basis: Tensor
     mouth_scale: Tensor
     mouth_rest: Tensor
@@ -115,7 +115,7 @@ class S3D(Avatar):
             "mouth_rest": (), "mouth_gain": (),
         }.items():  # fmt: skip
             self.register_buffer(name, torch.zeros(shape))
-        self.mouths = [Mouth() for _ in range(n_people)]  # measured, and not part of the state
+        self.mouths = [Mouth() for _ in range(n_people)]  # a plain list: not part of the state
         self._gains: list[Tensor] = []
         self.speech = SpeechEncoder.of_windows(n_steps, n_features, N_CODES)
         self.encoder = AppearanceEncoder(8, widths.encoder, widths.channels, widths.n_scales)
@@ -126,7 +126,7 @@ class S3D(Avatar):
         self.mouth_net = Deformation(widths.deformation, N_MOUTH_DRIVES + n_slot, N_CUES)
         self.eye_net = Deformation(widths.deformation // 2, N_EYE_DRIVES + n_slot, N_CUES)
         n_in = self.encoder.n_out + 6 + 2 + N_HIDDEN + 2 * N_CUES
-        # depth, strength, share of its own colour, that colour, features
+        # outputs: depth shift, log density factor, share of own colour, own colour, features
         self.decoder = Mlp(n_in, widths.decoder, 2 + 1 + 3 + widths.features, 3, last_scale=0.3)
         n_draft = N_COLOURS + widths.features + 1 + 3 + 4
         self.retoucher = Retoucher(n_draft, widths.retoucher, 4)
@@ -138,12 +138,12 @@ class S3D(Avatar):
     ) -> Self:  # fmt: skip
         return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
 
-    # -- what is measured ------------------------------------------------------------------
+    # -- measurement -----------------------------------------------------------------------
 
     @torch.no_grad()
     def survey(self, people: Sequence[Signals]) -> None:
-        """Shapes of mouths, how far they go and how wide they stand on average; the linear map
-        of speech, of all people together."""
+        """Measure mouth basis, scale and median opening at rest; fit the linear speech map to all
+        people together."""
         self.mouth_basis.copy_(principal_shapes(people))
         self.mouths = [Mouth().to(s.pose.device) for s in people]
         for mouth, signals in zip(self.mouths, people, strict=True):
@@ -157,11 +157,11 @@ class S3D(Avatar):
         self.speech.solve(told, at_most=3000)
 
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Nothing: all that is known of a person is in the portrait."""
+        """Do nothing: everything person-specific comes from the portrait."""
 
     @torch.no_grad()
     def settle(self, kept: Signals) -> None:
-        """The gain of heard mouths: what suits people in the middle."""
+        """Set the gain of speech-driven mouths to the median over the people settled so far."""
         mouth = self._mouth(kept)
         mouth.settle(kept, self.speech(kept))
         self._gains.append(mouth.gain.clone())
@@ -171,14 +171,14 @@ class S3D(Avatar):
         return self.mouths[int(signals.person[0]) if len(self.mouths) > 1 else 0]
 
     def listen(self, signals: Signals) -> Signals:
-        """Mouths of one of the people that it learns from; eyes and brows stay as they are."""
+        """Return signals with the training person's mouth predicted from speech, all else kept."""
         mouth = self._mouth(signals)
         mouth.gain.copy_(self.mouth_gain)
         marks = signals.landmarks.clone()
         marks[:, MOUTH] = mouth.heard(signals, self.speech(signals)).landmarks[:, MOUTH]
         return signals.with_(landmarks=marks)
 
-    # -- a person --------------------------------------------------------------------------
+    # -- enrolment -------------------------------------------------------------------------
 
     def enroll(self, portrait: Portrait | None) -> Speaker:
         assert portrait is not None, "s3d draws whom it is shown"
@@ -230,7 +230,7 @@ class S3D(Avatar):
         head = labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
         marched = rendered.feature[:, OWN] + rendered.feature[:, SOURCE]
         over = marched + (1 - rendered.opacity) * plate
-        at = rays.pixel * (self.magnification if whole else 1)  # masks count finished pixels
+        at = rays.pixel * (self.magnification if whole else 1)  # masks use full-size pixels
         alive = region_masks(shot.signals, at, rays.row, labels)[:, :2].amax(1)
         error = (over - head * target - (1 - head) * plate).square().mean(1)
         losses |= solid_losses(rendered, head, labels[:, :1]) | {
@@ -279,7 +279,7 @@ class S3D(Avatar):
 
 
 def _smaller(values: Tensor, layout: tuple[int, int, int] | None, times: int) -> Tensor:
-    """Pixels (B H W, C) of finished pictures -> of marched ones of `layout`."""
+    """Downsample pixels (B H W, C) of finished pictures to those of marched ones of `layout`."""
     assert layout is not None
     b, h, w = layout
     pictures = values.view(b, h * times, w * times, -1).permute(0, 3, 1, 2)
@@ -287,6 +287,6 @@ def _smaller(values: Tensor, layout: tuple[int, int, int] | None, times: int) ->
 
 
 def _mean_colour(seen: Tensor) -> Tensor:
-    """Of the face in what is seen of a picture (6, s, s): (3,)."""
+    """Return the mean colour (3,) of the face in `Layers.seen` of one picture, (6, s, s)."""
     face = seen[3:4]
     return (seen[:3] * face).sum((1, 2)) / face.sum().clamp_min(1)

@@ -1,4 +1,4 @@
-"""A person whom pictures show, ready to be drawn."""
+"""A person enrolled from pictures, ready to be rendered."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ MAPS = MappingProxyType({"own": ("colour of its own",)})
 
 
 class S3DSpeaker:
-    """A person as a portrait shows them, drawn by the network."""
+    """A `Speaker` built from a portrait; shares the avatar's networks."""
 
     past = 0
     has_kernel = False
     maps: Mapping[str, tuple[str, ...]] = MAPS
 
     def __init__(self, avatar: S3D, faces: Sequence[Face]) -> None:
-        """faces: of the person's pictures; the first is the main one."""
+        """faces: one per picture of the person; the first is the main one."""
         self.avatar, self.faces, self.main = avatar, faces, faces[0]
         self.aabb, self.magnification = avatar.aabb, avatar.magnification
 
@@ -51,7 +51,7 @@ class S3DSpeaker:
     def compose(
         self, rendered: Rendered, rays: RayBundle, signals: Signals, plate: Tensor
     ) -> Frame:
-        """The head over the plate; where rays are whole pictures, shoulders too, retouched."""
+        """Composite the head over the plate; with whole pictures, add shoulders and retouch."""
         depth = distance(rendered, rays)
         own = shaped(rendered.feature[:, SHARE], rays)
         if not rays.whole:
@@ -80,9 +80,9 @@ class S3DSpeaker:
         return Frame(rgb, alpha.clamp(0, 1), depth, {"own": own})
 
     def _carried(self, told: Tensor) -> Tensor:
-        """The pictures themselves, carried along by the places that were marched.
+        """Return the source pictures warped by the marched coordinates, blended.
 
-        told (B, P N_PLACE, H, W): how much each picture has to say, and that times its place
+        told (B, P N_PLACE, H, W): weight of each picture, and weight times picture coordinates
         """
         carried, weight = [], []
         for face, (part, *place) in zip(
@@ -99,7 +99,7 @@ class S3DSpeaker:
         return total
 
     def _shoulders(self, signals: Signals, px: int) -> Tensor:
-        """The picture's shoulders where rows show them (T, 4, px, px), premultiplied."""
+        """Return the main picture's shoulders moved to each row (T, 4, px, px), premultiplied."""
         home = self.main.signals
         moved_by = signals.body - home.body
         carry = shoulders_in_picture(moved_by, signals.camera, home.pose[0])
