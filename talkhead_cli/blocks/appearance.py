@@ -1,7 +1,7 @@
-"""A picture of a face -> planes of features at several scales, and a few vectors that say it all.
+"""Appearance encoder: a picture of a face -> multi-scale feature planes and a few slot vectors.
 
-After S3D-NeRF (Li et al., ECCV 2024): its hierarchical facial appearance encoder, the slots that
-gather what it sees, and the attention by which those hear what drives the face.
+After S3D-NeRF (Li et al., ECCV 2024): the hierarchical facial appearance encoder, the slots that
+summarise its features, and the cross-attention from these slots to the driving signals.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from torch import Tensor, nn
 
 N_GROUPS = 4
 N_HEADS = 4
-ROUNDS = 3  # of slot attention
+ROUNDS = 3  # iterations of slot attention
 
 
 class AppearanceEncoder(nn.Module):
-    """Convolutions downwards, sums upwards (a feature pyramid); each level becomes three planes.
+    """Feature pyramid network whose finest `n_scales` levels each give three planes.
 
-    The first plane lies in the picture: what it says of a point is what the picture shows there.
-    The other two stand on it, and can only be guessed.
+    The first plane (xy) is parallel to the picture, so its features come from the pixel a point
+    projects to.  The other two are perpendicular to the picture and have to be inferred.
     """
 
     def __init__(self, n_in: int, widths: Sequence[int], channels: int, n_scales: int) -> None:
-        """widths: of the levels, from half the picture's size downwards · channels: of a plane ·
-        n_scales: levels, from the largest on, that become planes."""
+        """widths: channels of the levels, the first at half the picture's size · channels: of each
+        plane · n_scales: number of levels, from the finest on, that become planes."""
         super().__init__()
         ins = (n_in, *widths[:-1])
         self.down = nn.ModuleList(_halving(a, b) for a, b in zip(ins, widths, strict=True))
@@ -40,8 +40,8 @@ class AppearanceEncoder(nn.Module):
         self.n_deep = widths[-1]
 
     def forward(self, pictures: Tensor) -> tuple[list[Tensor], Tensor]:
-        """pictures (P, n_in, H, W) -> planes (P, 3, C, s, s) of each scale, the largest first, and
-        what the deepest level says (P, n, n_deep) of n places."""
+        """pictures (P, n_in, H, W) -> list of planes (P, 3, C, s, s), the largest scale first, and
+        the features (P, n, n_deep) of the n cells of the deepest level."""
         levels = []
         x = pictures
         for layer in self.down:
@@ -69,9 +69,9 @@ def _halving(n_in: int, n_out: int) -> nn.Sequential:
 
 
 class Slots(nn.Module):
-    """A few slots that share out what an encoder saw (slot attention, Locatello et al. 2020).
+    """Slot attention over encoder features (Locatello et al. 2020).
 
-    They start from learnt vectors rather than from noise: one picture, one answer.
+    Slots start from learned vectors instead of noise, so that the result is deterministic.
     """
 
     def __init__(self, n_in: int, n_slots: int, width: int) -> None:
@@ -90,14 +90,14 @@ class Slots(nn.Module):
         )
 
     def forward(self, seen: Tensor) -> Tensor:
-        """seen (P, n, n_in) -> slots (P, n_slots, width)."""
+        """Features seen (P, n, n_in) -> slots (P, n_slots, width)."""
         seen = self.enter(seen)
         key, value = self.key(seen), self.value(seen)
         slots = self.start.expand(len(seen), -1, -1)
         for _ in range(ROUNDS):
             asked = self.ask(self.between(slots))
             odds = torch.einsum("psw,pnw->psn", asked, key) / asked.shape[-1] ** 0.5
-            share = odds.softmax(1) + 1e-6  # slots compete for places
+            share = odds.softmax(1) + 1e-6  # over slots: they compete for cells
             share = share / share.sum(2, keepdim=True)
             told = torch.einsum("psn,pnw->psw", share, value)
             slots = self.update(told.flatten(0, 1), slots.flatten(0, 1)).view_as(slots)
@@ -106,10 +106,10 @@ class Slots(nn.Module):
 
 
 class CrossModal(nn.Module):
-    """What slots of appearance hear of what drives a face: multi-head cross-attention.
+    """Multi-head cross-attention from appearance slots (queries) to driving signals (keys, values).
 
-    Every driving number is a token of its own, the sum of what it is and how much of it there is;
-    were all of them one token, there would be nothing to attend to.
+    Each driving number is a token: a learned embedding plus the number times a second one.  If all
+    numbers shared one token, attention would have nothing to choose between.
     """
 
     def __init__(self, n_numbers: int, n_slots: int, width: int, n_out: int) -> None:
@@ -120,7 +120,7 @@ class CrossModal(nn.Module):
         self.last = nn.Linear(n_slots * width, n_out)
 
     def forward(self, slots: Tensor, driving: Tensor) -> Tensor:
-        """slots (n_slots, width), driving (T, n_numbers) -> (T, n_out)."""
+        """slots (n_slots, width), driving (T, n_numbers) -> features (T, n_out)."""
         tokens = self.what + driving[..., None] * self.much
         asked = slots.expand(len(driving), -1, -1)
         heard, _ = self.attend(asked, tokens, tokens, need_weights=False)

@@ -1,10 +1,10 @@
-"""A critic that learns to tell drawn faces from true ones, patch by patch.
+"""Patch discriminator ("critic") of rendered against real faces, and its losses.
 
-Of the kind of Isola et al. 2017 (scores of patches), with spectral normalisation (Miyato et al.
-2018) and the hinge (Lim and Ye 2017).  Not a critic of whole pictures, as StyleGAN has: of a
-handful of people it would learn the faces by heart.  For the same reason, what it is shown of a
-pair is mirrored and lit by chance, alike for both (Zhao et al. 2020).  It looks at the face alone:
-walls and shoulders are carried over from a picture, and there would be nothing to tell.
+PatchGAN (Isola et al. 2017) with spectral normalisation (Miyato et al. 2018) and the hinge loss
+(Lim and Ye 2017).  It scores patches, not whole pictures as StyleGAN's does: trained on a handful
+of people, that would memorise their faces.  For the same reason both faces of a pair get the same
+random mirroring and lighting (Zhao et al. 2020).  It sees face crops only: background and
+shoulders are warped from a real picture, so there is nothing to discriminate.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
-LIGHT, CONTRAST = 0.1, 0.2  # at most, of what is shown
-REACH = 0.6  # half a crop's side, in the longer side of the landmarks' box
-# side of the crops, and widths of the levels, each of half the size: patches of 46 and of 190 px
+LIGHT, CONTRAST = 0.1, 0.2  # largest random changes of brightness and contrast
+REACH = 0.6  # half a crop's side over the longer side of the landmarks' bounding box
+# Side of the crops and widths of the stride-2 levels; receptive fields: 46 and 190 px.
 SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
     "tiny": (64, (24, 48, 96)), "full": (256, (32, 64, 128, 256, 256)),
 }  # fmt: skip
 
 
 class Critic(nn.Module):
-    """Faces -> how true each patch of them looks; frozen, except while it learns.
+    """Patch discriminator of face crops; frozen, except during its own training steps.
 
-    side: of the crops that it looks at, pixels
+    side: of the crops it takes, pixels
     """
 
     def __init__(self, size: Literal["tiny", "full"]) -> None:
@@ -43,7 +43,7 @@ class Critic(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, faces: Tensor) -> Tensor:
-        """(B, side, side, 3) in [0, 1] -> scores (B, h, w), above zero for true ones."""
+        """faces (B, side, side, 3) in [0, 1] -> scores (B, h, w), positive for real patches."""
         x = 2 * faces.permute(0, 3, 1, 2) - 1
         for level in self.levels:
             x = F.leaky_relu(level(x), 0.2)
@@ -52,7 +52,7 @@ class Critic(nn.Module):
 
 
 def faces_of(pictures: Tensor, marks_px: Tensor, side: int) -> Tensor:
-    """Crops (B, side, side, 3) of pictures (B, H, W, 3) round landmarks (B, 68, 2) in [0, 1]."""
+    """Crop pictures (B, H, W, 3) around landmarks (B, 68, 2) in [0, 1]: (B, side, side, 3)."""
     low, high = marks_px.amin(1), marks_px.amax(1)
     half = REACH * (high - low).amax(1)
     line = (torch.arange(side, device=pictures.device) + 0.5) * 2 / side - 1
@@ -65,8 +65,8 @@ def faces_of(pictures: Tensor, marks_px: Tensor, side: int) -> Tensor:
 
 
 def critic_losses(judges: Iterable[nn.Module], made: Tensor, marks_px: Tensor) -> dict[str, Tensor]:
-    """How far the faces of drawn pictures (B, H, W, 3) are from passing for true ones; nothing
-    without a critic among the judges."""
+    """Return the generator's loss {"critic": -mean score} of rendered pictures (B, H, W, 3); empty
+    if there is no critic among the frozen networks `judges`."""
     for judge in judges:
         if isinstance(judge, Critic):
             return {"critic": -judge(faces_of(made, marks_px, judge.side)).mean()}
@@ -74,12 +74,12 @@ def critic_losses(judges: Iterable[nn.Module], made: Tensor, marks_px: Tensor) -
 
 
 def hinge(made: Tensor, true: Tensor) -> Tensor:
-    """What a critic loses by its scores of drawn and of true pictures."""
+    """Return the discriminator's hinge loss from its scores of rendered and of real pictures."""
     return F.relu(1 + made).mean() + F.relu(1 - true).mean()
 
 
 def shown(made: Tensor, true: Tensor) -> tuple[Tensor, Tensor]:
-    """Pairs of faces (B, s, s, 3), mirrored and lit by chance, both of a pair alike."""
+    """Apply the same random mirroring, contrast and light to both faces (B, s, s, 3) of a pair."""
     chance = torch.rand(3, len(made), 1, 1, 1, device=made.device)
     gain = 1 + CONTRAST * (2 * chance[1] - 1)
     light = LIGHT * (2 * chance[2] - 1)

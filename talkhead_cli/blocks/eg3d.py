@@ -1,8 +1,8 @@
-"""EG3D's generator of faces (Chan et al. 2022), as its published weights have it.
+"""EG3D's face generator (Chan et al. 2022), in the layout of its published weights.
 
-Its shape is that of the paper and of StyleGAN2, with the names that its files give to tensors.
-Of a file are used what draws the planes and the decoder; the mapping network lends its mean style,
-and the upscaling half stays out: ours says alpha as well.
+The architecture is that of the paper and of StyleGAN2; tensor names are those of the files.  Used
+from a file: the synthesis network that makes the planes, the decoder, and of the mapping network
+only its mean style.  Super-resolution is left out, because ours also outputs alpha.
 
 EG3D's space has x to the right of the picture, y up and z towards the camera, in a cube of side 1.
 Ours has y down and z away from the camera, in face heights from between the ears.
@@ -25,16 +25,16 @@ Kind = Literal["eg3d", "eg3d-fixed"]
 KINDS: tuple[Kind, ...] = ("eg3d", "eg3d-fixed")
 N_STYLE, N_STYLES, N_POSE = 512, 14, 25
 CHANNELS, SIZE, HIDDEN = 32, 256, 64
-# Side of maps -> width; each side has two layers, the first one, and a drawing of its own.
+# Side of the feature maps -> channels; each side has two layers (side 4 has one) and one torgb.
 WIDTHS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 512, 128: 256, 256: 128}
-# Where a face of ours lies in EG3D's cube at first: its height, and the middle between its ears.
-# Of EG3D's camera (focal length 4.26 picture widths, 2.7 from the middle) and how much of FFHQ's
-# crop a face takes; finding a person goes on from there.
+# Initial placement of our face in EG3D's cube: its height, and the point between its ears.  From
+# EG3D's camera (focal length 4.26 picture widths, 2.7 from the centre) and the share of FFHQ's
+# crop that a face fills; optimised further when a person is fitted.
 FACE, EARS = 0.37, (0.0, 0.02, 0.03)
 
 
 def layout() -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a file must hold beside its `superresolution.`"""
+    """Return names and shapes of the tensors a file must hold, except `superresolution.*`."""
     found: dict[str, tuple[int, ...]] = {
         "backbone.mapping.w_avg": (N_STYLE,),
         **_linear("backbone.mapping.embed", N_POSE, N_STYLE),
@@ -70,8 +70,8 @@ def _linear(name: str, n_in: int, n_out: int) -> dict[str, tuple[int, ...]]:
 
 
 def checked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A file's generator without its upscaling half, in float32; ValueError names what does not
-    fit."""
+    """Return a file's tensors without `superresolution.*`, in float32; ValueError names the first
+    that is missing, unknown or of another shape."""
     wanted = layout()
     held = {k: v for k, v in tensors.items() if not k.startswith("superresolution.")}
     for name in sorted(wanted.keys() | held.keys()):
@@ -82,8 +82,8 @@ def checked(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 class _Layer(nn.Module):
-    """A modulated convolution of StyleGAN2 with its noise, at twice the size where it is the first
-    of its size (Karras et al. 2020, appendix B)."""
+    """Modulated 3x3 convolution of StyleGAN2 with its constant noise; with `up` it doubles the
+    size first (Karras et al. 2020, appendix B)."""
 
     filter: Tensor
     noise: Tensor
@@ -110,7 +110,7 @@ class _Layer(nn.Module):
 
 
 class _Drawing(nn.Module):
-    """What one size says of the planes."""
+    """The 1x1 modulated convolution (torgb) from one size's features to plane channels."""
 
     def __init__(self, n_in: int) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class _Drawing(nn.Module):
 
 
 class _Scale(nn.Module):
-    """A style -> scales of input channels; weights count in units of their usual size."""
+    """Affine map from a style to scales of input channels, with StyleGAN2's equalised weights."""
 
     def __init__(self, n_out: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class _Scale(nn.Module):
 
 
 class EG3DGenerator(nn.Module):
-    """Styles -> three planes, in EG3D's own space and order."""
+    """Synthesis network: styles -> three planes, in EG3D's own space and plane order."""
 
     mean_style: Tensor
 
@@ -156,7 +156,7 @@ class EG3DGenerator(nn.Module):
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """The tensors of `checked`."""
+        """Copy the weights from the tensors that `checked` returns."""
         self.mean_style.copy_(tensors["backbone.mapping.w_avg"])
         layers = iter(self.layers)
         for (side, draw), first in zip(
@@ -176,12 +176,12 @@ class EG3DGenerator(nn.Module):
                 draw.get_parameter(own).copy_(tensors[f"{block}.torgb.{theirs}"])
 
     def forward(self, change: Tensor) -> Tensor:
-        """change (N_STYLES, N_STYLE) of the mean style -> planes (3, CHANNELS, SIZE, SIZE)."""
+        """Offsets from the mean style (N_STYLES, N_STYLE) -> planes (3, CHANNELS, SIZE, SIZE)."""
         styles = self.mean_style + change
         x = self.start[None]
         planes: Tensor | None = None
         layers = iter(self.layers)
-        at = 0  # a drawing hears the style of the layer that comes next
+        at = 0  # torgb shares the style of the next layer
         for index, draw in enumerate(self.draw):
             for _ in range(1 if index == 0 else 2):
                 x = next(layers)(x, styles[at : at + 1])
@@ -199,12 +199,12 @@ _NAMES = {
 
 
 class EG3DPlacing(nn.Module):
-    """Planes of EG3D's space -> our planes, by where a face of ours lies in it.
+    """Resampling of EG3D's planes to ours, by a learned placement of the face.
 
-    Both are read along axes, and so are the maps between them: each plane of ours is one of
-    theirs, read at other places.  kind: of which order planes are.  The published files draw
-    the last two on the same axes (z and x, told apart by nothing but their order); of the
-    fixed ones the last has z and y.
+    Both sets of planes are axis-aligned, and the map between the spaces works per axis, so each of
+    our planes is one of theirs, resampled.  kind: their plane order.  In the original files the
+    last two planes both span z and x, in different order; in the fixed ones the last spans z and
+    y.  log_face: log of the face's height in the cube · ears (3,) the point between the ears
     """
 
     def __init__(self, kind: Kind) -> None:
@@ -214,7 +214,7 @@ class EG3DPlacing(nn.Module):
         self.ears = nn.Parameter(torch.tensor(EARS))
 
     def forward(self, planes: Tensor, reach: Tensor) -> Tensor:
-        """planes (3, C, S, S) -> planes xy, xz, yz (3, C, S, S) in the room of `gathered`."""
+        """planes (3, C, S, S) -> planes xy, xz, yz (3, C, S, S) in coordinates of `gathered`."""
         size = planes.shape[-1]
         line = (2 * torch.arange(size, device=planes.device) + 1) / size - 1
         ours = scattered(line[:, None], reach)  # (S, 3)
@@ -229,15 +229,15 @@ class EG3DPlacing(nn.Module):
 
 
 def _read(plane: Tensor, across: Tensor, down: Tensor, *, turned: bool = False) -> Tensor:
-    """A plane (C, S, S) at every pair of places (n,), (m,), nothing beyond its rim: (C, m, n), or
-    turned (C, n, m)."""
+    """Sample a plane (C, S, S) on the grid across (n,) x down (m,), zero outside: (C, m, n), or
+    (C, n, m) if `turned`."""
     grid = torch.stack(torch.meshgrid(across, down, indexing="xy"), -1)
     found = F.grid_sample(plane[None], grid[None], padding_mode="zeros", align_corners=False)[0]
     return found.transpose(1, 2) if turned else found
 
 
 class EG3DDecoder(nn.Module):
-    """What points' features say of density and colour, as our fields count them."""
+    """EG3D's decoder of point features, its density converted to our units and activation."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,14 +246,14 @@ class EG3DDecoder(nn.Module):
 
     @torch.no_grad()
     def take(self, tensors: Mapping[str, Tensor]) -> None:
-        """The tensors of `checked`, whose weights count in units of their usual size."""
+        """Copy the weights from `checked`, undoing StyleGAN2's equalised scaling."""
         for layer, name in ((self.first, "decoder.net.0"), (self.last, "decoder.net.2")):
             weight = tensors[f"{name}.weight"]
             layer.weight.copy_(weight / math.sqrt(weight.shape[1]))
             layer.bias.copy_(tensors[f"{name}.bias"])
 
     def forward(self, read: Tensor) -> Tensor:
-        """(N, CHANNELS) -> raw density and features (N, 1 + CHANNELS)."""
+        """Features (N, CHANNELS) -> raw density and decoded features (N, 1 + CHANNELS)."""
         said = self.last(F.softplus(self.first(read)))
         # per unit of EG3D's cube -> per face height
         density = FACE * F.softplus(said[:, :1].float() - 1)
@@ -261,8 +261,8 @@ class EG3DDecoder(nn.Module):
 
 
 def _smoothed(x: Tensor, pad: int, *, before: int = 0) -> Tensor:
-    """Maps (B, C, h, w) under the filter 1 3 3 1 both ways, which keeps sums times four: what
-    stands between the pixels of a map at twice the size."""
+    """Filter maps (B, C, h, w) with [1, 3, 3, 1] along both axes, gain 4 in total: it interpolates
+    maps upsampled by zero insertion."""
     line = x.new_tensor([1.0, 3.0, 3.0, 1.0]) / 4
     c = x.shape[1]
     x = F.pad(x, (pad + before, pad, pad + before, pad))
@@ -271,7 +271,7 @@ def _smoothed(x: Tensor, pad: int, *, before: int = 0) -> Tensor:
 
 
 def _doubled(x: Tensor) -> Tensor:
-    """Maps (B, C, h, w) at twice the size: zeros between the pixels, smoothed."""
+    """Upsample maps (B, C, h, w) by two: zero insertion, then `_smoothed`."""
     b, c, h, w = x.shape
     wide = x.new_zeros(b, c, h, 2, w, 2)
     wide[:, :, :, 0, :, 0] = x

@@ -1,8 +1,8 @@
-"""Where a point lies among landmarks: Gaussian relative position coding.
+"""Gaussian relative position coding of points with respect to landmarks.
 
 GtsTalkNeRF (Computational Visual Media 11(4), 2025), as its release computes it: every landmark
-carries an anisotropic Gaussian, and tells a point how far along the camera's axis it lies, as
-loudly as the point is near.
+has an anisotropic Gaussian, which weights a code of the point's relative depth along the camera
+axis.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from torch import Tensor, nn
 from talkhead_cli.blocks.precision import exact
 
 WAVES = 5  # z, sin z, cos z, sin 2z, cos 2z
-FAR = 14.0  # squared distance in sizes of a Gaussian, where it says less than a thousandth
+FAR = 14.0  # squared Mahalanobis distance beyond which a Gaussian's weight is below 1/1000
 
 
 class GaussianCode(nn.Module):
     """Code of points relative to L moving landmarks.
 
-    log_size (L, 3), turn (L, 4): the Gaussians, common to all rows: covariance R diag(s^2) R'
+    log_size (L, 3), turn (L, 4): the Gaussians, common to all rows: covariance S = R diag(s^2) R'
     with s = exp(log_size) in face heights and R from the quaternion.
 
     For a point x and landmark l_k:  d = x - l_k,  w = exp(-d' S^-1 d / 2),
-    z = (d . axis) / UNIT,  code = w [z, sin z, cos z, sin 2z, cos 2z].
+    z = (d . axis) / unit,  code = w [z, sin z, cos z, sin 2z, cos 2z].
     """
 
     def __init__(self, n_landmarks: int, size: float = 0.1, unit: float = 0.1) -> None:
-        """size: of the Gaussians at first · unit: of z; both in face heights."""
+        """size: initial scale of the Gaussians · unit: of z; both in face heights."""
         super().__init__()
         self.log_size = nn.Parameter(torch.full((n_landmarks, 3), float(size)).log())
         self.turn = nn.Parameter(torch.tensor([1.0, 0, 0, 0]).repeat(n_landmarks, 1))
@@ -39,11 +39,10 @@ class GaussianCode(nn.Module):
 
     @exact
     def tables(self, landmarks: Tensor, axis: Tensor) -> Tensor:
-        """landmarks (T, L, 3), axis (T, 3) the camera's unit one -> what `forward` reads,
-        (T, 10, 2 L).
+        """landmarks (T, L, 3), axis (T, 3) unit camera axis -> tables (T, 10, 2 L) for `forward`.
 
-        Both the squared distance and z are linear in a point's [x x', x, 1], so a row's
-        landmarks become one small matrix, and no point meets a landmark one by one.
+        Both the squared distance and z are linear in a point's [x x', x, 1], so the codes of all
+        points need one matrix product per row, not a loop over landmarks.
         """
         whiten = (-self.log_size).exp()[:, :, None] * _rotations(self.turn).transpose(1, 2)
         inverse = whiten.transpose(1, 2) @ whiten  # (L, 3, 3), of the covariances
@@ -60,8 +59,8 @@ class GaussianCode(nn.Module):
         return torch.cat([distance, depth], 2)
 
     def forward(self, x: Tensor, tables: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, 3), tables of the T rows, row (N,) -> codes (M, 5 L) of the M points that are near
-        any landmark, and which they are (M,); the code of the others is as good as zero."""
+        """x (N, 3), tables of the T rows, row (N,) -> codes (M, 5 L) of the M points near any
+        landmark, and their indices (M,); the codes of all others are negligible."""
         square, z = self._read(x, tables, row).chunk(2, 1)
         near = (square.detach().amin(1) < FAR).nonzero().squeeze(1)
         code: Tensor = _Waves.apply(square.index_select(0, near), z.index_select(0, near))
@@ -69,7 +68,7 @@ class GaussianCode(nn.Module):
 
     @exact
     def _read(self, x: Tensor, tables: Tensor, row: Tensor) -> Tensor:
-        """Squared distances and depths (N, 2 L) of points to the landmarks of their rows."""
+        """Squared distances and depths z (N, 2 L) of points to the landmarks of their rows."""
         i, j = torch.triu_indices(3, 3, device=x.device)
         powers = torch.cat([x[:, i] * x[:, j], x, torch.ones_like(x[:, :1])], 1)  # (N, 10)
         if len(tables) == 1:
@@ -84,7 +83,7 @@ class GaussianCode(nn.Module):
 class _Waves(torch.autograd.Function):
     """exp(-square / 2) [z, sin z, cos z, sin 2z, cos 2z]: (N, L), (N, L) -> (N, 5 L).
 
-    By hand, since autograd would keep and pass over a dozen arrays of that size.
+    Written by hand because autograd would store and traverse a dozen arrays of that size.
     """
 
     @staticmethod

@@ -33,7 +33,7 @@ def ssim(a: Tensor, b: Tensor, *, window: int = 7) -> Tensor:
 
 
 def gradient_difference(a: Tensor, b: Tensor) -> Tensor:
-    """Mean absolute difference of the pictures' (B, H, W, 3) finite differences, scalar."""
+    """Mean absolute difference of the pictures' (B, H, W, 3) vertical plus horizontal gradients."""
     terms = [
         ((a[:, 1:] - a[:, :-1]) - (b[:, 1:] - b[:, :-1])).abs().mean(),
         ((a[:, :, 1:] - a[:, :, :-1]) - (b[:, :, 1:] - b[:, :, :-1])).abs().mean(),
@@ -49,8 +49,8 @@ WHOLE = frozenset({"whole", "whole_matte", *(f"whole_{name}" for name in PATCH)}
 def patch_losses(
     made: Tensor, target: Tensor, judges: Iterable[nn.Module], prefix: str = ""
 ) -> dict[str, Tensor]:
-    """What the structure of pictures (B, H, W, 3) says, by name: ssim, gradient, and lpips where
-    one of the judges is its network."""
+    """Structural losses of pictures (B, H, W, 3) by name: ssim, gradient, and lpips if its network
+    is among the frozen networks `judges`."""
     return {
         f"{prefix}ssim": 1 - ssim(made, target).mean(),
         f"{prefix}gradient": gradient_difference(made, target),
@@ -59,15 +59,15 @@ def patch_losses(
 
 
 def solid_losses(rendered: Rendered, matte: Tensor, face: Tensor) -> dict[str, Tensor]:
-    """What a marched person has to be besides its colours, by name.
+    """Losses on the marched opacity and depth by name; arguments matte, face (R, 1).
 
-    matte: opacity as it should be, (R, 1), the more surely where face (R, 1) · entropy: of the
-    opacity, lest it be half · spread: thickness of surfaces
+    matte: squared error of the opacity against the matte, weighted up where `face` is 1 · entropy:
+    of the opacity, pushes it to 0 or 1 · spread: mean variance of depth along rays
     """
     opacity = rendered.opacity.clamp(1e-4, 1 - 1e-4)
     return {
-        # the matte's rim is a guess; inside the face there is no doubt, and no highlight may
-        # be painted by letting a bright wall shine through
+        # The matte is unreliable at its rim but certain inside the face, where a bright background
+        # must not show through to fake a highlight.
         "matte": ((0.2 + 0.8 * face) * (opacity - matte).square()).mean(),
         "entropy": -(opacity * opacity.log() + (1 - opacity) * (1 - opacity).log()).mean(),
         "spread": rendered.spread.mean(),

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-THIN = 1.5  # log of how much thinner than 1 space is before training
+THIN = 1.5  # an output of 0 means density exp(-THIN): space is nearly empty before training
 
 
 def density_of(raw: Tensor) -> Tensor:
-    """What a network says of density (N,) -> density per face height: thin at first, and bounded,
-    since float16 ends at 65504."""
+    """Raw network output (N,) -> density per face height; bounded, because float16 overflows at
+    65504."""
     return (raw.float() - THIN).clamp(max=7.0).exp()
 
 
@@ -42,12 +42,12 @@ class Mlp(nn.Sequential):
     ) -> Tensor:  # fmt: skip
         """x (N, n_in) -> (N, n_out).
 
-        driven: (N, K) and (K, width), a further input and its own map into the first layer ·
-        told: (M, width) added to the first layer of the points (M,) alone
+        driven: (N, K) and (K, width), an extra input and its weights into the first layer ·
+        told: (M, width) and (M,), added to the first layer's output at these indices only
         """
         first, *rest = self
         x = first(x)
-        if driven is not None:  # autocast spares what is in place
+        if driven is not None:  # in place: autocast does not cast its arguments
             x = x.addmm_(*(factor.to(x.dtype) for factor in driven))
         if told is not None:
             x = x.index_add_(0, told[1], told[0].to(x.dtype))
@@ -57,10 +57,10 @@ class Mlp(nn.Sequential):
 
 
 def by_row(weight: Tensor, row: Tensor, n_rows: int) -> Tensor:
-    """Weights (N, K) in the columns of their rows (N,): (N, n_rows K), zero elsewhere.
+    """Scatter weights (N, K) into the column block of each point's row (N,): (N, n_rows K).
 
-    Times codes (n_rows K, C) this is the weighted sum of each point's own codes, without a
-    copy of the codes for every point.
+    Multiplied by codes (n_rows K, C) it gives the weighted sum of each point's own codes, without
+    a copy of the codes for every point.
     """
     if n_rows == 1:
         return weight

@@ -1,4 +1,4 @@
-"""Convolutions whose input channels a style scales (StyleGAN2, Karras et al. 2020)."""
+"""Modulated convolutions (StyleGAN2, Karras et al. 2020)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class ModulatedConv(nn.Module):
-    """3x3 convolution whose input channels are scaled by a style, and demodulated."""
+    """3x3 convolution whose input channels are scaled by a style, with demodulation."""
 
     def __init__(self, n_in: int, n_out: int, n_style: int) -> None:
         super().__init__()
@@ -29,5 +29,5 @@ class ModulatedConv(nn.Module):
 
 
 def twice(x: Tensor) -> Tensor:
-    """Maps (B, C, H, W) at double the size."""
+    """Upsample maps (B, C, H, W) bilinearly by two."""
     return F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""A mouth as a small code: what landmarks say of it, and what is left for speech to say."""
+"""The mouth as a PCA code of its landmarks, and the part of it that speech has to predict."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from talkhead_cli.contracts import Signals
 
 JAW, LIPS = slice(4, 13), slice(48, 68)  # of the 68
 MOUTH = torch.cat([torch.arange(68)[JAW], torch.arange(68)[LIPS]])
-INNER_LIPS = [62, 66]  # middle of the upper and of the lower one
+INNER_LIPS = [62, 66]  # middle of the upper and of the lower lip
 N_CODES = 8
-SPREAD = 0.9  # share of the true spread of the opening that heard mouths are given
+SPREAD = 0.9  # target std of the predicted mouth opening, as a share of the tracked one
 GAINS = (1.0, 2.0)
-LEAN_RIDGE = 1.0  # per row: half of what a pose seems to say of a mouth holds elsewhere
-MAX_POSE = 2.5  # standard deviations; further out, codes are held where training ended
+LEAN_RIDGE = 1.0  # per row: halves the fitted slopes, since only half of the effect generalises
+MAX_POSE = 2.5  # standard deviations; poses are clamped here, the edge of the training data
 
 
 def principal_shapes(people: Sequence[Signals]) -> Tensor:
-    """The directions (87, K) in which mouths of `people` move most, each person by its own scale.
+    """Return the principal components (87, K) of the mouth landmarks of `people`.
 
-    Some mouths move more than others; each counts the same.
+    Every person's motion is normalised first, so that all people have the same weight.
     """
     moves = []
     for signals in people:
@@ -36,18 +36,18 @@ def principal_shapes(people: Sequence[Signals]) -> Tensor:
 
 
 def usual_scale(people: Sequence[Signals], basis: Tensor) -> Tensor:
-    """How far mouths of people go in each shape (K,): the median."""
+    """Return the median over people of the std along each shape (K,)."""
     return torch.stack([_scale(signals, basis) for signals in people]).median(0).values
 
 
 def _scale(signals: Signals, basis: Tensor) -> Tensor:
-    """How far one person's mouth goes in each shape (K,), face heights."""
+    """Return the std of one person's mouth along each shape (K,), face heights."""
     move = (signals.landmarks - signals.landmarks.mean(0))[:, MOUTH].flatten(1)
     return (move @ basis).std(0).clamp_min(1e-4)
 
 
 def change_of_shapes(signals: Signals, old: Tensor, new: Tensor) -> Tensor:
-    """(K, K) that takes what is said of a person in `old` shapes (87, K) to the same in `new`."""
+    """Return the map (K, K) from a person's speech coordinates in `old` shapes (87, K) to `new`."""
     shape = signals.landmarks[:, MOUTH]
     move = (shape - shape.mean(0)).flatten(1)
     size_old, size_new = (size(move @ basis) for basis in (old, new))
@@ -55,21 +55,21 @@ def change_of_shapes(signals: Signals, old: Tensor, new: Tensor) -> Tensor:
 
 
 def size(coordinates: Tensor) -> Tensor:
-    """How much a mouth moves: RMS () of its coordinates (T, K) in some shapes."""
+    """Return the RMS () of a mouth's coordinates (T, K) in some shapes."""
     return coordinates.square().mean().sqrt().clamp_min(1e-6)
 
 
 class Mouth(nn.Module):
-    """One person's mouth; all of it is measured, nothing is learnt.
+    """Mouth model of one person; all buffers are measured, none is learned.
 
-    neutral (68, 3) mean landmarks · basis (87, K), scale (K,) shapes of mouth and jaw, and what
-    counts as far in each · extent () how far this mouth goes, face heights · gain () that the
-    opening is widened by where speech says it · lean (6, K) what the pose alone says of the code ·
+    neutral (68, 3) mean landmarks · basis (87, K) shapes of mouth and jaw · scale (K,) unit of the
+    code along each · extent () RMS motion of this mouth, face heights · gain () factor by which the
+    opening predicted from speech is widened · lean (6, K) linear map from pose to code ·
     pose_mean, pose_scale (6,) of the head
 
-    A mouth is a code, coordinate by coordinate in units of `scale`, for the field; for speech it is
-    coordinates in units of the mouth's whole extent, so that an error counts by what it moves, and
-    shy mouths say what others do.
+    The field takes the code, each coordinate in units of `scale`.  The speech encoder predicts
+    coordinates in units of `extent`, so that the loss weighs errors by the motion they cause and
+    mouths that move little have targets as large as others.
     """
 
     neutral: Tensor
@@ -91,8 +91,8 @@ class Mouth(nn.Module):
 
     @torch.no_grad()
     def measure(self, signals: Signals, basis: Tensor, scale: Tensor | None = None) -> None:
-        """Neutral face, extent and lean of the person's rows, in the shapes of `basis`; the scale
-        as well, unless it is given as people's."""
+        """Set neutral face, extent, pose statistics and lean from the person's rows, and the scale
+        unless one shared by all people is given; gain becomes 1."""
         self.basis.copy_(basis)
         self.neutral.copy_(signals.landmarks.mean(0))
         own = _scale(signals, self.basis)
@@ -108,11 +108,11 @@ class Mouth(nn.Module):
     def presume(
         self, seen: Tensor, basis: Tensor, scale: Tensor, rest: Tensor, gain: Tensor
     ) -> None:
-        """A mouth of which one picture shows the landmarks `seen` (68, 3).
+        """Initialise from the landmarks `seen` (68, 3) of one picture.
 
-        scale (K,), rest () the opening on average, gain (): as people have them.  Whether the
-        mouth stands open in the picture can be seen, and is undone by the least change of its
-        code; whether it smiles, or is of that shape, cannot.
+        scale (K,), rest () mean opening, gain (): those of the training people.  The neutral face
+        is `seen` with its opening set to `rest` by the smallest change of the code.  A smile stays
+        in: one picture cannot tell it from the shape of the mouth.
         """
         self.basis.copy_(basis)
         self.scale.copy_(scale)
@@ -127,84 +127,84 @@ class Mouth(nn.Module):
 
     @torch.no_grad()
     def settle(self, kept: Signals, said: Tensor) -> None:
-        """Set the gain of heard mouths, on rows that the encoder was not trained on.
+        """Set the gain, from rows that the speech encoder was not trained on.
 
-        said (T, K): what it says of them.  A regression says the mean of what may be meant,
-        which mumbles: it is widened until the mouth opens by SPREAD of its true spread.
+        said (T, K): its predictions for them.  Regression predicts means, mouths open too little;
+        the gain, within GAINS, brings the std of the opening to SPREAD times the tracked one.
         """
-        true, heard = (  # shut is shut: what is heard below it is not seen
+        true, heard = (  # a negative opening looks like a closed mouth
             self.opening(self.coded(s)).clamp_min(0).std() for s in (self.to_say(kept), said)
         )
         self.gain.copy_((SPREAD * true / heard.clamp_min(1e-6)).clamp(*GAINS))
 
     def code(self, signals: Signals) -> Tensor:
-        """Mouth code (T, K) of the landmarks, in units of the scale."""
+        """Return the mouth code (T, K) of the landmarks, in units of `scale`."""
         away = signals.landmarks - self.neutral
-        jaw, lips = away[:, JAW], away[:, LIPS]  # slices: a GPU would wait for a list of numbers
+        jaw, lips = away[:, JAW], away[:, LIPS]  # slices: an index list would cost a host sync
         mouth = torch.cat([jaw, lips], 1).flatten(1)
         return mouth @ self.basis / self.scale
 
     def leant(self, signals: Signals) -> Tensor:
-        """What the pose says of the mouth code (T, K).
+        """Return the part of the mouth code (T, K) that is predicted from head pose.
 
-        Part of what the tracked mouth does goes with the head: jaws hang when heads tilt, and
-        meshes bend when heads turn.  Speech cannot know, and a field that learnt mouths with it
-        misses it when driven by speech.
+        Tracked mouths correlate with head pose: jaws hang when heads tilt, and tracked meshes bend
+        when heads turn.  Speech cannot predict this, but a field trained on tracked mouths expects
+        it, so it is added back when driven by speech.
         """
         return self.pose(signals).clamp(-MAX_POSE, MAX_POSE) @ self.lean
 
     def to_say(self, signals: Signals) -> Tensor:
-        """What is left for speech to say of the mouth (T, K), in units of the mouth's size."""
+        """Return the speech encoder's targets (T, K): code minus `leant`, in units of `extent`."""
         return (self.code(signals) - self.leant(signals)) * self._share
 
     def coded(self, said: Tensor) -> Tensor:
-        """The code (T, K) of what was said."""
+        """Convert predictions of the speech encoder (T, K) to units of the code."""
         return said / self._share
 
     def widened(self, code: Tensor) -> Tensor:
-        """The code (T, K) with the opening, and what goes with it, `gain` times as far.
+        """Return the code (T, K) with its component along the opening scaled by `gain`.
 
-        Codes in a mouth's own shapes are uncorrelated, each of deviation 1, and nearly so in
-        people's: what lies across the slope of the opening goes its own way, and stays as said.
+        The code's coordinates have std 1 and are uncorrelated in a mouth's own shapes, nearly so
+        in shared ones: what is orthogonal to the opening is independent of it and is kept.
         """
         slope = self.slope(code)
         along = slope / slope.square().sum().clamp_min(1e-9)
         return code + (self.gain - 1) * (code @ slope)[:, None] * along
 
     def slope(self, like: Tensor) -> Tensor:
-        """How much each code (K,) opens the mouth, face heights."""
+        """Return how far a unit of each code coordinate opens the mouth (K,), face heights."""
         return self.opening(torch.eye(N_CODES).to(like)) - self.opening(torch.zeros_like(like[:1]))
 
     @property
     def _share(self) -> Tensor:
-        """What counts as far in each shape (K,), in units of the mouth's extent."""
+        """`scale` (K,) in units of `extent`."""
         return self.scale / self.extent
 
     @property
     def vigour(self) -> Tensor:
-        """How far this mouth goes, in what counts as far: 1 where the scale is its own."""
+        """`extent` over the RMS of `scale`: 1 if the scale is this person's own."""
         return self.extent / size(self.scale)
 
     def pose(self, signals: Signals) -> Tensor:
-        """Standardised pose of the head (T, 6)."""
+        """Return the standardised pose of the head (T, 6)."""
         return (signals.pose - self.pose_mean) / self.pose_scale
 
     def opening(self, code: Tensor) -> Tensor:
-        """How far (T,) the lower lip's inner edge is below the upper one's, face heights.
+        """Return how far (T,) the lower lip's inner edge is below the upper one's, face heights.
 
-        Only along the face: one lip stands before the other, and that is no opening.
+        Vertical distance only: an offset in depth between the lips is not an opening.
         """
         upper, lower = self.landmarks(code)[:, INNER_LIPS, 1].unbind(1)
         return lower - upper
 
     @exact
     def landmarks(self, code: Tensor) -> Tensor:
-        """Landmarks (T, 68, 3) of standardised mouth codes (T, K) on the neutral face."""
+        """Return the neutral face's landmarks (T, 68, 3) with mouths of the codes (T, K)."""
         landmarks = self.neutral.expand(len(code), -1, -1).clone()
         landmarks[:, MOUTH] += ((code * self.scale) @ self.basis.T).view(len(code), -1, 3)
         return landmarks
 
     def heard(self, signals: Signals, said: Tensor) -> Signals:
-        """The signals with the mouth that was said (T, K); the rest of the face is neutral."""
+        """Return the signals with landmarks of the predictions (T, K) on the neutral face."""
         code = self.widened(self.coded(said)) + self.leant(signals)
         return signals.with_(landmarks=self.landmarks(code))

@@ -1,4 +1,4 @@
-"""How alike pictures look to a network that was trained to name what they show."""
+"""LPIPS, the perceptual distance of pictures, as a frozen network and as a loss."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-LEAST_PX = 64  # AlexNet's strides leave nothing of smaller pictures
+LEAST_PX = 64  # smaller pictures are upsampled: AlexNet's strides would leave no features
 
 
 class Perceptual(nn.Module):
-    """LPIPS (Zhang et al. 2018, version 0.1, AlexNet), as torchmetrics has it.
+    """LPIPS (Zhang et al. 2018, version 0.1, AlexNet), the implementation of torchmetrics.
 
-    Its heads lie in torchmetrics' wheel; the backbone's weights are the user's to bring.
+    The linear heads come with torchmetrics; the user supplies the backbone's weights.
     """
 
     def __init__(self, fill: Callable[[nn.Module], None]) -> None:
-        """`fill` loads torchvision's AlexNet strictly, or refuses."""
+        """fill: loads weights into torchvision's AlexNet strictly, or raises."""
         super().__init__()
         from torchmetrics.functional.image.lpips import _LPIPS
         from torchvision.models import alexnet
@@ -45,7 +45,7 @@ class Perceptual(nn.Module):
 def perceptual_losses(
     made: Tensor, target: Tensor, prefix: str, judges: Iterable[nn.Module]
 ) -> dict[str, Tensor]:
-    """LPIPS of pictures (B, H, W, 3) by a judge that knows it; nothing where none does."""
+    """Return {prefix + "lpips": LPIPS} of pictures (B, H, W, 3); empty without a `Perceptual`."""
     for judge in judges:
         if isinstance(judge, Perceptual):
             return {f"{prefix}lpips": judge(made, target).mean()}

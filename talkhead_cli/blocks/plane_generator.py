@@ -1,10 +1,10 @@
-"""From a few numbers that say who a person is to the tri-plane of the head.
+"""Tri-plane generator: from a person's style vector to the three planes of the head.
 
-A small EG3D (Chan et al. 2022): one convolutional net, steered by a style, draws the channels of
-all three planes side by side, coarse ones first, and each size adds to what the last one drew
-(StyleGAN2's skips).  Where we differ on purpose: no mapping network and no noise.  Styles are
-learnt with the people whom they stand for, as in GLO (Bojanowski et al. 2018), and nobody is drawn
-at random, so that there is no distribution to be shaped.
+A small EG3D (Chan et al. 2022): one convolutional network, modulated by a style, outputs the
+channels of all three planes side by side, from coarse to fine, and each size adds to the upsampled
+sum of the coarser ones (StyleGAN2's skips).  Deliberate differences: no mapping network and no
+noise.  Each person's style is learned, as in GLO (Bojanowski et al. 2018); styles are never
+sampled, so no latent distribution needs shaping.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from torch import Tensor, nn
 from talkhead_cli.blocks.modulated import ModulatedConv, twice
 
 N_STYLE = 64
-SPREAD = 0.1  # of the planes at first
+SPREAD = 0.1  # scale of the initial planes
 
 
 class Latents(nn.Module):
-    """Who people are: a style each, N_STYLE numbers by default.
+    """Learned style of each person, N_STYLE numbers by default.
 
-    Of many they count from their mean, so that zero stands for nobody in particular; one who comes
-    later begins there.
+    Styles of several people are relative to their mean, so that zero is the average person; a new
+    person starts from it.
     """
 
     def __init__(self, n_people: int, shape: tuple[int, ...] = (N_STYLE,)) -> None:
@@ -34,7 +34,7 @@ class Latents(nn.Module):
         self.styles = nn.Parameter(many)
 
     def forward(self, index: int) -> Tensor:
-        """The style of a person, (1, N_STYLE)."""
+        """Return a person's style (1, N_STYLE), or (1, *shape)."""
         styles: Tensor = self.styles
         if len(styles) > 1:
             styles = styles - styles.mean(0)
@@ -42,11 +42,11 @@ class Latents(nn.Module):
 
 
 class PlaneGenerator(nn.Module):
-    """A style -> three planes."""
+    """Style-modulated convolutional network: a style -> three planes."""
 
     def __init__(self, channels: int, size: int, widths: Sequence[int]) -> None:
-        """channels, size: of the planes · widths: of the net's levels, the coarsest first; each is
-        twice as large as the one before, the last as large as the planes"""
+        """channels, size: of the planes · widths: channels of the levels, the coarsest first; each
+        level doubles the size, and the last one has the size of the planes"""
         super().__init__()
         self.channels = channels
         first = size >> (len(widths) - 1)

@@ -1,11 +1,11 @@
-"""Three planes and a few tokens -> a change of the planes: Talk3D's audio-guided attention U-Net.
+"""Talk3D's audio-guided attention U-Net: identity planes and tokens -> residual of the planes.
 
-After Ko et al., arXiv 2403.20153.  Where we differ on purpose:
-* group norm instead of batch norm, so that a picture does not depend on its neighbours;
-* all of what comes before the tokens knows no row, and is computed once for all of them;
-* tokens also scale and shift what the decoder's norms give (adaptive group norm): so a row picks
-  among the identity's own details at every size, where the bottleneck alone would have to paint
-  a lid anew, and blinks are learnt in minutes.
+After Ko et al., arXiv 2403.20153.  Deliberate differences:
+* group norm instead of batch norm, so that a frame does not depend on the others of its batch;
+* the encoder does not depend on the row, so it runs once for all rows;
+* tokens also scale and shift the outputs of the decoder's norms (adaptive group norm), so that a
+  row selects details of the identity at every size instead of synthesising them, such as a lid,
+  from the bottleneck alone; blinks are learned in minutes.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-N_GROUPS = 4  # of channels that are normalised together, per plane
+N_GROUPS = 4  # of group norm, per plane
 N_HEADS = 4
-N_OCTAVES = 8  # of the waves that say where a texel lies; finer ones say nothing more
-# What lies along the width and the height of planes xy, xz, yz, and which mean of which other
-# plane runs along it: (plane, axis the mean is taken over), axis -1 the width, -2 the height.
+N_OCTAVES = 8  # of the positional encoding; finer ones add nothing
+# For planes xy, xz, yz: which other plane, averaged over which of its axes, gives a line along
+# this plane's width (height).  (plane, axis averaged), axis -1 the width, -2 the height.
 _ALONG_WIDTH = ((1, -2), (0, -2), (0, -1))
 _ALONG_HEIGHT = ((2, -2), (2, -1), (1, -1))
 
 
 class SplitConv(nn.Module):
-    """3x3 convolution with weights of its own for each of three planes, which sees all three.
+    """3x3 convolution of three planes, with separate weights per plane and input from all three.
 
-    3D-aware roll-out (Rodin, Wang et al. 2022): to each plane come the means of the other two
-    along the axis that it lacks, spread over it.  A map that is constant along an axis is
-    convolved by its kernel's sum along that axis, so these are convolutions of a line, spread
-    afterwards: the same functions for a third of the work.
+    3D-aware roll-out (Rodin, Wang et al. 2022): each plane is concatenated with the other two,
+    averaged over the axis it lacks and broadcast over it.  As a broadcast map is constant along an
+    axis, its 3x3 convolution equals a 1D convolution of the line, broadcast afterwards: the same
+    functions for a third of the work.
     """
 
     def __init__(self, n_in: int, n_out: int, *, split: bool = True) -> None:
-        """`split`: whether planes have weights of their own and see each other; else it is one
-        plain convolution of every plane (for comparison)."""
+        """split: separate weights per plane and roll-out; if False, one plain convolution shared by
+        the planes (for ablation)."""
         super().__init__()
         self.split = split
         n = 3 if split else 1
@@ -51,7 +51,7 @@ class SplitConv(nn.Module):
             )
 
     def forward(self, planes: Tensor) -> Tensor:
-        """planes (B, 3, C, s, s) -> (B, 3, n_out, s, s); borders are repeated outwards."""
+        """planes (B, 3, C, s, s) -> (B, 3, n_out, s, s), with replicate padding."""
         b, _, c, s, _ = planes.shape
         if not self.split:
             flat = F.pad(planes.flatten(0, 1), (1, 1, 1, 1), mode="replicate")
@@ -68,8 +68,8 @@ class SplitConv(nn.Module):
 
 
 def rolled_out(planes: Tensor) -> tuple[Tensor, Tensor]:
-    """Planes xy, xz, yz (B, 3, C, s, s) -> what the others say along each plane's width and along
-    its height, (B, 3, C, s) both."""
+    """Planes xy, xz, yz (B, 3, C, s, s) -> the averages of the other planes along each plane's
+    width and along its height, both (B, 3, C, s)."""
     means = {axis: planes.mean(axis) for axis in (-1, -2)}
     wide, tall = (
         torch.stack([means[axis][:, plane] for plane, axis in sources], 1)
@@ -79,7 +79,7 @@ def rolled_out(planes: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class PerPlane(nn.Module):
-    """A linear map of its own for each of three planes' tokens."""
+    """Linear layer with separate weights for each of the three planes."""
 
     def __init__(self, n_in: int, n_out: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class PerPlane(nn.Module):
 
 
 class _Attention(nn.Module):
-    """One layer of the bottleneck: each plane with itself, all with the tokens, each by itself."""
+    """Bottleneck layer: self-attention per plane, cross-attention to tokens, GEGLU per plane."""
 
     def __init__(self, width: int, n_token: int) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ def _heads(x: Tensor) -> Tensor:
 
 
 def _attend(ask: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Attention over (..., heads, n, d); fused kernels take four dimensions."""
+    """Attention over (..., heads, n, d), flattened to the four dimensions fused kernels take."""
     ask, key, value, shape = *(t.flatten(0, -4) for t in (ask, key, value)), ask.shape
     return F.scaled_dot_product_attention(ask, key, value).view(shape)
 
@@ -132,8 +132,8 @@ def _joined(x: Tensor) -> Tensor:
 
 
 class _Block(nn.Module):
-    """(Split convolution, group norm, leaky ReLU) twice; with `n_told`, rows say how strong each
-    channel is after its norm."""
+    """(Split convolution, group norm, leaky ReLU) twice; with `n_told`, a row's tokens scale and
+    shift each channel after its norm, starting from the identity."""
 
     def __init__(self, n_in: int, n_out: int, split: bool, n_told: int = 0) -> None:
         super().__init__()
@@ -158,9 +158,9 @@ class _Block(nn.Module):
 
 
 class PlaneUNet(nn.Module):
-    """Identity planes and the tokens of T rows -> what each row adds to the planes.
+    """U-Net from identity planes and the tokens of T rows to each row's residual of the planes.
 
-    Its last layer starts at zero: before training it adds nothing at all.
+    The last layer is zero-initialised, so the residual starts at zero.
     """
 
     position: Tensor
@@ -169,8 +169,8 @@ class PlaneUNet(nn.Module):
         self, channels: int, size: int, widths: Sequence[int], n_tokens: int, n_token: int, *,
         n_layers: int = 2, split: bool = True,
     ) -> None:  # fmt: skip
-        """size: side of the planes, halved once per width · widths: multiples of 4 · n_tokens:
-        how many tokens there are, of n_token numbers each"""
+        """size: side of the planes, halved once per width · widths: channels of the levels,
+        multiples of 4 · n_tokens: number of tokens, of n_token numbers each"""
         super().__init__()
         ins = (channels, *widths[:-1])
         self.down = nn.ModuleList(_Block(a, b, split) for a, b in zip(ins, widths, strict=True))
@@ -190,11 +190,11 @@ class PlaneUNet(nn.Module):
 
     @property
     def is_silent(self) -> bool:
-        """Whether it adds nothing yet, and is not being taught to."""
+        """Whether the last layer is all zero and frozen, so that the residual is zero."""
         return not any(p.requires_grad or bool(p.any()) for p in self.last.parameters())
 
     def forward(self, planes: Tensor, tokens: Tensor) -> Tensor:
-        """planes (3, C, s, s), tokens (T, K, n_token) -> (T, 3, C, s, s)."""
+        """planes (3, C, s, s), tokens (T, K, n_token) -> residuals (T, 3, C, s, s)."""
         x, kept = planes[None], []
         for block in self.down:
             x = block(x)
@@ -207,7 +207,7 @@ class PlaneUNet(nn.Module):
         return changed
 
     def _told(self, x: Tensor, tokens: Tensor) -> Tensor:
-        """The deepest planes (1, 3, C, s, s) after the tokens (T, K, n_token): (T, 3, C, s, s)."""
+        """Bottleneck: planes (1, 3, C, s, s), tokens (T, K, n_token) -> planes (T, 3, C, s, s)."""
         s = x.shape[-1]
         entered = self.enter(x.flatten(0, 1)).unflatten(0, (1, 3)).flatten(3).transpose(2, 3)
         sequence = (self.take(entered) + self.position).expand(len(tokens), -1, -1, -1)
@@ -218,15 +218,15 @@ class PlaneUNet(nn.Module):
 
 
 def _twice(planes: Tensor) -> Tensor:
-    """Planes (B, 3, C, s, s) at double the size."""
+    """Upsample planes (B, 3, C, s, s) bilinearly by two."""
     flat = F.interpolate(planes.flatten(0, 1), scale_factor=2, mode="bilinear")
     return flat.unflatten(0, planes.shape[:2])
 
 
 def _positions(size: int, width: int) -> Tensor:
-    """Where the texels of planes xy, xz, yz lie in space, as waves: (3, size^2, width).
+    """Sinusoidal 3D position encoding of the texels of planes xy, xz, yz: (3, size^2, width).
 
-    A texel of a plane stands for a line along the axis that the plane lacks, said as 0.
+    The coordinate along the axis that a plane lacks is set to 0.
     """
     line = (torch.arange(size) + 0.5) / size * 2 - 1
     second, first = torch.meshgrid(line, line, indexing="ij")

@@ -1,4 +1,4 @@
-"""Features of points from axis-aligned planes."""
+"""Axis-aligned feature planes: multi-resolution tri-planes, and reading them at points."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 # The two coordinates that each plane keeps: xy, xz, yz.
 _PAIRS = (slice(0, 2), slice(0, 3, 2), slice(1, 3))
-GATHER = 1.6  # how much more room planes give the face than the picture's rim
+GATHER = 1.6  # strength of the asinh warp that gives the face more texels than the box's rim
 
 
 @cache
 def triton_obstacle() -> str:
-    """Why planes cannot be read by the Triton kernel on this GPU, "" if they can.
+    """Return why the Triton kernel cannot run on this GPU, or "" if it can.
 
-    Triton comes with torch's CUDA builds and compiles what starts its kernels with the machine's C
+    Triton comes with torch's CUDA builds, but compiles its kernel launchers with the machine's C
     compiler, which may be missing.
     """
     if importlib.util.find_spec("triton") is None:
@@ -37,14 +37,14 @@ def triton_obstacle() -> str:
 
 
 class TriPlanes(nn.Module):
-    """Multi-resolution tri-plane encoder (EG3D's planes, instant-ngp's pyramid of sizes).
+    """Multi-resolution tri-plane encoder (EG3D's planes, instant-ngp's resolution pyramid).
 
-    Each level holds three planes of C channels, read bilinearly; the readings of all planes
+    Each level holds three planes of C channels, sampled bilinearly; the samples of all planes
     and levels are concatenated.
     """
 
     def __init__(self, sizes: Sequence[int], channels: int, *, spread: float = 0.1) -> None:
-        """`spread`: half-width of the uniform initial values."""
+        """sizes: sides of the levels · spread: planes start uniform in [-spread, spread]"""
         super().__init__()
         self.levels = nn.ParameterList(
             nn.Parameter(torch.empty(3, channels, s, s).uniform_(-spread, spread)) for s in sizes
@@ -53,7 +53,7 @@ class TriPlanes(nn.Module):
         self.channels = channels
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (N, 3), the box mapped to [-1, 1] -> (N, n_out); outside, the border's value."""
+        """x (N, 3) in [-1, 1], clamped to the border outside -> (N, n_out)."""
         assert x.ndim == 2 and x.shape[1] == 3, x.shape
         if x.is_cuda and triton_obstacle() == "":
             from talkhead_cli.blocks.planes_triton import ReadPlanes
@@ -63,7 +63,7 @@ class TriPlanes(nn.Module):
             read: Tensor = ReadPlanes.apply(x, dtype, *self.levels)
             return read
         grid = torch.stack([x[:, pair] for pair in _PAIRS]).unsqueeze(2)  # (3, N, 1, 2)
-        # PyTorch shares out pictures among a CPU's cores: three go ill into two, six halves well.
+        # On a CPU, grid_sample threads over its batch: six half planes balance better than three.
         parts = 2 if torch.get_num_threads() > 1 and self.channels % 2 == 0 else 1
         grid = grid.repeat_interleave(parts, 0)
         found = [
@@ -71,7 +71,7 @@ class TriPlanes(nn.Module):
                           padding_mode="border", align_corners=False).flatten(0, 1)
             for level in self.levels
         ]  # fmt: skip
-        # Joined along the rows, which is how they lie in memory; a matrix product does not mind.
+        # Joined channels-first, as they lie in memory; a matrix product takes the transposed view.
         return torch.cat(found).flatten(1).T
 
     def roughness(self) -> Tensor:
@@ -80,7 +80,7 @@ class TriPlanes(nn.Module):
 
 
 class Planes2d(nn.Module):
-    """The same for points of the plane: one plane per level."""
+    """Multi-resolution encoder of 2D points: one plane per level."""
 
     def __init__(self, sizes: Sequence[int], channels: int, *, spread: float = 0.1) -> None:
         super().__init__()
@@ -99,22 +99,22 @@ class Planes2d(nn.Module):
         return torch.cat(found).T
 
     def roughness(self) -> Tensor:
-        """As for three planes."""
+        """Mean squared difference of neighbouring texels, over levels."""
         return torch.stack([roughness(level) for level in self.levels]).mean()
 
 
 class PlanePyramid(nn.Module):
-    """Three planes as the sum of coarse and fine ones, so that what nothing shows is smooth."""
+    """Three planes as a sum over resolutions, so that unsupervised regions stay smooth."""
 
     def __init__(self, sizes: Sequence[int], channels: int, *, spread: float = 0.1) -> None:
-        """sizes: ascending, each dividing the next"""
+        """sizes: sides of the levels, ascending, each dividing the next"""
         super().__init__()
         self.levels = nn.ParameterList(
             nn.Parameter(torch.empty(3, channels, s, s).uniform_(-spread, spread)) for s in sizes
         )
 
     def forward(self) -> Tensor:
-        """Planes xy, xz, yz (3, C, s, s) of the largest size."""
+        """Return the planes xy, xz, yz (3, C, s, s) at the largest size."""
         first, *finer = self.levels
         planes: Tensor = first
         for level in finer:
@@ -127,27 +127,27 @@ class PlanePyramid(nn.Module):
         return torch.stack([roughness(level) for level in self.levels]).mean()
 
     def asymmetry(self) -> Tensor:
-        """Mean squared difference of the planes and their mirror image in x."""
+        """Mean squared difference of planes xy, xz and their mirror images in x, over levels."""
         return torch.stack([asymmetry(level) for level in self.levels]).mean()
 
 
 class RowPlanes:
-    """Planes (T, 3, C, s, s) of T rows, to be read at points of any of them.
+    """Planes (T, 3, C, s, s) of T rows, sampled at points that each belong to one row.
 
-    They lie side by side in one mosaic, so that points need not be sorted by row.
+    The rows' planes lie side by side in one mosaic, so that points need not be sorted by row.
     """
 
     def __init__(self, planes: Tensor) -> None:
         self.n_rows, _, c, s, _ = planes.shape
-        # never read in half precision: a texel is a small step in a wide mosaic
+        # float32: half precision cannot resolve a texel of a wide mosaic
         self._mosaic = planes.float().permute(1, 2, 3, 0, 4).reshape(3, c, s, -1)
 
     def __call__(self, x: Tensor, row: Tensor) -> Tensor:
-        """x (N, 3) in [-1, 1], row (N,) -> (N, C), the mean of the three planes' readings (EG3D);
-        outside, the border's value."""
+        """x (N, 3) in [-1, 1], clamped to the border outside, row (N,) -> (N, C), the mean of the
+        three planes' samples (EG3D)."""
         at = torch.stack([x[:, pair] for pair in _PAIRS])  # (3, N, 2)
         if self.n_rows > 1:
-            edge = 1 - 1 / self._mosaic.shape[2]  # outermost texels' centres: no neighbour is read
+            edge = 1 - 1 / self._mosaic.shape[2]  # outermost texel centres: rows must not mix
             across = (at[..., 0].clamp(-edge, edge) + 1 + 2 * row) / self.n_rows - 1
             at = torch.stack([across, at[..., 1]], -1)
         found = F.grid_sample(
@@ -157,12 +157,12 @@ class RowPlanes:
 
 
 def gathered(x: Tensor, reach: Tensor) -> Tensor:
-    """Head space (N, 3) -> [-1, 1], stretched round the face; reach (3,) half-size of the box."""
+    """Warp head space (N, 3) to [-1, 1], expanded near the face; reach (3,) half the box."""
     return _asinh(GATHER * x / reach) / math.asinh(GATHER)
 
 
 def _asinh(x: Tensor) -> Tensor:
-    """torch's own takes a CPU nine times as long.  (At 0 itself this one's gradient is 0.)"""
+    """asinh; torch's own is nine times slower on a CPU.  (The gradient at exactly 0 is 0.)"""
     if x.is_cuda:
         return x.asinh()
     return (x.abs() + (x * x + 1).sqrt()).log().copysign(x)
@@ -174,9 +174,9 @@ def scattered(x: Tensor, reach: Tensor) -> Tensor:
 
 
 def roughness(texels: Tensor) -> Tensor:
-    """Mean squared difference along rows and down columns of (..., s, s), summed.
+    """Mean squared difference of horizontal plus that of vertical neighbours in (..., s, s).
 
-    The sum of squares is the form p' L p with the Laplacian L of the grid, whose gradient is
+    The sum of squares is the quadratic form p' L p with the grid's Laplacian L, whose gradient is
     2 L p: one pass gives both, where autograd takes ten times as long.
     """
     with torch.no_grad():
@@ -186,13 +186,13 @@ def roughness(texels: Tensor) -> Tensor:
             step = texels.narrow(axis, 1, n) - texels.narrow(axis, 0, n)
             laplacian.narrow(axis, 1, n).add_(step)
             laplacian.narrow(axis, 0, n).sub_(step)
-    # autograd sees half of the gradient: L stands still
+    # L p is a constant to autograd, which sees half of the gradient: hence the factor 2
     form = torch.dot(texels.flatten(), laplacian.flatten())
     return (2 * form - form.detach()) / (texels.numel() / texels.shape[-1] * n)
 
 
 def asymmetry(planes: Tensor) -> Tensor:
-    """Mean squared difference of planes xy, xz, yz (3, C, s, s) and their mirror image in x."""
+    """Mean squared difference of planes xy and xz, of (3, C, s, s), and their mirror image in x."""
     return (planes[:2] - planes[:2].flip(-1)).square().mean()
 
 

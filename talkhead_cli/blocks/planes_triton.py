@@ -1,9 +1,9 @@
-"""The multi-resolution planes as one Triton kernel per level: CUDA's twin of `grid_sample`.
+"""Triton kernels that sample multi-resolution tri-planes: the CUDA version of `grid_sample`.
 
-A point's readings of a level's three planes land side by side in the row that the networks
-read, in their precision; grid_sample writes them channel by channel in float32, to be joined,
-turned and cast.  Texels are turned first, channels last, so that a texel is one access: so it is
-for gradients, whose sums in memory are what a step of training waits for longest.
+One kernel per level.  A point's samples of all planes are written side by side, in the dtype of
+the networks that read them; grid_sample writes float32 channels-first, to be concatenated,
+transposed and cast.  Texels are stored channels-last, so that a texel is one memory access, also
+for gradients, whose atomic additions are the slowest part of a training step.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ BLOCK = 128  # points per program
 
 
 class ReadPlanes(torch.autograd.Function):
-    """x (N, 3), the box mapped to [-1, 1], and levels (3, C, s, s) -> (N, levels * 3 * C).
+    """Sample levels (3, C, s, s) at x (N, 3) in [-1, 1] -> (N, levels * 3 * C).
 
-    Columns are ordered level, plane (xy, xz, yz), channel, as `TriPlanes` orders them; outside
-    the box the border's value is read.  Gradients go to x and to the texels.
+    Columns are ordered level, plane (xy, xz, yz), channel, as in `TriPlanes`; points outside are
+    clamped to the border.  Gradients go to x and to the texels.
     """
 
     @staticmethod
@@ -58,7 +58,7 @@ class ReadPlanes(torch.autograd.Function):
 
 @triton.jit
 def _corners(x, point, here, axis, side):
-    """Along one axis: the texel before a point, the one after, how far between, whether inside."""
+    """Along one axis: texels before and after a point, the fraction between, whether inside."""
     at = tl.load(x + 3 * point + axis, mask=here, other=0.0)
     place = ((at + 1) * side - 1) * 0.5  # texel centres: grid_sample's align_corners=False
     inside = (place > 0) & (place < side - 1)
@@ -122,14 +122,14 @@ def _spread(
         right, under = right[:, None], under[:, None]
         slope_x = tl.sum(g * ((1 - under) * (b - a) + under * (d - c)), 1)
         slope_y = tl.sum(g * ((1 - right) * (c - a) + right * (d - b)), 1)
-        # Where nothing is passed back, as along rays that meet nothing, nothing is added up.
+        # No atomics where the gradient is zero, as along rays that hit nothing.
         some = wanted & (tl.max((g != 0).to(tl.int32), 1) > 0)[:, None]
         own = grad_texels + start
         tl.atomic_add(own + at00, g * (1 - right) * (1 - under), mask=some, sem="relaxed")
         tl.atomic_add(own + at01, g * right * (1 - under), mask=some, sem="relaxed")
         tl.atomic_add(own + at10, g * (1 - right) * under, mask=some, sem="relaxed")
         tl.atomic_add(own + at11, g * right * under, mask=some, sem="relaxed")
-        # Levels are launched one after another, and a point belongs to one program: no race.
+        # No race: levels are launched one after another, and one program owns a point.
         half = 0.5 * side
         old = tl.load(grad_x + 3 * point + across, mask=here, other=0.0)
         tl.store(grad_x + 3 * point + across, old + half * tl.where(inside_x, slope_x, 0.0), here)

@@ -1,4 +1,4 @@
-"""Where sixteen bits will not do."""
+"""Decorator that keeps a function in float32 under autocast."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ P = ParamSpec("P")
 
 
 def exact(function: Callable[P, Tensor]) -> Callable[P, Tensor]:
-    """The function in float32 even under autocast; one of its arguments must be a tensor.
+    """Run the function with autocast disabled; one positional argument must be a tensor.
 
-    For places: half precision puts a head wrong by a hundredth of its height.
+    For positions: half precision misplaces a head by a hundredth of its height.
     """
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""Where lips, eyes and torso are: soft masks in the picture, and the face's relief in space."""
+"""Soft masks of lips, eyes and torso in the picture, and the face's depth map ("relief")."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from talkhead_cli.contracts import RayBundle, Rendered, Signals
 LIPS = slice(48, 68)
 EYES = (slice(36, 42), slice(42, 48))
 RELIEF = 128  # side of the face's depth map
-FALL_OFF = 0.18  # face heights over which a head falls back behind the face
-RELIEF_HINT = 0.1  # trust in its depth beside the face
+FALL_OFF = 0.18  # face heights over which depth falls off beside the face
+RELIEF_HINT = 0.1  # confidence of the depth outside the face
 
 
 def region_masks(signals: Signals, at: Tensor, row: Tensor, labels: Tensor) -> Tensor:
-    """Soft masks (R, 3) of lips, eyes and torso at places (R, 2), pixels, of rows' (R,) pictures.
+    """Return soft masks (R, 3) of lips, eyes and torso at pixels (R, 2) of the rows (R,).
 
-    Ellipses around the landmarks of the row, fading like a Gaussian; the lips' one reaches from
-    under the nose to the chin, since the jaw speaks too.  Torso: shoulders 1, neck 0.7, the
-    rest 0.
+    Ellipses around the row's landmarks with a Gaussian fall-off; the lips' ellipse reaches from
+    under the nose to the chin, since speech moves the jaw too.  Torso, from labels (R, 6):
+    shoulders 1, neck 0.7, the rest 0.
     """
     size = signals.camera.size_px
     marks = signals.landmarks_px * size
@@ -41,7 +41,7 @@ def region_masks(signals: Signals, at: Tensor, row: Tensor, labels: Tensor) -> T
 
 
 def lively_boxes(neutral: Tensor) -> Tensor:
-    """Boxes (3, 6) of head space that hold lips and eyes of a face (68, 3), however they move."""
+    """Return head-space boxes (3, 6) around lips and eyes of a face (68, 3), with room to move."""
     boxes = []
     for part in (LIPS, *EYES):
         low, high = neutral[part].amin(0), neutral[part].amax(0)
@@ -52,7 +52,7 @@ def lively_boxes(neutral: Tensor) -> Tensor:
 
 
 def picture_masks(signals: Signals, labels: Tensor) -> Tensor:
-    """The same for every pixel of rows' whole pictures: labels (B, H, W, 6) -> (B, H, W, 3)."""
+    """As `region_masks`, for every pixel of whole pictures: labels (B, H, W, 6) -> (B, H, W, 3)."""
     shape = labels.shape[:3]
     row, line, column = torch.meshgrid(
         *(torch.arange(n, device=labels.device) for n in shape), indexing="ij"
@@ -62,7 +62,7 @@ def picture_masks(signals: Signals, labels: Tensor) -> Tensor:
 
 
 def _ellipse(at: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
-    """1 inside the ellipse, falling off like a Gaussian outside, (R,)."""
+    """Return (R,) 1 inside the ellipse, with a Gaussian fall-off outside."""
     distance = ((at - centre) / radius).square().sum(1).sqrt()
     return (-4 * (distance - 1).clamp_min(0).square()).exp()
 
@@ -70,9 +70,9 @@ def _ellipse(at: Tensor, centre: Tensor, radius: Tensor) -> Tensor:
 def relief_of(mesh: Tensor, side: float) -> Tensor:
     """Rigid face mesh (n, 3) in head space -> depth over a grid of x, y in [-side, side].
 
-    (RELIEF, RELIEF, 2) of z and the trust in it.  Inside the face, z is a thin-plate spline
-    through the mesh (Bookstein 1989) and sure; outside it is the plane between the ears, where
-    hair, neck and shoulders lie on average, and little more than a hint.
+    (RELIEF, RELIEF, 2) of z and its confidence.  Inside the face, z is a thin-plate spline through
+    the mesh (Bookstein 1989), confidence 1; outside, z = 0, the plane through the ears where hair,
+    neck and shoulders lie on average, confidence RELIEF_HINT.
     """
     flat, z = mesh[:, :2].double(), mesh[:, 2].double()
 
@@ -96,14 +96,14 @@ def relief_of(mesh: Tensor, side: float) -> Tensor:
 
 
 def head_relief(mesh: Tensor, side: float) -> Tensor:
-    """As `relief_of`, but the face goes on into the head without a step: round the mesh, depth
-    falls off smoothly to the plane between the ears."""
+    """As `relief_of`, but without a step at the face's edge: around the mesh, depth falls off
+    smoothly to the plane through the ears."""
     relief = relief_of(mesh, side)
     line = torch.linspace(-side, side, RELIEF)
     y, x = torch.meshgrid(line, line, indexing="ij")
     away = torch.cdist(torch.stack([x, y], -1).view(-1, 2), mesh[:, :2].float()).amin(1)
     near = (-((away - 0.03).clamp_min(0) / FALL_OFF).square()).exp().view(1, 1, RELIEF, RELIEF)
-    # what the mesh says, carried outwards by ever wider means
+    # extrapolate the mesh's depth outwards by ever wider means
     inside = ((relief[..., 1] - RELIEF_HINT) / (1 - RELIEF_HINT)).clamp(0, 1)[None, None]
     known = (inside > 0.999).float()
     depth, weight = relief[None, None, ..., 0] * known, known
@@ -122,7 +122,7 @@ def head_relief(mesh: Tensor, side: float) -> Tensor:
 
 
 def relief_gap(relief: Tensor, side: float | Tensor, point: Tensor) -> tuple[Tensor, Tensor]:
-    """How far points (N, 3) lie behind the relief, face heights (N,), and the trust in it (N,)."""
+    """Return how far points (N, 3) lie behind the relief, face heights, and its confidence (N,)."""
     found = F.grid_sample(
         relief.permute(2, 0, 1)[None], point[None, None, :, :2].detach() / side, align_corners=True
     )[0, :, 0]
@@ -130,10 +130,10 @@ def relief_gap(relief: Tensor, side: float | Tensor, point: Tensor) -> tuple[Ten
 
 
 class Relief(nn.Module):
-    """A tracked face's depth, as a target: one camera and a head that turns by a few degrees
-    leave depth open; the mesh knows it.
+    """Depth loss against the tracked face mesh: one camera and a head that turns by a few degrees
+    do not determine depth.
 
-    depth (RELIEF, RELIEF, 2) of z and trust over a square of half-width side ()
+    depth (RELIEF, RELIEF, 2) of z and confidence over a square of half-width side ()
     """
 
     depth: Tensor
@@ -146,12 +146,12 @@ class Relief(nn.Module):
 
     @torch.no_grad()
     def measure(self, mesh: Tensor, aabb: Tensor) -> None:
-        """mesh (n, 3) the rigid face in head space · aabb (6,) the box that holds the person."""
+        """Set the buffers from the rigid face mesh (n, 3) and the field's box aabb (6,)."""
         self.side.copy_(aabb[[0, 1, 3, 4]].abs().max())
         self.depth.copy_(relief_of(mesh, float(self.side)))
 
     def loss(self, rendered: Rendered, rays: RayBundle, sure: Tensor) -> Tensor:
-        """How far what was rendered lies from the face's depth, face heights; sure (R,) where."""
+        """Return the smooth L1 loss of depth, weighted by sure (R,), opacity and confidence."""
         distance = rendered.depth / rendered.opacity.clamp_min(1e-3)
         point = rays.origins + distance * rays.directions
         gap, trust = relief_gap(self.depth, self.side, point)

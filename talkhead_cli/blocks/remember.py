@@ -1,4 +1,4 @@
-"""What follows from tensors that hardly ever change."""
+"""Caches: values derived from tensors that rarely change, and constants on the GPU."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 def remembered(owner: Any, name: str, of: Sequence[Tensor], make: Callable[[], T]) -> T:
-    """What `make` makes of the tensors `of`: made anew where any was changed, or replaced, since
-    `owner` was last asked under that name.  For what has no gradient."""
+    """Return `make()`, cached on `owner` under `name` until one of the tensors `of` is replaced or
+    modified in place (CUDA graph replays go unnoticed).  For values without gradients."""
     key = tuple((t.data_ptr(), t._version) for t in of)
     held: dict[str, tuple[Any, T, Any]] = owner.__dict__.setdefault("_remembered", {})
     if name not in held or held[name][0] != key:
-        held[name] = key, make(), of  # kept, lest others come to lie where they lie
+        held[name] = key, make(), of  # `of` is kept alive, so that no new tensor reuses its address
     return held[name][1]
 
 
 @cache
 def constant(*values: float, device: torch.device) -> Tensor:
-    """A tensor of a few numbers, which crosses to a GPU once and not with every step: whoever
-    sends numbers there waits for it."""
+    """Return a cached tensor of a few numbers: copying them to a GPU in every step would cost a
+    host sync each time."""
     return torch.tensor(values, device=device)

@@ -1,4 +1,4 @@
-"""Rigid motions of head space: rotation vectors, shoulders, and what a tracker gets wrong."""
+"""Rigid motions of head space: rotation vectors, shoulder motion and tracker correction."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.remember import constant
 from talkhead_cli.contracts import Camera
 
-TWIST = 0.02  # radians and face heights; the scale on which corrections are learnt
+TWIST = 0.02  # radians and face heights; scale of the learned corrections
 
 
 @exact
 def rotations(vector: Tensor) -> Tensor:
-    """Rotation vectors (T, 3) -> matrices (T, 3, 3), by Rodrigues' formula.
-
-    Differentiable at zero as well.
-    """
+    """Rotation vectors (T, 3) -> matrices (T, 3, 3), by Rodrigues' formula; differentiable at 0."""
     angle = (vector.square().sum(1) + 1e-14).sqrt()[:, None, None]
     x, y, z = (vector / angle[:, :, 0]).unbind(1)
     zero = torch.zeros_like(x)
@@ -33,14 +30,14 @@ CHIN_GAP, CHIN_SOFT = 0.12, 0.05  # face heights
 
 
 def below_chin(y: Tensor, chin: Tensor | float) -> Tensor:
-    """How much of a point at height y of head space hangs on the shoulders, 0 to 1; chin: its
-    height at rest."""
+    """Return the weight in [0, 1] with which points at y of head space follow the shoulders; chin:
+    its y at rest."""
     return ((y - chin - CHIN_GAP) / CHIN_SOFT).sigmoid()
 
 
 @exact
 def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
-    """Points (N, 3) under the motions (T, 3, 4), [R | t], of their rows (N,)."""
+    """Apply the motions (T, 3, 4), [R | t], of the rows (N,) to points (N, 3)."""
     if x.is_cuda and triton_obstacle() == "":
         from talkhead_cli.blocks.rigid_triton import Move
 
@@ -49,7 +46,7 @@ def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
     if len(motion) == 1:
         return torch.addmm(motion[0, :, 3], x, motion[0, :, :3].T)
     columns = motion.transpose(1, 2).flatten(1)  # (T, 12)
-    # each point's own by a product, whose gradient is one too: adding up row by row takes long
+    # gather by matrix product: its gradient is one too, faster than an index_add over rows
     own = by_row(torch.ones_like(x[:, :1]), row, len(motion)) @ columns
     a, b, c, t = own.view(-1, 4, 3).unbind(1)
     return a * x[:, :1] + b * x[:, 1:2] + c * x[:, 2:] + t
@@ -57,7 +54,7 @@ def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
 
 @exact
 def after(second: Tensor, first: Tensor) -> Tensor:
-    """The motion (T, 3, 4) that does `first`, then `second`."""
+    """Compose motions (T, 3, 4): `first`, then `second`."""
     return torch.cat(
         [second[:, :, :3] @ first[:, :, :3], second[:, :, :3] @ first[:, :, 3:] + second[:, :, 3:]],
         2,
@@ -66,15 +63,15 @@ def after(second: Tensor, first: Tensor) -> Tensor:
 
 @exact
 def undone(motion: Tensor) -> Tensor:
-    """The inverse of motions (T, 3, 4)."""
+    """Invert motions (T, 3, 4)."""
     back = motion[:, :, :3].transpose(1, 2)
     return torch.cat([back, -back @ motion[:, :, 3:]], 2)
 
 
 @exact
 def alignment(neutral: Tensor, face: Tensor) -> Tensor:
-    """The affine map (1, 3, 4) that best carries a person's landmarks at rest (68, 3) to those of
-    the face that people share; none at all where they are the same."""
+    """Return the least-squares affine map (1, 3, 4) from a person's neutral landmarks (68, 3) to
+    those of the shared face (68, 3), regularised towards the identity."""
     known = F.pad(neutral, (0, 1), value=1.0)
     gram = known.T @ known + 1e-3 * torch.eye(4, device=known.device)
     change = torch.linalg.solve(gram, known.T @ (face - neutral)).T
@@ -82,12 +79,11 @@ def alignment(neutral: Tensor, face: Tensor) -> Tensor:
 
 
 class PoseCorrection(nn.Module):
-    """A small rigid motion of head space that follows linearly from what was tracked.
+    """Small rigid motion of head space, linear in the tracked signals.
 
-    Face trackers err by habit more than by chance: a mesh that understates pitch, a focal
-    length that is a guess, brows that pull at the fit.  Learnt with the field, the correction
-    puts right what repeats; being linear, and nothing per frame, it holds for poses that
-    training never shows.  It starts as no motion at all.
+    Face trackers have systematic errors: a mesh that understates pitch, a guessed focal length,
+    brows that bias the fit.  The correction is learned jointly with the field; being linear, with
+    nothing per frame, it generalises to poses outside the training data.  Starts at the identity.
     """
 
     def __init__(self, n_signals: int) -> None:
@@ -104,11 +100,10 @@ class PoseCorrection(nn.Module):
 
 @exact
 def shoulders_in_head(pose: Tensor, body: Tensor, rest: Tensor) -> Tensor:
-    """Carry points of the shoulders from where a row shows them to where they rest.
+    """Return motions (T, 3, 4) that carry shoulder points from a row to the canonical rest pose.
 
-    pose (T, 6), body (T, 4), rest (6,) the pose in which head and shoulders are canonical ->
-    (T, 3, 4): head space at the row -> camera -> undo the shoulders' motion -> head space at
-    rest.
+    pose (T, 6), body (T, 4), rest (6,) the pose in which head and shoulders are canonical.  Head
+    space of the row -> camera -> undo the shoulders' motion -> head space at rest.
     """
     turn, move = rotations(pose[:, :3]), pose[:, 3:]
     home_turn, home = rotations(rest[None, :3])[0], rest[3:]
@@ -124,13 +119,13 @@ def shoulders_in_head(pose: Tensor, body: Tensor, rest: Tensor) -> Tensor:
 
 @exact
 def shoulders_in_picture(body: Tensor, camera: Camera, rest: Tensor) -> Tensor:
-    """Carry the picture's places, in [-1, 1], from where rows show shoulders to where they rest.
+    """Return affine maps (T, 2, 3) of picture positions, in [-1, 1], from a row to the rest pose.
 
-    body (T, 4), rest (6,) the pose of the head that they rest with -> affine maps (T, 2, 3).
-    A point at the shoulders' depth that moved by `body` is taken back: roll and scale about the
-    place half a face height under the chin, then the shift.
+    body (T, 4), rest (6,) head pose at which the shoulders are canonical.  Undoes the motion
+    `body` of a point at the shoulders' depth: the shift, then roll and scale about the point half
+    a face height under the chin.
     """
-    # the torso stands about where the head does on average
+    # assume the torso at the depth of the head at rest
     depth = rest[5]
     focal = 2 * camera.k[:, 0, 0] / camera.size_px / depth  # [-1, 1] per face height
     pivot_at = rest[3:5] + constant(0.0, 1.1, device=rest.device)

@@ -1,8 +1,8 @@
-"""Points under the motions of their rows, in Triton: CUDA's twin of `rigid.moved`.
+"""Triton kernels that apply per-row motions to points: the CUDA version of `rigid.moved`.
 
-Operation by operation every point gets a motion of its own written down, which is read again, and
-read again for the gradient; and gradients of a few motions, to which a quarter of a million points
-add, wait for each other in memory.
+Plain torch operations write a motion per point to memory, read it back, and read it again for the
+gradient; and the gradients of a few motions, to which a quarter of a million points add, serialise
+on memory.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ BLOCK = 256  # points per program
 
 
 class Move(torch.autograd.Function):
-    """x (N, 3), motion (T, 3, 4), row (N,) -> (N, 3), all float32; gradients go to x and motion.
+    """x (N, 3), motion (T, 3, 4), row (N,) -> (N, 3), floats in float32; gradients to x and motion.
 
-    A single motion is that of all points, whatever their rows.
+    If T is 1, that motion applies to all points and row is ignored.
     """
 
     @staticmethod
@@ -41,7 +41,7 @@ class Move(torch.autograd.Function):
         grad_x = torch.empty_like(x) if of_x else None
         grad_motion = torch.zeros_like(motion) if of_motion else None
         if len(x):
-            # what is not wanted is not touched either
+            # placeholders for the unused outputs, which the kernel does not touch
             _move_back[(triton.cdiv(len(x), BLOCK),)](
                 x, motion, row, grads[0].contiguous(), x if grad_x is None else grad_x,
                 motion if grad_motion is None else grad_motion, len(x),
@@ -89,7 +89,7 @@ def _move_back(
             back = tl.load(own + i) * g0 + tl.load(own + 4 + i) * g1 + tl.load(own + 8 + i) * g2
             tl.store(grad_x + 3 * point + i, back, mask=here)
     if OF_MOTION:
-        # Neighbours mostly share a row: what they add is summed up first.
+        # Points of a block mostly share a row: sum over the block first, then one atomic.
         one = tl.max(tl.where(here, rows, 0), 0)
         alike = tl.min(tl.where(here, rows, one), 0) == one
         some = here & ((g0 != 0) | (g1 != 0) | (g2 != 0))

@@ -1,4 +1,4 @@
-"""From a window of speech features to the shape of the mouth."""
+"""Speech encoder: from windows of speech features to mouth coordinates, and ridge regression."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from torch import Tensor, nn
 from talkhead_cli.contracts import Signals
 
 RIDGES = (3e2, 1e3, 3e3, 1e4, 3e4, 1e5, 1e6)
-N_TRUSTED = 200  # rows of a person's own speech that weigh as much as what is known from others
+N_TRUSTED = 200  # rows of a person's own speech at which own and prior encoder weigh the same
 
 
 class SpeechEncoder(nn.Module):
-    """Speech -> coordinates of the mouth: a linear map beside small nets.
+    """Predictor of mouth coordinates from speech: a linear map averaged with small networks.
 
-    The linear map is ridge regression in closed form (`solve`); the nets are trained on
-    noisy features and stopped early.  A few hundred frames of one person are too little
-    for a net alone and too much for a line: the mean of both beat either in block
-    cross-validation on the clips it was tried on.
+    The linear map is ridge regression in closed form (`solve`); the networks are trained on noisy
+    features with early stopping.  A few hundred frames of one person are too few for a network
+    alone and more than a linear map can use: in block cross-validation on the clips tried, the
+    weighted mean of both beat either.
 
-    Who begins from other people (`build_on`) keeps their encoder, `known`.  The linear map then
-    says only how this person differs, and all of it counts for `trust` (), the more the more was
-    heard of the person: seconds of speech say little, or worse, of minutes to come.
+    When fine-tuned from a prior (`build_on`), a frozen copy of the prior's encoder is kept in
+    `known`.  The linear map is then fitted to its residual, and own and prior predictions are
+    blended by `trust` (), which grows with the amount of the person's speech: an encoder fitted to
+    seconds of speech generalises badly to minutes.
     """
 
     trust: Tensor
     known: SpeechEncoder | None
 
     def __init__(self, n_inputs: int, nets: Sequence[nn.Module], linear_share: float) -> None:
-        """n_inputs: numbers in a window of speech · nets: see `votes`; each ends in `last`, a
-        linear layer that says the coordinates."""
+        """n_inputs: size of a flattened window of speech · nets: networks (see `votes`), each with
+        a linear output layer `last` · linear_share: weight of the linear map against them"""
         super().__init__()
         self.linear_share = linear_share
         self.linear = nn.Linear(n_inputs, _last(nets[0]).out_features)
@@ -49,7 +50,7 @@ class SpeechEncoder(nn.Module):
     def of_windows(
         cls, n_steps: int, n_features: int, n_out: int, width: int = 32, n_nets: int = 3
     ) -> SpeechEncoder:
-        """Convolutions over each row's window, knowing nothing of other rows."""
+        """Build with `WindowNet`s: convolutions over each row's window, rows independent."""
         nets = [WindowNet(n_steps, n_features, n_out, width) for _ in range(n_nets)]
         return cls(n_steps * n_features, nets, linear_share=0.5)
 
@@ -57,18 +58,18 @@ class SpeechEncoder(nn.Module):
     def of_sequences(
         cls, n_steps: int, n_features: int, n_out: int, width: int = 32, n_people: int = 1
     ) -> SpeechEncoder:
-        """A transformer over the windows of consecutive rows."""
+        """Build with a `SpeechTransformer` over the windows of consecutive rows."""
         net = SpeechTransformer(n_steps, n_features, n_out, width, n_people)
         return cls(n_steps * n_features, [net], linear_share=0.3)
 
     @property
     def past(self) -> int:
-        """How many rows before a row have a say in it."""
+        """Number of previous rows that a row's prediction depends on."""
         net = self.nets[0]
         return net.past if isinstance(net, SpeechTransformer) else 0
 
     def forward(self, signals: Signals) -> Tensor:
-        """What speech says of each row: (T, K)."""
+        """Predict mouth coordinates of each row: (T, K)."""
         said: Tensor = self.linear(signals.audio.flatten(1))
         known = None if self.known is None else self.known(signals)
         if known is not None:
@@ -77,12 +78,12 @@ class SpeechEncoder(nn.Module):
         return own if known is None else torch.lerp(known, own, self.trust)
 
     def votes(self, signals: Signals) -> Tensor:
-        """What each net says, (n_nets, T, K); in training, of noisy copies."""
+        """Return each network's predictions (n_nets, T, K); in training, from noisy features."""
         heard = signals.audio.transpose(1, 2)
         if not self.training:
             return torch.stack([net(heard, signals) for net in self.nets])
-        # Normal numbers take longer than all that nets make of them: drawn once, and each net has
-        # another row's.
+        # Drawing normal noise costs more than the networks: it is drawn once, and each network gets
+        # it rolled by another number of rows.
         noise = torch.randn_like(heard)
         return torch.stack([
             net(_disturbed(heard, noise.roll(index, 0)), signals)
@@ -91,14 +92,14 @@ class SpeechEncoder(nn.Module):
 
     @torch.no_grad()
     def retarget(self, change: Tensor) -> None:
-        """Say other shapes from now on: new coordinates (T, K) = old ones @ change (K, K)."""
+        """Change basis of the outputs: new coordinates (T, K) = old ones @ change (K, K)."""
         for last in (self.linear, *map(_last, self.nets)):
             last.weight.copy_(change.T @ last.weight)
             last.bias.copy_(last.bias @ change)
 
     @torch.no_grad()
     def build_on(self) -> None:
-        """Take what came from other people for what is known; the nets learn on from there."""
+        """Freeze a copy as the prior `known` and reset the linear map; fine-tuning starts here."""
         assert self.known is None
         self.known = copy.deepcopy(self).requires_grad_(False)
         for parameter in self.linear.parameters():
@@ -106,8 +107,8 @@ class SpeechEncoder(nn.Module):
 
     @torch.no_grad()
     def solve(self, people: Sequence[tuple[Signals, Tensor]], at_most: int = 4000) -> None:
-        """Set the linear map to the ridge solution of told (T, K), beyond what is known; people's
-        rows one after the other, and of more than `at_most` as many evenly."""
+        """Fit the linear map by ridge regression to the targets told (T, K) minus predictions of
+        `known`, all people's rows together, evenly subsampled to about `at_most`; set `trust`."""
         self.eval()
         n = sum(len(told) for _, told in people)
         share = min(1.0, at_most / n)
@@ -125,14 +126,14 @@ class SpeechEncoder(nn.Module):
         self.trust.fill_(1.0 if self.known is None else _trust(n))
 
     def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
-        """Whether other people are known is told by the state."""
+        """Create `known` if the state contains it, before loading."""
         if self.known is None and any(name.startswith(f"{prefix}known.") for name in state):
             self.known = copy.deepcopy(self).requires_grad_(False)
         super()._load_from_state_dict(state, prefix, *args)
 
 
 def _trust(n_rows: int) -> float:
-    """What a person's own rows are worth against what is known of other people, 0 to 1."""
+    """Return the weight in [0, 1] of the person's own encoder against the prior's."""
     return n_rows**2 / (n_rows**2 + N_TRUSTED**2)
 
 
@@ -161,22 +162,22 @@ class WindowNet(nn.Module):
         self.last = nn.Linear(width * ((n_steps + 3) // 4), n_out)
 
     def forward(self, heard: Tensor, signals: Signals) -> Tensor:
-        """heard (T, A, W) -> (T, n_out); the signals are for nets that ask who speaks, and when."""
+        """Audio features heard (T, A, W) -> (T, n_out); signals only for a common interface."""
         del signals
         said: Tensor = self.last(self.trunk(heard))
         return said
 
 
 class SpeechTransformer(nn.Module):
-    """A decoder over speech: what each row's window says, put right by what was heard before.
+    """Causal transformer over rows: each row's window features plus attention to previous rows.
 
-    Tokens are rows; each attends to itself and at most REACH rows before it, near ones first
-    (a linear bias with distance, as in ALiBi and FaceFormer).  Nothing said is fed back, so it
-    neither drifts nor has to be run row by row, and a row comes out the same from any stretch
-    that holds `past` rows before it.
+    Tokens are rows; each attends to itself and at most REACH - 1 rows before it, with a linear
+    distance bias (as in ALiBi and FaceFormer).  It is not autoregressive, so it neither drifts nor
+    has to run row by row, and a row's output is the same from any stretch that includes the `past`
+    rows before it.
 
-    styles (P, WIDTH): how each person speaks.  Among many they count from their mean, so that
-    one whom nobody has met speaks like people on average.
+    styles (P, WIDTH): learned speaking style of each person, relative to the mean if P > 1, so that
+    an unknown person gets the average style.
     """
 
     REACH, N_LAYERS, N_HEADS, WIDTH = 12, 1, 4, 32
@@ -191,18 +192,18 @@ class SpeechTransformer(nn.Module):
         self.token = nn.Linear(n_hidden, self.WIDTH)
         self.layers = nn.ModuleList(_Attention(self.WIDTH, self.N_HEADS, self.REACH)
                                     for _ in range(self.N_LAYERS))  # fmt: skip
-        # the window's own word and what attention adds to it, through one layer
+        # one layer for window features and attention output; the latter's weights start at zero
         self.last = nn.Linear(n_hidden + self.WIDTH, n_out)
         self.last.weight.data[:, n_hidden:] = 0
         del self.window.last
 
     @property
     def past(self) -> int:
-        """Rows before a row that have a say in it."""
+        """Number of previous rows that a row's output depends on."""
         return self.N_LAYERS * (self.REACH - 1)
 
     def forward(self, heard: Tensor, signals: Signals) -> Tensor:
-        """heard (T, A, W) of rows in order -> (T, n_out)."""
+        """Audio features heard (T, A, W) of rows in time order -> (T, n_out)."""
         own = self.window.trunk(heard)
         styles = self.styles - self.styles.mean(0) if len(self.styles) > 1 else self.styles
         who = signals.person if len(styles) > 1 else torch.zeros_like(signals.person)
@@ -214,7 +215,7 @@ class SpeechTransformer(nn.Module):
 
 
 class _Attention(nn.Module):
-    """One layer: biased causal self-attention and a feed-forward net, each added."""
+    """Transformer layer: causal self-attention with ALiBi bias, feed-forward, both residual."""
 
     slope: Tensor
 
@@ -228,7 +229,7 @@ class _Attention(nn.Module):
             nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.4), nn.Linear(2 * width, width),
             nn.Dropout(0.4),
         )  # fmt: skip
-        # the slopes of ALiBi: from heads that listen to the nearest rows to far-hearing ones
+        # ALiBi's slopes: the first head is the most local
         self.register_buffer("slope", 2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads))
 
     def forward(self, x: Tensor, moment: Tensor) -> Tensor:
@@ -252,13 +253,13 @@ class _Attention(nn.Module):
 
 
 def _disturbed(heard: Tensor, noise: Tensor) -> Tensor:
-    """Standardised features (T, A, W) with noise as large as they are, and a microphone's tilt."""
+    """Add unit noise and an offset per feature (a microphone's tilt) to features (T, A, W)."""
     tilt = 0.15 * torch.randn_like(heard[:, :, :1])
     return heard + noise + tilt
 
 
 def ridge_map(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Ridge regression in its dual form: x (n, d), y (n, k) -> weight (d, k), bias (k,)."""
+    """Ridge regression in dual form: x (n, d), y (n, k) -> weight (d, k), bias (k,)."""
     x64, y64 = x.double(), y.double()
     x_mean, y_mean = x64.mean(0), y64.mean(0)
     centred = x64 - x_mean
@@ -271,10 +272,10 @@ def ridge_map(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
 def ridge_by_blocks(
     x: Tensor, y: Tensor, ridges: tuple[float, ...], n_blocks: int = 5, gap: int = 15
 ) -> tuple[float, Tensor]:
-    """The ridge that predicts best across contiguous blocks, and its predictions there.
+    """Choose the ridge by cross-validation over contiguous blocks.
 
-    x (n, d), y (n, k), rows in time order; `gap` rows either side of a block are left out of
-    its fit, since windows overlap.  Returns (ridge, out-of-block predictions (n, k)).
+    x (n, d), y (n, k), rows in time order; `gap` rows on either side of a held-out block are left
+    out of its fit, since windows overlap.  Returns (ridge, held-out predictions (n, k)).
     """
     n = len(x)
     rows = torch.arange(n)

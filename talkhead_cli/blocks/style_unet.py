@@ -1,12 +1,12 @@
-"""A U-Net over wavelet bands whose decoder is steered by a style: the picture round a head.
+"""Style-modulated U-Net over wavelet bands that completes a rendered head with its torso.
 
 After the torso network of GtsTalkNeRF's release, in turn a StyleGAN2 decoder (Karras et al.
-2020) on wavelets (SWAGAN, Gal et al. 2021).  Where we differ on purpose:
-* no noise inputs: a film would shimmer;
-* alpha goes in and comes out, so that any background can lie behind;
-* a torso is remembered on a canvas, a picture that the shoulders carry along and that lies
-  behind the head; the net mends what comes of that.  A net that sees a head and nothing else
-  would have to paint a moving torso from its weights alone.
+2020) on wavelets (SWAGAN, Gal et al. 2021).  Deliberate differences:
+* no noise inputs, which would make video shimmer;
+* alpha in input and output, so that any background can be composited;
+* the torso is a learned canvas, a picture that is warped by the shoulders' motion and composited
+  behind the head; the network outputs a correction.  Without it, the network would have to
+  synthesise a moving torso from its weights alone.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from talkhead_cli.blocks.modulated import ModulatedConv, twice
 from talkhead_cli.blocks.precision import exact
 
-PAINT = 4.0  # the canvas learns so much faster than the net
+PAINT = 4.0  # factor on the canvas parameter, so that it learns faster than the network
 
 
 def haar(x: Tensor) -> Tensor:
@@ -41,16 +41,16 @@ def unhaar(bands: Tensor) -> Tensor:
 
 
 class StyleUNet(nn.Module):
-    """Premultiplied picture of a head (4 channels) -> of the whole person, steered by a style.
+    """Premultiplied picture of a head (4 channels) -> of head and torso, modulated by a style.
 
-    It starts as the identity: the canvas is clear, and the net adds nothing.
+    Starts as the identity: the canvas is transparent and the output layers are zero.
     """
 
     def __init__(
         self, widths: Sequence[int], n_signals: int, *, px: int, n_style: int = 64
     ) -> None:
-        """widths: of the levels, from half the picture's size downwards · n_signals: numbers that
-        make the style · px: side of the pictures."""
+        """widths: channels of the levels, the first at half the picture's size · n_signals: inputs
+        of the style network · px: side of the canvas"""
         super().__init__()
         bands = 4 * 4
         self.canvas = nn.Parameter(torch.zeros(1, 4, px, px))
@@ -81,7 +81,7 @@ class StyleUNet(nn.Module):
 
     def forward(self, head: Tensor, signals: Tensor, carry: Tensor) -> Tensor:
         """head (B, 4, H, W) premultiplied colour and alpha · signals (B, n_signals) standardised ·
-        carry (B, 2, 3) affine map from the picture's place, in [-1, 1], to the canvas's
+        carry (B, 2, 3) affine map from picture to canvas coordinates, both in [-1, 1]
         -> (B, 4, H, W), premultiplied."""
         style = self.style(signals)
         canvas = F.grid_sample(
@@ -113,7 +113,7 @@ class StyleUNet(nn.Module):
 
 @exact
 def _places(carry: Tensor, head: Tensor) -> Tensor:
-    """Where on the canvas the pixels of `head` (B, C, H, W) lie, (B, H, W, 2)."""
+    """Return the canvas coordinates (B, H, W, 2) of the pixels of `head` (B, C, H, W)."""
     return F.affine_grid(carry.float(), [len(head), 1, *head.shape[2:]], align_corners=False)
 
 

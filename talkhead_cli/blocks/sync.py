@@ -1,8 +1,8 @@
-"""Do these lips go with this sound: a picture branch and a sound branch that meet on a sphere.
+"""Lip-sync expert: embeds lip crops and speech windows, close if they are in sync; sync losses.
 
 The idea is SyncNet's (Chung and Zisserman 2016), with the cosine of Wav2Lip's expert (Prajwal et
-al. 2020) and a softmax over other moments of the same film in place of a margin.  The weights
-are trained here, on whoever is at hand; figures are no one else's.
+al. 2020) and a softmax over other frames of the same video in place of a margin.  The weights are
+trained here, on the people available, so its scores do not compare with published ones.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from torch import Tensor, nn
 
 from talkhead_cli.contracts import Signals
 
-N_FRAMES = 5  # of lips that are looked at together
+N_FRAMES = 5  # lip crops per embedding
 CROP_PX = 32
-REACH = 0.8  # half a crop's side, in distances from the nose's base to the chin
+REACH = 0.8  # half a crop's side over the distance from the nose's base to the chin
 TEMPERATURE = 0.07
 GREY = (0.299, 0.587, 0.114)
 
 
 class SyncExpert(nn.Module):
-    """Crops of lips and windows of speech -> unit vectors; in sync they point the same way."""
+    """Encoder of lip crops and speech windows to unit vectors, with high cosine if in sync."""
 
     def __init__(self, n_steps: int, n_features: int, width: int = 32, n_out: int = 64) -> None:
         super().__init__()
@@ -41,16 +41,17 @@ class SyncExpert(nn.Module):
         )  # fmt: skip
 
     def seen(self, crops: Tensor) -> Tensor:
-        """crops (N, N_FRAMES, CROP_PX, CROP_PX) grey -> (N, n_out).
+        """Embed grey crops (N, N_FRAMES, CROP_PX, CROP_PX): (N, n_out).
 
-        What stands still says who it is; what counts is the shape and its change.
+        Crops are standardised, and differences of frames are added as input, so that the embedding
+        depends on lip shape and motion and less on the person's identity.
         """
         middle = crops.mean((1, 2, 3), keepdim=True)
         crops = (crops - middle) / crops.std((1, 2, 3), keepdim=True).clamp_min(0.02)
         return F.normalize(self.look(torch.cat([crops, 4 * crops.diff(dim=1)], 1)), dim=1)
 
     def heard(self, audio: Tensor) -> Tensor:
-        """Standardised windows of speech (N, W, A) round the middle frame -> (N, n_out)."""
+        """Embed standardised windows of speech (N, W, A) around the middle frame: (N, n_out)."""
         audio = audio.transpose(1, 2)
         if self.training:
             audio = audio + 0.5 * torch.randn_like(audio) + 0.15 * torch.randn_like(audio[..., :1])
@@ -58,8 +59,8 @@ class SyncExpert(nn.Module):
 
 
 def lip_boxes(marks_px: Tensor) -> Tensor:
-    """Where crops lie in pictures whose landmarks are at marks_px (T, 68, 2): (T, 3) x, y of the
-    middle and half the side, all in [0, 1]."""
+    """Return lip boxes (T, 3), centre x, y and half the side, from landmarks (T, 68, 2), all in
+    [0, 1]."""
     nose, chin = marks_px[:, 33], marks_px[:, 8]
     lips = marks_px[:, 48:68].mean(1)
     return torch.cat([lips, REACH * (chin - nose).norm(dim=1, keepdim=True)], 1)
@@ -68,7 +69,7 @@ def lip_boxes(marks_px: Tensor) -> Tensor:
 def lip_crops(pictures: Tensor, boxes: Tensor) -> Tensor:
     """pictures (T, H, W, 3), boxes (T, 3) -> grey crops (T, CROP_PX, CROP_PX)."""
     grey = (pictures * pictures.new_tensor(GREY)).sum(-1)[:, None]
-    # large pictures are averaged down first: fine detail is not to be mistaken for coarse one
+    # large pictures are averaged down first, against aliasing
     finer = int(2 * float(boxes[:, 2].mean()) * grey.shape[-1] / CROP_PX)
     grey = F.avg_pool2d(grey, finer) if finer > 1 else grey
     line = (torch.arange(CROP_PX, device=boxes.device) + 0.5) * 2 / CROP_PX - 1
@@ -78,8 +79,8 @@ def lip_crops(pictures: Tensor, boxes: Tensor) -> Tensor:
 
 
 def runs_of(crops: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
-    """Crops (T, s, s) of rows at `moments` (T,) -> every N_FRAMES that follow each other (N,
-    N_FRAMES, s, s), and the row in the middle of each (N,)."""
+    """Crops (T, s, s) with frame numbers `moments` (T,) -> all runs of N_FRAMES consecutive frames
+    (N, N_FRAMES, s, s), and the index of each run's middle row (N,)."""
     half = N_FRAMES // 2
     if len(crops) < N_FRAMES:
         return crops.new_zeros(0, N_FRAMES, *crops.shape[1:]), moments.new_zeros(0)
@@ -92,9 +93,9 @@ def runs_of(crops: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
 def sync_losses(
     judges: Sequence[nn.Module], pictures: Tensor, signals: Signals
 ) -> dict[str, Tensor]:
-    """1 - cosine of drawn lips and their sound (sync), as frozen experts see and hear them, of
-    whole pictures (T, H, W, 3) of rows; nothing without experts, or where no N_FRAMES rows follow
-    each other."""
+    """Return {"sync": 1 - mean cosine} of the lips in whole pictures (T, H, W, 3) and their speech,
+    by the frozen `SyncExpert`s among `judges`; empty without one, or if no N_FRAMES rows are
+    consecutive."""
     experts = [judge for judge in judges if isinstance(judge, SyncExpert)]
     if not experts or len(pictures) < N_FRAMES:
         return {}
@@ -107,10 +108,10 @@ def sync_losses(
 
 
 def agreement(seen: Tensor, heard: Tensor, moments: Tensor, near: int = 2) -> dict[str, Tensor]:
-    """How well lips (N, D) and sounds (N, D) of one film's moments (N,) find each other.
+    """Contrastive loss and accuracy of lip and speech embeddings (N, D) of one video.
 
-    contrast: cross-entropy, both ways · found: share of pairs in which the true sound fits
-    better than another moment's.  Moments within `near` frames are neither right nor wrong.
+    moments (N,) frame numbers · contrast: symmetric cross-entropy · found: share of wrong pairs
+    whose cosine is below that of the lips' true speech.  Other frames within `near` are ignored.
     """
     odds = seen @ heard.T
     apart = (moments[:, None] - moments).abs() > near
@@ -124,11 +125,11 @@ def agreement(seen: Tensor, heard: Tensor, moments: Tensor, near: int = 2) -> di
 
 
 def offset_of(seen: Tensor, heard: Tensor, moments: Tensor, reach: int = 15) -> tuple[float, float]:
-    """By how many frames the sound comes after the lips, and how sure that is.
+    """Return by how many frames the sound lags behind the lips, and the confidence.
 
-    seen, heard (N, D) at moments (N,), ascending.  The mean cosine is taken at every shift that
-    pairs half of the moments; the answer is the peak, between frames by a parabola; confidence is
-    the peak over the median.
+    seen, heard (N, D) at moments (N,), ascending.  The offset is the peak, refined by a parabola,
+    of the mean cosine over shifts in [-reach, reach] that pair at least half of the moments; the
+    confidence is the peak minus the median.
     """
     at = torch.full((int(moments[-1] - moments[0]) + 1 + 2 * reach,), -1, device=moments.device)
     at[moments - moments[0] + reach] = torch.arange(len(moments), device=moments.device)

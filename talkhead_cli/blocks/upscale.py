@@ -1,4 +1,4 @@
-"""Marched channels of a small picture -> a finished one."""
+"""Super-resolution of marched channels, and correction of full-size drafts."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from torch import Tensor, nn
 
 
 class Upscaler(nn.Module):
-    """Colour, alpha and further channels (B, C, h, w) -> premultiplied colour and alpha at
+    """Convolutional upscaler: marched channels -> premultiplied colour and alpha at
     `magnification` times the size.
 
-    It starts as bilinear interpolation of the first three channels and the last: its own word
-    is zero at first.
+    Predicts a residual, zero at first, on the bilinearly upsampled colour (the first three
+    channels) and alpha (the last).
     """
 
     def __init__(self, n_in: int, width: int, magnification: int) -> None:
-        """magnification: a power of two, 1 and up."""
+        """magnification: a power of two, at least 1."""
         super().__init__()
         assert magnification > 0 and magnification & (magnification - 1) == 0
         self.n_doublings = magnification.bit_length() - 1
@@ -45,9 +45,8 @@ class Upscaler(nn.Module):
 
 
 class Retoucher(nn.Module):
-    """A draft of a picture and what it was made of, at its full size -> what is to be changed.
-
-    An hourglass of two levels.  Its own word is zero at first.
+    """Two-level hourglass network from a full-size draft and the layers it was made of to a
+    correction.  The last layer is zero-initialised.
     """
 
     def __init__(self, n_in: int, width: int, n_out: int) -> None:

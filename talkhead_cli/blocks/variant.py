@@ -1,4 +1,4 @@
-"""A network as somebody else would have it: some parameters changed, all others shared."""
+"""A copy of a module with some parameters offset and all others shared."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def variant(module: M, changes: Mapping[str, Tensor]) -> M:
-    """The module with `changes` added to its parameters of those names, dots for submodules.
+    """Return a copy of the module with `changes` added to the parameters of these dotted names.
 
-    Gradients go to the changes as well as to what they are added to.  Nothing is copied but the
-    modules on the way; what the variant is told to hold from then on, the module does not know.
+    Gradients flow to the changes and to the original parameters.  Only the modules on the path are
+    copied, shallowly; attributes set on the copy afterwards do not affect the original.
     """
     made = copy.copy(module)
     made._parameters, made._modules = dict(module._parameters), dict(module._modules)

@@ -1,7 +1,7 @@
 """Volume rendering: rays through an occupancy grid to composited channels.
 
-The only room that asks whether CUDA exists. A marcher sees points, directions and row
-numbers; what moved the points there is the field's affair.
+Also chooses the device and the marcher for it.  A marcher sees points, directions and row
+numbers only; deforming points is up to the field.
 """
 
 from __future__ import annotations
@@ -51,14 +51,14 @@ KINDS = ("auto", "packed", "dense", "nerfacc")
 
 @dataclass(frozen=True)
 class MarchOptions:
-    """How finely to march.
+    """Options of ray marching.
 
     n_steps     samples of a ray straight through the box: step = depth (z) / n_steps
-    n_samples   samples of a ray where the grid knows what to look at; 0: every occupied one
+    n_samples   samples per ray of the guided march; 0: all lattice samples in occupied cells
     resolution  cells of the occupancy grid along each axis
-    early_stop  transmittance at which a ray ends when no gradient is wanted; 0: never
+    early_stop  transmittance at which a ray ends in marches without gradients; 0: never
     every       training steps between updates of the grid
-    kind        "auto" takes nerfacc where its kernels can be had, else packed
+    kind        marcher of the lattice; "auto": nerfacc if its kernels are available, else packed
     """
 
     n_steps: int = 64
@@ -70,7 +70,7 @@ class MarchOptions:
 
 
 def device_of(name: str) -> torch.device:
-    """auto, cpu or cuda -> the device to work on."""
+    """Return the device called auto, cpu or cuda; errors if CUDA is requested but missing."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name not in ("cpu", "cuda"):
@@ -81,21 +81,21 @@ def device_of(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What to call a device in records."""
+    """Return the name of a device for records."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def room_on(device: torch.device) -> int:
-    """Bytes that are free on a CUDA device; none on any other, whose memory is the machine's."""
+    """Return the free memory of a CUDA device in bytes; 0 on other devices."""
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 0
 
 
 def build(
     options: MarchOptions, aabb: Tensor, device: torch.device | str, *, kernels: bool = False
 ) -> tuple[Marcher, str]:
-    """The marcher for a box (6,) on a device, and one line that says why this one.
+    """Return the marcher for a box aabb (6,) on a device, and one line on why it was chosen.
 
-    kernels: whether Triton's compile there
+    kernels: whether Triton kernels compile on that device
     """
     device = torch.device(device)
     if options.kind not in KINDS:

@@ -1,4 +1,4 @@
-"""nerfacc's CUDA kernels: the march on a GPU while it explores, and what they want to be built."""
+"""Ray marching with nerfacc's CUDA kernels, and what building them requires."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from .packed import Packed, PackedMarcher, ask, first_distance, pack
 from .rays import intersect_box
 
 GB_PER_JOB = 3.0  # memory allowed for one nvcc process; a guess on the safe side
-TOO_NEW = (2, 14)  # torch from here on: nerfacc 0.5.3 does not compile
+TOO_NEW = (2, 14)  # nerfacc 0.5.3 does not compile with torch from this version on
 
 
 class NerfaccMarcher(PackedMarcher):
-    """The same march with nerfacc 0.5's kernels; CUDA only.
+    """`PackedMarcher` with nerfacc 0.5's kernels; CUDA only.
 
-    The grid walk replaces the lattice test, and with gradients the weights stay packed
-    (no (R, S) matrix at all). `rendering()` of nerfacc is not used: it wants 3 channels.
+    Its grid traversal replaces the test of every lattice sample, and with gradients the weights
+    stay packed (no (R, S) matrix).  nerfacc's `rendering()` is not used: it takes 3 channels only.
     """
 
     @torch.no_grad()
     def sample(self, rays: RayBundle) -> Packed:
-        """Walk the grid cell by cell (`nerfacc.traverse_grids`)."""
+        """Sample by traversing the grid cell by cell (`nerfacc.traverse_grids`)."""
         if not len(rays):
             return super().sample(rays)
         grid = self.occupancy
         enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
         near, far = torch.maximum(rays.near, enter), torch.minimum(rays.far, leave)
-        # Its samples are middles of intervals, hence half a step before our first one.
+        # nerfacc samples at interval midpoints, so intervals start half a step earlier.
         start = first_sample(rays, self.step, self.training) - 0.5 * self.step
         _, samples, _ = _module("grid").traverse_grids(
             rays.origins.float(),
@@ -49,7 +49,7 @@ class NerfaccMarcher(PackedMarcher):
             near_planes=start.squeeze(1),
             far_planes=rays.far.squeeze(1),
             step_size=self.step,
-            # Our own hits: theirs divides by a direction of exactly zero.
+            # Own box intersections: nerfacc's divide by direction components of exactly zero.
             t_sorted=torch.cat((near, far), 1),
             t_indices=torch.arange(2, device=near.device).expand(len(rays), 2),
             hits=far > near,
@@ -89,19 +89,19 @@ class NerfaccMarcher(PackedMarcher):
 
 
 def obstacle() -> str:
-    """Why nerfacc cannot be used here, "" if it can.
+    """Return why nerfacc cannot be used here, or "" if it can.
 
-    Builds its extension if nobody has (`talkhead doctor --build` does so ahead of time): some
-    minutes, once, with as many compilers as free memory holds.
+    Builds its extension if needed (`talkhead doctor --build` does so ahead of time): some minutes,
+    once, with as many parallel compilers as free memory allows.
     """
     if not torch.cuda.is_available():
         return "nerfacc needs a CUDA device"
     _make_way()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", SyntaxWarning)  # of its docstrings, from Python 3.12 on
+            warnings.simplefilter("ignore", SyntaxWarning)  # from its docstrings, since Python 3.12
             version = importlib.import_module("nerfacc").__version__
-        with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout carries paths
+        with contextlib.redirect_stdout(sys.stderr):  # it prints, and stdout is for output paths
             kernels = _module("cuda._backend")._C
     except Exception as error:  # a failed build raises whatever the compiler wrapper raises
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"
@@ -111,7 +111,7 @@ def obstacle() -> str:
 
 
 def check() -> list[Need]:
-    """What the kernels want. Nothing is required: plain torch marches on any machine."""
+    """List what the kernels need; none is required, since plain torch marches on any machine."""
     modern = tuple(int(p) for p in torch.__version__.split("+")[0].split(".")[:2])
     free = free_gb()
     headers = _headers()
@@ -160,15 +160,15 @@ def check() -> list[Need]:
 
 
 def compilers(free: float, n_cores: int) -> int:
-    """How many nvcc processes `free` GB and `n_cores` can hold at a time; at least one."""
+    """Return how many nvcc processes may run in parallel in `free` GB on `n_cores`; at least 1."""
     return max(1, min(n_cores, int(free // GB_PER_JOB)))
 
 
 def _make_way() -> None:
-    """Tell the compiler how many of it may run, where the toolkit is, and where pip put the headers
-    and the ninja it wants; before torch looks for any of them."""
+    """Set MAX_JOBS, CUDA_HOME, PATH (for ninja and the toolkit) and CPLUS_INCLUDE_PATH (for headers
+    installed by pip), before torch reads them."""
     os.environ.setdefault("MAX_JOBS", str(compilers(free_gb(), os.cpu_count() or 1)))
-    places = [sysconfig.get_path("scripts")]  # of an environment that nobody activated
+    places = [sysconfig.get_path("scripts")]  # ninja, even if the environment is not activated
     if (home := _toolkit()) is not None:
         os.environ.setdefault("CUDA_HOME", str(home))
         places.append(str(home / "bin"))
@@ -181,9 +181,9 @@ def _make_way() -> None:
 
 
 def _toolkit() -> Path | None:
-    """Where the CUDA toolkit lies: a folder with what programs are linked against.
+    """Return the CUDA toolkit's folder, recognised by the runtime library programs link against.
 
-    The nvcc on PATH may be a script that calls the real one, and says nothing of where that is.
+    The nvcc on PATH is not enough: it may be a wrapper script outside the toolkit.
     """
     for home in _homes():
         if any((home / lib / "libcudart.so").exists() for lib in ("lib64", "lib")):
@@ -192,7 +192,7 @@ def _toolkit() -> Path | None:
 
 
 def _homes() -> list[Path]:
-    """Where a toolkit may lie, likeliest first."""
+    """List candidate folders of the toolkit, likeliest first."""
     nvcc = shutil.which("nvcc")
     said = os.environ.get("CUDA_HOME")
     return [
@@ -202,7 +202,7 @@ def _homes() -> list[Path]:
 
 
 def _headers() -> Path | None:
-    """The folder that holds the CUDA libraries' headers: the toolkit's, else pip's."""
+    """Return the folder with the CUDA libraries' headers: the toolkit's, else pip's."""
     homes = _homes()
     spec = importlib.util.find_spec("nvidia")
     for place in (spec.submodule_search_locations or []) if spec else []:

@@ -1,4 +1,4 @@
-"""The plain reference: every sample of every ray goes to the field."""
+"""Reference marcher, which evaluates the field at every sample of every ray, and quadrature."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from ..contracts import Field, RayBundle, Rendered
 from .rays import step_length
 
-SHORT = 32  # samples that a GPU sums up by a product; its running sums along short rows are slow
+SHORT = 32  # up to so many samples, a matrix product beats cumsum on a GPU
 
 
 def first_sample(rays: RayBundle, step: float, jitter: bool) -> Tensor:
-    """(R, 1) where each ray's lattice begins: near + u * step, from torch's global RNG.
+    """Return each ray's first lattice sample (R, 1), near + u * step; sample i is i steps further.
 
-    u = 1/2, or one random number per ray with `jitter`; sample i lies i steps further.
+    u = 1/2, or with `jitter` one random number per ray from torch's global RNG.
     """
     u = torch.rand_like(rays.near) if jitter else torch.full_like(rays.near, 0.5)
     return rays.near + u * step
@@ -26,16 +26,16 @@ def first_sample(rays: RayBundle, step: float, jitter: bool) -> Tensor:
 def quadrature(density: Tensor, step: float | Tensor) -> Tensor:
     """Weights w_i = T_i (1 - exp(-density_i step)), T_i = exp(-sum_{j<i} density_j step).
 
-    density (R, S) finite and >= 0, one step or steps (R, S) -> (R, S) float32.  The exact integral
-    for piecewise constant density (Max 1995; Mildenhall et al. 2020, eq. 3).
+    density (R, S) finite and >= 0, step a number or (R, S) -> (R, S) float32.  Exact for piecewise
+    constant density (Max 1995; Mildenhall et al. 2020, eq. 3).
     """
     tau = density.float() * step
     return torch.exp(-_before(tau)) * -torch.expm1(-tau)
 
 
 def _before(tau: Tensor) -> Tensor:
-    """Sums (R, S) of what lies before each sample, never "all minus my own": one opaque sample
-    would round it away."""
+    """Exclusive cumulative sums (R, S).  Not computed as cumsum minus own value, which would lose
+    the sum to rounding at an opaque sample."""
     n = tau.shape[1]
     if tau.is_cuda and n <= SHORT:
         with torch.autocast("cuda", enabled=False):
@@ -44,23 +44,23 @@ def _before(tau: Tensor) -> Tensor:
 
 
 class DenseMarcher(nn.Module):
-    """`n_steps` samples through the depth of the box, as far apart on every ray."""
+    """Marcher of all samples, `n_steps` through the box's depth, with one spacing for all rays."""
 
-    exploring = False  # it always does
+    exploring = False  # no effect: nothing is ever skipped
 
     def __init__(self, aabb: Tensor, n_steps: int) -> None:
         super().__init__()
         self.step = step_length(aabb, n_steps)
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
-        """Integrate `field` along `rays`, with the samples that a packed march would take."""
+        """Integrate `field` along `rays`, on the lattice that `PackedMarcher` uses."""
         n_rays, n_channels = len(rays), field.channels
         first = first_sample(rays, self.step, self.training)
         longest = float((rays.far - rays.near).max()) if n_rays else 0.0
         n_samples = max(1, math.ceil(longest / self.step))
         t = first + self.step * torch.arange(n_samples, device=first.device)  # (R, S)
         within = t < rays.far
-        # A field need not know what lies behind its box.
+        # Clamp to `far`: fields need not handle points beyond the box.
         place = torch.minimum(t, rays.far)[..., None]
         x = rays.origins[:, None] + place * rays.directions[:, None]
         d = rays.directions[:, None].expand_as(x)
@@ -85,10 +85,10 @@ class DenseMarcher(nn.Module):
         return Rendered(feature, opacity, depth, spread, t.numel())
 
     def refresh(self, field: Field, step: int) -> None:
-        """Nothing to learn: no cell is skipped."""
+        """Do nothing: there is no grid."""
 
     def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Nothing to learn: it looks everywhere."""
+        """Do nothing: there is no grid."""
 
     def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Nothing to learn either."""
+        """Do nothing: there is no grid."""

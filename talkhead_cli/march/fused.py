@@ -1,4 +1,4 @@
-"""The guided march by kernels of its own, on a GPU that never waits for the CPU."""
+"""The guided march with Triton kernels, able to run without host syncs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..contracts import Field, RayBundle, Rendered
 from .guided import GuidedMarcher
 from .packed import PackedMarcher
 
-EVENLY = 3  # times the samples while nobody knows which cells are worth looking at
+EVENLY = 3  # factor on the samples per ray while exploring, when they lie evenly in occupied cells
 
 
 class FusedMarcher(GuidedMarcher):
-    """Twin of `GuidedMarcher` for CUDA devices on which Triton compiles.
+    """`GuidedMarcher` for CUDA devices on which Triton compiles.
 
-    `whole`: rays that meet nothing come along, so that nobody waits to hear which do.  While it is
-    `exploring`, more samples, EVENLY times as many, lie in occupied cells one like the other then.
+    `whole`: also march rays that hit no occupied cell, to avoid the host sync of finding those that
+    do.  If also `exploring`, each ray takes EVENLY times as many samples, all cells weighted alike.
     """
 
     def __init__(self, lattice: PackedMarcher, n_samples: int, n_cells: int) -> None:
@@ -25,11 +25,11 @@ class FusedMarcher(GuidedMarcher):
 
     @property
     def samples_per_ray(self) -> int:
-        """Of one that meets anything; of the lattice's rays nobody knows."""
+        """Samples of each ray of the guided march (the lattice march's number varies)."""
         return self.n_samples * (EVENLY if self.exploring else 1)
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
-        """Integrate `field` along `rays`; a field that `skips` is asked without waiting."""
+        """Integrate `field` along `rays`, without host sync if it `skips` and no gradients flow."""
         if self.exploring and not self.whole:
             return self.lattice.march(field, rays)
         if getattr(field, "skips", False) and not torch.is_grad_enabled():
@@ -37,22 +37,22 @@ class FusedMarcher(GuidedMarcher):
         return self._guided(field, rays)
 
     def look_closely(self, boxes: Tensor, n_samples: int) -> None:
-        """Give every ray so many samples, unless it has as many: the kernels take as many of all
-        rays, and do not ask which of them meet the boxes (B, 6)."""
+        """Raise the samples of all rays to `n_samples`; boxes (B, 6) are ignored, because the
+        kernels take the same number on every ray."""
         self.n_samples = max(self.n_samples, n_samples)
 
     @torch.no_grad()
     def lay(self, rays: RayBundle, n_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """As `GuidedMarcher.lay`; every ray is alive while it is `whole`."""
+        """As `GuidedMarcher.lay`, but if `whole`, for all rays; `n_samples` is ignored."""
         t, width, crossing = self._laid(rays)
         if self.whole:
             return t, width, torch.arange(len(rays), device=t.device)
-        alive = crossing.nonzero().squeeze(1)  # where a GPU waits, once per march
+        alive = crossing.nonzero().squeeze(1)  # a host sync, once per march
         return t[alive], width[alive], alive
 
     def _laid(self, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
-        """As `lay`, of all rays (R, K), and whether each has any samples (R,)."""
-        from . import guided_triton as kernels  # which no machine without a GPU can import
+        """Return t and width (R, K) of all rays, and whether each crosses occupied cells (R,)."""
+        from . import guided_triton as kernels  # not importable without triton
 
         grid, k = self.occupancy, self.samples_per_ray
         shift = (torch.rand_like(rays.near) - 0.5) / k if self.training else None
@@ -62,8 +62,8 @@ class FusedMarcher(GuidedMarcher):
         return self.occupancy.occupied.float() if self.exploring else super()._worth()
 
     def _without_waiting(self, field: Field, rays: RayBundle) -> Rendered:
-        """All rays in one go, and whoever starts it need not know how many of them meet anything:
-        the field passes over points of row -1.  No gradients."""
+        """March all rays at once without host sync; the field skips points of row -1, those of rays
+        that cross no occupied cell.  No gradients."""
         from . import guided_triton as kernels
 
         t, width, alive = self._laid(rays)

@@ -1,4 +1,4 @@
-"""A few samples per ray, laid where training has seen surfaces."""
+"""Guided marching: few samples per ray, importance-sampled from weights seen in training."""
 
 from __future__ import annotations
 
@@ -15,40 +15,39 @@ from .occupancy import OccupancyGrid
 from .packed import PackedMarcher, ask, rays_at_once
 from .rays import intersect_box
 
-# What an occupied cell is worth where nothing was seen: new poses find their surfaces by it.
-# Tried on a trained avatar at 4 and at 6 samples per ray: of 0.001 to 0.4, pictures with 0.05 and
-# 0.1 came nearest to the plain march's.
+# Added to the weight seen in an occupied cell, so that surfaces of new poses are found.  Of 0.001
+# to 0.4, tried on a trained avatar with 4 and 6 samples per ray, 0.05 and 0.1 gave the pictures
+# closest to the plain march's.
 FLOOR = 0.07
-# Of a ray's samples; the others are asked for where light still passes.  Of 0.4 to 0.8, tried on a
-# trained avatar, the fastest by little.
+# Share of a ray's samples evaluated first; the rest only on rays that are still transparent.  Of
+# 0.4 to 0.8, tried on a trained avatar, slightly the fastest.
 AT_FIRST = 0.7
-# Points of a picture: so few that what a field makes of them stays in a CPU's cache; or, without
-# kernels, in a few gigabytes of a GPU's memory.
+# Points per call of the field without gradients: its activations stay in a CPU's cache, or within
+# a few gigabytes of GPU memory.
 POINTS_AT_ONCE = {"cpu": 32_768, "cuda": 2**20}
 
 
 class GuidedMarcher(nn.Module):
-    """`n_samples` samples on each ray that meets an occupied cell.
+    """Marcher with `n_samples` importance samples on each ray that crosses an occupied cell.
 
-    A ray is cut into parts that are worth the same by the weights that samples had in training
-    (`OccupancyGrid.seen`); each part is one sample as wide as the occupied cells of the part
-    (importance sampling by an inverse distribution function: NeRF, section 5.2; the grid takes
-    the place of a coarse network).  So fine steps do not cost: a field may put a thin surface
-    anywhere between two samples of a lattice.  In training all cuts of a ray are shifted by one
-    random part.
+    A ray is cut into intervals of equal mass under the weights that samples had in training
+    (`OccupancyGrid.seen`); each interval is one sample, whose width is the interval's length inside
+    occupied cells (inverse transform sampling: NeRF, section 5.2, with the grid in place of a
+    coarse network).  So fine resolution is cheap: thin surfaces do not fall between the samples of
+    a lattice.  In training all cuts of a ray are shifted by one random fraction of an interval.
 
-    While it is `exploring`, every sample of the lattice that lies in an occupied cell is taken,
-    as `PackedMarcher` does: what was seen so far guides nobody yet.
+    While `exploring`, all lattice samples in occupied cells are taken, as by `PackedMarcher`: the
+    weights seen so far are not reliable yet.
 
-    `look_closely(boxes, n)`: in pictures, rays that meet a box take n samples each.  Lips that were
-    drawn by few samples, whose places no shift varies there, followed the truth less closely.
+    `look_closely(boxes, n)`: without gradients, rays that hit a box take n samples each.  Lips
+    rendered with few samples, at positions not randomised as in training, followed the video worse.
 
-    In pictures, of a ray that lets no more than the lattice's `early_stop` of the light past its
-    first samples the others are not asked for.
+    Without gradients, a ray's last samples are skipped if its transmittance after the first ones is
+    no more than the lattice's `early_stop`.
     """
 
     def __init__(self, lattice: PackedMarcher, n_samples: int, n_cells: int) -> None:
-        """`n_cells`: cells that the guide is read in along a ray's way through the box."""
+        """n_cells: intervals per ray at which the grid is read to build the distribution"""
         super().__init__()
         assert n_samples > 0 and n_cells > 0
         self.lattice, self.n_samples, self.n_cells = lattice, n_samples, n_cells
@@ -64,11 +63,11 @@ class GuidedMarcher(nn.Module):
         self.lattice.refresh(field, step)
 
     def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Learn from nothing where a field is, by marching the lattice once."""
+        """Fill the grid from scratch, by marching the lattice once."""
         self.lattice.discover(views)
 
     def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Learn of new poses and views by marching the lattice once."""
+        """Extend the grid to new poses and views, by marching the lattice once."""
         self.lattice.reveal(views)
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
@@ -87,12 +86,12 @@ class GuidedMarcher(nn.Module):
         return Rendered.of_moments(feature, moments, origin, n_points)
 
     def look_closely(self, boxes: Tensor, n_samples: int) -> None:
-        """Give rays of pictures that meet one of the boxes (B, 6) so many samples, unless all have
-        as many."""
+        """Without gradients, let rays that hit one of the boxes (B, 6) take `n_samples` samples, if
+        that is more than the others take."""
         self._close = boxes, n_samples
 
     def _shares(self, rays: RayBundle) -> list[tuple[Tensor | None, int]]:
-        """Which rays (R',), None all of them, are marched by how many samples each."""
+        """Return groups of rays: indices (R',), or None for all, and their samples per ray."""
         if self._close is None or torch.is_grad_enabled() or self._close[1] <= self.n_samples:
             return [(None, self.n_samples)]
         boxes, n = self._close
@@ -101,8 +100,8 @@ class GuidedMarcher(nn.Module):
         return [((~meets).nonzero().squeeze(1), self.n_samples), (meets.nonzero().squeeze(1), n)]
 
     def _march(self, field: Field, rays: RayBundle, n_samples: int) -> tuple[Tensor, Tensor, int]:
-        """Sums of the rays (A,) that have samples and the origins of their moments, (A, C + 4); the
-        rays; and how many points that took."""
+        """Return sums and origins (A, C + 4) of the rays that have samples, the indices (A,) of
+        these rays, and the number of points evaluated."""
         t, width, alive = self.lay(rays, n_samples)
         if torch.is_grad_enabled():
             sums, n_points = self._sums(field, rays, alive, t, width, t[:, :1]), t.numel()
@@ -113,8 +112,8 @@ class GuidedMarcher(nn.Module):
     def _front_to_back(
         self, field: Field, rays: RayBundle, ray: Tensor, t: Tensor, width: Tensor
     ) -> tuple[Tensor, int]:
-        """As `_sums`, but rays whose transmittance fell to the lattice's `early_stop` are left
-        alone; and the number of points asked."""
+        """As `_sums`, but front to back in two parts, the second only on rays whose transmittance
+        is above the lattice's `early_stop`; also returns the number of points evaluated."""
         (n, k), opacity = t.shape, field.channels
         left, n_points = torch.arange(n, device=t.device), 0
         sums = t.new_zeros(n, field.channels + 3)
@@ -130,8 +129,8 @@ class GuidedMarcher(nn.Module):
     def _sums(
         self, field: Field, rays: RayBundle, ray: Tensor, t: Tensor, width: Tensor, origin: Tensor
     ) -> Tensor:
-        """Samples (A, K) of the rays (A,) -> (A, C + 3): channels, and the weights' moments about
-        origin (A, 1)."""
+        """Composite samples t, width (A, K) of the rays (A,) -> (A, C + 3): channels, and moments
+        of the weights about origin (A, 1)."""
         shape = n, k = t.shape
         x, density, channels = ask(field, rays, t.reshape(-1), ray.repeat_interleave(k))
         w = quadrature(density.view(shape), width)
@@ -146,22 +145,22 @@ class GuidedMarcher(nn.Module):
         ], 1)  # fmt: skip
 
     def _worth(self) -> Tensor:
-        """What each of the grid's cells is worth, (D, D, D)."""
+        """Return the sampling weight of each cell of the grid, (D, D, D)."""
         grid = self.occupancy
         return torch.where(grid.occupied, grid.seen + FLOOR, 0.0)
 
     @torch.no_grad()
     def lay(self, rays: RayBundle, n_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """Distances t (A, K), ascending, their widths (A, K), and the rays (A,) that have any.
+        """Return sample distances t (A, K), ascending, widths (A, K), and ray indices (A,).
 
-        A ray's widths add up to its length inside occupied cells.
+        A ray's widths add up to its length inside occupied cells; rays without any are left out.
         """
         grid, k, device = self.occupancy, n_samples or self.n_samples, rays.near.device
         enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
         near, far = torch.maximum(enter, rays.near), torch.minimum(leave, rays.far)
         worth = self._worth().view(-1)
         lane = torch.arange(self.n_cells, device=device) + 0.5
-        # Odd cuts are samples, even ones the edges between them.
+        # Quantiles: odd ones are samples, even ones the edges between them.
         cuts = torch.arange(2 * k + 1, device=device) / (2 * k)
         found = [(near.new_zeros(0, k), near.new_zeros(0, k), near.new_zeros(0).long())]
         at_once = rays_at_once(device)
@@ -190,6 +189,6 @@ class GuidedMarcher(nn.Module):
 
 
 def _sum(w: Tensor, channels: Tensor) -> Tensor:
-    """Weights (A, K), channels (A, K, C) -> (A, C), in float32 whatever came."""
+    """Weights (A, K), channels (A, K, C) -> sums (A, C), in float32 even under autocast."""
     with torch.autocast(w.device.type, enabled=False):
         return torch.bmm(w[:, None], channels.float())[:, 0]

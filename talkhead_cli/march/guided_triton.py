@@ -1,7 +1,7 @@
-"""The guided march's kernels: where samples lie on a ray, and what they add up to, ray by ray.
+"""Triton kernels of the guided march: importance sampling and compositing of rays.
 
-torch's operations walk a ray's cells and samples side by side, through memory, and its running sums
-along short rows are slow; one program here walks them one after another, in registers.
+In plain torch, every operation on a ray's cells and samples goes through memory, and cumsum along
+short rows is slow; here each ray loops over its cells and samples in registers.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ def lay(
     rays: RayBundle, box: Tensor, aabb: Tensor, worth: Tensor, n_cells: int, n_samples: int,
     shift: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Twin of `GuidedMarcher.lay` for all rays: t, width (R, K), and whether they have any (R,).
+    """`GuidedMarcher.lay` for all rays: t, width (R, K), and whether they have samples (R,).
 
-    box (6,) what is occupied · aabb (6,) the grid's · worth (D, D, D) of its cells · shift (R, 1)
-    of all cuts of a ray, in parts of it
+    box (6,) around occupied cells · aabb (6,) of the grid · worth (D, D, D) sampling weights of its
+    cells · shift (R, 1) of all quantiles of a ray, a share of its total weight
     """
     n, side = len(rays), worth.shape[0]
     t, width = rays.near.new_empty(n, n_samples), rays.near.new_empty(n, n_samples)
@@ -40,8 +40,8 @@ def lay(
 
 
 def composite(density: Tensor, channels: Tensor, t: Tensor, width: Tensor, alive: Tensor) -> Tensor:
-    """Density (R K,), channels (R K, C) of samples at t of a width (R, K) -> (R, C + 3): channels,
-    opacity, depth and spread as `Rendered` has them; zeros where a ray is not alive (R,)."""
+    """Composite density (R K,), channels (R K, C) of samples at t with width (R, K) -> (R, C + 3):
+    channels, opacity, depth and spread as in `Rendered`; zeros for rays not alive (R,)."""
     n, k = t.shape
     n_channels = channels.shape[1]
     maps = t.new_empty(n, n_channels + 3)
@@ -55,7 +55,7 @@ def composite(density: Tensor, channels: Tensor, t: Tensor, width: Tensor, alive
 
 @triton.jit
 def _part(origins, directions, box, ray, here, axis: tl.constexpr):
-    """Along one axis: where a ray begins, its slope, and where it enters and leaves the slab."""
+    """Along one axis: a ray's origin and direction, and where it enters and leaves the slab."""
     o = tl.load(origins + 3 * ray + axis, mask=here, other=0.0)
     d = tl.load(directions + 3 * ray + axis, mask=here, other=1.0)
     slope = 1 / tl.where(tl.abs(d) < 1e-12, 1e-12, d)
@@ -66,7 +66,7 @@ def _part(origins, directions, box, ray, here, axis: tl.constexpr):
 
 @triton.jit
 def _worth(worth, aabb, at, o0, d0, o1, d1, o2, d2, D: tl.constexpr):
-    """What the cells are worth in which distances lie; outside, the nearest cell's."""
+    """Sampling weights of the cells at distances `at`; outside the grid, of the nearest cell."""
     cell = tl.zeros_like(at)
     for axis in tl.static_range(3):
         o = o0 if axis == 0 else (o1 if axis == 1 else o2)
@@ -100,12 +100,12 @@ def _lay(
         value = _worth(worth, aabb, near + cell * (i + 0.5), o0, d0, o1, d1, o2, d2, D)
         total += tl.where(crossing, value, 0.0)
     tl.store(alive + ray, total > 0, mask=here)
-    # Where a ray misses the box, "near" may be a hundred thousand heads away, which half precision
-    # does not hold; and a field that is asked there says what is not a number.
+    # On rays that miss the box, `near` may be 1e5 face heights away, which overflows float16, and
+    # the field would return NaN there.
     near = tl.where(total > 0, near, begin)
     cell = tl.where(total > 0, cell, 0.0)
 
-    # A sample's two edges and its middle, as shares of the ray's worth.
+    # Quantiles of each sample's two edges and its middle.
     k = tl.arange(0, ROOM)
     lower = (k / K)[None, :] + tl.zeros((BLOCK, ROOM), tl.float32)
     middle, upper = lower + 0.5 / K, lower + 1.0 / K

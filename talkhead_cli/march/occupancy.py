@@ -1,4 +1,4 @@
-"""Which cells of space a field fills: one grid for all rows, shared by every marcher."""
+"""Occupancy grid: one for all rows, shared by every marcher."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from torch import Tensor, distributed, nn
 
 from ..contracts import Field
 
-ALPHA_THRESHOLD = 0.01  # a cell that stops less of the light in one march step is empty
+ALPHA_THRESHOLD = 0.01  # a cell with less alpha per march step is empty
 CHUNK = {"cpu": 65_536, "cuda": 2**20}  # points per call of the field
-SEEN_THRESHOLD = 0.005  # a cell no sample of which adds more to any pixel is hidden
+SEEN_THRESHOLD = 0.005  # a cell whose samples all have smaller compositing weights is hidden
 SEEN_DECAY = 0.9  # per update
-SEEN_AT_FIRST = 0.05  # so that cells nobody ever sees close after some twenty updates
+SEEN_AT_FIRST = 0.05  # so that cells never seen close after some twenty updates
 
 
 class OccupancyGrid(nn.Module):
     """D^3 cells over an anisotropic box, as in Instant-NGP (Mueller et al. 2022, app. E.2).
 
-    Rows are drawn at random, so the grid holds the union over expressions and never hears
-    of audio. It is dilated by one cell: without that, a face's rim loses opacity. It starts
-    full, and runs repeat because every update is seeded by its step.
+    Updates draw rows at random, so the grid covers the union over expressions and does not depend
+    on the driving signals.  It is dilated by one cell, or a face's rim would lose opacity.  It
+    starts full; updates are seeded by the step, so that runs are reproducible.
 
-    A head is a shell: what lies under the skin is as dense as the skin, and never seen.  While
-    training, marchers report what each sample added to its pixel (`observe`), and cells that
-    add nothing any more are closed like empty ones.
+    A head is opaque at the skin: what lies underneath is as dense but never visible.  In training,
+    marchers report each sample's compositing weight (`observe`), and cells that stop contributing
+    are closed like empty ones.
 
-    density   (D, D, D) moving maximum of the density in each cell
-    seen      (D, D, D) moving maximum of the weight of samples in each cell, in [0, 1]
-    watched   () bool, whether any marcher reports; if none does, nothing is closed as hidden
+    density   (D, D, D) decaying maximum of the density in each cell
+    seen      (D, D, D) decaying maximum of the weights of samples in each cell, in [0, 1]
+    watched   () bool, whether any marcher reports weights; else no cell is closed as hidden
     occupied  (D, D, D) bool, indexed x, y, z
     aabb      (6,)
     """
@@ -53,7 +53,7 @@ class OccupancyGrid(nn.Module):
         self.register_buffer("occupied", torch.ones(cells, dtype=torch.bool, device=aabb.device))
 
     def contains(self, x: Tensor) -> Tensor:
-        """Whether points lie in occupied cells: x (N, 3) -> (N,) bool; outside is empty."""
+        """Whether points lie in occupied cells: x (N, 3) -> (N,) bool; False outside the box."""
         assert x.ndim == 2 and x.shape[1] == 3, x.shape
         inside = ((x >= self.aabb[:3]) & (x <= self.aabb[3:])).all(-1)
         zero = torch.zeros_like(x[:, :1])
@@ -68,10 +68,9 @@ class OccupancyGrid(nn.Module):
         return self.occupied.view(-1).index_select(0, cells.view(-1)).view(t.shape)
 
     def cells(self, origins: Tensor, directions: Tensor, t: Tensor) -> Tensor:
-        """Flat numbers of the cells of origins + t * directions: t (R, S) -> (R, S) int.
+        """Flat cell indices of origins + t * directions: t (R, S) -> (R, S) int.
 
-        Axis by axis and in place, because this touches every sample of every ray and (R, S, 3)
-        is what it must not allocate.
+        Axis by axis and in place, to avoid allocating (R, S, 3) for every sample of every ray.
         """
         d = self.resolution
         scale = d / (self.aabb[3:] - self.aabb[:3])
@@ -84,7 +83,7 @@ class OccupancyGrid(nn.Module):
 
     @torch.no_grad()
     def observe(self, x: Tensor, weight: Tensor) -> None:
-        """Samples x (N, 3) added `weight` (N,) to their pixels."""
+        """Record the compositing weights (N,) of samples at x (N, 3) in `seen`."""
         scale = self.resolution / (self.aabb[3:] - self.aabb[:3])
         place = ((x - self.aabb[:3]) * scale).long().clamp_(0, self.resolution - 1)
         cell = (place[:, 0] * self.resolution + place[:, 1]) * self.resolution + place[:, 2]
@@ -92,7 +91,7 @@ class OccupancyGrid(nn.Module):
         self.watched.fill_(True)
 
     def tight_box(self) -> Tensor:
-        """(6,) the smallest box around the occupied cells; inside out when there are none."""
+        """Return the smallest box (6,) around the occupied cells; inverted if there are none."""
         d, occupied = self.resolution, self.occupied
         slab = occupied.any(2)
         used = torch.stack((slab.any(1), slab.any(0), occupied.any(0).any(0)))  # (3, D)
@@ -113,10 +112,10 @@ class OccupancyGrid(nn.Module):
         threshold: float = ALPHA_THRESHOLD,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Look into the cells once more, for rows drawn at random.
+        """Update density and occupancy for rows drawn at random.
 
-        One random point per cell, each for one of the rows drawn: the occupied cells, which at
-        first are all, and a random quarter of the others.
+        Evaluates one random point per cell, each for one of the drawn rows: in all occupied cells
+        and in a random quarter of the others.
         """
         generator = generator or self._generator(step)
         device, n = self.density.device, self.density.numel()
@@ -148,9 +147,9 @@ class OccupancyGrid(nn.Module):
     ) -> None:
         """Open the cells that any of `rows` fills and close none: once before a render.
 
-        Only cells that are still shut are looked into, so a familiar pose costs one pass
-        and a grid that is still full costs nothing.  `look` numbers calls that follow each other:
-        each tries other points of a cell, since a thin surface may pass between them.
+        Only closed cells are evaluated, so that a familiar pose costs one pass over them and a full
+        grid nothing.  `look` numbers successive calls and seeds them: each tries other points of a
+        cell, since a thin surface may pass between the points of one call.
         """
         for row in (int(r) for r in rows):
             cells = (~self.occupied.view(-1)).nonzero().squeeze(1)
@@ -164,14 +163,14 @@ class OccupancyGrid(nn.Module):
             self.occupied |= _dilate(fresh)
 
     def forget(self) -> None:
-        """Shut every cell; all that comes after is noted."""
+        """Close every cell, reset the statistics, and set `watched`."""
         for grid in (self.density, self.seen, self.occupied):
             grid.zero_()
         self.watched.fill_(True)
 
     @torch.no_grad()
     def close_unseen(self, spared: Tensor) -> None:
-        """Close cells that add nothing to any pixel, but for those of `spared` (D, D, D) bool."""
+        """Close cells that contribute to no pixel, except those in `spared` (D, D, D) bool."""
         self.occupied &= spared | _dilate(self.seen > SEEN_THRESHOLD)
 
     def _generator(self, number: int) -> torch.Generator:
@@ -179,15 +178,15 @@ class OccupancyGrid(nn.Module):
         return generator.manual_seed(number)
 
     def _alpha(self, density: Tensor) -> Tensor:
-        """The share of light that one march step through `density` stops, in [0, 1]."""
+        """Return the alpha of one march step through `density`, in [0, 1]."""
         return -torch.expm1(-density * self.step_length)
 
     def _limit(self, threshold: float) -> Tensor:
-        """() The threshold, or the grid's mean alpha while all of it is still thin."""
+        """Return the threshold (), or the mean alpha if lower, as it is early in training."""
         return self._alpha(self.density).mean().clamp_max(threshold)
 
     def _look(self, field: Field, cells: Tensor, row: Tensor, rng: torch.Generator) -> Tensor:
-        """Density at one random point in each of `cells` (N,) flat, for `row` (N,) -> (N,)."""
+        """Evaluate density (N,) at a random point in each of `cells` (N,) flat, for `row` (N,)."""
         d, low, size = self.resolution, self.aabb[:3], self.aabb[3:] - self.aabb[:3]
         found = [cells.new_zeros(0, dtype=torch.float32)]
         at_once = CHUNK[cells.device.type]
@@ -200,9 +199,9 @@ class OccupancyGrid(nn.Module):
 
 
 def _dilate(cells: Tensor) -> Tensor:
-    """(D, D, D) bool, grown by one cell in every direction, corners too."""
+    """Dilate (D, D, D) bool by one cell in every direction, corners included."""
     grown = cells[None, None].float()
-    for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):  # three lines are cheaper than a cube
+    for kernel in ((3, 1, 1), (1, 3, 1), (1, 1, 3)):  # separable: cheaper than one cube
         pad = tuple(k // 2 for k in kernel)
         grown = nn.functional.max_pool3d(grown, kernel, stride=1, padding=pad)
     return grown[0, 0] > 0

@@ -1,4 +1,4 @@
-"""Only samples in occupied cells go to the field, in plain torch that runs anywhere."""
+"""Packed marching in plain torch: only samples in occupied cells are evaluated."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from .dense import first_sample, quadrature
 from .occupancy import OccupancyGrid
 from .rays import intersect_box
 
-FIRST_ROUND = 4  # samples; about what it takes to pass from air into skin
-# Steps of a look at new poses, in steps of a march.  Cells that a step leaps over are worth next to
-# nothing to whom they guide: of thin shoulders they left holes as large as themselves.
+FIRST_ROUND = 4  # samples; about as many as it takes from empty space into skin
+# Step length when looking at new poses, in march steps.  Cells that a step jumps over record no
+# weight, so the guided march takes hardly any samples there: holes in thin shoulders.
 LOOK_STEP = 0.5
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The N samples of R rays worth looking at, ray by ray and front to back.
+    """The N samples of R rays in occupied cells, ray by ray and front to back.
 
-    t (N,) distance · ray (N,) long, ascending · start, count (R,) long, each ray's share
+    t (N,) distance · ray (N,) long, ascending · start, count (R,) long, each ray's range in them
     """
 
     t: Tensor
@@ -33,15 +33,15 @@ class Packed:
 
 
 class PackedMarcher(nn.Module):
-    """Samples that lie in occupied cells, on the lattice of `DenseMarcher`.
+    """Marcher of the samples of `DenseMarcher`'s lattice that lie in occupied cells.
 
-    With gradients all of them go to the field at once. Without, rays are followed front to
-    back in rounds, and a ray whose transmittance fell to `early_stop` is left alone: what
-    a face hides is never evaluated, and no channel is off by more than `early_stop` times
-    its largest value. In training every ray's lattice is shifted by a random part of a step.
+    With gradients, all are evaluated at once.  Without, rays are marched front to back in rounds
+    and end when their transmittance falls to `early_stop`: occluded samples are not evaluated, and
+    the error of a channel is at most `early_stop` times its largest value.  In training every ray's
+    lattice is shifted by a random fraction of a step.
     """
 
-    exploring = False  # nothing that is occupied is passed over anyway
+    exploring = False  # no effect: occupied cells are never skipped
 
     def __init__(
         self,
@@ -59,7 +59,7 @@ class PackedMarcher(nn.Module):
 
     @property
     def reports(self) -> bool:
-        """Whether the grid is told what samples add to their pixels."""
+        """Whether compositing weights of samples are reported to the grid."""
         return self.watching or (self.training and torch.is_grad_enabled())
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
@@ -78,7 +78,7 @@ class PackedMarcher(nn.Module):
             width = min(b - a, int(n_left.max()))
             lane = torch.arange(width, device=alive.device)
             slot = (lane < n_left[:, None]).view(-1).nonzero().squeeze(1)  # into (A, width)
-            if a == 0 and b == len(packed.t):  # one shot: the packed order is the slots' order
+            if a == 0 and b == len(packed.t):  # one round: packed order equals slot order
                 t, ray = packed.t, packed.ray
             else:
                 here = (start[:, None] + lane).view(-1).index_select(0, slot)
@@ -111,10 +111,10 @@ class PackedMarcher(nn.Module):
 
     @torch.no_grad()
     def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Learn of poses and views that training did not show, each a field of one row.
+        """Extend the grid to poses and views not seen in training, each a field of one row.
 
-        Cells that they fill are opened, whatever was seen of them is noted, and those that no
-        ray reached are closed again: flesh under the skin fills as many.
+        Opens the cells they fill, marches the views to record weights, and closes newly opened
+        cells that contribute to no ray: as many lie under the skin.
         """
         grid, known = self.occupancy, self.occupancy.occupied.clone()
         for number, (field, _) in enumerate(views):
@@ -130,9 +130,9 @@ class PackedMarcher(nn.Module):
 
     @torch.no_grad()
     def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Learn from nothing where a field is that nobody trained on, each view one row of it.
+        """Build the grid from scratch for fields not seen in training; each view's has one row.
 
-        What the views fill is opened, and what no ray of theirs reaches is closed again.
+        Opens the cells that the views fill, and closes those that contribute to none of the rays.
         """
         grid = self.occupancy
         grid.forget()
@@ -142,7 +142,7 @@ class PackedMarcher(nn.Module):
         grid.close_unseen(torch.zeros_like(grid.occupied))
 
     def _watch(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """March views, and note what every sample adds to its pixel."""
+        """March the views and report the weights of their samples to the grid."""
         self.watching = True
         try:
             for field, rays in views:
@@ -152,11 +152,11 @@ class PackedMarcher(nn.Module):
 
     @torch.no_grad()
     def sample(self, rays: RayBundle) -> Packed:
-        """Lay the lattice over each ray and keep what lies in occupied cells."""
+        """Return the lattice samples of each ray that lie in occupied cells."""
         first = first_sample(rays, self.step, self.training)
         enter, leave = intersect_box(rays.origins, rays.directions, self.occupancy.tight_box())
-        # The lattice is laid from `near`, whatever the grid says: a cell that opens or shuts
-        # must not move the other samples. One sample more on either side absorbs rounding.
+        # The lattice starts at `near`, independent of the grid: a cell that opens or closes must
+        # not move the other samples.  One extra sample on either side absorbs rounding.
         begin = ((enter - first) / self.step).floor().clamp_min(0)
         end = ((torch.minimum(leave, rays.far) - first) / self.step).ceil() + 1
         span = torch.where(leave > enter, end - begin, 0).clamp_min(0).squeeze(1)
@@ -173,7 +173,7 @@ class PackedMarcher(nn.Module):
         return pack(torch.cat(found), count)
 
     def _rounds(self, packed: Packed) -> Iterator[tuple[int, int]]:
-        """Ranks a <= i < b of the samples that each round looks at."""
+        """Yield the range a <= i < b of each ray's samples that a round evaluates."""
         if torch.is_grad_enabled() or self.early_stop == 0:
             yield 0, len(packed.t)
             return
@@ -184,16 +184,16 @@ class PackedMarcher(nn.Module):
 
 
 def pack(t: Tensor, count: Tensor) -> Packed:
-    """t (N,), count (R,) -> the samples with their owners."""
+    """Pack samples t (N,), ordered by ray, with counts (R,) per ray."""
     ray = torch.arange(len(count), device=t.device).repeat_interleave(count)
     return Packed(t, ray, count.cumsum(0) - count, count)
 
 
 def _composite(field: Field, w: Tensor, channels: Tensor, ray: Tensor, n_rays: int) -> Tensor:
-    """Weights (N,), channels (N, C), ray (N,) -> (n_rays, C); the last ones leave w alone."""
+    """Weights (N,), channels (N, C), ray (N,) -> (n_rays, C); the last with w detached."""
     attached = field.channels - field.n_detached
     zeros = torch.zeros(n_rays, field.channels, device=w.device)
-    # Summed apart: joining columns per ray costs a hundredth of joining them per sample.
+    # Summed separately: concatenating per ray costs a hundredth of concatenating per sample.
     parts = (
         zeros[:, part].index_add(0, ray, weight[:, None] * channels[:, part].float())
         for weight, part in ((w, slice(attached)), (w.detach(), slice(attached, None)))
@@ -202,7 +202,7 @@ def _composite(field: Field, w: Tensor, channels: Tensor, ray: Tensor, n_rays: i
 
 
 def first_distance(packed: Packed) -> Tensor:
-    """(R, 1) distance of each ray's first sample, 0 where it has none."""
+    """Return the distance (R, 1) of each ray's first sample, 0 if it has none."""
     some = packed.count > 0
     at = torch.where(some, packed.start, 0)
     t = packed.t if len(packed.t) else packed.t.new_zeros(1)
@@ -210,12 +210,12 @@ def first_distance(packed: Packed) -> Tensor:
 
 
 def rays_at_once(device: torch.device) -> int:
-    """How many rays are held against the grid together."""
-    return 2048 if device.type == "cpu" else 2**21  # so few stay in the processor's cache
+    """Return how many rays are tested against the grid at once."""
+    return 2048 if device.type == "cpu" else 2**21  # on a CPU, few enough to stay in its cache
 
 
 def ask(field: Field, rays: RayBundle, t: Tensor, ray: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The field at distances t (N,) along rays (N,): x (N, 3), density (N,), channels (N, C)."""
+    """Evaluate the field at t (N,) along rays (N,): x (N, 3), density (N,), channels (N, C)."""
     d = rays.directions.index_select(0, ray)
     x = rays.origins.index_select(0, ray) + t[:, None] * d
     density, channels = field(x, d, rays.row.index_select(0, ray))

@@ -1,4 +1,4 @@
-"""Work of one shape, recorded once as a CUDA graph and played again on other numbers."""
+"""CUDA graphs: record a function of fixed tensor shapes once, replay it on new values."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-WARM_UPS = 3  # calls that run as they are: kernels are compiled, constants sent, buffers found
+WARM_UPS = 3  # eager calls: kernels get compiled, constants copied, buffers allocated
 
 
 class CannotRecordError(RuntimeError):
-    """The work waits for its device, or asks what cannot be recorded; nothing was done."""
+    """The function has a host sync or another operation that cannot be recorded; nothing ran."""
 
 
 class Replay(Generic[T]):
-    """`work(*tensors)` on a CUDA device, whose hundreds of small operations start as one.
+    """`work(*tensors)` as a CUDA graph, so that hundreds of small kernels launch as one.
 
-    The first calls run as they are, the next one is recorded, and from then on the recording is
-    played.  What it makes lies where the recording put it, and the next call overwrites it.
+    The first WARM_UPS calls run eagerly, the next one is recorded, and it and all later ones replay
+    the graph.  Results are static buffers, which the next call overwrites.
 
-    `work` must not wait for the device (`nonzero`, `item`, numbers sent there), and what it reads
-    besides its arguments must stay where it lies.  CannotRecordError by the call that records if
-    it does wait.
+    `work` must not sync with the host (`nonzero`, `item`, copies of numbers to the device), and
+    tensors that it reads besides its arguments must keep their addresses.  If it does sync, the
+    call that records raises CannotRecordError.
     """
 
     def __init__(self, work: Callable[..., T], device: torch.device) -> None:
@@ -46,7 +46,7 @@ class Replay(Generic[T]):
         return self._made
 
     def _aside(self, given: Sequence[Tensor]) -> T:
-        """On a stream of its own, as recordings are made: what remembers streams, remembers it."""
+        """Run eagerly on the recording stream, so that whatever caches its stream has this one."""
         now = torch.cuda.current_stream(self.device)
         self._side.wait_stream(now)
         with torch.cuda.stream(self._side):
@@ -61,7 +61,7 @@ class Replay(Generic[T]):
             with torch.cuda.graph(graph, stream=self._side):
                 self._made = self.work(*self._given)
         except RuntimeError as error:
-            # A recording that broke off leaves the random numbers waiting for its end.
+            # An aborted capture leaves the default generator in capture mode: give it a new state.
             fresh = torch.Generator(self.device).graphsafe_get_state()
             torch.cuda.default_generators[_number(self.device)].graphsafe_set_state(fresh)
             raise CannotRecordError(str(error).strip().splitlines()[0]) from error
