@@ -1,4 +1,4 @@
-"""The weights that training hands out: an average of those that it went through."""
+"""The averaged weights that training returns."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from talkhead_cli.avatars.base import Avatar
 
 
 class Average:
-    """Exponential average of the avatar's weights, with a warm-up so that it never lags: each
-    weight by the steps that it has learnt for, since parts begin in different stages."""
+    """Exponential moving average (EMA) of the avatar's weights.  So that it never lags, the decay
+    warms up, by steps per weight, since parts of the avatar begin in different stages."""
 
     def __init__(self, avatar: Avatar, decay: float) -> None:
         self.decay = decay
@@ -27,12 +27,12 @@ class Average:
                 means.append(self.weights[name])
                 news.append(parameter.to(means[-1].device))
                 shares.append(1 - min(self.decay, (1 + count) / (10 + count)))
-        for share in set(shares):  # all parts of a stage have learnt for as long, or nearly
+        for share in set(shares):  # few values: parts of a stage have similar step counts
             at = [i for i, s in enumerate(shares) if s == share]
             torch._foreach_lerp_([means[i] for i in at], [news[i] for i in at], share)
 
     def restart(self, avatar: Avatar) -> None:
-        """Forget what the parts that learn have been since; the others stand as they were left."""
+        """Restart the average of the trainable weights at their present values; keep the others."""
         for name, parameter in avatar.named_parameters():
             if parameter.requires_grad:
                 self.counts[name] = 0

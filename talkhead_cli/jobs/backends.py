@@ -1,5 +1,5 @@
-"""Which network reads what of a film and its sound: the best whose weights are there, or the one
-that is named."""
+"""Choose the networks that track a film and its sound: the best whose weights are there, or those
+that are named."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from talkhead_cli.track import embedding, face
 from talkhead_cli.track.embedding import EmbeddingVoice
 from talkhead_cli.track.voice import MelVoice
 
-# By kind: those that `auto` takes, best first; the last needs no weights but the wheels'.
+# By kind: what `auto` chooses from, best first; the last needs no weights but the wheels'.
 BEST_FIRST = {
     "voice": ("hubert", "wav2vec2", "embedding"),
     "detector": ("retinaface", "mediapipe"),
@@ -24,17 +24,17 @@ BEST_FIRST = {
     "landmarks": ("mesh",),
     "labels": ("bisenet", "colour+motion"),
 }
-# Only when named: mel goes less well with lips than the embedding does; that the others are better
-# than the mesh's nobody has measured.
+# Only when named: mel predicts lips less well than the embedding does; whether the others are
+# better than the mesh's was not measured.
 ON_REQUEST = {"voice": ("mel",), "landmarks": ("fan2d", "fan3d")}
-# Seconds a picture on two cores; the defaults take hundredths.
+# Seconds per picture on two cores; the defaults take hundredths.
 SLOW_S = {"bisenet": 0.25, "fan2d": 0.6, "fan3d": 0.6}
 
 Chosen = dict[str, str]  # kind -> backend
 
 
 class Voice(Protocol):
-    """Speech features, `rate_hz` rows a second, a whole number of them for each video frame."""
+    """Speech features, `rate_hz` rows a second, a whole number of rows per video frame."""
 
     name: str
     n_features: int
@@ -47,19 +47,19 @@ class Voice(Protocol):
 
 
 class Detector(Protocol):
-    """Boxes (n, 4) of all faces in a picture (H, W, 3), largest first."""
+    """Returns boxes (n, 4) of all faces in a picture (H, W, 3), largest first."""
 
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]: ...
 
 
 class Mesh(Protocol):
-    """The mesh (478, 3) of one face through consecutive pictures (H, W, 3), in pixels."""
+    """Tracks the mesh (478, 3), in pixels, of one face through consecutive pictures (H, W, 3)."""
 
     def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None: ...
 
 
 def choose(wanted: Sequence[str] = ()) -> Chosen:
-    """A backend for every kind, of which `wanted` names some as kind=name; never downloads.
+    """Choose a backend for every kind; `wanted` names some as kind=name.  Never downloads.
 
     "auto" is the best whose weights are on this machine.
     """
@@ -75,11 +75,11 @@ def choose(wanted: Sequence[str] = ()) -> Chosen:
 
 
 def warnings(chosen: Chosen) -> list[str]:
-    """What the chosen backends will cost where there is no GPU, a sentence each."""
+    """Return a sentence for each chosen backend that is slow, if there is no GPU."""
     slow = {kind: name for kind, name in chosen.items() if name in SLOW_S}
     if not slow:
         return []
-    import torch  # three seconds, which those who need none of it are spared
+    import torch  # takes three seconds, so only if needed
 
     if torch.cuda.is_available():
         return []
@@ -103,7 +103,7 @@ def _one(kind: str, name: str) -> str:
 
 
 def voice_of(backend: str) -> Voice:
-    """Speech features."""
+    """Return the speech features of a backend."""
     if backend == "mel":
         return MelVoice()
     if backend == "embedding":
@@ -114,7 +114,7 @@ def voice_of(backend: str) -> Voice:
 
 
 def detector_of(backend: str) -> AbstractContextManager[Detector]:
-    """What finds faces."""
+    """Return the face detector of a backend."""
     if backend == "mediapipe":
         return face.FaceDetector()
     from talkhead_cli.track.facenets import RetinaDetector
@@ -123,12 +123,12 @@ def detector_of(backend: str) -> AbstractContextManager[Detector]:
 
 
 def mesh_of(backend: str) -> AbstractContextManager[Mesh]:
-    """What follows a face."""
+    """Return the face mesh tracker of a backend."""
     return face.FaceMesh() if backend == "mediapipe" else face.TaskMesh(weights.right(backend))
 
 
 def landmarks_of(backend: str) -> Any:
-    """What places 68 landmarks on a face whose mesh is known; None: the mesh's own."""
+    """Return what places 68 landmarks on a face with a known mesh; None: the mesh's own."""
     if backend == "mesh":
         return None
     from talkhead_cli.track.facenets import FanLandmarks
@@ -139,7 +139,7 @@ def landmarks_of(backend: str) -> Any:
 
 
 def parser_of(backend: str) -> Any:
-    """What labels a picture by itself; None: by the skin's colour and by motion."""
+    """Return the network that labels single pictures; None: use skin colour and motion."""
     if backend == "colour+motion":
         return None
     from talkhead_cli.track.facenets import FaceParser

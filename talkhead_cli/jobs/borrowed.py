@@ -1,6 +1,6 @@
-"""Generators that others have published, for an avatar to begin with.
+"""Published generators that an avatar can start from.
 
-Their files are pickled objects: taken in once, as tensors alone, and kept as safetensors.
+Their files are pickled objects; they are converted once, tensors only, to safetensors.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from talkhead_cli.contracts import Progress, TalkheadError
 from talkhead_cli.store import pickles, weights
 from talkhead_cli.store.files import sha256_of
 
-NETWORK = "G_ema"  # the averaged one of those that a file holds
+NETWORK = "G_ema"  # of the networks in a file, the one with averaged weights
 
 
 def take_in(name: str, file: Path) -> Path:
-    """Convert a published file into the folder of weights; refuses what is not laid out as it is
-    known to be, and runs nothing of it."""
+    """Convert a published file into the folder of weights, without running any of its pickled code;
+    TalkheadError if its layout is not the known one."""
     if not file.is_file():
         raise TalkheadError(f"there is no file {file}")
     held = pickles.networks(file)
@@ -33,7 +33,7 @@ def take_in(name: str, file: Path) -> Path:
 
 
 def begin(avatar: Avatar, name: str, progress: Progress) -> None:
-    """Load a generator into a fresh avatar that begins with it."""
+    """Load a generator into a fresh avatar that was built for it."""
     state = weights.load(name)
     try:
         avatar.borrow(state)
@@ -46,5 +46,5 @@ def begin(avatar: Avatar, name: str, progress: Progress) -> None:
 
 
 def facts(name: str | None) -> dict[str, Any]:
-    """What a run keeps of the generator that it begins with, if it does."""
+    """Return what a run records of its generator, {} without one."""
     return {} if name is None else {"generator": {"name": name, "licence": weights.licence(name)}}

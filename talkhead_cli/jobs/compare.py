@@ -1,4 +1,4 @@
-"""Runs of one identity side by side: one table, one film."""
+"""Compare runs of one identity side by side: one table, one film."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from talkhead_cli.jobs.evaluate import TAG, evaluate, refuse_stale
 from talkhead_cli.store import Run, Workspace, list_runs
 from talkhead_cli.store.files import read_json, write_json
 
-# What a table shows: its name, and where the figures hold it.
+# Rows of the table: the label, and the path of the value in the figures.
 ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("PSNR, face box (dB)", ("picture", "face_box", "psnr_db")),
     ("PSNR, full (dB)", ("picture", "full", "psnr_db")),
@@ -36,7 +36,7 @@ ROWS: tuple[tuple[str, tuple[str, ...]], ...] = (
 def compare(
     home: Path, name: str, wanted: Sequence[str], progress: Progress, *, device: str = "auto"
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Figures of several runs by name, and the paths of table and film.
+    """Return a table of the figures of several runs, and the paths of table and film.
 
     wanted: names of runs, or of presets whose newest run is taken.  A run that was evaluated
     after it was trained is not evaluated again.
@@ -63,7 +63,7 @@ def compare(
 
 
 def _run(space: Workspace, word: str) -> Run:
-    """The finished run of that name, else the newest whose presets begin with it."""
+    """Return the finished run of that name, else the newest whose first preset it is."""
     runs = [r for r in list_runs(space.runs) if r.is_finished]
     for run in runs:
         if run.name == word:
@@ -92,7 +92,7 @@ def _figures(home: Path, name: str, run: Run, progress: Progress, device: str) -
 
 
 def _same_protocol(figures: dict[str, dict[str, Any]]) -> None:
-    """Only figures of the same frames and size stand beside each other."""
+    """Raise TalkheadError unless all figures are of the same frames and picture size."""
     asked = ("frames", "size_px")
     seen = {run: tuple(str(f["protocol"][k]) for k in asked) for run, f in figures.items()}
     if len(set(seen.values())) > 1:
@@ -101,7 +101,7 @@ def _same_protocol(figures: dict[str, dict[str, Any]]) -> None:
 
 
 def _is_whole(figures: dict[str, Any]) -> bool:
-    """Whether they hold all that a table shows; older versions wrote less."""
+    """Return whether figures hold all rows of the table; older versions wrote less."""
     try:
         for _, path in ROWS:
             _at(figures, path)
@@ -117,10 +117,10 @@ def _at(figures: Any, path: tuple[str, ...]) -> Any:
 
 
 def _film(films: list[Path], sound: Path, out: Path) -> None:
-    """The films next to each other, frame by frame."""
+    """Write the films next to each other, frame by frame."""
     with ExitStack() as open_films:
         streams = [media.frames(film) for film in films]
-        for stream in streams:  # a reader that is left early stops its ffmpeg
+        for stream in streams:  # stops ffmpeg if a film is not read to its end
             open_films.callback(stream.close)
         pictures = zip(*streams, strict=True)
         first = np.concatenate(next(pictures), 1)

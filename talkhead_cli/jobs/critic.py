@@ -1,4 +1,4 @@
-"""The picture critic in training: by turns, the avatar learns to pass and the critic to tell."""
+"""Adversarial training against the picture critic: avatar and critic take steps in turn."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from talkhead_cli.jobs.preset import Stage, Train
 
 
 def asked(avatar: Avatar, method: str, train: Train, size: Any) -> Critic | None:
-    """A critic that has learnt nothing yet, for stages that weigh its word; None if none does."""
+    """Return an untrained critic if a stage has a weight for the loss `critic`, else None."""
     stages = {n: s for n, s in train.stages.items() if s.steps and s.weights.get("critic")}
     for name, stage in stages.items():
         if "critic" not in avatar.heeds:
@@ -28,23 +28,23 @@ def asked(avatar: Avatar, method: str, train: Train, size: Any) -> Critic | None
 
 
 def of(avatar: Avatar) -> Critic | None:
-    """The critic among an avatar's judges."""
+    """Return the critic among an avatar's judges, None without one."""
     return next((judge for judge in avatar.judges if isinstance(judge, Critic)), None)
 
 
 class Turns:
-    """The critic's side of a stage: its optimiser, for a step after each of the avatar's."""
+    """The critic and its optimiser in a stage, for a step after each of the avatar's."""
 
     def __init__(self, critic: Critic, stage: Stage, fabric: Fabric) -> None:
         self.critic = critic
-        critic.requires_grad_(True)  # what does not learn now would not be set up
+        critic.requires_grad_(True)  # a frozen module would not be set up for training
         optimizer = torch.optim.Adam(critic.parameters(), lr=stage.critic_rate, betas=(0.0, 0.99))
         self._wrapped, self._optimizer = fabric.setup(critic, optimizer)
         critic.requires_grad_(False).eval()
 
     @contextmanager
     def learning(self) -> Iterator[None]:
-        """A step of the critic by the gradients that come up inside."""
+        """Step the critic on the gradients computed inside the block."""
         self.critic.requires_grad_(True).train()
         self._optimizer.zero_grad(set_to_none=True)
         yield
@@ -52,7 +52,7 @@ class Turns:
         self.critic.requires_grad_(False).eval()
 
     def told_apart(self, shots: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
-        """What the critic loses, (), on what was drawn just now and what it should have been,
+        """Return the critic's hinge loss () on pictures just rendered and their targets,
         (B, H, W, 3) each, with the landmarks (B, 68, 2) in both."""
         side = self.critic.side
         pairs = [(faces_of(m, marks, side), faces_of(t, marks, side)) for m, t, marks in shots]

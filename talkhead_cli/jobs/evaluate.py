@@ -1,7 +1,7 @@
-"""How good is a run, on footage it was not trained on.
+"""Evaluate a run on footage that it was not trained on.
 
 Protocol: the held-out end of the clip, driven by its own sound; head pose, shoulders, eyes,
-gaze and brows are the footage's (an oracle, as in the field).  Truth and rendering are
+gaze and brows are the footage's (an oracle, as in the literature).  Truth and rendering are
 measured by the same face mesh on pictures of the same size.
 """
 
@@ -41,7 +41,7 @@ Array = NDArray[np.floating[Any]]
 
 @dataclass(frozen=True)
 class Measured:
-    """What the face mesh reads off a film: mesh (T, 478, 3) at MEASURE_PX, found (T,)."""
+    """The face mesh tracked in a film: mesh (T, 478, 3) in px at MEASURE_PX, found (T,)."""
 
     mesh: Array
     found: NDArray[np.bool_]
@@ -56,8 +56,8 @@ def evaluate(
     device: str = "auto",
     maps: bool = False,
 ) -> tuple[dict[str, Any], list[Path]]:
-    """Figures of a run on its held-out frames, and the files written into the run; with `maps`
-    also a sheet of the method's auxiliary maps."""
+    """Return metrics of a run on its held-out frames, and the files written into the run; with
+    `maps` also a sheet of the method's auxiliary maps."""
     space = Workspace.open(home, name)
     run, by_default = player.pick_run(space, run_name)
     if by_default:
@@ -81,7 +81,7 @@ def evaluate(
     signals = clip.signals[clip.held]
 
     progress.stage("render held-out", len(held))
-    # what is said before the held-out frames is heard too, where the method listens back
+    # includes the speech before the held-out frames that the method needs as context
     first = max(0, int(held[0]) - show.avatar.past)
     stretch, own = clip.signals[first : int(held[-1]) + 1], clip.held - first
     heard = show.listen(stretch)[own]
@@ -126,12 +126,12 @@ def evaluate(
     made = _write_films(run.evaluation, truth, rendered, sound, held)
     if maps:
         made.append(sheets.draw(show, heard, truth, run.evaluation / "maps.png"))
-    # last: whoever finds figures may count on the films
+    # last: where the figures exist, the films do
     return figures, [run.write_figures(figures), *made]
 
 
 def refuse_stale(space: Workspace, run: Run) -> None:
-    """A run's figures stand for the footage that it was trained on."""
+    """Raise TalkheadError if the clip was preprocessed again since the run was trained on it."""
     if run.meta()["footage"] != space.fingerprint:
         raise TalkheadError(
             f"'{space.id}' was preprocessed again since run '{run.name}' was trained; train it anew"
@@ -141,8 +141,8 @@ def refuse_stale(space: Workspace, run: Run) -> None:
 def _film(
     show: Player, signals: Signals, progress: Progress
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, float, int]:
-    """Pictures (T, s, s, 3) uint8; heads alone where the method marches heads; seconds spent
-    marching; points asked for."""
+    """Render pictures (T, s, s, 3) uint8; return them, the heads alone if the method marches heads
+    only, the seconds spent and the number of field points."""
     pictures, heads, n_points, began = [], [], 0, time.perf_counter()
     for frame, points in show.pictures(signals):
         pictures.append(_as_bytes(frame.rgb))
@@ -176,7 +176,7 @@ def _measure(pictures: NDArray[np.uint8], progress: Progress) -> Measured:
 
 
 def _other_speech(clip: Footage, n: int) -> list[torch.Tensor]:
-    """Windows (n, W, A) of stretches of the same person's other speech."""
+    """Return windows (n, W, A) of stretches of the same person's training speech."""
     heard = clip.train[clip.heard[clip.train]]
     spare = len(heard) - n
     starts = np.linspace(0, spare, N_CONTROLS).astype(int)
@@ -187,14 +187,14 @@ def _other_speech(clip: Footage, n: int) -> list[torch.Tensor]:
 
 
 def face_boxes(mesh: Array, size_px: int) -> NDArray[np.int64]:
-    """mesh (T, 478, 2) in shares of the side -> boxes (T, 4) x0 y0 x1 y1 in pixels."""
+    """Convert mesh (T, 478, 2) in shares of the side to boxes (T, 4) x0 y0 x1 y1 in pixels."""
     low = np.floor(mesh.min(1) * size_px).clip(0, size_px - 8)
     high = np.ceil(mesh.max(1) * size_px).clip(8, size_px)
     return np.concatenate([low, high], 1).astype(np.int64)
 
 
 def psnr(a: Array, b: Array) -> float:
-    """Peak signal-to-noise ratio of two pictures in [0, 1], dB."""
+    """Return the peak signal-to-noise ratio of two pictures in [0, 1], dB."""
     return float(-10 * np.log10(max(float(((a - b) ** 2).mean()), 1e-12)))
 
 
@@ -226,7 +226,7 @@ def _picture_figures(
 def _lpips_figures(
     truth: NDArray[np.uint8], rendered: NDArray[np.uint8], boxes: NDArray[np.int64]
 ) -> dict[str, Any]:
-    """LPIPS (AlexNet) of face boxes and of whole pictures, where its weights are."""
+    """Return LPIPS (AlexNet) of face boxes and of whole pictures, if its weights are found."""
     if weights.find("lpips") is None:
         return {"lpips": None, "lpips_note": "its weights are not here: talkhead models pull lpips"}
     distance = looks.lpips()
@@ -250,8 +250,8 @@ def _pasted_figures(
     clip: Footage, held: NDArray[np.int64], truth: NDArray[np.uint8], heads: NDArray[np.uint8],
     boxes: NDArray[np.int64],
 ) -> dict[str, Any]:  # fmt: skip
-    """The marched heads pasted on the true rest, by the true labels: a part of the field scores
-    so.  Such figures flatter, and stand in no table with the others."""
+    """Return picture figures of the marched heads pasted on the true rest by the true labels, as
+    part of the literature scores.  They flatter, so no table shows them with the others."""
     pasted = []
     for frame, true, head in zip(held, truth, heads, strict=True):
         label = clip.labels[frame, :3].astype(np.float32).sum(0).clip(0, 255) / 255
@@ -265,7 +265,7 @@ def _pasted_figures(
 
 
 def correlation(a: Array, b: Array) -> dict[str, Any]:
-    """Pearson correlation of two series (T,) with a 90 % block-bootstrap interval."""
+    """Return the Pearson correlation of series (T,), its 90 % block-bootstrap interval, spread."""
     n = len(a) // BLOCK * BLOCK
     blocks = np.arange(n).reshape(-1, BLOCK)
 
@@ -307,10 +307,10 @@ def _lip_figures(
 
 
 def _linear_baseline(clip: Footage, sound: Array) -> Array:
-    """What ridge regression says of the held-out aperture (T,), from log-mel alone.
+    """Predict the held-out lip aperture (T,) from log-mel alone, by ridge regression.
 
-    Trained on the person's own training frames, its strength chosen by block
-    cross-validation there.
+    Trained on the person's own training frames; the ridge is chosen by block cross-validation
+    there.
     """
     rows = clip.train[clip.heard[clip.train]]
     stream = voice.features(sound)[:, : voice.N_MEL]
@@ -336,7 +336,7 @@ def _likeness_figures(
     clip: Footage, held: NDArray[np.int64], truth: NDArray[np.uint8],
     rendered: NDArray[np.uint8], seen_truth: Measured, seen: Measured,
 ) -> dict[str, Any]:  # fmt: skip
-    """Whether it is still the person: the face's geometry and its colour, both on average."""
+    """Return how far the mean face geometry and the mean face colour are from the truth."""
     shapes = []
     for measured in (seen_truth, seen):
         flat = measured.mesh[..., :2]
@@ -358,14 +358,14 @@ def _likeness_figures(
 
 
 def _lmd(truth: Measured, seen: Measured) -> float:
-    """Mean distance of the mouth's 20 landmarks, each set about its own mean, px at 512."""
+    """Return the mean distance of the mouth's 20 landmarks, each set centred, px at 512."""
     a, b = (face.to_68(m.mesh)[:, 48:68, :2] for m in (truth, seen))
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     return round(float(np.linalg.norm(a - b, axis=-1).mean()), 4)
 
 
 def jitter(mesh: Array) -> float:
-    """Mean norm of second differences in time of the rigid landmarks (T, 478, >=2), px."""
+    """Return the mean norm of second time differences of rigid points; mesh (T, 478, >=2), px."""
     return float(np.linalg.norm(np.diff(mesh[:, RIGID, :2], 2, axis=0), axis=-1).mean())
 
 
@@ -378,7 +378,7 @@ def _sync_figures(
     found: expert.Judge | None, space: Workspace, truth: tuple[NDArray[np.uint8], Measured],
     rendered: tuple[NDArray[np.uint8], Measured], signals: Signals, progress: Progress,
 ) -> dict[str, Any]:  # fmt: skip
-    """What our own lip-sync expert says, where there is one."""
+    """Return the scores of talkhead's own lip-sync expert, if there is one."""
     if found is None:
         return {"expert": None, "note": "no expert of this home; talkhead pretrain --expert"}
     if found.knows(space):
@@ -406,7 +406,7 @@ def _write_films(
     folder: Path, truth: NDArray[np.uint8], rendered: NDArray[np.uint8], sound: Array,
     held: NDArray[np.int64],
 ) -> list[Path]:  # fmt: skip
-    """truth.mp4, render.mp4 near-lossless; side_by_side.mp4 with the sound."""
+    """Write truth.mp4 and render.mp4, near-lossless, sound.wav, and side_by_side.mp4 with sound."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []
     size = truth.shape[1]

@@ -1,4 +1,4 @@
-"""The lip-sync expert at work: how well the lips of a film go with its sound."""
+"""Apply the lip-sync expert: measure how well the lips of a film match its sound."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CHUNK = 100  # frames
 
 @dataclass(frozen=True)
 class Judge:
-    """A trained expert, and whose pictures it was trained on."""
+    """A trained expert, and the prior that records whose pictures it was trained on."""
 
     prior: Run
     net: Expert
@@ -37,25 +37,25 @@ class Judge:
         return self.prior.name
 
     def sits_by(self, avatar: Avatar, device: torch.device) -> None:
-        """Hand the frozen network to an avatar that learns."""
+        """Add the frozen network to the judges of an avatar in training."""
         avatar.judges.append(self.net.sync.to(device).requires_grad_(False))
 
     def knows(self, space: Workspace) -> bool:
-        """Whether the person's footage was among what it learnt from."""
+        """Return whether the expert was trained on the person's footage."""
         return space.manifest()["source"]["sha256"] in self.prior.meta()["people"].values()
 
     @torch.no_grad()
     def judge(
         self, pictures: NDArray[np.uint8], marks_px: NDArray[Any], audio: Tensor, moment: Tensor
     ) -> dict[str, float]:
-        """Rows of a film, with where landmarks are in them (T, 68, 2), in [0, 1], what is heard
-        (T, W, A) and the numbers of the frames (T,).
+        """Score rows of a film: their landmarks (T, 68, 2) in [0, 1], speech windows (T, W, A) and
+        frame numbers (T,).
 
-        confidence: mean cosine at the best shift over the median of all · sound_after_lips_s ·
-        pairs_found: share of pairs in which a moment's own sound fits better than another's
+        confidence: mean cosine at the best shift minus the median over shifts · sound_after_lips_s
+        · pairs_found: share of pairs in which a frame's own sound fits better than another's
         """
         marks = torch.from_numpy(marks_px).float()
-        # crops first, piece by piece: whole films of pictures would not fit
+        # cropped in chunks: whole films of float pictures would not fit in memory
         crops = torch.cat([
             self.net.crops(torch.from_numpy(pictures[a : a + CHUNK]).float() / 255,
                            marks[a : a + CHUNK]) for a in range(0, len(marks), CHUNK)
@@ -75,8 +75,8 @@ def asked(
     home: Path, method: str, train: Train, speech: dict[str, Any], progress: Progress, *,
     wanted: str | None = None,
 ) -> Judge | None:  # fmt: skip
-    """The expert for stages that weigh its word: the wanted one, else the newest; None if nobody
-    asks, or, with a word, if the home has none."""
+    """Return the expert for stages with a weight for the loss `sync`: the wanted one, else the
+    newest; None if no stage has one or, with a note, if the home has no expert."""
     stages = [name for name, stage in train.stages.items()
               if stage.steps and stage.weights.get("sync")]  # fmt: skip
     if not stages:
@@ -105,7 +105,7 @@ def asked(
 
 
 def newest(home: Path, speech: dict[str, Any]) -> Judge | None:
-    """The newest expert of a home that hears as `speech` says; None if there is none."""
+    """Return the newest expert of a home that fits the speech facts; None if there is none."""
     for prior in priors.finished(home, "expert"):
         if prior.meta()["speech"] == speech:
             return opened(prior)
@@ -113,7 +113,7 @@ def newest(home: Path, speech: dict[str, Any]) -> Judge | None:
 
 
 def opened(prior: Run) -> Judge:
-    """The expert of a finished prior."""
+    """Load the expert of a finished prior."""
     text = prior.preset_text()
     assert text is not None
     preset = presets.from_yaml(text)

@@ -1,4 +1,4 @@
-"""One identity's workspace -> a trained avatar of that person."""
+"""Train an avatar of one person from their workspace."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from talkhead_cli.jobs.prior import Start
 from talkhead_cli.jobs.step import refuse_unknown
 from talkhead_cli.store import Run, Workspace, list_runs
 
-N_PORTRAITS = 4  # pictures of a new person that a prior is shown
+N_PORTRAITS = 4  # of a new person, for `Avatar.meet` after a prior
 
 
 def finetune(
@@ -46,10 +46,10 @@ def finetune(
 ) -> Run:
     """Train the preset made of `names` and `settings` on identity `name`.
 
-    It begins from what the people of a prior share: by default of the newest that fits, if there is
-    one, and with "none" from nothing.  One of `devices` processes on each of `nodes` machines, if
-    there are several (`team.run`).
-    A run that was interrupted continues from its last save; a finished one is left as it is.
+    prior: name of the prior to start from; by default the newest that fits, if there is one; "none"
+    starts from nothing.  This is one of `devices` processes on each of `nodes` machines, if there
+    are several (`team.run`).
+    An interrupted run resumes from its last save; a finished one is left as it is.
     """
     preset, space = _asked_for(home, name, names, settings)
     where = march.device_of(device)
@@ -80,12 +80,12 @@ def finetune(
         if word := presets.patience_asked(preset, preset.train, where.type):
             progress.note(word)
         fabric.seed_everything(seed, verbose=False)
-        with fabric.rank_zero_first():  # which caches the pixels
+        with fabric.rank_zero_first():  # the first process caches the pixels
             clip = footage.load(space, preset.data, progress)
         avatar, marcher, stages = _begun(preset, name, clip, start, fabric.device, progress)
         judge = expert.asked(home, preset.method, preset.train, hears, progress)
         looks.seat(avatar, judge, preset, preset.train, fabric.device, progress)
-        if chief:  # now that nothing will be refused
+        if chief:  # from here on nothing can be refused
             if fresh:
                 run.clear()
             run.write_meta(
@@ -94,7 +94,7 @@ def finetune(
                 prior=None if start is None else start.facts(),
                 **borrowed.facts(preset.avatar.generator),
             )  # fmt: skip
-            run.write_preset(preset.to_yaml())  # last: by it a run counts as begun
+            run.write_preset(preset.to_yaml())  # last: its presence marks the run as begun
         fabric.barrier()
         if avatar.needs_portrait:
             if chief:
@@ -125,7 +125,7 @@ def finetune(
 def _asked_for(
     home: Path, name: str, names: Sequence[str], settings: Sequence[str]
 ) -> tuple[Preset, Workspace]:
-    """The preset, which must draw people, and the identity, which must be heard."""
+    """Return the preset, which must train an avatar, and the identity, which must have sound."""
     preset = presets.load(names, settings)
     if preset.method not in METHODS:
         raise MisuseError(
@@ -146,8 +146,8 @@ def _prior_by_default(
     home: Path, space: Workspace, preset: Preset, run_name: str | None, names: Sequence[str],
     settings: Sequence[str], hears: dict[str, Any], fresh: bool,
 ) -> str | None:  # fmt: skip
-    """The prior of a run that goes on; for a method that draws by priors, else the newest that
-    fits; None leaves the choice."""
+    """Return the prior of the run to continue, if there is one; else, for a method that cannot do
+    without a prior, the newest that fits; else None, which leaves the choice to `priors.choose`."""
     if not fresh:
         named = run_name or presets.run_name(names, settings)
         begun = priors.begun(list_runs(space.runs), named, exactly=run_name is not None)
@@ -166,7 +166,7 @@ def _begun(
     where: torch.device,
     progress: Progress,
 ) -> tuple[Avatar, march.Marcher, Preset]:
-    """Avatar and marcher before training, and the preset as one passes through it from there."""
+    """Return avatar and marcher, initialised and calibrated, and the preset that applies."""
     aabb = player.box_for(preset, clip.signals.camera[clip.train]).to(where)
     avatar, marcher, why = player.build(preset, clip.signals.audio.shape[1:], aabb, where)
     progress.note(f"marching: {why}")
@@ -199,7 +199,7 @@ def _begun(
 def _discover(
     avatar: Avatar, marcher: march.Marcher, clip: Footage, run: Run, where: torch.device
 ) -> None:
-    """Show the marcher a person who is drawn without training."""
+    """Show the marcher, before any training, where the enrolled person is."""
     avatar.eval()
     marcher.eval()
     speaker = player.person(avatar, run, where)
@@ -210,17 +210,17 @@ def _finish(
     avatar: Avatar, marcher: march.Marcher, clip: Footage, run: Run, space: Workspace,
     where: torch.device,
 ) -> None:  # fmt: skip
-    """Save all that renders the person."""
+    """Save all that rendering the person needs."""
     avatar.finish()
     avatar.eval()
     marcher.eval()
-    if len(clip.held):  # poses that films replay, though training never shows them
+    if len(clip.held):  # training never shows these poses, but films replay them
         speaker = player.person(avatar, run, where)
         known = player.stances(clip.signals[clip.train])
         new = player.novel(player.stances(clip.signals[clip.held]), known, player.N_VIEWS)
         if new:
             player.open_views(speaker, marcher, clip.signals[clip.held[new]], where)
-        if avatar.needs_portrait:  # nor did training show it any others
+        if avatar.needs_portrait:  # nor were the others shown in training
             player.open_views(speaker, marcher, clip.signals[clip.train], where)
     player.save(run, avatar, marcher)
     run.save_drive(_drive(space, clip))
@@ -228,7 +228,7 @@ def _finish(
 
 
 def refined(names: Sequence[str], steps: int | None) -> list[str]:
-    """The setting that `--refine` stands for."""
+    """Return the setting that `--refine` stands for."""
     if steps is None:
         return []
     if not names or "refine" not in presets.load(names).train.stages:
@@ -237,7 +237,7 @@ def refined(names: Sequence[str], steps: int | None) -> list[str]:
 
 
 def _run_name(names: Sequence[str], settings: Sequence[str], start: Start | None) -> str:
-    """Named by its presets, and by the prior it began from."""
+    """Return the default name of a run: its presets, and the prior it starts from."""
     own = presets.run_name(names, settings)
     return own if start is None else f"{own}+from-{start.prior.name}"
 
@@ -252,7 +252,7 @@ def _introduced(start: Start, name: str) -> str:
 
 
 def _as_begun(run: Run, preset: Preset, asked: dict[str, list[str]], progress: Progress) -> Preset:
-    """The preset that a run was begun with, where the same words mean another one by now."""
+    """Return the preset saved in the run if the same options began it, else `preset`."""
     text = run.preset_text()
     files = [name for name in asked["presets"] if presets.is_file(name)]
     if text is None or files or run.meta().get("asked") != asked:
@@ -269,8 +269,8 @@ def _as_begun(run: Run, preset: Preset, asked: dict[str, list[str]], progress: P
 def _is_finished(
     run: Run, preset: Preset, space: Workspace, start: Start | None, seed: int, progress: Progress
 ) -> bool:
-    """Whether nothing is left to do; refuses a run that another preset, clip, prior or seed
-    began."""
+    """Return whether nothing is left to do; TalkheadError if the run was begun with another preset,
+    clip, prior or seed."""
     text = run.preset_text()
     if text is None:
         return False
@@ -302,7 +302,7 @@ def _is_finished(
 
 
 def _drive(space: Workspace, clip: Footage) -> dict[str, np.ndarray]:
-    """What rendering needs of the footage."""
+    """Return what rendering needs of the footage."""
     tracks = space.load("tracks")
     kept = {name: tracks[name] for name in (*player.DRIVEN, "k", "usable")}
     return kept | clip.stats.arrays()

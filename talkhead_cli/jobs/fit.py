@@ -1,7 +1,7 @@
-"""The one training loop.
+"""The training loop of all methods and stages.
 
-for stage in preset: for step in stage: draw shots, march, compose, lose, step
-once in a while: refresh the grid, average the weights, check for NaN, save, report
+for stage in preset: for step in stage: draw shots, march, compose, compute losses, step, check
+for NaN, average the weights, report; at intervals, also refresh the grid and save
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ from talkhead_cli.jobs.step import Drawn, Lost, Step
 from talkhead_cli.store import Run
 
 SAVE_EVERY_S = 20.0
-GOOD_EVERY = 100  # steps between the states a NaN rolls back to
+GOOD_EVERY = 100  # steps between the states that a NaN rolls back to
 MAX_ROLLBACKS = 3
 WARM_UP = 50  # steps
 START_RAYS = 512
-MAX_RAYS = {"cpu": 16_384, "cuda": 65_536}  # of random ones; of patches half as many
+MAX_RAYS = {"cpu": 16_384, "cuda": 65_536}  # random pixels; half as many for patches
 
 
 @dataclass
 class Place:
-    """Where training stands; saved with the weights."""
+    """Position in the training schedule; saved with the weights."""
 
     stage: int = 0
     step: int = 0
     total: int = 0
     n_rays: float = START_RAYS
     rollbacks: int = 0
-    seconds: float = 0.0  # of all its sessions
+    seconds: float = 0.0  # of training, including that before a resume
     figures: dict[str, float] = field(default_factory=dict)
 
 
@@ -68,12 +68,12 @@ def fit(
     seed: int = 0,
     stop_after: Callable[[Place], bool] | None = None,
 ) -> Place:
-    """Train through the preset's stages, continuing from the run's last save if there is one.
+    """Train through the preset's stages, resuming from the run's last save if there is one.
 
-    At the end the avatar holds the averaged weights.  An interruption is heard between two steps,
-    and what was learnt is saved first; of several processes, by the chief, without whom the others
-    end.
-    `stop_after` ends the loop early, as a kill would (tests).
+    At the end the avatar holds the averaged weights.  An interrupt takes effect between two steps,
+    after a save; of several processes only the chief (rank 0) handles it, and without the chief
+    the others end.
+    `stop_after` ends the loop early, as an interrupt would (tests).
     """
     people = [_near(person, fabric.device) for person in people]
     place, held = Place(), run.resume_state()
@@ -111,7 +111,7 @@ def fit(
 def _go_through(
     job: _Job, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool]
 ) -> bool:
-    """The stages from where training stands; False when stopped early."""
+    """Run the stages that are left; return False when stopped early."""
     stages = list(job.preset.train.stages.items())
     while place.stage < len(stages):
         loop = _StageLoop(*stages[place.stage], job)
@@ -119,21 +119,21 @@ def _go_through(
             if not loop.go(place, held, stop):
                 return False
         finally:
-            loop.replay = None  # which holds the loop, and the memory that its recording ran in
+            loop.replay = None  # it refers to the loop: a cycle that would keep its GPU memory
         held = None
         place.stage, place.step, place.rollbacks = place.stage + 1, 0, 0
     return True
 
 
 class _Clock:
-    """Seconds of training, those before an interruption too, and when to save."""
+    """Training time, including that before a resume, and when to save."""
 
     def begin(self, place: Place) -> None:
         self._saved = time.monotonic()
         self._began = self._saved - place.seconds
 
     def save_is_due(self) -> bool:
-        """Every SAVE_EVERY_S, whatever stages begin and end meanwhile."""
+        """Return True once every SAVE_EVERY_S, counted across stages."""
         due = time.monotonic() - self._saved > SAVE_EVERY_S
         if due:
             self._saved = time.monotonic()
@@ -145,7 +145,7 @@ class _Clock:
 
 @dataclass(frozen=True)
 class _Job:
-    """What all stages have in common."""
+    """What all stages share."""
 
     preset: Preset
     module: Step
@@ -154,14 +154,14 @@ class _Job:
     run: Run
     fabric: Fabric
     progress: Progress
-    writer: Any  # of training curves, where there is one
+    writer: Any  # tensorboard writer of the chief, else None
     rng: torch.Generator
     seed: int
     clock: _Clock
 
 
 class _StageLoop:
-    """One stage of the preset."""
+    """Runs one stage of the preset."""
 
     def __init__(self, name: str, stage: Stage, job: _Job) -> None:
         self.name, self.stage, self.job = name, stage, job
@@ -196,8 +196,8 @@ class _StageLoop:
         self.critic = None if learner is None else critic.Turns(learner, stage, job.fabric)
 
     def _recording(self) -> march.Replay[Lost] | None:
-        """What records this stage's steps and plays them: on a GPU that one process trains one
-        person on, where no step waits for it.  Rays are as many in every step then."""
+        """Return the CUDA-graph replay of this stage's steps, or None.  It needs a GPU, one
+        process, one person, no portraits and no host syncs; the number of rays is then constant."""
         marcher, stage = self.job.module.marcher, self.stage
         alone = self.job.fabric.world_size == 1 and len(self.people) == 1 and not stage.portraits
         fused = isinstance(marcher, march.FusedMarcher)
@@ -210,8 +210,8 @@ class _StageLoop:
         return march.Replay(self._learn, self.job.fabric.device) if recorded else None
 
     def _place_rates(self) -> None:
-        """A recorded step reads its rates where it runs, any other from the CPU; a state that was
-        saved may come from either."""
+        """Keep learning rates as tensors on the device if steps are recorded, else as floats; a
+        loaded state may hold either."""
         recorded = self.replay is not None
         for group in self.optimizer.param_groups:
             rate = float(group["lr"])
@@ -219,7 +219,7 @@ class _StageLoop:
             group["capturable"] = recorded
 
     def go(self, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool]) -> bool:
-        """Run the stage to its end, from where it was saved if it was; False when stopped early."""
+        """Run the stage to its end, resuming from `held` if given; return False if stopped."""
         if held is not None:
             self.optimizer.load_state_dict(held["optimizer"])
             self._place_rates()
@@ -261,10 +261,10 @@ class _StageLoop:
         return True
 
     def _one(self, place: Place) -> tuple[dict[str, float], float]:
-        """One optimiser step; the losses as numbers, and their weighted sum.
+        """Take one optimiser step; return the losses as numbers, and their weighted sum.
 
-        Nobody waits for a recorded step: while it runs the next one is drawn, and what is told are
-        the losses of the step before it.
+        A recorded step is not waited for: while it runs the next one is drawn, and the losses
+        returned are those of the step before it.
         """
         self._schedule(place.step)
         _seed_noise(self._seed(place.total, 7919), self.job.fabric.device)
@@ -275,7 +275,7 @@ class _StageLoop:
         drawn = self._drawn(place.total, place)
         learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
         if learns_space and place.total % self.job.preset.march.every == 0:
-            # everybody in turn: the grid is to hold them all
+            # people in turn, since the grid must hold all of them
             shot = drawn[place.total // self.job.preset.march.every % len(drawn)]
             with torch.no_grad():
                 made = self.avatar.enroll(shot.portrait).condition(shot.signals)
@@ -291,7 +291,7 @@ class _StageLoop:
         return news.read()
 
     def _drawn(self, total: int, place: Place) -> list[Shot]:
-        """What step number `total` of the job learns from; drawn already, it may be."""
+        """Return the shots of step number `total` of the job, prefetched if possible."""
         if self._next is not None and self._next[:2] == (total, place.rollbacks):
             return self._next[2]
         self.job.rng.manual_seed(self._seed(total, place.rollbacks))
@@ -312,10 +312,10 @@ class _StageLoop:
         return repacked(shot, tensors)
 
     def _step(self, drawn: list[Shot]) -> Lost:
-        """One step of the optimiser, and of the critic, unless what is lost is not a number."""
+        """Take one step of the optimiser and of the critic, unless the loss is not finite."""
         lost = self.wrapped(Drawn(drawn), self.stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
-        # of the whole team: all go on together, or all go back
+        # mean over all processes, so that either all of them step or all roll back
         shared = self.job.fabric.all_reduce(lost.loss.detach(), reduce_op="mean")
         assert isinstance(shared, Tensor)
         if math.isfinite(float(shared)):
@@ -329,7 +329,7 @@ class _StageLoop:
         return lost._replace(loss=shared)
 
     def _replayed(self, drawn: list[Shot]) -> Lost:
-        """The same by the recording."""
+        """Take the step by replaying the recording, or fall back to `_step` if it fails."""
         assert self.replay is not None
         (self._like,) = drawn
         try:
@@ -341,12 +341,12 @@ class _StageLoop:
             )
             self.replay = self._next = None
             if isinstance(self.job.module.marcher, march.FusedMarcher):
-                self.job.module.marcher.whole = False  # that rays which meet nothing come along
+                self.job.module.marcher.whole = False  # drop rays that miss
             return self._step(drawn)
 
     def _learn(self, *tensors: Tensor) -> Lost:
-        """What is recorded: a step on the tensors of a shot like the one drawn last.  Gradients
-        that are not numbers leave no trace: whoever scales the loss passes them over."""
+        """The work that is recorded: a step on the tensors of a shot shaped like `self._like`.
+        Gradients that are not finite change nothing, since the gradient scaler skips the step."""
         shot = repacked(self._like, iter(tensors))
         lost: Lost = self.wrapped(Drawn([shot]), self.stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
@@ -356,13 +356,13 @@ class _StageLoop:
 
     @torch.no_grad()
     def _with_what_is_said(self, person: Footage) -> Footage:
-        """The footage with the landmarks that speech says of every row, heard in order."""
+        """Return the footage with landmarks predicted from speech for every row, in order."""
         self.avatar.eval()
         said = self.avatar.listen(person.signals.to(self.job.fabric.device)).landmarks
         return replace(person, said=said.to(person.device))
 
     def _mixed(self) -> list[Footage]:
-        """The people of this step."""
+        """Return the people of this step."""
         n = self.stage.n_people
         if not 0 < n < len(self.people):
             return self.people
@@ -371,7 +371,7 @@ class _StageLoop:
         ]
 
     def _schedule(self, step: int) -> None:
-        """Warm-up, then an exponential fall."""
+        """Set the learning rates: a linear warm-up times an exponential decay."""
         scale = min(1.0, (step + 1) / WARM_UP) * self.stage.fall ** (step / max(1, self.n_steps))
         for group in self.optimizer.param_groups:
             rate = group["rate"] * scale
@@ -381,8 +381,8 @@ class _StageLoop:
                 group["lr"] = rate
 
     def _well(self, place: Place, good: Any) -> bool:
-        """Whether what the last step lost was a number, where that was not told yet; if it was not,
-        training is back where it was good."""
+        """Return whether the last step's loss, if it was not read yet, is finite; if it is not,
+        roll back to `good`."""
         news, self._news = self._news, None
         if news is None or math.isfinite(news.read()[1]):
             return True
@@ -400,7 +400,7 @@ class _StageLoop:
         self.job.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._news = None
-        if self.replay is not None:  # it played on what was just replaced
+        if self.replay is not None:  # it uses the tensors just replaced
             self.replay = march.Replay(self._learn, self.job.fabric.device)
         self._place_rates()
         self._scale_as(state)
@@ -417,8 +417,8 @@ class _StageLoop:
         place.step = step
 
     def _scale_as(self, state: dict[str, Any]) -> None:
-        """Scale losses in half precision as it was; in full precision, and by versions before
-        this was saved, nothing is kept of it."""
+        """Restore the loss scale of half-precision training; states in full precision and of
+        older versions hold none."""
         if kept := state.get("precision"):
             self.job.fabric.strategy.precision.load_state_dict(kept)
 
@@ -431,7 +431,7 @@ class _StageLoop:
         })  # fmt: skip
 
     def _state(self) -> dict[str, Any]:
-        """Everything that learns in the stage."""
+        """Return the state of everything that the stage trains."""
         return {
             "module": self.job.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -441,7 +441,7 @@ class _StageLoop:
 
 
 class _News:
-    """What a step lost, on its way from the device in one copy."""
+    """The losses of a step, copied from the device asynchronously, all at once."""
 
     def __init__(self, lost: Lost, n_rays: int) -> None:
         self.names = list(lost.terms)
@@ -454,7 +454,7 @@ class _News:
             self.here = torch.cuda.current_stream(lost.loss.device).record_event()
 
     def read(self) -> tuple[dict[str, float], float]:
-        """The losses by name, `loss` their weighted sum, and that sum."""
+        """Return the losses by name, with `loss` their weighted sum, and that sum."""
         if self.here is not None:
             self.here.synchronize()
         loss, *terms = self.values.tolist()
@@ -463,7 +463,7 @@ class _News:
 
 
 def _inner_split(people: list[Footage], stage: Stage) -> tuple[list[Footage], list[Signals]]:
-    """Training rows without their last share, and the signals of that share, per person."""
+    """Split training rows with sound per person: footage of the first, signals of the last."""
     shorter, kept = [], []
     for person in people:
         rows = person.train[person.heard[person.train]]
@@ -474,8 +474,8 @@ def _inner_split(people: list[Footage], stage: Stage) -> tuple[list[Footage], li
 
 
 def _near(person: Footage, device: torch.device) -> Footage:
-    """The footage on a GPU, if half of what is free there holds it: a step that picks its pixels
-    from the disk takes longer for that than for all the rest."""
+    """Return the footage on the GPU if it fits in half of the free memory there: picking a step's
+    pixels from the disk takes longer than all the rest of the step."""
     size = person.pictures.nbytes + person.labels.nbytes
     return person.on(device) if size < march.room_on(device) / 2 else person
 
@@ -485,15 +485,15 @@ def _shown(losses: dict[str, float]) -> dict[str, float]:
 
 
 def _seed_noise(number: int, device: torch.device) -> None:
-    """What torch.manual_seed does for the devices that are used; it also writes down, at a
-    millisecond's cost, who would have seeded GPUs that were never started."""
+    """Seed the generators of the devices in use.  torch.manual_seed also queues a seeding of GPUs
+    that were never initialised, with a traceback, which takes a millisecond."""
     torch.default_generator.manual_seed(number)
     if device.type == "cuda":
         torch.cuda.manual_seed(number)
 
 
 def _mix(*numbers: int, seed: int) -> int:
-    """One seed out of several numbers and the job's own."""
+    """Combine several numbers and the job's seed into one seed."""
     for number in numbers:
         seed = (seed * 1_000_003 + number + 12_345) % (2**31 - 1)
     return seed

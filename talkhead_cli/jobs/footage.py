@@ -1,4 +1,4 @@
-"""A workspace as tensors: signals of every frame, pixels and labels by memory map."""
+"""A workspace as tensors: signals of every frame, memory-mapped pixels and labels."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from talkhead_cli.track.face import MESH_TO_68, lip_aperture
 
 N_SKIN = 468  # mesh points that lie on the face; the rest are irises
 
-# Landmarks that boxes are drawn round, and how much wider and higher than these the boxes are.
+# Landmarks inside each box, and the factors by which it is wider and higher than they are.
 REGIONS = {
     "mouth": (slice(48, 68), (1.3, 1.8)), "face": (slice(0, 68), (1.1, 1.25)),
     "left eye": (slice(36, 42), (1.5, 2.4)), "right eye": (slice(42, 48), (1.5, 2.4)),
 }  # fmt: skip
 MIN_HOLDOUT = 4 * FPS
 STORED_PX = 512  # intrinsics in tracks are for this size
-NEAR_Z, FAR_Z = -0.95, 0.75  # of a head, from before the nose to behind the skull
+NEAR_Z, FAR_Z = -0.95, 0.75  # depth of a head, from before the nose to behind the skull
 
 
 @dataclass(frozen=True)
 class SpeechStats:
-    """What speech features, rate_hz rows a second, are standardised by: mean, std (A,)."""
+    """Mean and std (A,) that speech features, `rate_hz` rows a second, are standardised by."""
 
     mean: NDArray[np.float32]
     std: NDArray[np.float32]
@@ -62,18 +62,18 @@ class SpeechStats:
 
     @classmethod
     def stored(cls, arrays: Mapping[str, NDArray[Any]]) -> SpeechStats:
-        """As `arrays` wrote them."""
+        """Restore them from what `arrays` returned."""
         return cls(arrays["speech_mean"], arrays["speech_std"], int(arrays["speech_rate_hz"]))
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """For a file."""
+        """Return them as arrays to save."""
         return {"speech_mean": self.mean, "speech_std": self.std,
                 "speech_rate_hz": np.array(self.rate_hz)}  # fmt: skip
 
     def windows(
         self, stream: NDArray[np.float32], frames: NDArray[Any], window: int
     ) -> NDArray[np.float32]:
-        """Standardised windows (len(frames), W, A), about `window` steps of 10 ms long."""
+        """Return standardised windows (len(frames), W, A), about `window` steps of 10 ms long."""
         standard = ((stream - self.mean) / self.std).astype(np.float32, copy=False)
         n_steps = voice.n_steps(window, self.rate_hz)
         return voice.windows(standard, frames, n_steps, self.rate_hz)
@@ -81,7 +81,7 @@ class SpeechStats:
 
 @dataclass(frozen=True)
 class Near:
-    """pictures (T, s, s, 3) · labels (T, 128, 128, 6), uint8 on the device that trains"""
+    """Pixels on the training device.  pictures (T, s, s, 3) · labels (T, 128, 128, 6), uint8."""
 
     pictures: Tensor
     labels: Tensor
@@ -91,13 +91,13 @@ class Near:
 class Footage:
     """One person's clip, ready for training.
 
-    signals   all T rows · train, held (n,) long: rows to learn from, rows kept apart
-    heard     (T,) whether there is living sound
+    signals   all T rows · train, held (n,) long: training rows, held-out rows
+    heard     (T,) whether the frame has sound; pauses between words count as sound
     pictures  (T, s, s, 3) uint8 · labels (T, 6, 128, 128) uint8 · plate (s, s, 3) in [0, 1]
-    mesh      (478, 3) rigid face in head space · lip_truth (T,) lip aperture as tracked
-    said      (T, 68, 3) landmarks as speech says them, for stages that train on these too
-    near      pictures and labels where training is, for machines with room for them; else training
-              picks what it needs from the disk, and sends it there
+    mesh      (468, 3) rigid face in head space · lip_truth (T,) tracked lip aperture
+    said      (T, 68, 3) landmarks predicted from speech, for stages that train on these, too
+    near      pictures and labels on the training device, if it has room for them; else a step
+              picks its pixels from the disk and sends them there
     """
 
     signals: Signals
@@ -114,7 +114,7 @@ class Footage:
     near: Near | None = None
 
     def on(self, device: torch.device) -> Footage:
-        """The same with all that training draws from on a device."""
+        """Return a copy with all that training draws from on a device."""
         pictures, labels = (torch.from_numpy(np.array(part)).to(device)
                             for part in (self.pictures, self.labels))  # fmt: skip
         return replace(
@@ -125,7 +125,7 @@ class Footage:
 
     @property
     def device(self) -> torch.device:
-        """Where it is drawn from."""
+        """The device that training draws from."""
         return self.signals.pose.device
 
     @property
@@ -134,13 +134,13 @@ class Footage:
 
     @cached_property
     def relief(self) -> Tensor:
-        """The rigid face's depth, as portraits have it."""
+        """Depth of the rigid face, as in `Portrait.relief`."""
         return head_relief(self.mesh, RELIEF_SIDE)
 
     @cached_property
     def regions(self) -> dict[str, Tensor]:
-        """Boxes that training draws its pixels from, by name: centre and half-size (T, 2, 2), in
-        shares of the side."""
+        """Boxes to draw training pixels from, by name: centre and half-size (T, 2, 2), in shares
+        of the side."""
         marks, found = self.signals.landmarks_px, {}
         for name, (points, grow) in REGIONS.items():
             low, high = marks[:, points].amin(1), marks[:, points].amax(1)
@@ -151,7 +151,7 @@ class Footage:
 
     @cached_property
     def rare(self) -> Tensor:
-        """Training rows of which random ones hold few: eyes all but shut, mouths wide open."""
+        """The 5 % of training rows with eyes most shut and the 5 % with mouths widest open."""
         rows = self.signals[self.train].to("cpu")
         mouth = rows.landmarks[:, 66, 1] - rows.landmarks[:, 62, 1]
         n = max(1, len(self.train) // 20)
@@ -160,11 +160,11 @@ class Footage:
 
     @cached_property
     def opened(self) -> Tensor:
-        """How far eyes are open in each training row, 0 to 1."""
+        """Eye openness of each training row, mean of both eyes, 0 to 1."""
         return self.signals.eye[self.train].mean(1).cpu().clamp(0, 1)
 
     def portrait(self, rows: Tensor) -> Portrait:
-        """Some rows (P,) as pictures that an avatar may be made from."""
+        """Return rows (P,) as a portrait that an avatar can be enrolled from."""
         frames = rows.numpy()
         return Portrait(
             pictures=torch.from_numpy(self.pictures[frames]).float() / 255,
@@ -174,8 +174,8 @@ class Footage:
         )
 
     def best_likeness(self, n: int = 1) -> Tensor:
-        """(n,) training rows that show the person best, fewer where there are not as many half a
-        second apart: facing the camera, eyes open, the mouth as it usually is."""
+        """Return the n training rows that show the person best: facing the camera, eyes open, the
+        mouth about as usual; fewer if there are not n of them half a second apart."""
         rows = self.signals[self.train]
         turned = rows.pose[:, :3].norm(dim=1) / 0.1
         shut = (1 - rows.eye.mean(1)).clamp_min(0) / 0.2
@@ -191,7 +191,7 @@ class Footage:
 
 
 def split(n_frames: int, holdout: float) -> int:
-    """How many frames at the end are held out: the share, at least 4 s, at most a quarter."""
+    """Return how many frames at the end are held out: a share, at least 4 s, at most a quarter."""
     if holdout == 0:
         return 0
     return min(max(round(holdout * n_frames), MIN_HOLDOUT), n_frames // 4)
@@ -200,9 +200,9 @@ def split(n_frames: int, holdout: float) -> int:
 def split_rows(
     usable: NDArray[np.bool_], holdout: float, train_s: float = 0
 ) -> tuple[Tensor, Tensor]:
-    """The usable rows to learn from and those held out, (n,) long each.
+    """Return the usable rows to train on and those held out, (n,) long each.
 
-    Shares are of usable rows: what was cut away, or shows no face, is no part of the film.
+    Shares are of usable rows: frames that were cut away or show no face do not count.
     """
     rows = torch.from_numpy(np.flatnonzero(usable))
     n_train = len(rows) - split(len(rows), holdout)
@@ -215,8 +215,8 @@ def load(
 ) -> Footage:
     """Read a workspace at the preset's picture size; caches pixels on first use.
 
-    `person` numbers its rows where there are several; without `pictures` there are none, for
-    stages that only hear.
+    person: number of the person, for its rows, where there are several · pictures: False skips
+    pictures and labels, for speech-only stages.
     """
     tracks = space.load("tracks")
     n_frames = len(tracks["pose"])
@@ -246,7 +246,7 @@ def load(
 
 
 def speech_of(space: Workspace) -> tuple[NDArray[np.float32], int]:
-    """Speech features (rows, A) of a clip, and how many rows make a second."""
+    """Return the speech features (rows, A) of a clip, and how many rows make a second."""
     sound = space.load("voice")
     if "rate_hz" not in sound:
         raise TalkheadError(
@@ -262,7 +262,7 @@ def make_signals(
     stats: SpeechStats,
     data: Data,
 ) -> Signals:
-    """All rows of a tracked clip."""
+    """Return the signals of all rows of a tracked clip."""
     n_frames = len(tracks["pose"])
     pose = torch.from_numpy(tracks["pose"])
     window = stats.windows(stream, np.arange(n_frames), data.window)
@@ -283,7 +283,7 @@ def make_signals(
 
 
 def head_camera(pose: Tensor, k: Tensor, size_px: int) -> Camera:
-    """The camera that a head in `pose` (T, 6) is seen by, intrinsics k (3, 3) at STORED_PX."""
+    """Return the camera that sees a head in `pose` (T, 6); intrinsics k (3, 3) at STORED_PX."""
     from scipy.spatial.transform import Rotation
 
     turn = torch.from_numpy(Rotation.from_rotvec(pose[:, :3].numpy()).as_matrix()).float()
@@ -294,10 +294,10 @@ def head_camera(pose: Tensor, k: Tensor, size_px: int) -> Camera:
 
 
 def box_of(camera: Camera) -> Tensor:
-    """The box (6,) of head space that holds all that rays of any row can meet of the person.
+    """Return the box (6,) of head space that holds what rays of the rows can meet of the person.
 
-    Depth is a head's: from before the nose to behind the skull; the sides are where the
-    pictures' corners cut those depths.
+    Its depth is a head's, NEAR_Z to FAR_Z; its sides are where rays through the pictures' corners
+    cross these depths: the 0.2 % and 99.8 % quantiles of these places, with a margin of 0.02.
     """
     size = float(camera.size_px)
     corner = torch.tensor([[0, 0], [size, 0], [0, size], [size, size]])
@@ -322,7 +322,7 @@ def box_of(camera: Camera) -> Tensor:
 
 
 def read_plate(path: Any, size_px: int) -> Tensor:
-    """Background (s, s, 3) in [0, 1]."""
+    """Read the background (s, s, 3) in [0, 1]."""
     picture = cv2.imread(str(path))
     if picture is None:
         raise TalkheadError(f"{path} is missing or damaged; run preprocess again")

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM in the middle of something that should be brought to an end first."""
+"""Delay Ctrl-C and SIGTERM until a block of work has ended."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def held() -> Iterator[Callable[[], bool]]:
-    """The first interruption waits until the block has ended; the function says whether there is
-    one, so that the block may end early.  A second one does not wait.
+    """Hold the first interrupt back until the block has ended; the yielded function returns whether
+    there is one, so that the block may end early.  A second one takes effect at once.
 
-    In the main thread alone: no other one hears signals.
+    Does nothing outside the main thread, which alone receives signals.
     """
     asked: list[int] = []
     if threading.current_thread() is not threading.main_thread():
@@ -29,7 +29,7 @@ def held() -> Iterator[Callable[[], bool]]:
             _passed_on(before[number], number, frame)
         asked.append(number)
 
-    heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as nohup has it
+    heard = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # as under nohup
     before = {int(number): signal.signal(number, note) for number in heard}
     try:
         yield lambda: bool(asked)
@@ -41,7 +41,7 @@ def held() -> Iterator[Callable[[], bool]]:
 
 
 def _passed_on(handler: object, number: int, frame: FrameType | None) -> None:
-    """Do what would have been done."""
+    """Do what the replaced handler would have done."""
     if callable(handler):
         handler(number, frame)
     elif handler == signal.SIG_DFL:

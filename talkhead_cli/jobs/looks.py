@@ -1,4 +1,4 @@
-"""Who judges pictures in training, and LPIPS, one of them, as a figure."""
+"""The networks that judge pictures in training; LPIPS, one of them, is also a metric."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from talkhead_cli.jobs.expert import Judge
 from talkhead_cli.jobs.preset import Preset, Train
 from talkhead_cli.store import weights
 
-LOSSES = ("lpips", "whole_lpips")  # by its word
+LOSSES = ("lpips", "whole_lpips")  # losses that LPIPS computes
 
 
 def seat(
     avatar: Avatar, judge: Judge | None, preset: Preset, train: Train, where: torch.device,
     progress: Progress,
 ) -> None:  # fmt: skip
-    """Hand an avatar those whose word the stages weigh: the lip-sync expert, if it was found, LPIPS
-    and a picture critic."""
+    """Add to an avatar's judges those that stages have loss weights for: the lip-sync expert, if it
+    was found, LPIPS and a picture critic."""
     if judge is not None:
         judge.sits_by(avatar, where)
     if (eye := asked(train, progress)) is not None:
@@ -30,7 +30,7 @@ def seat(
 
 
 def asked(train: Train, progress: Progress) -> Perceptual | None:
-    """LPIPS for stages that weigh it; None if none does or, with a word, without its weights."""
+    """Return LPIPS if a stage uses it, else None; None with a note if its weights are missing."""
     stages = [name for name, stage in train.stages.items()
               if stage.steps and any(stage.weights.get(loss) for loss in LOSSES)]  # fmt: skip
     if not stages:
@@ -45,6 +45,6 @@ def asked(train: Train, progress: Progress) -> Perceptual | None:
 
 
 def lpips() -> Perceptual:
-    """LPIPS's network; refuses without its weights."""
+    """Return the LPIPS network; TalkheadError without its weights."""
     state = weights.load("lpips")
     return Perceptual(lambda net: weights.fill(net, "lpips", state, "torchvision"))

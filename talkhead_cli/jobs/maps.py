@@ -1,4 +1,4 @@
-"""What a method does where: its auxiliary maps and depth beside the pictures, on one sheet."""
+"""A sheet of a method's auxiliary maps and depth beside the pictures."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from talkhead_cli.contracts import Signals, TalkheadError
 from talkhead_cli.jobs.player import Player
 
 N_COLUMNS = 6
-MARGIN_PX, CELL_PX = 150, 192  # of the names, of a picture
+MARGIN_PX, CELL_PX = 150, 192  # width of the column of names, side of a picture
 
 Pixels = NDArray[np.uint8]
 Array = NDArray[np.floating[Any]]
 
 
 def draw(show: Player, signals: Signals, truth: Pixels, path: Path) -> Path:
-    """A PNG of moments spread over `signals` (T rows that have listened), truth (T, s, s, 3).
+    """Write a PNG of moments spread over `signals` (T rows after `listen`), truth (T, s, s, 3).
 
-    A line each: truth, rendering, depth, and every map that the method's avatar names.
+    One line each: truth, rendering, depth, and every map in the avatar's `maps`.
     """
     at = np.linspace(0, len(signals) - 1, N_COLUMNS).round().astype(int)
     frames = [frame for frame, _ in show.pictures(signals[at])]
@@ -43,14 +43,14 @@ def draw(show: Player, signals: Signals, truth: Pixels, path: Path) -> Path:
 
 
 def heat(values: Array) -> Pixels:
-    """Values (H, W) from 0 to 1 -> colours (H, W, 3), dark to bright."""
+    """Map values (H, W) from 0 to 1 to colours (H, W, 3), dark to bright."""
     grey = (values.clip(0, 1) * 255).round().astype(np.uint8)
     colours: Pixels = np.asarray(cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO)[..., ::-1], np.uint8)
     return colours
 
 
 def shaded(depths: list[Array]) -> list[Pixels]:
-    """Depths (H, W), infinite where nothing is -> greys (H, W, 3) on one scale, near is bright."""
+    """Map depths (H, W), infinite where empty, to greys (H, W, 3) on one scale, near is bright."""
     solid = np.concatenate([depth[np.isfinite(depth)] for depth in depths])
     low, high = np.quantile(solid, (0.01, 0.99)) if len(solid) else (0.0, 1.0)
     scale = max(float(high - low), 1e-6)
@@ -59,7 +59,7 @@ def shaded(depths: list[Array]) -> list[Pixels]:
 
 
 def sheet(lines: dict[str, list[Pixels]]) -> Pixels:
-    """Named lines of pictures (s, s, 3), each line under the one before, its name at the left."""
+    """Stack named lines of pictures (s, s, 3) from top to bottom, the names at the left."""
     drawn = []
     for name, pictures in lines.items():
         cells = [cv2.resize(p, (CELL_PX,) * 2, interpolation=cv2.INTER_LINEAR) for p in pictures]

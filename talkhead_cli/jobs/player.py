@@ -1,4 +1,4 @@
-"""A finished run, ready to be asked for pictures; and how runs are saved."""
+"""A finished run, loaded for rendering; and how runs are saved."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, list_runs
 
 T = TypeVar("T")
-CLOSER = 2  # times the samples per ray, for views that nobody filmed
+CLOSER = 2  # factor on the samples per ray, for views that were not filmed
 WIDE_OPEN = 0.15  # face heights
 LOWER_MOUTH = [*range(5, 12), *range(55, 60), *range(65, 68)]  # of the 68: chin, lower lip
-N_FIRST = 4  # pictures that show it a person
-N_VIEWS = 24  # pictures that show a marcher new poses
-NEWS = 0.04  # radians and face heights from which on a pose is a new one: about a cell of the grid
-PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # of one march on a GPU; some 3 GB
-MAX_RECORDINGS = 2  # of a march; each keeps the memory of what lies between
-# Half precision where it is faster: on the tensor cores of a GPU.  A CPU's casts cost more.
+N_FIRST = 4  # views by which a marcher discovers a person
+N_VIEWS = 24  # views by which a marcher is shown new poses
+NEWS = 0.04  # distance of a new pose from all known ones, rad and face heights: about a grid cell
+PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # limits of one march on a GPU; some 3 GB
+MAX_RECORDINGS = 2  # CUDA graphs of a march; each keeps its intermediate tensors
+# Half precision where it is faster: on a GPU's tensor cores.  On a CPU the casts cost more.
 HALF = {"cuda": torch.float16}
-DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # what footage lends a new film
+DRIVEN = ("pose", "body", "eye", "gaze", "brow")  # signals that a new film takes from the footage
 
 
 @dataclass
 class Player:
-    """A run's person and marcher, weights loaded, gradients off."""
+    """A run's person and marcher, with weights loaded and gradients off."""
 
     run: Run
     preset: Preset
@@ -61,18 +61,18 @@ class Player:
     plate: Tensor
     device: torch.device
     note: str  # which marcher, and why
-    records: bool = True  # where pictures are made without waiting
+    records: bool = True  # replay CUDA graphs where rendering has no host syncs
     _recorded: dict[Any, march.Replay[tuple[Frame, Any]]] = field(default_factory=dict)
-    _stream: torch.cuda.Stream | None = None  # on which a GPU draws; its memory is used again
+    _stream: torch.cuda.Stream | None = None  # that a GPU renders on; kept to reuse its memory
 
     def pictures(
         self, signals: Signals, plate: Tensor | None = None
     ) -> Iterator[tuple[Frame, int]]:
-        """One frame (B = 1) and its number of field points for each row; signals have listened."""
+        """Yield a frame (B = 1) and its number of field points per row of `listen`'s output."""
         background = (self.plate if plate is None else plate).reshape(-1, 3).to(self.device)
         n = self.rows_at_once(signals.camera.size_px // self.avatar.magnification)
         n_batches = -(-len(signals) // n)
-        signals = signals.to(self.device)  # once: copies batch by batch would wait for pictures
+        signals = signals.to(self.device)  # at once: a copy per batch would wait for the rendering
 
         def batch(index: int) -> tuple[Frame, Any]:
             rows = signals[slice(index * n, (index + 1) * n)]
@@ -88,7 +88,7 @@ class Player:
     def _batches(
         self, batch: Callable[[int], tuple[Frame, Any]], n: int
     ) -> Iterator[tuple[Frame, Any]]:
-        """batch(0) ... batch(n - 1): side by side on a CPU's cores, one ahead on a GPU."""
+        """Yield batch(0) ... batch(n - 1): in parallel on a CPU's cores, one ahead on a GPU."""
         if self.device.type == "cuda":
             self._stream = self._stream or torch.cuda.Stream(self.device)
             yield from _one_ahead(batch, n, self._stream)
@@ -98,27 +98,27 @@ class Player:
             yield from _side_by_side(batch, n, torch.get_num_threads())
 
     def rows_at_once(self, size_px: int) -> int:
-        """Frames of that side that march together; one by one on a CPU, whose cores share them."""
+        """Return how many frames of that side march together; one on a CPU, one frame per core."""
         if self.device.type == "cpu":
             return 1
         return min(MAX_ROWS, max(1, PIXELS_AT_ONCE // size_px**2))
 
     @property
     def _asks_a_kernel(self) -> bool:
-        """Whether a picture is made without waiting for the device."""
+        """Whether a picture is rendered without host syncs."""
         fused = isinstance(self.marcher, march.FusedMarcher)
         return fused and not self.marcher.exploring and self.avatar.has_kernel
 
     def _replayed(self, signals: Signals, background: Tensor) -> tuple[Frame, Any]:
-        """All rows in one march that was recorded: a picture's thousand small operations take a
-        CPU longer to start than a GPU to do."""
+        """Render all rows by replaying a recorded march: the CPU takes longer to launch a picture's
+        thousand small operations than the GPU to run them."""
         assert isinstance(self.marcher, march.GuidedMarcher)
         key = len(signals), signals.camera.size_px, self.marcher.n_samples, self.marcher.n_cells
 
         if key not in self._recorded:
             if len(self._recorded) == MAX_RECORDINGS:
                 del self._recorded[next(iter(self._recorded))]
-            # its own copy: rows are a view of a whole film's, which a recording would keep
+            # a copy: the recording would keep the whole film that rows are a view of
             like = repacked(signals, (t.clone() for t in unpacked(signals)))
 
             def draw(behind: Tensor, *tensors: Tensor) -> tuple[Frame, Any]:
@@ -140,7 +140,7 @@ class Player:
 
     @torch.no_grad()
     def _drawn(self, signals: Signals, background: Tensor) -> tuple[Frame, Any]:
-        """All rows in one march."""
+        """Render all rows in one march."""
         rows = torch.arange(len(signals), device=self.device)
         camera = signals.camera.smaller(self.avatar.magnification)
         rays = march.picture_rays(camera, rows, self.avatar.aabb)
@@ -154,21 +154,21 @@ class Player:
         return frames, rendered.n_points
 
     def open_views(self, signals: Signals) -> None:
-        """Let the marcher learn of poses and views that the footage does not show."""
+        """Show the marcher poses and views that the footage does not contain."""
         open_views(self.avatar, self.marcher, signals, self.device)
         if isinstance(self.marcher, march.GuidedMarcher):
-            # Seen from elsewhere, what guides it is coarser than a surface: few samples speckle.
+            # From new views the guiding grid is coarser than a surface: few samples give speckle.
             closer = CLOSER * self.preset.march.n_samples
             self.marcher.n_samples = max(self.marcher.n_samples, closer)
 
     def heard(self, signals: Signals, rows: Tensor) -> Signals:
-        """Rows (n,) of a film's signals as its speech says them, heard in order."""
+        """Return rows (n,) of a film's signals after `listen` on the stretch that they span."""
         first = max(0, int(rows.min()) - self.avatar.past)
         return self.listen(signals[first : int(rows.max()) + 1])[rows - first]
 
     def listen(self, signals: Signals) -> Signals:
-        """What speech says of consecutive rows; the first `avatar.past` of them lack what came
-        before."""
+        """Return consecutive rows with landmarks predicted from speech; the first `avatar.past` of
+        them lack their full context."""
         with torch.no_grad():
             return self.avatar.listen(signals.to(self.device)).to("cpu")
 
@@ -181,13 +181,13 @@ class Player:
 def open_views(
     avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device
 ) -> None:
-    """Show the marcher at most N_VIEWS of the rows, spread over them."""
+    """Show the marcher at most N_VIEWS of the rows, evenly spread."""
     marcher.reveal(_views(avatar, marcher, signals, device, N_VIEWS))
 
 
 def novel(poses: Tensor, known: Tensor, n: int) -> list[int]:
-    """At most n rows of `poses` (T, K) that are new beside `known` (M, K), the furthest first,
-    until all that are left lie near one that is known or chosen."""
+    """Choose at most n rows of `poses` (T, K) that are not in `known` (M, K), the furthest first,
+    until all that are left lie within NEWS of a known or chosen one."""
     away = torch.cdist(poses, known).amin(1)
     rows: list[int] = []
     while len(rows) < n and float(away.max()) > NEWS:
@@ -197,7 +197,7 @@ def novel(poses: Tensor, known: Tensor, n: int) -> list[int]:
 
 
 def stances(signals: Signals) -> Tensor:
-    """Where head and shoulders are, in radians and face heights, (T, 10)."""
+    """Return the poses of head and shoulders, in radians and face heights, (T, 10)."""
     return torch.cat([signals.pose, signals.body], 1)
 
 
@@ -205,12 +205,12 @@ def stances(signals: Signals) -> Tensor:
 def discover(
     avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device
 ) -> None:
-    """Show the marcher a person on whom it was not trained, by at most N_FIRST of the rows."""
+    """Show the marcher a person on whom it was not trained, in at most N_FIRST of the rows."""
     marcher.discover(_views(avatar, marcher, signals, device, N_FIRST))
 
 
 def mouthing(speaker: Speaker, signals: Signals, n: int) -> Signals:
-    """A row (1) n times, with mouths from shut to wide open."""
+    """Return a row (1) repeated n times, with mouths from shut to wide open."""
     rest = speaker.neutral
     assert rest is not None
     marks = rest.repeat(n, 1, 1)
@@ -226,7 +226,7 @@ def _views(
     grid = getattr(marcher, "occupancy", None)
     if grid is None:
         return []
-    size_px = 2 * grid.resolution  # a picture about as wide as the box: no cell between rays
+    size_px = 2 * grid.resolution  # two rays per cell if the picture is as wide as the box
     views, alone = [], torch.zeros(1, dtype=torch.long, device=device)
     for row in dict.fromkeys(np.linspace(0, len(signals) - 1, n).astype(int).tolist()):
         one = signals[row].to(device)
@@ -236,10 +236,10 @@ def _views(
 
 
 def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[T]:
-    """work(0) ... work(n - 1) in order, `n_threads` of them at a time, few ahead of the reader.
+    """Yield work(0) ... work(n - 1) in order, `n_threads` at a time, few ahead of the reader.
 
-    Frames know nothing of each other: cores that share out frames never wait, whereas torch's
-    own threads meet at the end of each of a frame's thousand small operations.
+    Frames are independent: with one frame per core no core waits, whereas torch's own threads
+    synchronise at the end of each of a frame's thousand small operations.
     """
     with ThreadPoolExecutor(n_threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         ahead: deque[Future[T]] = deque()
@@ -254,8 +254,8 @@ def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[
 def _one_ahead(
     work: Callable[[int], tuple[Frame, Any]], n: int, stream: torch.cuda.Stream
 ) -> Iterator[tuple[Frame, Any]]:
-    """work(0) ... work(n - 1) in order, on a stream where each is started before the one before it
-    is handed out: the GPU draws while whoever reads copies and encodes."""
+    """Yield work(0) ... work(n - 1) in order; each is launched on the stream before the previous
+    one is yielded, so that the GPU renders while the reader copies and encodes."""
     reader = torch.cuda.current_stream(stream.device)
     stream.wait_stream(reader)
     ahead: deque[tuple[tuple[Frame, Any], torch.cuda.Event]] = deque()
@@ -275,12 +275,12 @@ def _one_ahead(
                 yield handed_out()
         while ahead:
             yield handed_out()
-    finally:  # what the work reads may be freed from here on
+    finally:  # tensors that the work reads may be freed from here on
         reader.wait_stream(stream)
 
 
 def eight_bits(frame: Frame, alpha: bool = False) -> NDArray[np.uint8]:
-    """One picture for a film: (H, W, 3) or, with straight alpha, (H, W, 4) uint8."""
+    """Return one picture for a film: (H, W, 3) or, with straight alpha, (H, W, 4) uint8."""
     rgb, opacity = frame.rgb[0].float(), frame.alpha[0].float()
     if alpha:
         rgb = torch.cat([rgb / opacity.clamp_min(1e-3), opacity], -1)
@@ -288,7 +288,7 @@ def eight_bits(frame: Frame, alpha: bool = False) -> NDArray[np.uint8]:
 
 
 def pick_run(space: Workspace, name: str | None) -> tuple[Run, bool]:
-    """The named finished run, else the newest; and whether it was chosen by default."""
+    """Return the named finished run, else the newest; and whether it was chosen by default."""
     runs = [r for r in list_runs(space.runs) if r.is_finished]
     if not runs:
         raise TalkheadError(
@@ -305,13 +305,13 @@ def pick_run(space: Workspace, name: str | None) -> tuple[Run, bool]:
 
 
 def box_for(preset: Preset, camera: Camera) -> Tensor:
-    """The box (6,) of the method's field: its own, or what the pictures show of the person."""
+    """Return the box (6,) of the method's field: its own, or what the cameras see of the person."""
     own = avatar_class(preset.method).box
     return footage.box_of(camera) if own is None else torch.tensor(own)
 
 
 def heard_by(run: Run) -> tuple[int, int]:
-    """The shape (W, A) of a window of speech as a run, or a prior, hears it."""
+    """Return the shape (W, A) of the speech windows that a run or prior was trained on."""
     speech = run.meta()["speech"]
     if "n_steps" not in speech:
         raise TalkheadError(
@@ -324,7 +324,7 @@ def heard_by(run: Run) -> tuple[int, int]:
 def build(
     preset: Preset, heard: Sequence[int], aabb: Tensor, device: torch.device, n_people: int = 1
 ) -> tuple[Avatar, march.Marcher, str]:
-    """A fresh avatar and marcher for a preset; heard (W, A) the shape of a window of speech."""
+    """Build avatar, marcher and a line on why this marcher; heard (W, A): speech window shape."""
     n_steps, n_features = heard
     method, generator = avatar_class(preset.method), preset.avatar.generator
     if generator is not None and generator not in method.begins_with:
@@ -349,7 +349,7 @@ def save(run: Run, avatar: Avatar, marcher: march.Marcher) -> None:
 
 
 def load(run: Run, device: torch.device) -> Player:
-    """Rebuild a run's avatar from its own files, strictly."""
+    """Rebuild a run's avatar from its own files; weights are loaded strictly."""
     text = run.preset_text()
     if text is None:
         raise TalkheadError(f"run '{run.name}' has no preset.yaml; run finetune again")
@@ -374,14 +374,14 @@ def load(run: Run, device: torch.device) -> Player:
 
 
 def _look_at_lips_and_eyes(speaker: Speaker, marcher: march.Marcher, n_samples: int) -> None:
-    """Have rays that meet them take so many samples."""
+    """Let rays through lips or eyes take n_samples (0: no change), if a neutral face is known."""
     if isinstance(marcher, march.GuidedMarcher) and speaker.neutral is not None and n_samples:
         marcher.look_closely(lively_boxes(speaker.neutral), n_samples)
 
 
 @torch.no_grad()
 def person(avatar: Avatar, run: Run, device: torch.device) -> Speaker:
-    """Whom the run is of: who its portrait shows, where it has one."""
+    """Return the run's person, enrolled from its portrait if the method needs one."""
     kept = run.portrait()
     if (kept is not None) != avatar.needs_portrait:
         lacks = "lacks the pictures it is made from" if kept is None else "holds a stray portrait"
@@ -390,7 +390,7 @@ def person(avatar: Avatar, run: Run, device: torch.device) -> Speaker:
 
 
 def still_signals(audio: Tensor, moment: Tensor, camera: Camera, **given: Tensor) -> Signals:
-    """Signals of new speech: audio (T, W, A), moment (T,), camera of T rows, DRIVEN by name."""
+    """Build signals for new speech: audio (T, W, A), moment (T,), camera (T), DRIVEN by name."""
     n = len(audio)
     return Signals(
         audio=audio,

@@ -1,4 +1,4 @@
-"""Presets: strict, frozen, small. The only reader of YAML."""
+"""Presets: strict, frozen pydantic models.  The only module that reads YAML."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class _Strict(BaseModel):
 
 
 class Data(_Strict):
-    """size_px: side of the pictures trained and rendered · holdout: share of the clip kept from
-    training (the field's 1/11; at least 4 s, at most a quarter; 0 trains on everything)
-    · train_s: learn from so many seconds at the beginning only (0: from all that is not held out)
-    · window: steps of 10 ms of speech around a frame."""
+    """Data options.  size_px: side of training and rendered pictures · holdout: share of the usable
+    frames that is held out (1/11 as in the literature; at least 4 s, at most a quarter; 0: none)
+    · train_s: train on the first so many seconds only (0: on all that is not held out)
+    · window: length of the speech window around a frame, in steps of 10 ms."""
 
     size_px: Annotated[int, Field(ge=32, le=1024, multiple_of=8)] = 512
     holdout: Annotated[float, Field(ge=0, le=0.25)] = 1 / 11
@@ -35,10 +35,10 @@ class Data(_Strict):
 
 
 class March(_Strict):
-    """n_steps: samples through the depth of the box · n_samples: samples per ray, laid where
-    training has seen surfaces (0: all samples in occupied cells) · n_close: samples of rays that
-    meet lips or eyes, in pictures, if more · resolution: cells per axis · early_stop: transmittance
-    at which a ray ends · every: steps between grid updates."""
+    """Ray marching options.  n_steps: samples across the box's depth · n_samples: samples per ray,
+    placed where training saw surfaces (0: all in occupied cells) · n_close: samples of rays through
+    lips or eyes when rendering, if more (fused kernels: of all rays) · resolution: cells per axis
+    · early_stop: transmittance at which a ray ends · every: steps between grid updates."""
 
     n_steps: Annotated[int, Field(ge=8, le=1024)] = 96
     n_samples: Annotated[int, Field(ge=0, le=128)] = 0
@@ -50,30 +50,30 @@ class March(_Strict):
 
 
 class Stage(_Strict):
-    """One leg of training.
+    """One training stage.
 
-    steps
+    steps        optimiser steps, before `Train.scale`
     rays         none (speech only), random pixels, square patches, or whole pictures
     n_points     samples sent to the field per step; sets the number of rays
     patch_px     side of a patch · region: where patches lie
-    n_frames     rows mixed in a step · batch: rows of a speech-only step · in_sequence: how many
-                 of them follow each other
-    learn        parts of the avatar that move · rates: their learning rates
-    fall         share of the rates that is left at the end
-    weights      of the losses
-    critic_rate  at which the picture critic learns, where the loss `critic` is weighed
-    listen       share of the rows that are driven by what speech says, not by what was tracked
-    inner_split  share of the training rows that is kept aside, for the avatar to settle on
-    freeze_grid  leave the occupancy grid as it is
-    explore      take all samples in occupied cells: where surfaces are is yet to be found
-    noise        on the driving signals, as a share of what the method takes for right
-    shown        whether a speech-only step shows its rows' pictures too
-    portraits    pictures of each person that the avatar is made from, or told apart by
-    rare         share of the rows drawn where eyes are shut or mouths wide open
-    lids         share of what is drawn of eyes (of rows, in patches and pictures) that is drawn
-                 evenly by how far they are open, not as time has it
-    start        who passes through it: those who begin from a prior, from nothing, or any
-    n_people     people mixed in a step when there are many (0: all of them)
+    n_frames     rows per step with rays · batch: rows per speech-only step · in_sequence: length
+                 of the runs of consecutive rows in which they are drawn
+    learn        parts of the avatar that are trained · rates: their learning rates
+    fall         factor to which the learning rates decay by the end of the stage
+    weights      loss weights by name
+    critic_rate  learning rate of the picture critic, where the loss `critic` has a weight
+    listen       share of the rows whose landmarks are predicted from speech, not tracked
+    inner_split  share of the training rows that the stage holds out for `Avatar.settle`
+    freeze_grid  do not update the occupancy grid
+    explore      sample all occupied cells, while it is unknown where surfaces are
+    noise        factor on the method's own noise on the driving signals
+    shown        whether a speech-only step gets the pictures of its rows, too
+    portraits    pictures of each person per step that are passed to `Avatar.enroll`
+    rare         share of the rows drawn from those with shut eyes or wide open mouths
+    lids         share of the eye pixels (of the rows, in patches and pictures) that is drawn
+                 uniformly over eye openness instead of over time
+    start        runs that include the stage: begun from a prior, from nothing, or any
+    n_people     people per step when there are more (0: all of them)
     """
 
     steps: Annotated[int, Field(ge=0)]
@@ -112,10 +112,10 @@ class Stage(_Strict):
 
 
 class Train(_Strict):
-    """scale multiplies the steps of every stage · ema: decay of the averaged weights
-    · enough_s: seconds of footage that are worth all steps to who begins from a prior; of fewer, so
-    many steps are a share, since more would learn these seconds by heart and forget the others
-    · common_rates: shares of their rates that parts learn at where a prior is begun from."""
+    """Training schedule.  scale: factor on the steps of every stage · ema: decay of the averaged
+    weights · enough_s: seconds of footage from which a run begun from a prior takes all steps; with
+    less footage it takes a proportional share, since more would overfit it and forget the prior
+    · common_rates: factors on the learning rates of parts in runs begun from a prior."""
 
     scale: Annotated[float, Field(gt=0)] = 1.0
     enough_s: Annotated[float, Field(ge=0)] = 0.0
@@ -132,14 +132,14 @@ class Train(_Strict):
 
 
 class Render(_Strict):
-    """crf: H.264 quality (lower is better)."""
+    """Rendering options.  crf: H.264 quality (lower is better)."""
 
     crf: Annotated[int, Field(ge=0, le=40)] = 16
 
 
 class AvatarOptions(_Strict):
-    """size: the one dial that each method maps to its widths · generator: somebody else's, that the
-    planes of a full-sized talk3d begin with."""
+    """Network options.  size: each method maps it to its layer widths · generator: published
+    generator that the planes of a full-sized talk3d start from."""
 
     size: Literal["tiny", "full"] = "full"
     generator: Literal["eg3d", "eg3d-fixed"] | None = None
@@ -152,7 +152,7 @@ class AvatarOptions(_Strict):
 
 
 class Preset(_Strict):
-    """Everything that names a training run.  pretrain: stages that learn from many people."""
+    """Everything that defines a training run.  pretrain: stages that train on many people."""
 
     method: str
     data: Data = Data()
@@ -178,9 +178,9 @@ class Preset(_Strict):
 
 
 def begun_from(preset: Preset, shared: Collection[str] | None, seconds: float) -> Preset:
-    """The preset as one passes through it who begins, with `seconds` of footage, from a prior that
-    taught the parts `shared`, which learn at `train.common_rates` from there; None: who begins
-    from nothing."""
+    """Return the preset for a run on `seconds` of footage.  `shared`: parts that a prior (or a
+    generator) has trained; steps are then scaled by `share_of_steps`, rates of these parts by
+    `train.common_rates`.  None: begun from nothing.  Stages of the other `start` are left out."""
     share = 1.0 if shared is None else share_of_steps(preset, seconds)
     slower = {p: share for p, share in preset.train.common_rates.items() if p in (shared or ())}
     other = "prior" if shared is None else "nothing"
@@ -195,12 +195,12 @@ def begun_from(preset: Preset, shared: Collection[str] | None, seconds: float) -
 
 
 def share_of_steps(preset: Preset, seconds: float) -> float:
-    """How much of its steps footage of that length is worth to who begins from a prior."""
+    """Return the share of its steps that a run begun from a prior takes on `seconds` of footage."""
     return min(1.0, seconds / preset.train.enough_s) if preset.train.enough_s else 1.0
 
 
 def patience_asked(preset: Preset, train: Train, device_kind: str) -> str | None:
-    """A word for who draws a full-sized preset without a GPU, most often by mistake."""
+    """Return a warning if full-sized pictures are to be trained without a GPU, else None."""
     draws = any(stage.steps and stage.rays != "none" for stage in train.stages.values())
     if device_kind != "cpu" or preset.avatar.size != "full" or not draws:
         return None
@@ -211,7 +211,7 @@ def patience_asked(preset: Preset, train: Train, device_kind: str) -> str | None
 
 
 def preset_folder() -> Path:
-    """Where the presets lie: inside the wheel, or beside the package in a checkout."""
+    """Return the folder of presets: inside the wheel, or beside the package in a checkout."""
     inside = Path(str(resources.files("talkhead_cli") / "presets"))
     return inside if inside.is_dir() else Path(__file__).parents[2] / "presets"
 
@@ -221,12 +221,12 @@ def preset_names() -> list[str]:
 
 
 def is_file(name: str) -> bool:
-    """Whether a preset is one of the user's, and not of those that come with talkhead."""
+    """Return whether the name is that of a user's file, not of a preset shipped with talkhead."""
     return name.endswith((".yaml", ".yml"))
 
 
 def preset_text(name: str) -> str:
-    """The YAML of a preset by name, or of a file whose name ends in .yaml."""
+    """Return the YAML of a preset by name, or of a file whose name ends in .yaml or .yml."""
     path = Path(name) if is_file(name) else preset_folder() / f"{name}.yaml"
     if not (path.is_file() if is_file(name) else name in preset_names()):
         raise MisuseError(
@@ -239,7 +239,7 @@ def preset_text(name: str) -> str:
 
 
 def read_layer(name: str) -> dict[str, Any]:
-    """One preset by name or by path, as plain values."""
+    """Read one preset by name or by path, as plain values."""
     try:
         layer = yaml.safe_load(preset_text(name))
     except yaml.YAMLError as error:
@@ -273,28 +273,28 @@ def load(names: Sequence[str], settings: Sequence[str] = ()) -> Preset:
 
 
 def _for_method(layer: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
-    """The layer; one that names no method serves any, and passes over stages it has not got."""
+    """Return the layer; if it names no method, without the stages that `under` lacks."""
     if "method" in layer or not under:
         return layer
     layer = copy.deepcopy(layer)
     for part in ("train", "pretrain"):
         known, stages = _stages(under, part), _stages(layer, part)
         for name in set(stages) - set(known):
-            # nor is it a stage of its own
+            # a complete stage, which has `learn`, is kept as a new one
             if not isinstance(stages[name], dict) or "learn" not in stages[name]:
                 del stages[name]
     return layer
 
 
 def _stages(layer: dict[str, Any], part: str) -> dict[str, Any]:
-    """The stages of a layer's part, if it has any; validation answers what else may stand there."""
+    """Return the stages of a layer's part, {} if none; `validate` rejects malformed values."""
     held = layer.get(part)
     found = held.get("stages") if isinstance(held, dict) else None
     return found if isinstance(found, dict) else {}
 
 
 def from_yaml(text: str) -> Preset:
-    """The preset that a run was saved with."""
+    """Parse the preset that a run was saved with."""
     try:
         return validate(yaml.safe_load(text))
     except (yaml.YAMLError, MisuseError) as error:
@@ -305,13 +305,13 @@ def from_yaml(text: str) -> Preset:
 
 
 def run_name(names: Sequence[str], settings: Sequence[str]) -> str:
-    """A run is named by its presets; settings do not change the name."""
+    """Return the run's name, made of its presets; settings do not change it."""
     del settings
     return "+".join(Path(n).stem for n in names)
 
 
 def validate(values: dict[str, Any]) -> Preset:
-    """Values -> Preset, or MisuseError naming the dotted path that is wrong."""
+    """Build a Preset from values; MisuseError names the dotted path that is wrong."""
     try:
         return Preset.model_validate(values)
     except ValidationError as error:
@@ -381,7 +381,7 @@ def _parse_setting(setting: str) -> dict[str, Any]:
         raise MisuseError(f"'{setting}' is not key=value, for example -s data.size_px=256")
     try:
         value = yaml.safe_load(text)
-        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a word
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 as a string
             value = float(value) if value.lower() not in ("nan", "inf", "-inf") else value
     except (ValueError, yaml.YAMLError):
         value = text

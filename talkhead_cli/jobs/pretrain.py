@@ -1,4 +1,4 @@
-"""Many people -> a prior: what they share, for new people to begin from."""
+"""Train a prior on many people: shared weights that new people start from."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from talkhead_cli.store import Run, Workspace, priors_folder
 from talkhead_cli.store.files import digest
 
 MIN_PEOPLE = 2
-SURVEYED, MIN_SURVEYED = 40_000, 100  # rows of all people together, and of each, that are surveyed
+SURVEYED, MIN_SURVEYED = 40_000, 100  # rows for `Avatar.survey`: total, least per person
 
 
 def pretrain(
@@ -44,12 +44,12 @@ def pretrain(
     nodes: int = 1,
     stop_after: Callable[[fit.Place], bool] | None = None,
 ) -> Run:
-    """Train what identities `names` share into the prior `out` of the home, by default "prior", and
-    for a method that lives by priors the method's name.
+    """Train what identities `names` share into the prior `out` of the home; by default "prior", or
+    the method's name if its fine-tuning has no stage `speech`.
 
-    An identity that is missing, damaged or without sound is left out with a word.  A prior that
-    was interrupted continues from its last save; a finished one is left as it is.  One of
-    `devices` processes on each of `nodes` machines, if there are several (`team.run`).
+    An identity that is missing, damaged or without sound is left out with a note.  An interrupted
+    prior resumes from its last save; a finished one is left as it is.  This is one of `devices`
+    processes on each of `nodes` machines, if there are several (`team.run`).
     """
     preset = presets.load(preset_names, settings)
     for setting in settings:
@@ -66,7 +66,7 @@ def pretrain(
             f"{preset.avatar.generator}"
         )
     stages = preset.pretrain
-    hears_alone = "speech" in preset.train.stages  # people learn their own pictures
+    hears_alone = "speech" in preset.train.stages  # fine-tuning trains on the person's own pictures
     out = out or ("prior" if hears_alone else preset.method)
     prior = Run.named(priors_folder(home), out)
     chief = team.is_chief(devices, nodes)
@@ -86,8 +86,8 @@ def pretrain(
 
 @dataclass(frozen=True)
 class _Asked:
-    """What a prior is begun with: whose clips, of how many that were named, by which preset; and
-    the key of all that."""
+    """What a prior is trained on: usable workspaces, of how many identities that were named, the
+    preset; key: a digest of people, preset and seed."""
 
     spaces: list[Workspace]
     n_named: int
@@ -103,14 +103,14 @@ def _asked_for(
         raise _too_few(len(spaces), len(set(names)))
     alone = preset.model_copy(update={"train": stages, "pretrain": None})
     sources = [[space.id, space.manifest()["source"]["sha256"]] for space in spaces]
-    # by what was chosen: a key that presets get one day changes no prior that does without it
+    # without defaults, so that an option added to presets later leaves existing keys as they are
     chosen = alone.model_dump(mode="json", exclude_defaults=True)
     key = digest({"people": sources, "preset": chosen, "seed": seed})
     return _Asked(spaces, len(set(names)), alone.to_yaml(), key)
 
 
 def _refuse_another(prior: Run, preset: Preset, key: str) -> None:
-    """Raises for a prior that other people or settings began."""
+    """Raise MisuseError if the prior was begun with other people or settings."""
     known = prior.meta()
     if known.get("key", key) != key:
         method = known.get("method", preset.method)
@@ -140,12 +140,12 @@ def _train(
     stop_after: Callable[[fit.Place], bool] | None,
     fresh: bool,
 ) -> None:
-    """The stages over everybody who can be used."""
+    """Train the stages on all people whose footage can be used."""
     began, where = time.monotonic(), fabric.device
     if word := presets.patience_asked(preset, stages, where.type):
         progress.note(word)
     fabric.barrier()
-    with fabric.rank_zero_first():  # which caches the pixels
+    with fabric.rank_zero_first():  # the first process caches the pixels
         people = _loaded(asked.spaces, preset, stages, progress)
     if len(people) < MIN_PEOPLE:
         raise _too_few(len(people), asked.n_named)
@@ -164,7 +164,7 @@ def _train(
     progress.note(f"marching: {why}")
     looks.seat(avatar, judge, preset, stages, where, progress)
     fabric.barrier()
-    if fabric.is_global_zero:  # now that nothing will be refused
+    if fabric.is_global_zero:  # from here on nothing can be refused
         if fresh:
             prior.clear()
         prior.write_meta(
@@ -190,7 +190,7 @@ def _train(
     if place.stage < len(stages.stages) or not fabric.is_global_zero:
         return
     prior.save_weights(avatar.common_state())
-    # how a voice sounds of which too little is heard
+    # statistics for a voice with too little sound to measure its own
     mean, std = (
         np.mean([getattr(clip.stats, name) for clip in clips], 0) for name in ("mean", "std")
     )
@@ -212,7 +212,7 @@ def _judge(
     name: str, begun: dict[str, Any], home: Path, preset: Preset, stages: Train,
     hears: dict[str, Any], progress: Progress,
 ) -> expert.Judge | None:  # fmt: skip
-    """Whom the stages ask, the same all the way through."""
+    """Return the lip-sync expert that the stages use; after a resume, the same one as before."""
     if "expert_key" in begun and begun["expert"] is None:
         return None
     judge = expert.asked(home, preset.method, stages, hears, progress, wanted=begun.get("expert"))
@@ -226,8 +226,8 @@ def _judge(
 
 
 def _openable(home: Path, names: Sequence[str], progress: Progress) -> list[Workspace]:
-    """Workspaces that can be used together, by name: in whatever order people are named, each is
-    the same one to who goes on.  The others are left out with a word."""
+    """Open the workspaces that can be used together, sorted by name, so that people have the same
+    numbers after a resume.  The others are left out with a note."""
     found = []
     for name in sorted(set(names)):
         try:
@@ -250,7 +250,7 @@ def _openable(home: Path, names: Sequence[str], progress: Progress) -> list[Work
 def _loaded(
     spaces: list[Workspace], preset: Preset, stages: Train, progress: Progress
 ) -> list[tuple[Workspace, Footage]]:
-    """Footage of each, all of it for training: nobody of a prior is scored."""
+    """Load each footage, all of it for training, since a prior is not evaluated on its people."""
     data = preset.data.model_copy(update={"holdout": 0.0, "train_s": 0.0})
     pictures = any(stage.rays != "none" or stage.shown for stage in stages.stages.values())
     people: list[tuple[Workspace, Footage]] = []

@@ -1,4 +1,4 @@
-"""Which prior a new person begins from, and how."""
+"""Choose the prior that a new person starts from, and load it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from talkhead_cli.track import voice
 
 
 def speech_facts(space: Workspace, preset: Preset) -> dict[str, Any]:
-    """What must agree before networks that hear are shared."""
+    """Return what must agree before speech networks can be shared."""
     stream, rate_hz = speech_of(space)
     return {
         "backend": space.manifest()["backends"]["voice"], "rate_hz": rate_hz,
@@ -29,17 +29,17 @@ def speech_facts(space: Workspace, preset: Preset) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Start:
-    """A prior that a new person begins from."""
+    """A prior that a new person starts from."""
 
     prior: Run
-    knows: bool  # whether the person's very footage was among the prior's
+    knows: bool  # whether it was trained on the same footage of this person
 
     @property
     def n_people(self) -> int:
         return len(self.prior.meta()["people"])
 
     def facts(self) -> dict[str, Any]:
-        """What a run keeps of it."""
+        """Return what a run records of it."""
         return {
             "name": self.prior.name, "key": self.prior.meta()["key"], "n_people": self.n_people,
             "knew_person": self.knows,
@@ -50,8 +50,8 @@ def choose(
     home: Path, wanted: str | None, preset: Preset, space: Workspace, speech: dict[str, Any],
     progress: Progress,
 ) -> Start | None:  # fmt: skip
-    """The named prior, which must fit; without a name the newest that fits, rather one that does
-    not know the person, if there is any; none with "none"."""
+    """Return the named prior, which must fit; without a name the newest that fits, preferably one
+    not trained on this person.  None if there is none, or if `wanted` is "none"."""
     if wanted == "none":
         return None
     who = space.manifest()["source"]["sha256"]
@@ -72,10 +72,10 @@ def choose(
 
 
 def begun(runs: Sequence[Run], name: str, *, exactly: bool) -> str | None:
-    """The prior, or "none", of a run that has been begun under the name, so that the same command
-    goes on with it; None where there is no such run.
+    """Return the prior, or "none", of a run begun under the name, so that the same command
+    continues it; None if there is no such run.
 
-    `exactly`: the user named the run; else an unfinished run of the presets `name` will do.
+    `exactly`: the user named the run; else any unfinished run of the presets `name` will do.
     """
     for run in runs:
         own = run.name == name or (not exactly and run.name.startswith(f"{name}+from-"))
@@ -85,13 +85,13 @@ def begun(runs: Sequence[Run], name: str, *, exactly: bool) -> str | None:
 
 
 def finished(home: Path, method: str) -> list[Run]:
-    """Finished priors of a method, newest first."""
+    """Return the finished priors of a method, newest first."""
     known = list_runs(priors_folder(home))
     return [p for p in known if p.is_finished and p.meta()["method"] == method]
 
 
 def _fits(prior: Run, preset: Preset, speech: dict[str, Any] | None = None) -> bool:
-    """Whether it is of the preset's size, and hears as `speech` says."""
+    """Return whether a prior agrees with the preset's size and, if given, with `speech`."""
     try:
         size = _size(presets.from_yaml(prior.preset_text() or ""))
     except TalkheadError:  # of another version
@@ -102,8 +102,8 @@ def _fits(prior: Run, preset: Preset, speech: dict[str, Any] | None = None) -> b
 def newest(
     home: Path, method: str, preset: Preset | None = None, speech: dict[str, Any] | None = None
 ) -> str:
-    """The name of the newest finished prior of a method; with a preset, one of its size, and one
-    that hears as `speech` says."""
+    """Return the name of the newest finished prior of a method; given a preset, of the newest that
+    agrees with its size and with `speech`.  TalkheadError if there is none."""
     for prior in finished(home, method):
         if preset is None or _fits(prior, preset, speech):
             return prior.name
@@ -115,13 +115,13 @@ def newest(
 
 
 def _size(preset: Preset) -> tuple[Any, ...]:
-    """What must agree before networks are shared: pictures' size where they are made for it."""
+    """Return what must agree before networks can be shared; picture size only if it matters."""
     px = preset.data.size_px if avatar_class(preset.method).needs_portrait else None
     return px, preset.data.window, preset.avatar
 
 
 def fitting(home: Path, wanted: str, method: str, speech: dict[str, Any] | None = None) -> Run:
-    """The finished prior of that name, refused if it is of another method or hears otherwise."""
+    """Return the finished prior of that name; TalkheadError if its method or speech differs."""
     known = {p.name: p for p in list_runs(priors_folder(home)) if p.is_finished}
     if wanted not in known:
         raise TalkheadError(
@@ -138,7 +138,7 @@ def fitting(home: Path, wanted: str, method: str, speech: dict[str, Any] | None 
 
 
 def begin_from(avatar: Avatar, prior: Run) -> None:
-    """Load what a prior holds into a fresh avatar."""
+    """Load a prior's weights into a fresh avatar."""
     try:
         avatar.take_common(prior.weights())
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Draws training rays: which frames, which pixels, and what they should look like."""
+"""Draw training rays: which frames, which pixels, and their target colours."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Stage
 from talkhead_cli.march import picture_rays, pixel_rays
 
-# Shares of random rays by region.  Mouth and eyes cover a hundredth of the picture: drawn
-# evenly they would hardly ever be seen, and blinks would not be learnt at all.
+# Shares of random rays by region.  Mouth and eyes cover a hundredth of the picture: uniform
+# sampling would rarely hit them, and blinks would not be learnt at all.
 SHARES = {"mouth": 0.18, "eyes": 0.12, "face": 0.32, "all": 0.38}
-ALIKE = 0.05  # between eyes that count as open alike
+ALIKE = 0.05  # eye openness; smaller differences count as none
 
 
 def draw(
     footage: Footage, stage: Stage, n_rays: int, aabb: Tensor, rng: torch.Generator,
     magnification: int = 1,
 ) -> Shot:  # fmt: skip
-    """One person's share of a training step; whole pictures march `magnification` times smaller."""
+    """Draw one person's shot; whole pictures are marched `magnification` times smaller."""
     if stage.rays == "none":
         rows = footage.train[footage.heard[footage.train]]
         rows = _in_sequence(rows, stage.batch, stage.in_sequence, rng)
@@ -50,7 +50,7 @@ def draw(
     at = _sent(rows, footage.device)
     signals = footage.signals[at]
     if footage.said is not None:
-        # rows that follow each other are all of one kind: lips do not jump
+        # one draw for all consecutive rows, so that lips do not jump
         n_draws = len(rows) if stage.in_sequence == 1 else 1
         mouths = _rand(n_draws, 1, 1, rng=rng, on=signals.pose) < stage.listen
         signals = signals.with_(landmarks=torch.where(mouths, footage.said[at], signals.landmarks))
@@ -72,11 +72,11 @@ def draw(
 
 
 def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
-    """The shot with true colours, labels and the background behind each ray, or of every pixel of
-    the finished pictures where the rays are whole ones."""
+    """Return the shot with target colours, labels and background of each ray, or, where the rays
+    form whole pictures, of each pixel of the finished pictures."""
     rays = shot.rays
     assert rays is not None
-    if rays.whole:  # slices: picking pixels one by one takes a hundred times as long
+    if rays.whole:  # slicing; picking pixels one by one takes a hundred times as long
         plate = footage.plate.reshape(-1, 3).repeat(len(rows), 1)
         seen = _whole_from_disk(footage, rows) if footage.near is None else _whole(footage, rows)
     else:
@@ -90,7 +90,7 @@ def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
 
 
 def _whole(footage: Footage, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Colours and labels of every pixel of whole frames, uint8, where training is."""
+    """Return colours and labels of all pixels of whole frames, uint8, from `footage.near`."""
     near = footage.near
     assert near is not None
     side = _labelled(footage, torch.arange(footage.size_px, device=rows.device))
@@ -109,7 +109,7 @@ def _whole_from_disk(footage: Footage, rows: Tensor) -> tuple[Tensor, Tensor]:
 def _pick_pixels(
     footage: Footage, frame: Tensor, line: Tensor, column: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Colours and labels of single pixels (R,), uint8, where training is."""
+    """Return colours and labels of single pixels (R,), uint8, from `footage.near`."""
     near = footage.near
     assert near is not None
     at = (frame, _labelled(footage, line), _labelled(footage, column))
@@ -125,22 +125,22 @@ def _pick_from_disk(
 
 
 def _labelled(footage: Footage, pixel: Tensor) -> Tensor:
-    """Lines or columns of pictures -> those of label maps."""
+    """Convert lines or columns of pictures to those of label maps."""
     scale = footage.labels.shape[-1] / footage.size_px
     return ((pixel + 0.5) * scale).floor().long()
 
 
 def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:
-    """n rows, none twice where there are more of them."""
+    """Draw n rows, without replacement if there are more than n."""
     if n >= len(rows):
         return rows[torch.randint(len(rows), (n,), generator=rng)]
     return rows[torch.randperm(len(rows), generator=rng)[:n]]
 
 
 def _by_lids(footage: Footage, stage: Stage, n_rows: int, rng: torch.Generator) -> Tensor:
-    """Training rows whose eyes are open by amounts drawn evenly between the least and the most:
-    somebody who blinks for two frames of four hundred would hardly learn to.  Beside rows whose
-    rays are random, a few; else their share of the rows."""
+    """Draw training rows uniformly over eye openness, from the least to the greatest: blinks that
+    last two frames of four hundred would hardly be learnt otherwise.  For random rays they are a
+    few extra rows, else a share `stage.lids` of n_rows."""
     if not stage.lids:
         return footage.train[:0]
     n = max(1, n_rows // 8)
@@ -148,19 +148,19 @@ def _by_lids(footage: Footage, stage: Stage, n_rows: int, rng: torch.Generator) 
         n = int((torch.rand(n_rows, generator=rng) < stage.lids).sum())
     opened = footage.opened
     level = opened.min() + torch.rand(n, 1, generator=rng) * (opened.max() - opened.min())
-    among = ALIKE * torch.rand(n, len(opened), generator=rng)  # any of those that are alike
+    among = ALIKE * torch.rand(n, len(opened), generator=rng)  # random among those equally open
     return footage.train[((opened - level).abs() + among).argmin(1)]
 
 
 def _in_sequence(rows: Tensor, n: int, length: int, rng: torch.Generator) -> Tensor:
-    """n of the rows, in runs of `length` that begin anywhere."""
+    """Draw about n of the rows, in runs of `length` consecutive ones with random starts."""
     length = min(length, len(rows))
     if length == 1:
         return _pick(rows, n, rng)
     n_runs = max(1, n // length)
     begins = torch.arange(len(rows) - length + 1)
     whole = begins[rows[begins + length - 1] - rows[begins] == length - 1]
-    begins = whole if len(whole) else begins  # else runs that leap over what cannot be used
+    begins = whole if len(whole) else begins  # else runs with gaps of unusable rows
     first = begins[torch.randint(len(begins), (n_runs, 1), generator=rng)]
     return rows[(first + torch.arange(length)).flatten()]
 
@@ -169,8 +169,8 @@ def _pixels(
     footage: Footage, rows: Tensor, n_rays: int, rng: torch.Generator, n_lids: int = 0,
     lids: float = 0.0,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Random pixels by region, row after row: row (R,), pixel centres (R, 2).  Of the last `n_lids`
-    rows eyes alone, which are the share `lids` of what is drawn of eyes."""
+    """Draw random pixels by region, row after row: row (R,), pixel centres (R, 2).  The last
+    `n_lids` rows get eye pixels only, a share `lids` of all eye pixels."""
     n_whole = len(rows) - n_lids
     per_row = max(4, n_rays // n_whole)
     places, number = [], torch.arange(len(rows), device=rows.device)[:, None]
@@ -191,7 +191,7 @@ def _pixels(
 
 
 def _places(footage: Footage, rows: Tensor, region: str, n: int, rng: torch.Generator) -> Tensor:
-    """n random places in a region of each row (T, n, 2), in shares of the side."""
+    """Draw n random positions in a region of each row (T, n, 2), in shares of the side."""
     at = _rand(len(rows), n, 2, rng=rng, on=rows)
     if region == "all":
         return at
@@ -202,7 +202,7 @@ def _places(footage: Footage, rows: Tensor, region: str, n: int, rng: torch.Gene
 def _patches(
     footage: Footage, rows: Tensor, stage: Stage, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """One square patch per row, in raster order: row (R,), pixel centres (R, 2)."""
+    """Draw one square patch per row, in raster order: row (R,), pixel centres (R, 2)."""
     size, side = footage.size_px, stage.patch_px
     if stage.region == "all":
         centre = _rand(len(rows), 2, rng=rng, on=rows)
@@ -222,8 +222,8 @@ def _patches(
 def _region(
     footage: Footage, rows: Tensor, region: str, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Centre and half-size (T, 2) of a region's box, in shares of the side; one of the two eyes at
-    random."""
+    """Return centre and half-size (T, 2) of a region's box, in shares of the side; "eyes" takes one
+    of the two at random."""
     if region == "eyes":
         which = _rand(len(rows), 1, 1, rng=rng, on=rows) < 0.5
         left, right = (footage.regions[eye][rows] for eye in ("left eye", "right eye"))
@@ -234,12 +234,12 @@ def _region(
 
 
 def _sent(rows: Tensor, device: torch.device) -> Tensor:
-    """Rows where training is; a GPU fetches them in its own time, from memory where it can."""
+    """Send rows to the training device; to a GPU asynchronously, from pinned memory."""
     return (rows.pin_memory() if device.type == "cuda" else rows).to(device, non_blocking=True)
 
 
 def _rand(*shape: int, rng: torch.Generator, on: Tensor) -> Tensor:
-    """Random numbers beside a tensor; drawn on the CPU, so that they are the same everywhere, and
-    in memory from which a GPU fetches them in its own time."""
+    """Return uniform random numbers on the device of `on`; drawn on the CPU, so that they do not
+    depend on the device, in pinned memory, from which a GPU copies them asynchronously."""
     drawn = torch.rand(shape, generator=rng, pin_memory=on.is_cuda)
     return drawn.to(on.device, non_blocking=True)

@@ -1,4 +1,4 @@
-"""One training step's forward pass: condition, march, compose, lose and weigh."""
+"""Forward pass of one training step: condition, march, compose, compute the weighted loss."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from talkhead_cli.jobs.preset import Train
 
 
 def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
-    """MisuseError for a stage that names a part or a loss that the avatar has not got: nobody would
-    read it."""
+    """Raise MisuseError if a stage names a part or a loss that the avatar lacks, which would
+    otherwise be ignored."""
     for name, stage in train.stages.items():
         for what, named, known in (
             ("learn", stage.learn, avatar.parts()), ("weights", stage.weights, avatar.weighs)
@@ -30,10 +30,10 @@ def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
 
 
 class Drawn:
-    """The shots of a step, as they are.
+    """The shots of a step, wrapped to keep Fabric from casting them.
 
-    Fabric turns every tensor it finds in a module's input to half precision, where that is asked
-    for: places would come out wrong by a hundredth of a head.  It does not look in here.
+    In half-precision training Fabric casts every tensor it finds in a module's input, which would
+    put positions off by a hundredth of a head.  It does not look inside this class.
     """
 
     def __init__(self, shots: list[Shot]) -> None:
@@ -41,8 +41,8 @@ class Drawn:
 
 
 class Lost(NamedTuple):
-    """loss () the weighted sum · terms () by name, unweighted · how many points the field was
-    asked for · for a critic to learn from, whole pictures (B, H, W, 3), their truth and the
+    """Losses of a step.  loss () the weighted sum · terms () by name, unweighted · n_points sent to
+    the field · pictures to train a critic on: whole pictures (B, H, W, 3), their targets and the
     landmarks in them (B, 68, 2)."""
 
     loss: Tensor
@@ -52,14 +52,14 @@ class Lost(NamedTuple):
 
 
 class Step(nn.Module):
-    """Condition, march, compose, lose and weigh, in one forward: what Fabric wraps."""
+    """The forward pass and loss of a step in one `forward`, which is what Fabric wraps."""
 
     def __init__(self, avatar: Avatar, marcher: march.Marcher) -> None:
         super().__init__()
         self.avatar, self.marcher = avatar, marcher
 
     def forward(self, drawn: Drawn, weights: Mapping[str, float]) -> Lost:
-        """What a step loses; nothing but `loss` has a gradient."""
+        """Return the losses of a step; only `loss` has a gradient."""
         results, n_points = [], 0
         for shot in drawn.shots:
             if shot.rays is None:

@@ -1,9 +1,9 @@
-"""Several processes that train one avatar together, each on draws of its own (data parallelism).
+"""Data parallelism: several processes train one avatar, each on draws of its own.
 
-Every process takes the preset's rays and rows per step; gradients are averaged, so a team of N
-learns from N times as many.  The first process of the first machine, the chief, alone speaks,
-writes and saves.  On more than one machine every one runs the same command, with MASTER_ADDR,
-MASTER_PORT and NODE_RANK set as Lightning wants them, and sees the same home.
+Every process takes the preset's rays and rows per step; gradients are averaged, so N processes
+train on N times as many.  Only the chief, the first process of the first machine, reports, writes
+and saves.  With several machines, each runs the same command, with MASTER_ADDR, MASTER_PORT and
+NODE_RANK set as Lightning requires, and must see the same home.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from talkhead_cli.jobs import interrupt
 
 Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
 Made = TypeVar("Made")
-# Half where it is faster: a CPU's casts cost more than its half-precision products gain.
+# Half precision where it is faster: on a CPU the casts cost more than the products gain.
 PRECISION: dict[str, Precision] = {"cuda": "16-mixed", "cpu": "32-true"}
 LAST_BREATH_S = 5.0
 PATIENCE_S = 30.0  # for the others to end once the chief has
@@ -38,10 +38,10 @@ def run(
     job: Callable[..., Made], *args: Any, progress: Progress, devices: int, nodes: int,
     **options: Any,
 ) -> Made:  # fmt: skip
-    """`job(*args, progress, devices=, nodes=, **options)` by a team; what the chief made.
+    """Run `job(*args, progress, devices=, nodes=, **options)` in a team; return the chief's result.
 
-    Machines other than the first end with the job, whose answer there is what the chief saved.
-    """
+    On other machines it returns when the job ends, with a result that stands for what the chief
+    saved."""
     if devices < 1 or nodes < 1:
         raise MisuseError("--devices and --nodes must be 1 or more")
     if nodes > 1 and not {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"} <= os.environ.keys():
@@ -63,13 +63,13 @@ def run(
             other.start()
         leads = is_chief(devices, nodes)
         try:
-            # the chief alone is stopped by one word, and saves; without it the others end
+            # a first signal stops the chief alone, which saves; without it the others end
             with nullcontext() if leads else interrupt.held():
                 made = job(*args, progress if leads else SilentProgress(), **options)
             for other in others:
                 other.join(PATIENCE_S)
-        except RuntimeError as error:  # gloo's and NCCL's, when somebody is gone
-            # one whose connections are gone may take a while to be gone itself
+        except RuntimeError as error:  # of gloo and NCCL, when a process is gone
+            # a process may outlive its connections for a while
             gone = connection.wait([other.sentinel for other in others], LAST_BREATH_S)
             if not gone and not (nodes > 1 and _is_of_the_net(error)):
                 raise
@@ -87,7 +87,7 @@ def run(
 
 
 def fabric(device: torch.device, precision: Precision, devices: int, nodes: int) -> Fabric:
-    """Fabric for a process of a team of `devices` on each of `nodes`, connected to the others."""
+    """Return Fabric for one of `devices` processes on each of `nodes`, connected to the others."""
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)  # its tips are not for our users
     logging.getLogger("lightning_fabric").setLevel(logging.ERROR)
     if devices * nodes == 1:
@@ -100,8 +100,8 @@ def fabric(device: torch.device, precision: Precision, devices: int, nodes: int)
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices))
     made = Fabric(
         accelerator=device.type, devices=devices, num_nodes=nodes, precision=precision,
-        # A step may ask for no point of the shoulders, say; and what each has seen of the grid is
-        # its own, until the grid is updated.
+        # Parameters may be unused: a step may sample no point of the shoulders, say.  Buffers:
+        # each process keeps its own observations of the grid until the grid is updated.
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
     )  # fmt: skip
     made.launch()
@@ -109,9 +109,9 @@ def fabric(device: torch.device, precision: Precision, devices: int, nodes: int)
 
 
 def is_chief(devices: int, nodes: int) -> bool:
-    """Whether this process speaks and writes; by the environment, before there is a Fabric.
+    """Return whether this process reports and writes; read from the environment, before Fabric.
 
-    Who works alone does, whatever number a cluster's shell gives its machine."""
+    A single process does, whatever rank a cluster's shell gives its machine."""
     if devices * nodes == 1:
         return True
     return os.environ.get("LOCAL_RANK", "0") == "0" and os.environ.get("NODE_RANK", "0") == "0"
@@ -121,7 +121,7 @@ def _join_in(
     job: Callable[..., Any], args: tuple[Any, ...], options: dict[str, Any], place: dict[str, str]
 ) -> None:
     os.environ.update(place)
-    # Ctrl-C reaches all of a terminal's processes, a scheduler's SIGTERM all of a job's: the chief
+    # Ctrl-C reaches all processes of a terminal, a scheduler's SIGTERM all of a job: the chief
     # saves, and without it the others end
     for number in interrupt.SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -129,13 +129,13 @@ def _join_in(
 
 
 def _is_of_the_net(error: RuntimeError) -> bool:
-    """Whether it says that a connection to another process is gone."""
+    """Return whether the error means that a connection to another process is gone."""
     return isinstance(error, torch.distributed.DistError) or "gloo" in str(error)
 
 
 @contextlib.contextmanager
 def _named_place(devices: int) -> Iterator[dict[str, str]]:
-    """Where the team meets, in the environment while the block runs."""
+    """Set the address where processes meet in the environment while the block runs."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         free = probe.getsockname()[1]
