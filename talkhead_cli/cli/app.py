@@ -1,7 +1,7 @@
-"""The command line.
+"""Entry point of the command line.
 
-Commands lie beside, by what they are about: options, help, and one job call each.  Nothing heavy
-is imported up here.
+The other modules of this package hold the commands: options, help, and one job call each.  Nothing
+heavy is imported at module level.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Commands that carry things in and out, and look at the machine."""
+"""Commands for export, import, third-party weights, and checks of the machine."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def import_(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Bring an avatar from another machine, or track the pictures and sound of a dataset."""
+    """Import an avatar file, or preprocess the pictures and sound of a dataset."""
     with speaking(verbose) as report:
         from talkhead_cli.store import home_folder
         from talkhead_cli.store.parcel import unpack
@@ -77,7 +77,7 @@ models = typer.Typer(help="Weights of other people's networks.", no_args_is_help
 
 @models.command("list")
 def models_list(verbose: Verbose = False) -> None:
-    """List the known weights, whether they are here, and their licences."""
+    """List the known weights, whether they are installed, and their licences."""
     with speaking(verbose):
         from talkhead_cli.store import weights
 
@@ -102,7 +102,7 @@ def models_pull(
     sha256: Annotated[str, typer.Option(help="The sha256 that the file must have.")] = "",
     verbose: Verbose = False,
 ) -> None:  # fmt: skip
-    """Fetch weights from where they are published, or from a mirror; their sha256 is checked."""
+    """Download weights from their publisher or a mirror; their sha256 is checked."""
     with speaking(verbose) as report:
         from talkhead_cli.store import weights
 
@@ -112,7 +112,7 @@ def models_pull(
 
 @models.command("verify")
 def models_verify(verbose: Verbose = False) -> None:
-    """Check the weights that are here against their sha256."""
+    """Check the installed weights against their sha256."""
     with speaking(verbose):
         from talkhead_cli.store import weights
 
@@ -129,7 +129,7 @@ def models_import(
     file: Annotated[Path, typer.Argument(help="The file, as published.")],
     verbose: Verbose = False,
 ) -> None:
-    """Bring weights that you fetched yourself: their sha256 is checked, or their layout."""
+    """Install weights that you downloaded; their sha256 or layout is checked."""
     with speaking(verbose):
         from talkhead_cli.store import weights
 
@@ -147,7 +147,7 @@ def doctor(
     ] = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say what this machine has and lacks, one line each with its fix."""
+    """Report what this machine has and lacks, one line each with its fix."""
     with speaking(verbose):
         from talkhead_cli.jobs import doctor as job
 

@@ -1,4 +1,4 @@
-"""Every word that is printed, and how an error becomes an exit code.
+"""Console output: progress, notes, results, and errors with their exit codes.
 
 stdout carries the paths of what was made, stderr everything else.
 """
@@ -38,9 +38,9 @@ err = Console(stderr=True, highlight=False)
 
 
 class Reporter:
-    """Progress on a terminal as bars with rate and time left, elsewhere as plain lines."""
+    """Reports progress: bars with rate and time left on a terminal, plain lines elsewhere."""
 
-    shown: Reporter | None = None  # which is speaking
+    shown: Reporter | None = None  # the active one
 
     def __init__(self) -> None:
         self._bars: Progress | None = None
@@ -64,7 +64,7 @@ class Reporter:
         self.make_way()
 
     def make_way(self) -> None:
-        """End the stage, and leave the terminal to what is said next."""
+        """End the stage and remove the bars, so that other output can follow."""
         self._close_stage()
         if self._bars is not None:
             self._bars.stop()
@@ -127,8 +127,8 @@ def _escaped(text: str) -> str:
 def speaking(verbose: bool) -> Iterator[Reporter]:
     """Run a job: report progress, turn errors into one sentence and an exit code.
 
-    0 done, 1 failed, 2 misused, 130 interrupted, 143 terminated.  `verbose` lets native libraries
-    speak, too.
+    0 done, 1 failed, 2 misused, 130 interrupted, 143 terminated.  `verbose` adds tracebacks and
+    what native libraries print.
     """
     code, words = 0, ""
     quiet = contextlib.nullcontext() if verbose else chatter_unheard()
@@ -154,7 +154,7 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
         code, words = 1, f"cannot {verb}: {error.strerror} ({error.filename or 'disk'})"
         _trace(verbose)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":  # torch's, which nobody here has loaded
+        if type(error).__name__ != "OutOfMemoryError":  # torch's, which is not imported here
             raise
         code = 1
         words = (
@@ -168,17 +168,17 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
 
 
 class Terminated(KeyboardInterrupt):
-    """Asked to end by a signal, as a cluster or a container does it."""
+    """SIGTERM was received, as clusters and containers send it."""
 
 
 @contextlib.contextmanager
 def _termination_heeded() -> Iterator[None]:
-    """Let SIGTERM end a job as Ctrl-C does, with nothing left half-written."""
+    """Make SIGTERM end a job as Ctrl-C does, with nothing left half-written."""
 
     def end(*_: object) -> None:
         raise Terminated
 
-    if threading.current_thread() is not threading.main_thread():  # who hears no signals
+    if threading.current_thread() is not threading.main_thread():  # which gets no signals
         yield
         return
     before = signal.signal(signal.SIGTERM, end)
@@ -190,19 +190,19 @@ def _termination_heeded() -> Iterator[None]:
 
 @contextlib.contextmanager
 def chatter_unheard() -> Iterator[None]:
-    """C++ libraries print start-up chatter, from threads of their own, that no flag turns off.
+    """Silence messages that C++ libraries print from their own threads and no flag turns off.
 
-    File descriptor 2 leads nowhere meanwhile; Python's own stderr goes where it went.
+    Meanwhile file descriptor 2 is the null device; Python's own stderr goes where it went.
     """
     python = sys.stderr
     try:
         heard = os.dup(2)
-    except OSError:  # closed, as a daemon's may be: nothing is heard anyway
+    except OSError:  # closed, as in a daemon: nothing to silence
         yield
         return
     try:
         ours = python is not None and python.fileno() == 2
-    except (OSError, ValueError):  # a test's buffer
+    except (OSError, ValueError):  # a buffer without a descriptor, as in tests
         ours = False
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if ours:
@@ -217,7 +217,7 @@ def chatter_unheard() -> Iterator[None]:
         os.dup2(heard, 2)
         os.close(heard)
         if ours:
-            sys.stderr.flush()  # and left open: loggers may have taken hold of it
+            sys.stderr.flush()  # not closed: loggers may hold a reference to it
             sys.stderr = python
 
 
@@ -227,7 +227,7 @@ def _trace(verbose: bool) -> None:
 
 
 def answer(text: object) -> None:
-    """One line of the answer itself, to stdout, if there is one."""
+    """Print one line of the result to stdout, if stdout exists."""
     if Reporter.shown is not None:
         Reporter.shown.make_way()
     if sys.stdout is None:
@@ -235,13 +235,13 @@ def answer(text: object) -> None:
     line = f"{text}\n"
     try:
         sys.stdout.write(line)
-    except UnicodeEncodeError:  # names of files need not be text that a terminal can show
+    except UnicodeEncodeError:  # file names may not fit the terminal's encoding
         code = sys.stdout.encoding or "utf-8"
         sys.stdout.write(line.encode(code, "backslashreplace").decode(code))
 
 
 def compared(rows: Mapping[str, Mapping[str, float | None]]) -> Table:
-    """A table of figures by label and run."""
+    """Return a table of figures: one row per label, one column per run."""
     runs = list(next(iter(rows.values())))
     table = Table("", *runs, box=None, pad_edge=False)
     for label, values in rows.items():

@@ -1,4 +1,4 @@
-"""Commands that draw: films, tracks of landmarks, figures."""
+"""Commands that use a finished run: render, landmarks, evaluate."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def render(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Film the avatar saying any speech: the square crop, 25 frames/s, with the sound."""
+    """Render the avatar speaking any audio: the square crop, 25 frames/s, with the sound."""
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
         from talkhead_cli.jobs.render import Wishes, render_picture
@@ -114,7 +114,7 @@ def landmarks(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write what speech says of the landmarks, to look at, edit, and render --landmarks."""
+    """Predict landmarks from speech, to view, edit, and use with render --landmarks."""
     with speaking(verbose) as report:
         from talkhead_cli.jobs.landmarks import landmarks as job
         from talkhead_cli.jobs.script import Moves
@@ -143,7 +143,7 @@ def evaluate(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Score a run on the end of the clip, which it was not trained on."""
+    """Score a run on the held-out end of the clip, which it was not trained on."""
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
         from talkhead_cli.jobs.compare import compare as side_by_side

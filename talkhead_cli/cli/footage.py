@@ -1,4 +1,4 @@
-"""Commands about footage and the identities of a home."""
+"""Commands for footage and for the identities of a home folder."""
 
 from __future__ import annotations
 
@@ -111,9 +111,9 @@ def check(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Say whether a film is worth training on, point by point, and what to do about it.
+    """Check whether a film is worth training on, point by point, and say how to improve it.
 
-    Of several films the points that are not well are said, film by film.
+    For several films, only the points that do not pass are listed, film by film.
     """
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
@@ -147,7 +147,7 @@ def check(
 
 
 def _check_each(films: list[Path], report: Reporter, json: bool) -> list[str]:
-    """The verdict on each film, past those that cannot be read, and what is not well with it."""
+    """Print what does not pass in each film; return the verdicts, "fail" for unreadable films."""
     from talkhead_cli.contracts import TalkheadError
     from talkhead_cli.jobs.check import check as job
 
@@ -177,7 +177,7 @@ def _say_points(points: Iterable[Finding], indent: str = "") -> None:
 
 
 def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> None:
-    """List identities, their runs (first the one that is taken by default) and priors."""
+    """List identities, their runs (the default one first) and priors."""
     with speaking(verbose) as report:
         from talkhead_cli.contracts import FPS
         from talkhead_cli.store import Workspace, home_folder, list_ids, list_runs, priors_folder
@@ -219,7 +219,7 @@ def info(
     home: Home = None,
     verbose: Verbose = False,
 ) -> None:
-    """Say what is known of an identity, as JSON."""
+    """Print what is known about an identity, as JSON."""
     with speaking(verbose):
         from talkhead_cli.store import Workspace, home_folder, list_runs
 
@@ -270,7 +270,7 @@ def remove(
 
 
 def _run_of(folder: Path, name: str, kind: str) -> Run:
-    """The run or prior of that name, finished or not."""
+    """Return the run or prior of that name, finished or not; TalkheadError if there is none."""
     from talkhead_cli.contracts import TalkheadError
     from talkhead_cli.store import Run, list_runs
 

@@ -1,4 +1,4 @@
-"""How the process keeps memory."""
+"""Settings of the C library's memory allocator."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ import sys
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP = 512 << 20
-LARGEST = 32 << 20  # more than that glibc refuses
+LARGEST = 32 << 20  # the most that glibc accepts
 
 
 def keep_freed_memory() -> bool:
-    """Let glibc reuse freed arrays; whether it is there and agreed.
+    """Let glibc reuse the memory of freed arrays; return whether glibc accepted the settings.
 
-    By default it gives arrays of some megabytes back to the kernel, which clears them page by
-    page when the next operation asks for as many: a seventh of the field's time on two cores.
-    At most `KEEP` bytes stay with the process.
+    By default it returns arrays of some megabytes to the kernel, which clears them page by page
+    at the next allocation of that size: a seventh of the field's time on two cores.
+    At most `KEEP` bytes of freed memory stay with the process.
     """
     if not sys.platform.startswith("linux"):
         return False

@@ -1,4 +1,4 @@
-"""Options that commands share, and how an answer is said."""
+"""Options that commands share, and how results are printed."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ RunName = Annotated[str | None, typer.Option("--run", help="Which run.  \\[defau
 
 
 def say(paths: list[Path], facts: dict[str, Any], json: bool) -> None:
-    """The paths of what was made, line by line, or all facts as JSON."""
+    """Print the paths of what was made, one per line, or all facts as JSON."""
     if json:
         answer(jsonlib.dumps({"paths": [str(p) for p in paths], **facts}))
         return

@@ -50,7 +50,7 @@ def finetune(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train one person's avatar.  An interrupted run goes on where it was saved last."""
+    """Train one person's avatar.  An interrupted run resumes where it was last saved."""
     with speaking(verbose) as report:
         from talkhead_cli.jobs import team
         from talkhead_cli.jobs.finetune import finetune as job
@@ -91,7 +91,7 @@ def pretrain(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Learn what many people share; new people begin from it (finetune --prior)."""
+    """Train a prior on many people, from which finetune --prior starts."""
     with speaking(verbose) as report:
         from talkhead_cli.jobs import team
         from talkhead_cli.jobs.pretrain import pretrain as job
@@ -107,7 +107,7 @@ def pretrain(
 
 
 def _named(ids: str | None, file: Path | None, home: Path) -> list[str]:
-    """Identities by --ids, else by --ids-from, else all of the home."""
+    """Return the identities of --ids, else of --ids-from, else all of the home folder."""
     from talkhead_cli.contracts import MisuseError
     from talkhead_cli.store import list_ids
 

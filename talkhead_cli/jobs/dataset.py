@@ -1,9 +1,9 @@
-"""A dataset in RAD-NeRF's layout (exchange.py has it) as a workspace.
+"""Import a dataset in RAD-NeRF's layout (see exchange.py) as a workspace.
 
 Pictures and sound are the dataset's, tracking is ours: readers of the layout disagree on what its
 speech features, eyes and labels are, and none of them measures what we train on.  The dataset's
-own cameras are put to the test instead: one similarity must carry our rigid face into their world,
-so that each camera sees it where it was seen.  Nothing that could hold code (.pt, .npy) is opened.
+cameras are only evaluated: one similarity transform of our rigid face into their world is fitted to
+where the face was seen, and the error is reported.  No .pt or .npy, which may hold code, is opened.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from talkhead_cli.store import Workspace, check_id
 from talkhead_cli.track.pose import RIGID
 
 SPLITS = ("train", "val")
-N_ASKED = 60  # cameras that are put to the test
+N_ASKED = 60  # cameras that are evaluated
 MAX_JSON = 200_000_000  # bytes
 MAX_FRAMES = 10_000_000
 
 
 @dataclass(frozen=True)
 class Cameras:
-    """Cameras of a dataset: frames (n,), camera-to-world (n, 4, 4) in its axes, focal length and
-    principal point in pixels of its pictures; how many frames it holds out."""
+    """Cameras of a dataset: frames (n,) · c2w (n, 4, 4) in its axes · focal length and principal
+    point `centre` in pixels of its pictures · n_held: number of frames that it holds out."""
 
     frames: NDArray[np.int64]
     c2w: NDArray[np.float64]
@@ -49,7 +49,7 @@ class Cameras:
 def import_dataset(
     folder: Path, home: Path, progress: Progress, *, name: str | None = None
 ) -> Workspace:
-    """Track the dataset's pictures and sound into `home`, and say how good its cameras are.
+    """Preprocess the dataset's pictures and sound into `home`, and report its cameras' error.
 
     Reads ori_imgs/{i}.jpg (or .png), else ID.mp4; aud.wav; transforms_train.json and _val.json.
     """
@@ -83,8 +83,8 @@ def import_dataset(
 
 
 def read_cameras(folder: Path) -> Cameras | None:
-    """The cameras of transforms_train.json and transforms_val.json, in the order of their frames;
-    None where there are no such files."""
+    """Read the cameras of transforms_train.json and transforms_val.json, sorted by frame; None if
+    there are none."""
     frames: list[tuple[int, NDArray[np.float64]]] = []
     facts: dict[str, Any] = {}
     n_held = 0
@@ -132,7 +132,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _sources(folder: Path) -> tuple[list[Path], Path]:
-    """Its numbered pictures, or else its film, and its sound."""
+    """Return the numbered pictures, or else the video, and the file that holds the sound."""
     sound = folder / "aud.wav"
     own = folder / f"{folder.resolve().name}.mp4"
     films = [own] if own.is_file() else sorted(folder.glob("*.mp4"))
@@ -155,7 +155,7 @@ def _sources(folder: Path) -> tuple[list[Path], Path]:
 
 
 def _film(pictures: list[Path], sound: Path, out: Path, progress: Progress) -> Path:
-    """Both as one film."""
+    """Encode pictures and sound as one video."""
     stream = _read(pictures)
     first = next(stream)
     height, width = (side // 2 * 2 for side in first.shape[:2])
@@ -169,7 +169,7 @@ def _film(pictures: list[Path], sound: Path, out: Path, progress: Progress) -> P
 
 
 def _pictures(folder: Path) -> list[Path]:
-    """ori_imgs/0.jpg, 1.jpg ... without a gap."""
+    """Return the pictures 0.jpg, 1.jpg ... in order; TalkheadError if one is missing."""
     numbered = {int(p.stem): p for p in folder.glob("*.*")
                 if p.suffix in (".jpg", ".png") and p.stem.isdecimal()}  # fmt: skip
     missing = next((i for i in range(len(numbered)) if i not in numbered), None)
@@ -179,7 +179,7 @@ def _pictures(folder: Path) -> list[Path]:
 
 
 def _read(files: list[Path]) -> Iterator[NDArray[np.uint8]]:
-    """(H, W, 3) frames of numbered pictures, or of one film."""
+    """Yield frames (H, W, 3) of numbered pictures, or of one video."""
     if files[0].suffix == ".mp4":
         yield from media.frames(files[0])
         return
@@ -193,8 +193,8 @@ def _read(files: list[Path]) -> Iterator[NDArray[np.uint8]]:
 
 
 def misses(space: Workspace, cameras: Cameras) -> tuple[float, float] | None:
-    """How far (RMS of each frame, on average) rigid landmarks are from where the dataset's cameras
-    and our track see the rigid face: pixels at 512.  None where too few cameras show a face."""
+    """Return the reprojection errors of the rigid face by the dataset's cameras and by our track:
+    mean over frames of the RMS, pixels at 512.  None if fewer than ten cameras show a face."""
     tracks = space.load("tracks")
     crop, size = space.manifest()["crop"], int(space.manifest()["size_px"])
     usable = np.flatnonzero(tracks["usable"])
@@ -219,5 +219,5 @@ def misses(space: Workspace, cameras: Cameras) -> tuple[float, float] | None:
     fitted = least_squares(off, start, loss="soft_l1", f_scale=4.0)
     missed = off(fitted.x).reshape(len(asked), -1, 2)
     theirs = np.sqrt((missed**2).sum(-1).mean(1)).mean()
-    ours = float(np.nanmean(tracks["residual_px"][asked]))  # in pixels of the film
+    ours = float(np.nanmean(tracks["residual_px"][asked]))  # in pixels of the video
     return float(theirs) * size / scale, ours * size / scale

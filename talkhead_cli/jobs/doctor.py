@@ -1,4 +1,4 @@
-"""What every room needs of the machine."""
+"""Requirements on the machine, as `talkhead doctor` prints them."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ MIN_FREE_GB = 2.0
 
 
 def needs() -> list[Need]:
-    """All requirements, the required ones first."""
+    """Return all requirements, mandatory ones first."""
     found = [_python(), *_packages(), *media.check(), _disk(), *march.check()]
     return sorted(found, key=lambda n: not n.required)
 
 
 def build() -> str:
-    """Compile the CUDA kernels now, rather than in the middle of a job; what came of it."""
+    """Compile the CUDA kernels ahead of any job, and say so; TalkheadError if that fails."""
     why_not = march.obstacle()
     if why_not:
         raise TalkheadError(

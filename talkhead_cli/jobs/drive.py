@@ -1,7 +1,6 @@
-"""What moves the head while new speech is spoken: pose, blinks, gaze, camera.
+"""Head pose, body, eyes and camera for a video of new speech.
 
-Every value is a function of the frame's number alone, so that a frame does not depend on
-which were rendered before it.
+Every value is a function of the frame number alone, so that frames can be rendered in any order.
 """
 
 from __future__ import annotations
@@ -21,13 +20,13 @@ from talkhead_cli.jobs.footage import head_camera
 
 Array = NDArray[np.floating[Any]]
 
-TURN = 10  # frames over which a replay slows down and turns round
+TURN = 10  # frames over which a replay slows down before it reverses
 MAX_ANGLE_DEG = 45.0
-ORBIT_DEG, ORBIT_S = 30.0, 8.0  # how far a camera swings to either side, and how long it takes
+ORBIT_DEG, ORBIT_S = 30.0, 8.0  # swing of the camera to either side, and its period
 # Spontaneous blinks in conversation: about 17 a minute, a third of a second each (Bentivoglio
 # et al. 1997), shutting faster than they open.
 BLINK_MEAN_S, BLINK_SPREAD, BLINK_MIN_S = 3.5, 0.5, 1.0
-# A head that listens to itself: slow turns of a few degrees, seldom the same.
+# Motion of `--pose auto`: slow random rotation by a few degrees.
 SWAY_DEG = np.array([1.6, 2.4, 1.2])  # standard deviations of pitch, yaw, roll
 SWAY_HZ = (0.07, 0.55)
 N_WAVES = 5
@@ -40,30 +39,30 @@ BLINK_SHAPE = np.array([0.75, 0.35, 0.05, 0.0, 0.15, 0.4, 0.7, 0.9])
 
 @dataclass(frozen=True)
 class Drive:
-    """Says the driving values of any frames (n,) of a film of new speech."""
+    """Driving values of any frames (n,) of a video of new speech."""
 
     pose: Callable[[NDArray[Any]], tuple[Array, Array]]  # -> pose (n, 6), body (n, 4)
     eyes: Callable[[NDArray[Any]], tuple[Array, Array, Array]]  # -> eye, gaze, brow (n, 2)
     k: Tensor
-    rows: Callable[[NDArray[Any]], Array]  # frames (n,) -> rows of the footage that they replay
+    rows: Callable[[NDArray[Any]], Array]  # frames (n,) -> footage rows that they replay
     yaw_deg: float = 0.0
     pitch_deg: float = 0.0
     orbit: bool = False
 
     @property
     def looks_elsewhere(self) -> bool:
-        """Whether the camera ever leaves the footage's."""
+        """Whether any frame has another camera than the footage."""
         return bool(self.yaw_deg or self.pitch_deg or self.orbit)
 
     def telling(self, n: int, n_frames: int) -> NDArray[np.int64]:
-        """At most n of the film's frames that between them show its poses and its views."""
+        """Return at most n frames that sample the poses and camera views of the video."""
         spread = np.linspace(0, n_frames - 1, n)
-        if self.orbit:  # evenly spaced frames may fall on one and the same view: half see a swing
+        if self.orbit:  # even spacing may alias with the orbit: half the frames sample one period
             spread[::2] = np.linspace(0, min(n_frames, FPS * ORBIT_S) - 1, len(spread[::2]))
         return np.unique(spread.astype(int))
 
     def camera(self, pose: Array, size_px: int, frames: NDArray[Any]) -> Camera:
-        """The footage's camera in frames (n,), carried round the head by yaw, pitch and orbit."""
+        """Return the camera of frames (n,): the footage's, rotated about the head's origin."""
         seen = head_camera(torch.from_numpy(pose).float(), self.k, size_px)
         if not self.looks_elsewhere:
             return seen
@@ -90,11 +89,11 @@ def make(
     seed: int = 0,
     as_filmed: bool = False,
 ) -> Drive:
-    """The drive of a film of n_frames.
+    """Build the drive of a video of n_frames.
 
-    footage: a run's drive.npz · pose: footage, still, auto or a file · blink: footage, auto, none
-    or a file · orbit: swing ORBIT_DEG to either side in ORBIT_S · as_filmed: replay whole rows from
-    the very first on, also those that show no face, for films that the frames are set into
+    footage: arrays of a run's drive.npz · pose: footage, still, auto or a file · blink: footage,
+    auto, none or a file · orbit: swing ORBIT_DEG to either side with period ORBIT_S · as_filmed:
+    replay every row from row 0 on, also those without a face, to paste the frames into the source
     """
     furthest = abs(yaw_deg) + (ORBIT_DEG if orbit else 0)
     if not max(furthest, abs(pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
@@ -162,7 +161,7 @@ def _triple(place: Array) -> str:
 
 
 def longest_run(usable: NDArray[np.bool_]) -> tuple[int, int]:
-    """First and last frame of the longest stretch that has a face."""
+    """Return the first and last row of the longest usable stretch; TalkheadError if none."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], usable, [False]]).astype(int)))
     spans = edges.reshape(-1, 2)
     if len(spans) == 0:
@@ -172,7 +171,7 @@ def longest_run(usable: NDArray[np.bool_]) -> tuple[int, int]:
 
 
 def to_and_fro(n: int) -> Callable[[NDArray[Any]], Array]:
-    """Frame numbers -> rows of a clip of n frames: forward, then backward, every one as it is."""
+    """Map frame numbers to whole rows of a clip of n frames: a triangle wave from row 0 on."""
     last = max(1, n - 1)
 
     def place(frames: NDArray[Any]) -> Array:
@@ -183,10 +182,10 @@ def to_and_fro(n: int) -> Callable[[NDArray[Any]], Array]:
 
 
 def there_and_back(n: int) -> Callable[[NDArray[Any]], Array]:
-    """Frame numbers -> places in a clip of n frames: forward, then backward, without a jerk.
+    """Map frame numbers to fractional rows of a clip of n frames: forward, then backward, eased.
 
-    Within TURN frames of an end the motion slows to a stop and turns: a parabola in place of
-    the corner of a triangle wave.
+    Within TURN frames of an end a parabola replaces the corner of the triangle wave, so that the
+    motion slows to a stop before it reverses.
     """
     last = n - 1
 
@@ -199,6 +198,7 @@ def there_and_back(n: int) -> Callable[[NDArray[Any]], Array]:
         def eased(distance: Array) -> Array:
             return np.where(distance < turn, distance**2 / (2 * turn) + turn / 2, distance)
 
+        # the parabola's vertex is turn / 2 from the end: rows beyond it are not replayed
         at = np.where(at < last / 2, eased(at), last - eased(last - at))
         return at
 
@@ -206,7 +206,7 @@ def there_and_back(n: int) -> Callable[[NDArray[Any]], Array]:
 
 
 def between(values: Array, at: Array) -> Array:
-    """Linear interpolation of values (n, k) at fractional rows."""
+    """Interpolate values (n, k) linearly at fractional rows (m,)."""
     low = np.floor(at).astype(int).clip(0, len(values) - 1)
     high = np.minimum(low + 1, len(values) - 1)
     share = (at - low)[:, None]
@@ -214,7 +214,7 @@ def between(values: Array, at: Array) -> Array:
 
 
 def blink_track(n_frames: int, seed: int) -> Array:
-    """Eye openness factor (n_frames,): 1 open, 0 shut, at a natural rate."""
+    """Return random blinks at a natural rate: factors (n_frames,) on openness, 0 is shut."""
     rng = np.random.default_rng(seed)
     track = np.ones(n_frames)
     at = rng.uniform(0.5, BLINK_MEAN_S)
@@ -272,7 +272,7 @@ def _eyes(
 
 
 def _sway(pose: Array, body: Array, seed: int) -> Callable[[NDArray[Any]], tuple[Array, Array]]:
-    """A head that sways round `pose` (6,) as one does who speaks; shoulders rest."""
+    """Return the motion of `--pose auto`: slow random sway about `pose` (6,), body at rest."""
     from scipy.spatial.transform import Rotation
 
     rng = np.random.default_rng(seed)
@@ -284,7 +284,7 @@ def _sway(pose: Array, body: Array, seed: int) -> Callable[[NDArray[Any]], tuple
 
     def moves(frames: NDArray[Any]) -> tuple[Array, Array]:
         at = np.asarray(frames, float)[:, None, None] / FPS
-        waves = np.sin(2 * np.pi * hz * at + phase) * (1 - np.exp(-at))  # it begins at rest
+        waves = np.sin(2 * np.pi * hz * at + phase) * (1 - np.exp(-at))  # starts at rest
         turn = Rotation.from_rotvec(size * waves.sum(-1)) * rest
         place = np.tile(pose[3:], (len(frames), 1))
         return np.concatenate([turn.as_rotvec(), place], 1), np.tile(body, (len(frames), 1))
@@ -296,7 +296,7 @@ def _pose_file(path: Path, body: Array) -> Callable[[NDArray[Any]], tuple[Array,
     """Poses of a file: 6 columns, rotation vector (rad) and place (face heights) of the head in the
     camera's space: x right, y down, z away.
 
-    A file shorter than the film is replayed there and back.
+    A file shorter than the video is replayed forward and backward.
     """
     given = read_table(path, (6,), "--pose")
     if given[:, 5].min() < NEAREST:
@@ -314,7 +314,7 @@ def _pose_file(path: Path, body: Array) -> Callable[[NDArray[Any]], tuple[Array,
 
 
 def read_table(path: Path, columns: tuple[int, ...], option: str) -> Array:
-    """Numbers of a .csv, .txt or .npy file, one row a frame, (n, columns)."""
+    """Read a .csv, .txt or .npy table (n, c), one row per frame; c must be one of `columns`."""
     if not path.is_file():
         raise MisuseError(f"{option} {path}: there is no such file (and it is no known word)")
     try:

@@ -1,4 +1,4 @@
-"""One picture, or a few -> an avatar: what a prior knows of people, and whom the picture shows."""
+"""Make an avatar from one picture, or a few, with a prior; nothing is trained."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, check_id
 from talkhead_cli.store.files import atomic, sha256_of
 
-SIDES_DEG = (-14.0, -5.0, 5.0, 14.0)  # views that show where the person is
+SIDES_DEG = (-14.0, -5.0, 5.0, 14.0)  # yaw of the views that seed the occupancy grid
 
 
 def enroll(
@@ -32,11 +32,11 @@ def enroll(
     progress: Progress, *, prior: str | None = None, which_face: str = "largest",
     device: str = "auto",
 ) -> tuple[Workspace, Run]:  # fmt: skip
-    """Make the person of some pictures an identity of `home`, with a run that renders; the first
+    """Make the person in some pictures an identity of `home`, with a finished run; the first
     picture is the main one.
 
-    The prior is one of `priors_home`, by default the newest that fits the presets; its preset is
-    the run's.  Nothing is trained.
+    The prior is one of `priors_home`, by default the newest that fits the presets; the run takes
+    over its preset.  Nothing is trained.
     """
     asked = presets.load(preset_names)
     method = asked.method
@@ -47,7 +47,7 @@ def enroll(
         )
     began = time.monotonic()
     if prior is None:
-        # a method alone takes a prior of any size
+        # if only the method is given, a prior of any size will do
         prior = priors.newest(priors_home, method, asked if len(preset_names) > 1 else None)
         progress.note(f"prior: {prior}")
     start = priors.fitting(priors_home, prior, method)
@@ -80,7 +80,7 @@ def enroll(
 
 
 def _keep(run: Run, seen: Sequence[Photo], start: Run) -> None:
-    """The pictures, what is behind the person, and what films replay: one frame."""
+    """Save the portrait, the background and a drive of a single frame."""
     main, signals = seen[0], seen[0].portrait.signals
     run.save_portrait(portraits.to_arrays(portraits.joined([one.portrait for one in seen])))
     with atomic(run.plate_file) as part:
@@ -94,8 +94,8 @@ def _keep(run: Run, seen: Sequence[Photo], start: Run) -> None:
 def _build(
     run: Run, preset: Preset, start: Run, seen: Sequence[Portrait], where: torch.device
 ) -> None:
-    """The prior's network, and a marcher that has seen the person: mouths from shut to wide open,
-    from either side, and as further pictures show them."""
+    """Save the prior's network, and a marcher whose occupancy is seeded with the person: mouths
+    from shut to wide open, at SIDES_DEG and from the cameras of the further pictures."""
     signals = seen[0].signals
     aabb = player.box_for(preset, signals.camera)
     avatar, marcher, _ = player.build(preset, player.heard_by(start), aabb.to(where), where)

@@ -1,17 +1,17 @@
-"""A workspace in the dataset layout that RAD-NeRF began and ER-NeRF, SyncTalk and others read.
+"""Export a workspace in the dataset layout of RAD-NeRF, which ER-NeRF, SyncTalk and others read.
 
     ID.mp4  aud.wav  bc.jpg  au.csv  transforms_train.json  transforms_val.json
     transforms.json       the same cameras for nerfstudio
     aud.npy aud_ds.npy    speech features (N, 16, 29)
     ori_imgs/{i}.jpg {i}.lms   gt_imgs/{i}.jpg   parsing/{i}.png   torso_imgs/{i}.png
-    bs.npy (N, 52)  parsing/{i}_face.png      what SyncTalk reads besides
-    teeth_mask/{i}.npy                        what TalkingGaussian and InsTaG do
+    bs.npy (N, 52)  parsing/{i}_face.png      read by SyncTalk in addition
+    teeth_mask/{i}.npy                        read by TalkingGaussian and InsTaG in addition
 
-Whose networks cannot be had by pip stands in: the features have DeepSpeech's shape and hold our
-log-mel bands; action units and blend shapes are those that our tracks of lids, brows and lips say,
-the others 0; the mouth's inside stands for teeth.  The split is ours,
-so that the same frames are held out on both sides.  Readers of the layout take the optical axis to
-be in the middle of the pictures, which are crops: cameras are turned until it is.
+Files whose networks pip cannot install hold substitutes: the features have DeepSpeech's shape and
+hold our log-mel bands; action units and blend shapes are derived from our tracks of lids, brows and
+lips, the others are 0; the inner mouth stands in for teeth.  The split is ours, so that both sides
+hold out the same frames.  Readers of the layout assume that the principal point is the picture's
+centre; ours are crops, so the cameras are rotated, and the pictures warped, until it is.
 """
 
 from __future__ import annotations
@@ -42,24 +42,24 @@ SHAPE = (16, 29)  # steps of 20 ms and channels of DeepSpeech's features
 UNIT = 0.8 / 4
 TURNED = np.diag([1.0, -1.0, -1.0, 1.0])  # OpenCV axes (y down, z forward) to OpenGL's, and back
 WHITE = 255
-# Colours as a viewer shows them.  TalkingGaussian tells hair and the mouth's inside from the head.
+# RGB.  TalkingGaussian distinguishes hair and the inner mouth from the rest of the head.
 HEAD = (0, 0, WHITE)
 PARSING = {
     "face": HEAD, "mouth": (100, 100, 100), "hair": (0, 0, 0), "neck": (0, WHITE, 0),
     "torso": (WHITE, 0, 0), "background": (WHITE, WHITE, WHITE),
 }  # fmt: skip
-# OpenFace's scale of action units ends at 5: where what we track is taken to reach it.
+# Top of OpenFace's scale of action units; tracked values are scaled to reach it at *_REACH.
 STRONGEST = 5.0
 BROW_REACH, LID_REACH, LIP_REACH = 0.04, 0.2, 0.12  # face heights, openness above 1, face heights
-# MediaPipe's blend shapes as SyncTalk counts them; its left is the person's.
+# Indices of MediaPipe's blend shapes in SyncTalk's order; left is the person's.
 BROWS_DOWN, BROWS_UP, BLINKS, JAW_OPEN = (0, 1), (2, 3, 4), (8, 9), 24
 
 
 def export_avatar(
     home: Path, name: str, out: Path, progress: Progress, *, run_name: str | None = None
 ) -> Path:
-    """Write a finished run of identity `name` into the file `out`: of the footage's pictures
-    nothing but the background, and the portrait where an avatar is made from one."""
+    """Write a finished run of identity `name` into the file `out`.  Of the footage's pictures it
+    holds only the background, and the portrait if the avatar is made from one."""
     space = Workspace.open(home, name)
     run, by_default = player.pick_run(space, run_name)
     if by_default:
@@ -102,7 +102,7 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
     plate = seen.picture(plate)
     _save(out / "bc.jpg", plate)
     features = speech_features(voice.features(media.sound(space.audio)), n_frames)
-    for file in ("aud.npy", "aud_ds.npy"):  # one name in the scripts, another in the loader
+    for file in ("aud.npy", "aud_ds.npy"):  # readers' scripts and loader use different names
         np.save(out / file, features)
     units = action_units(tracks)
     with (out / "au.csv").open("w", newline="") as handle:
@@ -134,14 +134,14 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
 
 
 class _Straight:
-    """A crop's camera turned to look at the middle of the crop, and what it sees then."""
+    """A crop's camera, rotated to look at the crop's centre, and the homography to its view."""
 
     def __init__(self, k: NDArray[np.float32], size: int) -> None:
         """k (3, 3) of the crop at STORED_PX · size: of pictures, in pixels"""
         self.k, self.size = k, size
         scaled = np.diag([size / STORED_PX, size / STORED_PX, 1.0]) @ k.astype(np.float64)
         ahead = np.linalg.solve(scaled, [size / 2, size / 2, 1.0])
-        # by the shortest way; distances in the middle stay as they were
+        # the smallest rotation; the focal length keeps the scale at the centre
         axis = np.cross(ahead, [0.0, 0.0, 1.0])
         angle = float(np.arctan2(np.linalg.norm(axis), ahead[2]))
         self.turn = cv2.Rodrigues(axis / max(float(np.linalg.norm(axis)), 1e-12) * angle)[0]
@@ -157,14 +157,14 @@ class _Straight:
         return c2w
 
     def points(self, at: NDArray[Any]) -> NDArray[np.float64]:
-        """Where points (T, N, 2) of the crop are seen, in pixels."""
+        """Map points (T, N, 2) of the crop to the rotated view, in pixels."""
         seen = np.concatenate([at, np.ones_like(at[..., :1])], -1) @ self.homography.T
         found: NDArray[np.float64] = seen[..., :2] / seen[..., 2:]
         return found
 
     def picture(self, crop: NDArray[Any]) -> NDArray[Any]:
-        """(s, s, C) as it is seen; the border is repeated where the crop ends."""
-        to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV counts from centres
+        """Warp a crop (s, s, C) to the rotated view; beyond the crop its border is replicated."""
+        to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV: 0 is a pixel's centre
         seen: NDArray[Any] = cv2.warpPerspective(
             np.ascontiguousarray(crop), np.linalg.inv(to_corner) @ self.homography @ to_corner,
             (self.size, self.size), borderMode=cv2.BORDER_REPLICATE,
@@ -175,7 +175,7 @@ class _Straight:
 def _write_nerfstudio(
     out: Path, c2w: NDArray[np.float64], *, usable: list[int], focal: float, size: int
 ) -> None:
-    """transforms.json: cameras round the head, OpenGL axes, z up, face heights."""
+    """Write transforms.json: cameras around the head, OpenGL axes, z up, in face heights."""
     stands = np.array([[1.0, 0, 0, 0], [0, 0, 1, 0], [0, -1, 0, 0], [0, 0, 0, 1]])
     poses = stands @ c2w @ TURNED
     (out / "transforms.json").write_text(json.dumps({
@@ -190,7 +190,7 @@ def _write_frame(
     out: Path, i: int, bgr: NDArray[np.uint8], labels: NDArray[np.float32],
     plate: NDArray[np.uint8],
 ) -> None:  # fmt: skip
-    """Pictures of frame i; labels (6, s, s) in [0, 1]."""
+    """Write all pictures of frame i; labels (6, s, s) in [0, 1]."""
     of = dict(zip(LABELS, labels, strict=True))
     _save(out / "ori_imgs" / f"{i}.jpg", bgr)
     person = (1 - of["background"])[..., None]
@@ -208,7 +208,7 @@ def _write_frame(
 
 
 def action_units(tracks: dict[str, NDArray[Any]]) -> dict[int, NDArray[np.float64]]:
-    """Intensities (T,) from 0 to 5 of the action units that readers of the layout ask for."""
+    """Return intensities (T,), 0 to 5, of the action units that readers of the layout use."""
     brow, eye = tracks["brow"].mean(1), tracks["eye"].mean(1)
     lips = face.lip_aperture(tracks["mesh_px"])
 
@@ -224,9 +224,9 @@ def action_units(tracks: dict[str, NDArray[Any]]) -> dict[int, NDArray[np.float6
 
 
 def blend_shapes(tracks: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
-    """(T, 52) scores in [0, 1], in the order in which SyncTalk keeps MediaPipe's."""
+    """Return MediaPipe blend shape scores (T, 52) in [0, 1], in SyncTalk's order."""
     shapes = np.zeros((len(tracks["eye"]), 52))
-    left, right = 1, 0  # of the person, who faces us
+    left, right = 1, 0  # of the person; columns of tracks are left, right of the picture
     brow = tracks["brow"] / BROW_REACH
     shapes[:, BROWS_DOWN] = -brow[:, (left, right)]
     shapes[:, BROWS_UP] = np.stack([brow.mean(1), brow[:, left], brow[:, right]], 1)
@@ -237,7 +237,7 @@ def blend_shapes(tracks: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
 
 
 def transforms(c2w: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Camera-to-head matrices (T, 4, 4), OpenCV axes, as the layout's readers want them."""
+    """Convert camera-to-head matrices (T, 4, 4) from OpenCV axes to the layout's axes and unit."""
     scaled = c2w.copy()
     scaled[:, :3, 3] *= UNIT
     turned: NDArray[np.float64] = TURNED @ scaled @ TURNED
@@ -245,8 +245,8 @@ def transforms(c2w: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def speech_features(stream: NDArray[np.float32], n_frames: int) -> NDArray[np.float32]:
-    """Rows of 10 ms (n, A), mel bands first -> windows (n_frames, 16, 29) of 20 ms steps around
-    each frame."""
+    """Resample features (n, A), mel bands first, one row per 10 ms, to windows (n_frames, 16, 29)
+    of 20 ms steps around each frame."""
     mel = stream[:, : voice.N_MEL]
     bands = (mel - mel.mean(0)) / (mel.std(0) + 1e-3)
     steps, channels = SHAPE
@@ -258,7 +258,7 @@ def speech_features(stream: NDArray[np.float32], n_frames: int) -> NDArray[np.fl
 
 
 def _grown(labels: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
-    """(6, 128, 128) uint8 -> (size, size, 6) in [0, 1]."""
+    """Resize labels (6, 128, 128) uint8 to (size, size, 6) in [0, 1]."""
     hwc = labels.transpose(1, 2, 0).astype(np.float32) / 255
     return np.asarray(cv2.resize(hwc, (size, size), interpolation=cv2.INTER_LINEAR), np.float32)
 

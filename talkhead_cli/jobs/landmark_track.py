@@ -1,13 +1,13 @@
-"""Landmark tracks as files: what speech said, for people to look at, edit and lend.
+"""Landmark tracks as files, to view, edit, and drive another face with.
 
 A track is a .npz archive of plain arrays (no pickles):
 
     landmarks  (T, 68, 3) float  iBUG order, head space: x to the person's left, y down, z away
                from the camera, origin between the ears, in face heights; 25 rows a second
-    neutral    (68, 3) float  the same face at rest; what a track moves is measured from it, so
-               that one person's track can drive another's face
+    neutral    (68, 3) float  the same face at rest; motion is the displacement from it, so that
+               one person's track can drive another's face
     eye        (T, 2) float, optional  openness of the eyes on the picture's left and right,
-               0 shut ... 1 open, unless --blink says otherwise; without it, lids are --blink's
+               0 shut ... 1 open; used only while --blink is at its default
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from talkhead_cli.contracts import FPS, N_LANDMARKS, TalkheadError
 from talkhead_cli.store.files import read_arrays, write_arrays
 
 JAW, LIPS = slice(0, 17), slice(48, 68)
-MAX_AWAY = 1.0  # face heights from the neutral face; nobody's jaw drops so far
+MAX_AWAY = 1.0  # face heights from the neutral face; more than any jaw drops
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class LandmarkTrack:
         return len(self.landmarks)
 
     def louder(self, lips: float, jaw: float) -> LandmarkTrack:
-        """Lips and jaw moved by so many times their way from the neutral face."""
+        """Scale the displacement of lips and jaw from the neutral face by these gains."""
         marks = self.landmarks.copy()
         for part, gain in ((LIPS, lips), (JAW, jaw)):
             rest = self.neutral[part]
@@ -46,7 +46,7 @@ class LandmarkTrack:
         return replace(self, landmarks=marks)
 
     def on(self, neutral: NDArray[Any]) -> LandmarkTrack:
-        """The same motion on another face (68, 3)."""
+        """Return the same motion on another neutral face (68, 3)."""
         marks = self.landmarks - self.neutral + neutral
         return replace(self, landmarks=marks.astype(np.float32), neutral=neutral)
 
@@ -57,7 +57,7 @@ def write(path: Path, track: LandmarkTrack) -> None:
 
 
 def read(path: Path) -> LandmarkTrack:
-    """The track in a file; TalkheadError says what is wrong with it."""
+    """Read a track from a file; TalkheadError if it is missing or invalid."""
     if not path.is_file():
         raise TalkheadError(f"--landmarks {path}: there is no such file")
     try:
@@ -99,7 +99,7 @@ def _array(
 
 
 def fits_film(track: LandmarkTrack, n_frames: int, path: Path) -> None:
-    """Refuse a track that is shorter or longer than the speech by more than a frame."""
+    """Raise TalkheadError if track and speech differ in length by more than a frame."""
     if abs(len(track) - n_frames) > 1:
         raise TalkheadError(
             f"--landmarks {path} has {len(track)} rows ({len(track) / FPS:.2f} s) and the speech "

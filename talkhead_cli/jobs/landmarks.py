@@ -1,4 +1,4 @@
-"""What speech says of a face, written as a track that people can see and edit."""
+"""Predict landmarks from speech and write them as a track that users can view and edit."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from talkhead_cli.store.files import atomic
 
 MAX_GAIN = 5.0
 N_SHOWN, SHOWN_PX, CURVE_PX = 8, 256, 128
-# The iBUG order as lines: jaw, brows, nose, eyes, lips; the last three are closed.
+# The iBUG order as lines: jaw, brows, nose, eyes, lips; eyes and lips (CLOSED on) are closed.
 LINES = ((0, 17), (17, 22), (22, 27), (27, 31), (31, 36), (36, 42), (42, 48), (48, 60), (60, 68))
 CLOSED = 36
 INK, PAPER = (80, 255, 80), 24
@@ -40,9 +40,9 @@ def landmarks(
     picture: bool = True,
     device: str = "auto",
 ) -> list[Path]:
-    """Write what `speech` says of identity `name`'s landmarks; paths of the track and its picture.
+    """Predict identity `name`'s landmarks from `speech`; return the paths of track and picture.
 
-    lips, jaw: gains on the way they go from the neutral face.
+    lips, jaw: gains on their displacement from the neutral face.
     """
     for option, gain in (("--lips", lips), ("--jaw", jaw)):
         if not 0 <= gain <= MAX_GAIN:  # nan is refused too
@@ -86,7 +86,7 @@ def landmarks(
 
 
 def _refuse_foreign(out: Path, picture: bool) -> None:
-    """Tracks, and the pictures beside them, may be replaced by new ones; nobody else's files."""
+    """Raise MisuseError if an output exists, unless `out` is a landmark track already."""
     shown = out.with_suffix(".png")
     if out.exists():
         try:
@@ -103,7 +103,7 @@ def _refuse_foreign(out: Path, picture: bool) -> None:
 
 
 def _drawn(show: Player, signals: Signals) -> NDArray[np.uint8]:
-    """The frame (SHOWN_PX, SHOWN_PX, 3) that the track asks for, with the track over it."""
+    """Render one frame (SHOWN_PX, SHOWN_PX, 3) and draw its landmarks over it."""
     frame, _ = next(show.pictures(signals))
     rgb = (frame.rgb[0].float().clamp(0, 1).cpu().numpy() * 255).astype(np.uint8)
     canvas = cv2.resize(rgb, (SHOWN_PX, SHOWN_PX), interpolation=cv2.INTER_CUBIC)
@@ -118,7 +118,7 @@ def _drawn(show: Player, signals: Signals) -> NDArray[np.uint8]:
 
 
 def _curve(track: LandmarkTrack, shown: NDArray[Any]) -> NDArray[np.uint8]:
-    """The opening of the lips over time, with the shown frames marked and seconds below."""
+    """Plot the opening of the lips over time; the shown frames are marked, in seconds."""
     width = SHOWN_PX * len(shown)
     canvas = np.full((CURVE_PX, width, 3), PAPER, np.uint8)
     gap = track.landmarks[:, 66, 1] - track.landmarks[:, 62, 1]

@@ -1,8 +1,8 @@
-"""Many videos at once: each in a process of its own, here or on other machines, going on past bad
-ones.
+"""Preprocess many videos, several at a time in separate processes; one that fails does not stop
+the others.
 
-On other machines Ray runs them (an extra: pip install 'talkhead[ray]').  Videos and home must lie
-under the same paths on all of them, and talkhead of the same version be installed.
+With Ray (an extra: pip install 'talkhead[ray]') they run on several machines.  Videos and home must
+have the same paths on all of them, and the same version of talkhead be installed.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ VIDEOS = frozenset([
     ".wmv", ".flv", ".3gp", ".ogv",
 ])  # fmt: skip
 ENGINES = ("processes", "ray")
-GB_PER_JOB = 0.7  # peak of one preprocess of a short clip at 512 px
+GB_PER_JOB = 0.7  # peak memory of preprocessing a short clip at 512 px
 
 
 @dataclass
 class Outcome:
-    """How one video ended: tracked into `id`, or `error` says what to do about it."""
+    """Result of one video: the workspace `id`, or `error` with what to do about it."""
 
     video: str
     id: str
@@ -51,7 +51,7 @@ class Outcome:
 
 
 def videos_of(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are, and the videos of folders in the order of their names."""
+    """Return the given files, and the videos of given folders sorted by name; no duplicates."""
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
@@ -69,11 +69,11 @@ def preprocess_many(
     videos: Sequence[Path], home: Path, progress: Progress, *, jobs: int = 0,
     engine: str = "processes", address: str | None = None, **options: Any,
 ) -> list[Outcome]:  # fmt: skip
-    """Preprocess each of `videos` into `home`; an outcome for each, in their order.
+    """Preprocess each of `videos` into `home`; return one outcome per video, in order.
 
-    jobs: how many at a time; 0: as many as cores and memory bear (Ray counts cores alone).
-    engine: processes, or ray, with the cluster at `address` (none: a new one on this machine).
-    options go to `preprocess`.
+    jobs: how many at a time; 0: as many as CPU cores and memory allow (with Ray, cores only).
+    engine: processes, or ray, with the cluster at `address` (None: a new one on this machine).
+    options are passed to `preprocess`.
     """
     if engine not in ENGINES:
         raise MisuseError(f"--engine must be {' or '.join(ENGINES)}, not '{engine}'")
@@ -106,7 +106,7 @@ def preprocess_many(
 
 
 def one(video: Path, home: Path, options: dict[str, Any]) -> Outcome:
-    """One video, whose errors are its outcome."""
+    """Preprocess one video; errors go into the outcome, except MisuseError."""
     from talkhead_cli.jobs.preprocess import preprocess
 
     began, quiet = time.monotonic(), SilentProgress()
@@ -118,7 +118,7 @@ def one(video: Path, home: Path, options: dict[str, Any]) -> Outcome:
         raise MisuseError(str(error)) from error  # the command is wrong for every video
     except (TalkheadError, OSError) as error:
         outcome.error = str(error)
-    except Exception as error:  # a fault of ours: said, and the other videos go on
+    except Exception as error:  # a bug: reported, and the other videos go on
         outcome.error = f"an unexpected error ({type(error).__name__}: {error}); please report it"
     outcome.seconds, outcome.notes = round(time.monotonic() - began, 2), quiet.notes
     return outcome
@@ -128,7 +128,7 @@ def _side_by_side(
     videos: Sequence[Path], home: Path, options: dict[str, Any], n_jobs: int,
     ended: Callable[[int, Outcome], None], progress: Progress,
 ) -> None:  # fmt: skip
-    """`n_jobs` at a time; what a killed process takes along goes one by one afterwards."""
+    """Run `n_jobs` at a time; if a killed process breaks the pool, run the rest one by one."""
     left = _pooled(range(len(videos)), videos, home, options, n_jobs, ended)
     if left:
         progress.note(
@@ -148,8 +148,8 @@ def _pooled(
     wanted: Sequence[int], videos: Sequence[Path], home: Path, options: dict[str, Any], n_jobs: int,
     ended: Callable[[int, Outcome], None],
 ) -> list[int]:  # fmt: skip
-    """Each in a fresh process: the face mesh keeps its memory to itself.  Those of `wanted` that
-    came to no end, because a process was killed and took the pool along."""
+    """Run each of `wanted` in a fresh process, since the face mesh does not free its memory.
+    Return those that are not done because a killed process broke the pool."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(n_jobs, mp_context=context, max_tasks_per_child=1)
     waiting: dict[Future[Outcome], int] = {
@@ -178,7 +178,7 @@ def _by_ray(
     videos: Sequence[Path], home: Path, options: dict[str, Any], jobs: int, address: str | None,
     ended: Callable[[int, Outcome], None],
 ) -> None:  # fmt: skip
-    """As many at a time as `jobs` says, or as the cluster has cores for."""
+    """Run them on Ray, `jobs` at a time; 0: as many as the cluster has cores."""
     try:
         import ray
     except ImportError as error:
@@ -189,7 +189,7 @@ def _by_ray(
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f" at {address}" if address else ""
         raise TalkheadError(f"no Ray cluster could be reached{where}: {error}") from error
-    # a process of its own for each: the face mesh keeps its memory to itself
+    # max_calls=1, a fresh process for each: the face mesh does not free its memory
     remote = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(one)
     left = list(range(len(videos)))
     running: dict[Any, int] = {}
@@ -227,5 +227,5 @@ def _id_or_nothing(video: Path) -> str:
 
 
 def _bearable() -> int:
-    """How many at a time cores and free memory bear."""
+    """Return how many jobs at a time the CPU cores and free memory allow."""
     return max(1, min(os.cpu_count() or 1, int(free_gb() / GB_PER_JOB)))

@@ -1,4 +1,4 @@
-"""Paste-back: the film that a clip was cut from, with the avatar's face set into it."""
+"""Paste-back: blend the avatar's face into the source video that the crop was cut from."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from talkhead_cli.track.face import CHIN, EYES, FACE_OVAL, TOP
 from talkhead_cli.track.shots import Takes
 from talkhead_cli.track.zoom import STILL
 
-NOSE, MOUTH_CORNERS = 2, (61, 291)  # mesh points; where the nose meets the upper lip
-BELOW_CHIN = 1.3  # times as far from the nose as the jaw: where a chin may come to, and what the
-# film shows of one that hung lower
-LIDS = (0.7, 0.5)  # half axes of what is pasted round an eye, times its width
-FEATHER = 0.035  # standard deviation of the mask's soft edge, face heights
-MASK_PX = 160  # side that masks are drawn at; they are soft, and enlarged with the face
+NOSE, MOUTH_CORNERS = 2, (61, 291)  # mesh points; NOSE is where the nose meets the lip
+BELOW_CHIN = 1.3  # scale of the jaw outline about the nose, so that the mask covers the chin both
+# of the avatar and of the film, whichever is lower
+LIDS = (0.7, 0.5)  # half axes of the ellipse that is pasted around an eye, in eye widths
+FEATHER = 0.035  # standard deviation of the mask's blur, face heights
+MASK_PX = 160  # side that masks are drawn at; being blurred, they can be enlarged
 
 
 @dataclass(frozen=True)
 class Original:
-    """A clip's film at its own size, and where in each of its frames the face is.
+    """The source video of a clip, at full size, and the location of the face in each frame.
 
-    filmed (w, h) of the film · mesh (T, 478, 2) in shares of the crop's side · found (T,) whether
-    a face was tracked: elsewhere the film is shown as it is
+    filmed (w, h) in pixels · mesh (T, 478, 2) as fractions of the crop's side · found (T,) whether
+    a face was tracked; frames without one are left unchanged
     """
 
     part: Part
@@ -46,8 +46,8 @@ class Original:
 
     @classmethod
     def of(cls, space: Workspace, run: Run, film: Path) -> Original:
-        """The film that `space` was made of; TalkheadError where `film` is not that one, or `run`
-        learnt from another track of it."""
+        """Open `film`, the source video of `space`; TalkheadError if it is another file, or if
+        `run` was trained on another tracking of it."""
         space.refuse_without_footage("paste into the film it came from")
         known = space.manifest()
         source = known["source"]
@@ -73,12 +73,12 @@ class Original:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Width and height of what comes out: even, as most containers want them."""
+        """Output width and height, rounded down to even numbers as most containers require."""
         width, height = self.filmed
         return width // 2 * 2, height // 2 * 2
 
     def warnings(self, rows: NDArray[np.integer[Any]], side_px: int) -> Iterator[str]:
-        """What there is to say of a film of these rows, with faces that are drawn at `side_px`."""
+        """Yield warnings about a video of these rows (n,) with faces rendered at `side_px`."""
         if self.crop.side > 1.5 * side_px:
             yield (
                 f"the head's square is {self.crop.side} px in the film, and the avatar draws it at "
@@ -96,10 +96,10 @@ class Original:
     def with_faces(
         self, rows: NDArray[np.integer[Any]], faces: Iterable[NDArray[np.uint8]], *, eyes: bool
     ) -> Iterator[NDArray[np.uint8]]:
-        """Frames (h, w, 3) of the film, in the order of `rows`, with a face (s, s, 3) for each.
+        """Yield source frames (h, w, 3) in the order of `rows`, each with its face (s, s, 3).
 
-        Pasted is the face from the nose to below the chin, so that all else is the film's
-        own; with `eyes` these as well."""
+        Only the region from the nose to below the chin is pasted and, with `eyes`, the eyes; all
+        else stays as filmed."""
         whole = (0, 0, *self.size)
         zooms = {}
         for begin, end, zoom in self.takes.spans(0, len(self.found)):
@@ -113,8 +113,8 @@ class Original:
 
 
 def face_mask(mesh: NDArray[np.float32], *, eyes: bool) -> NDArray[np.float32]:
-    """(MASK_PX, MASK_PX) in [0, 1]: 1 inside what is pasted, soft at its edge, of a mesh (478, 2)
-    in shares of the side."""
+    """Return the blend mask (MASK_PX, MASK_PX) in [0, 1], soft at its edge, of a mesh (478, 2) in
+    fractions of the crop's side."""
     nose, oval = mesh[NOSE], mesh[FACE_OVAL]
     cheeks = oval[oval[:, 1] > nose[1]]
     jaw = oval[oval[:, 1] > mesh[MOUTH_CORNERS, 1].mean()]
@@ -131,7 +131,7 @@ def face_mask(mesh: NDArray[np.float32], *, eyes: bool) -> NDArray[np.float32]:
 
 
 def _round_eye(outer: NDArray[np.float32], inner: NDArray[np.float32]) -> NDArray[np.float32]:
-    """An ellipse (n, 2) about an eye and its lids, shut or open."""
+    """Return an ellipse (n, 2) around an eye that covers its lids, shut or open."""
     along = (inner - outer) * LIDS[0]
     across = np.array([-along[1], along[0]]) * (LIDS[1] / LIDS[0])
     at = np.linspace(0, 2 * np.pi, 24)[:, None]
@@ -143,11 +143,11 @@ def _paste(
     frame: NDArray[np.uint8], face: NDArray[np.uint8], mask: NDArray[np.float32],
     square: tuple[int, int, int, int],
 ) -> None:  # fmt: skip
-    """Blend a face over the square x, y, w, h of a frame, in place."""
+    """Blend a face over the square (x, y, w, h) of a frame, in place."""
     x, y, width, height = square
     how = cv2.INTER_AREA if width < len(face) else cv2.INTER_CUBIC
     over = cv2.resize(face, (width, height), interpolation=how).astype(np.float32)
     share = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)[..., None]
-    under = frame[y : y + height, x : x + width]  # an odd last row or column of the film is gone
+    under = frame[y : y + height, x : x + width]  # `size` may have dropped a last row or column
     within = slice(under.shape[0]), slice(under.shape[1])
     under[:] = (under + share[within] * (over[within] - under)).round().astype(np.uint8)

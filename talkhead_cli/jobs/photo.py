@@ -1,4 +1,4 @@
-"""A picture file as people have it -> a portrait, and what lies behind the person."""
+"""Turn a picture file into a tracked portrait and the background behind the person."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from talkhead_cli.track import face, matte, pose
 from talkhead_cli.track.crop import MIN_FACE_PX, choose_crop
 from talkhead_cli.track.scout import scout
 
-MAX_SIDE = 4096  # pixels; larger pictures are made smaller first
+MAX_SIDE = 4096  # pixels; larger pictures are shrunk to it
 MESH_SIDE = 1280
 DETECT_PX = 320
-SURE = 0.6  # a detector's word that people's faces get (.67 and more) and animals' do not
-TURNED_DEG, AWAY_DEG = 25.0, 50.0  # a head turned further is drawn badly; cannot be drawn
-PAPER = 235  # what transparent pictures are laid on, grey level
+SURE = 0.6  # detector score: people's faces get 0.67 and more, animals' less than this
+TURNED_DEG, AWAY_DEG = 25.0, 50.0  # a head turned beyond: poor results; refused
+PAPER = 235  # grey level behind transparent pictures
 
 
 @dataclass(frozen=True)
 class Photo:
     """One picture of a person, tracked.
 
-    portrait at `size_px` · plate (STORED_PX, STORED_PX, 3) uint8 what is behind · k (3, 3) at
-    STORED_PX
+    portrait at `size_px` · plate (STORED_PX, STORED_PX, 3) uint8 background · k (3, 3) intrinsics
+    at STORED_PX
     """
 
     portrait: Portrait
@@ -41,7 +41,7 @@ class Photo:
 
 
 def read(path: Path) -> NDArray[np.uint8]:
-    """The picture (H, W, 3), upright as EXIF says, transparency laid on paper."""
+    """Read a picture (H, W, 3), rotated upright by its EXIF tag, alpha blended over PAPER."""
     from PIL import Image, ImageOps, UnidentifiedImageError
 
     if not path.is_file():
@@ -67,7 +67,7 @@ def read(path: Path) -> NDArray[np.uint8]:
 def portrait_of(
     path: Path, size_px: int, progress: Progress, *, which_face: str = "largest"
 ) -> Photo:
-    """Find the person in a picture, and what drives and hides them.
+    """Track the person in a picture: pose, landmarks, labels and background.
 
     `which_face` is largest, left or right, as seen in the picture.
     """
@@ -112,8 +112,8 @@ def portrait_of(
 def _mesh(
     path: Path, rgb: NDArray[np.uint8], which: str, progress: Progress
 ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
-    """The mesh (478, 3) in pixels of the part of the picture that holds the chosen person, and
-    that part."""
+    """Return the mesh (478, 3) of the chosen face, in pixels of the part of the picture around it,
+    and that part."""
     height, width = rgb.shape[:2]
     scene = scout([rgb], (width, height), which)
     if scene.n_faces > 1:
@@ -126,7 +126,7 @@ def _mesh(
     with face.FaceDetector() as detect:
         boxes = detect(part)
     mesh = _seen(part)
-    if mesh is None and len(boxes):  # too small for a mesh of the whole: look closer
+    if mesh is None and len(boxes):  # too small in the whole picture: retry on an enlarged crop
         x0, y0, x1, y1 = boxes[0]
         grow = 0.75 * max(x1 - x0, y1 - y0)
         a, b = max(0, int(y0 - grow)), max(0, int(x0 - grow))
@@ -144,8 +144,8 @@ def _mesh(
 
 
 def _doubt(rgb: NDArray[np.uint8], mesh: NDArray[np.float32]) -> bool:
-    """Whether the detector is less sure than people's faces make it.  It is shown the face at one
-    size, since its word depends on that."""
+    """Return whether the detector's score of the face is below SURE.  The score depends on the
+    face's size, so the face is scaled to a fixed one."""
     middle = mesh[:, :2].mean(0)
     half = 1.1 * float(np.linalg.norm(mesh[face.TOP, :2] - mesh[face.CHIN, :2]))
     scale = DETECT_PX / (2 * half)
@@ -168,14 +168,14 @@ def _seen(rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None:
     small = cv2.resize(rgb, size, interpolation=way)
     with face.FaceMesh() as mesh:
         found = mesh(small)
-        again = mesh(small)  # the second look begins from the first
+        again = mesh(small)  # the second pass tracks from the first result
     found = again if again is not None else found
     return None if found is None else found / np.float32(shrink)
 
 
 def _look_at_turn(path: Path, rotation: NDArray[Any], progress: Progress) -> None:
     yaw, pitch, _ = Rotation.from_matrix(rotation).as_euler("yxz", degrees=True)
-    turned = max(abs(yaw), abs(pitch) - 10)  # meshes of single pictures nod
+    turned = max(abs(yaw), abs(pitch) - 10)  # single-picture meshes are biased in pitch
     if turned > AWAY_DEG:
         raise TalkheadError(
             f"the head in {path.name} is turned away by {turned:.0f} degrees; give a picture in "
@@ -191,7 +191,7 @@ def _look_at_turn(path: Path, rotation: NDArray[Any], progress: Progress) -> Non
 def _regions(
     square: NDArray[np.uint8], mesh: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Soft labels (6, 128, 128) and the background (STORED_PX, STORED_PX, 3)."""
+    """Return soft labels (6, 128, 128) and the background (STORED_PX, STORED_PX, 3)."""
     with matte.Segmenter() as segment:
         mask = segment(square)
     colours = matte.skin_samples(square, mesh * STORED_PX)
@@ -205,7 +205,7 @@ def _regions(
 def _signals(
     mesh: NDArray[Any], in_crop: NDArray[Any], head: pose.HeadTrack, k: torch.Tensor, size_px: int
 ) -> Signals:
-    """One row; eyes count as open as they are, since one picture cannot tell."""
+    """Return one row of signals.  Openness is set to 1: one picture cannot calibrate it."""
     points = np.arange(face.N_MESH)
     lifted = head.lift(mesh[None, :, :2].astype(np.float64), points)
     stance = torch.from_numpy(head.pose).float()

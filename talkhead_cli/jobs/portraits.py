@@ -1,4 +1,4 @@
-"""Portraits as files: a run keeps the pictures that its avatar is made from."""
+"""Portraits as arrays: a run stores the pictures that its avatar is made from."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SIGNALS = [f.name for f in fields(Signals) if f.name not in ("camera", "audio")
 
 
 def joined(parts: Sequence[Portrait]) -> Portrait:
-    """Several portraits as one."""
+    """Concatenate several portraits into one."""
     cameras = [p.signals.camera for p in parts]
     camera = Camera(
         torch.cat([c.c2w for c in cameras]), torch.cat([c.k for c in cameras]), cameras[0].size_px
@@ -30,7 +30,7 @@ def joined(parts: Sequence[Portrait]) -> Portrait:
 
 
 def to_arrays(portrait: Portrait) -> dict[str, NDArray[Any]]:
-    """Pictures and labels in bytes; nothing of the sound."""
+    """Return a portrait as arrays: pictures and labels as uint8, audio left out."""
     signals, camera = portrait.signals, portrait.signals.camera
     return {
         "pictures": (portrait.pictures * 255).round().byte().numpy(),
@@ -42,7 +42,7 @@ def to_arrays(portrait: Portrait) -> dict[str, NDArray[Any]]:
 
 
 def from_arrays(arrays: dict[str, NDArray[Any]]) -> Portrait:
-    """The inverse, but for rounding; its rows hear nothing.  Damaged ones raise TalkheadError."""
+    """Inverse of `to_arrays` up to rounding, with empty audio; TalkheadError if damaged."""
     _checked(arrays)
     held = {name: torch.from_numpy(value) for name, value in arrays.items()}
     camera = Camera(held["c2w"], held["k"], int(arrays["size_px"]))
@@ -55,7 +55,7 @@ def from_arrays(arrays: dict[str, NDArray[Any]]) -> Portrait:
 
 
 def _checked(arrays: dict[str, NDArray[Any]]) -> None:
-    """Refuse arrays that another program wrote, or that were damaged."""
+    """Raise TalkheadError unless exactly the expected arrays are there, with finite values."""
     n, px = (arrays[k].shape[i] if k in arrays and arrays[k].ndim == 4 else 0
              for k, i in (("pictures", 0), ("pictures", 1)))  # fmt: skip
     byte, real, whole = np.uint8, np.float32, np.int64

@@ -1,4 +1,4 @@
-"""A video of somebody talking -> a workspace that everything else reads."""
+"""Preprocess a video of one person talking into a workspace, which all other jobs read."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic")
 
 
 def id_from(video: Path) -> str:
-    """A valid id out of the name of a file or folder: accents fall off, and where nothing is left,
-    the same name gives the same number."""
+    """Derive a valid id from the name of a file or folder: accents are stripped, and if nothing
+    is left, the id is a hash of the name."""
     stem = video.name if video.is_dir() else video.stem
     plain = unicodedata.normalize("NFKD", stem).encode("ascii", "ignore").decode()
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", plain).strip("-._")
@@ -59,9 +59,9 @@ def preprocess(
 
     Stages are keyed by the content of their inputs: a second call does only what is missing
     or changed.  `which_face` is largest, left or right, as seen in the picture; `wanted` names
-    backends as kind=name (`backends.choose`).  `offset` is how many seconds the sound comes after
-    the lips, which is undone: a number, none, or auto, which measures it.  `start_s` and `end_s`
-    say which part of the film counts.
+    backends as kind=name (`backends.choose`).  `offset` is the delay of the sound after the lips
+    that is corrected: seconds, none, or auto, which measures it.  `start_s` and `end_s` select a
+    part of the video.
     """
     if which_face not in FACES:
         raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which_face}'")
@@ -100,7 +100,7 @@ def preprocess(
     for warning in backends.warnings(chosen):
         progress.note(warning)
     source = sha256_of(video)
-    is_new = not space.root.exists()  # which the lock makes
+    is_new = not space.root.exists()  # `locked` creates it
     with space.locked(), _nothing_left_of_refused(space, is_new):
         if fresh:
             _name_what_stays(space, source, progress)
@@ -175,7 +175,7 @@ def preprocess(
             progress.note(
                 f"{_named(old)} of '{space.id}' learnt what was tracked before; train anew"
             )
-        if work.n_done == len(VERSIONS):  # a partial run says nothing about speed
+        if work.n_done == len(VERSIONS):  # skipped stages would distort the speed
             rate = n_frames / max(seconds, 1e-6)
             space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
     return space
@@ -183,8 +183,8 @@ def preprocess(
 
 @contextlib.contextmanager
 def _nothing_left_of_refused(space: Workspace, is_new: bool) -> Iterator[None]:
-    """Forget an identity that a film was to begin, and of which nothing was found; a folder that
-    was there before may be anybody's."""
+    """Remove a new workspace if preprocessing fails before any stage is done.  A folder that
+    existed before is kept, since its content is unknown."""
     try:
         yield
     except TalkheadError as error:
@@ -228,7 +228,7 @@ def _refuse_other_footage(
 
 
 def _name_what_stays(space: Workspace, source: str, progress: Progress) -> None:
-    """Before footage is replaced by other footage, of a person who may be another one."""
+    """Note which runs and consents stay when --fresh replaces the footage by other footage."""
     known = space.manifest().get("source")
     if known is None or known.get("sha256") == source:
         return
@@ -242,7 +242,7 @@ def _name_what_stays(space: Workspace, source: str, progress: Progress) -> None:
 
 
 def _part(video: Path, seconds: float, start_s: float, end_s: float | None) -> Part:
-    """The part from start to end, checked against the film's length."""
+    """Return the part from start to end; MisuseError if outside the video or too short."""
     end = seconds if end_s is None else end_s
     inside = 0 <= start_s < seconds and end <= seconds + 1 / FPS
     if not inside or not end - start_s >= MIN_SECONDS:
@@ -255,7 +255,7 @@ def _part(video: Path, seconds: float, start_s: float, end_s: float | None) -> P
 
 
 def _offset_from(text: str) -> float | None:
-    """auto -> None, none -> 0.0, else the seconds it says."""
+    """Parse --offset: auto -> None, none -> 0.0, else seconds; MisuseError for anything else."""
     if text in ("auto", "none"):
         return None if text == "auto" else 0.0
     try:

@@ -1,4 +1,4 @@
-"""Any speech -> a finished film of the person, frame by frame, in constant memory."""
+"""Render new speech to a video of the person, frame by frame, in constant memory."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ from talkhead_cli.jobs.script import Moves, Script
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import read_json, sha256_of, write_json
 
-DEPTH_UNIT = 1 / 8192  # face heights per step of the 16-bit depth film
+DEPTH_UNIT = 1 / 8192  # face heights per step of the 16-bit depth video
 
 
 @dataclass(frozen=True)
 class Wishes(Moves):
-    """What a render may be asked for, beside the speech.
+    """Render options, in addition to those of `Moves`.
 
-    into  the film that the identity was made of, to paste the face back into
+    into  the source video of the identity, to paste the rendered face back into
     """
 
     background: str = "plate"
@@ -53,11 +53,11 @@ def render(
     wishes: Wishes | None = None,
     device: str = "auto",
 ) -> list[Path]:
-    """Film identity `name` saying `speech`; the paths of what was made, the film first.
+    """Render identity `name` speaking `speech`; return the paths written, the video first.
 
-    It is the square crop, or with `wishes.into` the film that the crop is of, and has
-    round(25 * seconds of sound) frames.  A JSON sidecar and the container's metadata say that it is
-    synthetic, and from what it was made.
+    The video shows the square crop or, with `wishes.into`, the whole source video, and has
+    round(25 * seconds of sound) frames.  A JSON sidecar and the container's metadata mark it as
+    synthetic and record what it was made from.
     """
     wishes = wishes or Wishes()
     wishes = replace(wishes, as_filmed=wishes.into is not None)
@@ -112,7 +112,7 @@ def render(
 
 @dataclass(frozen=True)
 class _Files:
-    """What a render writes."""
+    """Paths of the files that a render writes."""
 
     film: Path
     depth: Path | None
@@ -120,7 +120,7 @@ class _Files:
 
     @classmethod
     def of(cls, name: str, speech: Path, out: Path | None, wishes: Wishes) -> _Files:
-        """Their names; MisuseError where one cannot be made, or would replace what is not ours."""
+        """Return the paths; MisuseError if one is an input, or foreign, or has an unfit suffix."""
         usual = Path(f"{name}-{speech.stem}{'.webm' if wishes.alpha else '.mp4'}")
         film = usual if out is None else out / usual if out.is_dir() else out
         for what, given in (("speech file", speech), ("film it is set into", wishes.into)):
@@ -139,7 +139,7 @@ class _Files:
 
 @dataclass(frozen=True)
 class _Shoot:
-    """Everything a film is made with but its script."""
+    """Everything needed to render a video, except its script."""
 
     show: Player
     wishes: Wishes
@@ -150,7 +150,7 @@ class _Shoot:
     tags: dict[str, str]
 
     def film(self, film_script: Script, progress: Progress) -> int:
-        """Draw and write every frame; in how many nobody is seen."""
+        """Render and write all frames; return how many show no person (alpha below 0.5)."""
         wishes, side, n_empty = self.wishes, self.show.preset.data.size_px, 0
         behind = torch.zeros_like(self.plate) if wishes.alpha else self.plate
         with (
@@ -184,7 +184,7 @@ class _Shoot:
 
     @property
     def size_px(self) -> tuple[int, int]:
-        """Width and height of the film."""
+        """Width and height of the video in pixels."""
         side = self.show.preset.data.size_px
         return (side, side) if self.original is None else self.original.size
 
@@ -194,7 +194,7 @@ def render_picture(
     preset_names: Sequence[str] = ("s3d",), prior: str | None = None, which_face: str = "largest",
     out: Path | None = None, wishes: Wishes | None = None, device: str = "auto",
 ) -> list[Path]:  # fmt: skip
-    """Film the person of some pictures saying `speech`; nothing is kept but the film."""
+    """Render the person of some pictures speaking `speech`; keep only the files of the render."""
     script.refuse_mute(speech)
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         space, run = enroll(
@@ -208,7 +208,7 @@ def render_picture(
 
 
 def _refuse_contradictions(wishes: Wishes) -> None:
-    """Refuse options that do not go with one another."""
+    """Raise MisuseError for options that exclude each other."""
     if wishes.alpha and wishes.background != "plate":
         raise MisuseError("--alpha leaves the background out, so --background does not go with it")
     if wishes.into is None:
@@ -227,8 +227,8 @@ def _refuse_contradictions(wishes: Wishes) -> None:
 
 
 def _refuse_foreign(sidecar: Path, films: Sequence[Path]) -> None:
-    """Films that this program made, which lie beside the JSON that says so, may be replaced by new
-    ones; nobody else's files."""
+    """Raise MisuseError if an output path exists and was not written by a render, which leaves a
+    sidecar JSON with a "talkhead" key."""
     try:
         record = read_json(sidecar)
     except (FileNotFoundError, TalkheadError):
@@ -243,7 +243,7 @@ def _refuse_foreign(sidecar: Path, films: Sequence[Path]) -> None:
 
 
 def _name_old_footage(space: Workspace, run: Run, progress: Progress) -> None:
-    """A word where a run is of a film that was replaced since."""
+    """Note if the run was trained on other footage than the workspace now holds."""
     own, now = run.meta().get("source"), space.manifest().get("source")
     if own and now and own.get("sha256") != now.get("sha256"):
         progress.note(
@@ -253,13 +253,13 @@ def _name_old_footage(space: Workspace, run: Run, progress: Progress) -> None:
 
 
 def _depth(frame: Frame) -> NDArray[np.uint16]:
-    """Distance of what is hit in DEPTH_UNIT face heights (H, W), 65535 where nothing is."""
+    """Return the depth (H, W) in steps of DEPTH_UNIT face heights; 65535 where nothing is hit."""
     steps = (frame.depth[0, ..., 0].float().cpu() / DEPTH_UNIT).round().clamp(0, 65_535)
     return steps.numpy().astype(np.uint16)
 
 
 def _background(wanted: str) -> NDArray[np.uint8] | None:
-    """#rrggbb or a picture file -> (H, W, 3); plate -> None."""
+    """Return the background (H, W, 3) for #rrggbb or a picture file; None for plate."""
     if wanted == "plate":
         return None
     if re.fullmatch(r"#[0-9a-fA-F]{6}", wanted):
@@ -273,7 +273,7 @@ def _background(wanted: str) -> NDArray[np.uint8] | None:
 
 
 def _middle(picture: NDArray[np.uint8], size_px: int) -> Tensor:
-    """The largest square in the middle (s, s, 3), in [0, 1]."""
+    """Crop the largest central square and resize it to (size_px, size_px, 3), in [0, 1]."""
     height, width = picture.shape[:2]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -291,7 +291,7 @@ def _maybe_depth(path: Path | None, size: int, tags: dict[str, str]) -> Any:
 
 
 def _marks(space: Workspace, show: Player, speech: Path) -> dict[str, str]:
-    """What the container's metadata says."""
+    """Return the metadata for the container."""
     return {
         "comment": "synthetic: made by talkhead, this person did not say this",
         "talkhead_synthetic": "true",

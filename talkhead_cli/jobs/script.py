@@ -1,4 +1,4 @@
-"""What a film of new speech is made from: sound, moves, and what speech says of the face."""
+"""Driving signals of a video of new speech: audio features, motion, predictions from speech."""
 
 from __future__ import annotations
 
@@ -34,16 +34,16 @@ from talkhead_cli.store import Run
 from talkhead_cli.track import voice
 
 PCM_SCALE = 1 / 32768
-STATS_S = 60  # seconds that are read at once
-CHUNK = 48  # frames that hear together; whole batches of a GPU (`player.MAX_ROWS`)
-OWN_STATS_S = 5.0  # speech shorter than this is standardised by the footage's statistics
+STATS_S = 60  # seconds of audio that are read at once
+CHUNK = 48  # frames per call of `listen`; a multiple of a GPU's batch (`player.MAX_ROWS`)
+OWN_STATS_S = 5.0  # speech with less sound than this is standardised by the footage's statistics
 
 
 @dataclass(frozen=True)
 class Moves:
-    """How the head moves while it speaks; what `--pose`, `--blink`, `--yaw` and so on say.
+    """Motion options: the values of `--pose`, `--blink`, `--yaw` and so on.
 
-    as_filmed  replay every row of the footage, for a film that is pasted into it
+    as_filmed  replay every row of the footage in order, to paste the faces back into it
     """
 
     pose: str = "footage"
@@ -61,7 +61,7 @@ M = TypeVar("M", bound=Moves)
 
 @dataclass(frozen=True)
 class Script:
-    """Signals of any frames of the film; a frame does not depend on which were asked before."""
+    """Driving signals of any frames of the video; frames may be requested in any order."""
 
     show: Player
     pcm: NDArray[np.int16]
@@ -70,11 +70,11 @@ class Script:
     moves: drives.Drive
     n_frames: int
     track: LandmarkTrack | None
-    lids_tracked: bool  # whether the track says how far eyes are open, where it does
+    lids_tracked: bool  # eye openness comes from `track`, if it has any
 
     def signals(self, frames: NDArray[Any]) -> Signals:
-        """Signals of chosen frames (n,), after listening; so many frames before them are heard
-        too as the avatar needs to say them as in the whole film."""
+        """Return the signals of frames (n,) after `listen`.  The `avatar.past` frames before the
+        first are computed too, so that predictions equal those over the whole video."""
         asked, past = len(frames), self.show.avatar.past
         frames = np.concatenate([np.arange(max(0, frames[0] - past), frames[0]), frames])
         window = self.show.preset.data.window
@@ -104,20 +104,20 @@ class Script:
         return said.with_(landmarks=torch.from_numpy(self.track.landmarks[rows]))
 
     def scattered(self, frames: NDArray[Any]) -> Signals:
-        """The same of frames (n,) that lie far apart, without hearing what lies between."""
+        """As `signals`, for frames (n,) that lie far apart: each one is computed by itself."""
         rows = [self.signals(frames[i : i + 1]) for i in range(len(frames))]
         together = (torch.cat(tensors) for tensors in zip(*map(unpacked, rows), strict=True))
         joined: Signals = repacked(rows[0], together)
         return joined
 
     def chunks(self) -> Iterator[Signals]:
-        """All frames in order, CHUNK at a time."""
+        """Yield the signals of all frames in order, CHUNK at a time."""
         for first in range(0, self.n_frames, CHUNK):
             yield self.signals(np.arange(first, min(first + CHUNK, self.n_frames)))
 
 
 def settled(show: Player, moves: M, progress: Progress) -> M:
-    """The moves as they can be had: a picture has no motion of its own to replay."""
+    """Return `moves`, with "footage" replaced by "auto" if a single picture is all the footage."""
     if len(show.run.drive()["pose"]) > 1:
         return moves
     instead = {k: "auto" for k in ("pose", "blink") if getattr(moves, k) == "footage"}
@@ -138,15 +138,15 @@ def refuse_moves(run: Run, moves: Moves) -> None:
 
 
 def familiar(show: Player) -> tuple[str, ...]:
-    """Poses by word that the marcher has seen: those of footage; of a picture's person, who was
-    discovered from either side, also those of a head that sways."""
+    """Return the values of `--pose` that the marcher's occupancy covers.  For a run made from
+    pictures they include "auto", since `enroll` seeds it from both sides."""
     alone = len(show.run.drive()["pose"]) == 1
     return ("footage", "still", "auto") if alone else ("footage", "still")
 
 
 @contextmanager
 def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Iterator[Script]:
-    """The script of a film that says `speech` (any file with sound), in constant memory."""
+    """Yield the script of a video of `speech` (any file with sound), in constant memory."""
     refuse_mute(speech)
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         raw = Path(folder) / "speech.s16"
@@ -165,13 +165,13 @@ def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Ite
             seed=moves.seed, as_filmed=moves.as_filmed,
         )  # fmt: skip
         track = _track(show, moves.landmarks, n_frames)
-        # --blink says what lids do; left alone, a track of landmarks does
+        # eye openness of a landmark track is used only if --blink is at its default
         lids = moves.blink == "footage"
         yield Script(show, pcm, ear, stats, drive, n_frames, track, lids)
 
 
 def refuse_mute(speech: Path) -> None:
-    """Refuse a file that says nothing."""
+    """Raise TalkheadError if the file has no audio track."""
     if not media.probe(speech).has_audio:
         raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
 
@@ -185,7 +185,7 @@ def _track(show: Player, path: Path | None, n_frames: int) -> LandmarkTrack | No
 
 
 def neutral_of(show: Player) -> NDArray[np.float32]:
-    """The face at rest (68, 3) that the avatar's tracks move."""
+    """Return the neutral landmarks (68, 3); TalkheadError if landmarks do not drive the avatar."""
     rest = show.avatar.neutral
     if rest is None:
         raise TalkheadError(
@@ -198,10 +198,10 @@ def neutral_of(show: Player) -> NDArray[np.float32]:
 def speech_stats(
     pcm: NDArray[np.int16], ear: Voice, footage: SpeechStats
 ) -> tuple[SpeechStats, bool]:
-    """Statistics to standardise new speech by, and whether it is silent.
+    """Return the statistics to standardise new speech by, and whether it is silent.
 
-    A voice from another microphone has another spectrum: long enough speech is standardised
-    by its own mean and spread, read in one pass of constant memory.
+    Another microphone gives another spectrum: speech with at least OWN_STATS_S of sound is
+    standardised by its own mean and standard deviation, taken in one pass and constant memory.
     """
     total = np.zeros(ear.n_features)
     square, count = total.copy(), 0

@@ -1,4 +1,4 @@
-"""The stages of preprocess: from a film to meshes, sound, crop and maps, signals, labels."""
+"""Stages of preprocessing: mesh, sound, cropped film with its maps, tracks, labels."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ from talkhead_cli.track.zoom import STILL, common_window
 
 MIN_SECONDS = 3.0
 MESH_MAX_SIDE = 1280
-SKIN_EVERY = 10  # frames
-BLOCK = 2048  # frames that are worked on at once
-N_PLATE = 25  # frames behind the background's median
-SCOUT_EVERY = FPS // 2  # frames that a first look takes
-N_EVIDENCE = 40  # frames that tell hair from torso by motion
-RESTLESS = 4.0  # of 255; a still background is off by 1 to 2, for noise and shadows
-MIN_OFFSET_S = 0.06  # between sound and lips, from which on it is corrected
+SKIN_EVERY = 10  # frames between samples of the skin colour
+BLOCK = 2048  # frames per block, to bound memory
+N_PLATE = 25  # frames whose median is the background
+SCOUT_EVERY = FPS // 2  # frame stride of the search for faces
+N_EVIDENCE = 40  # frames used to separate hair from torso by motion
+RESTLESS = 4.0  # of 255; a still background changes by 1 to 2, by noise and shadows
+MIN_OFFSET_S = 0.06  # smallest offset between sound and lips that is corrected
 # A stage's version is part of its key: raise it when its result changes.
 VERSIONS = {"sound": 2, "mesh": 5, "film": 4, "tracks": 3, "labels": 2}
 
 
 class Stages:
-    """The stages, in order; each is skipped when its key says it is done."""
+    """The stages, in order; one is skipped if its stored key matches its inputs."""
 
     def __init__(
         self, space: Workspace, part: Part, probe: media.Probe, progress: Progress, chosen: Chosen
@@ -59,7 +59,7 @@ class Stages:
     def do(
         self, stage: str, work: Callable[[], None], *inputs: Any, needs: tuple[str, ...] = ()
     ) -> None:
-        """Do a stage unless it was done from exactly these inputs and stages."""
+        """Run a stage unless it was done from exactly these inputs and `needs` stages."""
         key = digest(VERSIONS[stage], inputs, [self._keys[n] for n in needs])
         self._keys[stage] = key
         if not self.space.is_done(stage, key):
@@ -70,11 +70,11 @@ class Stages:
 
     @property
     def n_declared(self) -> int:
-        """Frames of the part, if the film is as long as it says."""
+        """Number of frames of the part, if the declared duration is right."""
         return self.part.n_frames or round(self.probe.duration_s * FPS) - self.part.first
 
     def refuse_silence(self) -> None:
-        """Before anybody is tracked in a film that says nothing."""
+        """Raise TalkheadError if the sound is silent, before time is spent on tracking."""
         known = self.space.manifest()
         place = [self.part.first, self.part.n_frames]
         if known.get("has_audio") and known["source"].get("part") == place:
@@ -87,7 +87,7 @@ class Stages:
             )
 
     def mesh(self, which_face: str) -> None:
-        """Find the person, then the mesh in every frame."""
+        """Choose the face to follow, then track its mesh in every frame."""
         self.progress.stage("looking for faces")
         scene = scout(
             self.part.frames(max_side=640, stride=SCOUT_EVERY), self.size, which_face,
@@ -101,7 +101,7 @@ class Stages:
         self.space.save("mesh", self._follow(scene) | {"n_faces": np.array(scene.n_faces)})
 
     def faces(self) -> tuple[face.Faces, int]:
-        """The mesh with its gaps bridged, and how many faces the film shows."""
+        """Return the mesh with gaps interpolated, and the number of faces in the film."""
         stored = self.space.load("mesh")
         found = stored["found"]
         if not found.any():
@@ -127,7 +127,7 @@ class Stages:
         return face.Faces(face.fill_gaps(stored["points"], found), found), int(stored["n_faces"])
 
     def _follow(self, scene: Scene) -> dict[str, NDArray[Any]]:
-        """The face in every frame, and which frames belong to the one picture that is kept."""
+        """Track the mesh in every frame; save which frames belong to the kept shots."""
         x, y, width, height = scene.roi
         shrink = min(1.0, MESH_MAX_SIDE / max(width, height))
         size = (max(2, round(width * shrink)), max(2, round(height * shrink)))
@@ -139,7 +139,7 @@ class Stages:
         blank = np.full((face.N_MESH, 3), np.nan, np.float32)
         mark = backends.landmarks_of(self.chosen["landmarks"])
         marks = []
-        # meshes go through a file: a list of them, joined in the end, would take twice the room
+        # meshes are spooled to a file: concatenating a list would need twice the memory
         with (
             backends.mesh_of(self.chosen["mesh"]) as mesh,
             tempfile.TemporaryFile(dir=self.space.root) as spool,
@@ -172,7 +172,7 @@ class Stages:
         return {"points": points, "found": found & kept, **placed}
 
     def _remaining(self, takes: Takes, faded: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Which frames (T,) are kept, and what there is to say of it."""
+        """Return which frames (T,) are kept, and note which are left out and why."""
         kept, zoomed = takes.flags(len(faded)), takes.flags(len(faded), zoomed=True)
         if not kept.all():
             self.progress.note(
@@ -197,14 +197,14 @@ class Stages:
         return Takes.from_array(self.space.load("shots")["takes"])
 
     def crop(self, faces: face.Faces) -> Crop:
-        """The square round the head, inside what every kept frame shows."""
+        """Choose the square around the head, inside the area that all kept frames show."""
         bounds = common_window([take.zoom for take in self._takes()], self.size)
         return choose_crop(faces.points, faces.found, bounds)
 
     def _cropped(
         self, crop: Crop, size_px: int, n_frames: int, first: int = 0
     ) -> Iterator[NDArray[np.uint8]]:
-        """Frames of the square from `first` on, zooms undone."""
+        """Yield crops (size_px, size_px, 3) from frame `first` on, with zooms undone."""
         for begin, end, zoom in self._takes().spans(first, first + n_frames):
             yield from self.part.frames(
                 first=begin, n_frames=end - begin, crop=crop.zoomed(zoom, self.size),
@@ -216,7 +216,7 @@ class Stages:
         return pose.fit_head(faces.points, faces.found, self.size)
 
     def sound(self, faces: face.Faces, offset_s: float | None, *, with_audio: bool) -> None:
-        """16 kHz sound, in step with the lips, and its features on the video's clock."""
+        """Save the 16 kHz sound, in sync with the lips, and its speech features."""
         self.progress.stage("sound", None)
         n_frames = len(faces.found)
         n_samples = n_frames * SAMPLES_PER_FRAME
@@ -255,14 +255,14 @@ class Stages:
         })  # fmt: skip
 
     def _offset(self, samples: NDArray[np.float32], faces: face.Faces) -> lipsync.Offset | None:
-        """How late the sound is; None where lips or sound are too short, or dead, to tell."""
+        """Measure how late the sound is; None if there is too little lip motion or sound."""
         heard = voice.heard(samples, len(faces.found))
         frames = np.flatnonzero(faces.found & heard)
         lips = lipsync.lip_motion(faces.points)[frames]
         return lipsync.measure(voice.features(samples), frames, lips)
 
     def _worth_undoing(self, found: lipsync.Offset | None) -> float:
-        """Seconds to undo, to the 10 ms; 0 where the sound is in step, or nobody can tell."""
+        """Return the offset to correct, in s, to 10 ms; 0 if it is small or uncertain."""
         if found is None or not found.is_sure:
             self.progress.note(
                 "whether lips and sound agree could not be told (too little is seen or heard); the "
@@ -277,7 +277,7 @@ class Stages:
         return round(found.sound_after_lips_s, 2)
 
     def offset(self) -> dict[str, float | None]:
-        """What is known of sound and lips, for the manifest."""
+        """Return the measured and the corrected offset of sound and lips, for the manifest."""
         stored = self.space.load("voice")
         late, margin = stored["found"].tolist() if "found" in stored else (None, None)
         return {
@@ -287,7 +287,7 @@ class Stages:
         }  # fmt: skip
 
     def film(self, faces: face.Faces, crop: Crop, size_px: int) -> None:
-        """The cropped video, mattes, skin, shoulders' registration, plate."""
+        """Save the cropped video, mattes, skin maps, shoulder registration and plate."""
         n_frames = len(faces.found)
         stored = self.space.load("shots")
         kept = np.flatnonzero(stored["kept"])
@@ -343,7 +343,7 @@ class Stages:
         })  # fmt: skip
 
     def _plate(self, frames: list[NDArray[np.uint8]], mattes: list[NDArray[np.uint8]]) -> None:
-        """The background behind the person, out of some frames of the film."""
+        """Save the background behind the person, estimated from some frames and mattes."""
         plate, _ = matte.make_plate(frames, mattes)
         unrest = matte.unrest(frames, mattes, plate)
         if unrest > RESTLESS:
@@ -355,13 +355,13 @@ class Stages:
             cv2.imwrite(str(part), plate[..., ::-1])
 
     def _mesh_in_crop(self, faces: face.Faces, crop: Crop) -> NDArray[np.float32]:
-        """Mesh (T, 478, 2) in shares of the crop's side."""
+        """Return the mesh (T, 478, 2) in fractions of the crop's side."""
         mesh = faces.points[..., :2] - np.array([crop.x, crop.y], np.float32)
         mesh /= np.float32(crop.side)
         return mesh
 
     def tracks(self, faces: face.Faces, head: HeadTrack, crop: Crop, size_px: int) -> None:
-        """All per-frame signals."""
+        """Compute and save all per-frame signals."""
         mesh = self._mesh_in_crop(faces, crop)
         film = self.space.load("film")
         scale = crop.scale(size_px)
@@ -404,19 +404,19 @@ class Stages:
         })  # fmt: skip
 
     def _marks(self, faces: face.Faces) -> NDArray[np.float32]:
-        """68 landmarks (T, 68, 2) of every frame, in pixels of the film."""
+        """Return landmarks (T, 68, 2) in pixels of the source video, gaps interpolated."""
         stored = self.space.load("mesh")
         if "landmarks" not in stored:
             return face.to_68(faces.points)[..., :2]
         return face.fill_gaps(stored["landmarks"], np.isfinite(stored["landmarks"][:, 0, 0]))
 
     def labels(self, n_frames: int) -> None:
-        """Soft labels of every frame."""
+        """Compute and save the soft labels of every frame."""
         film, tracks = self.space.load("film"), self.space.load("tracks")
         reference = int(film["reference"])
         mesh, body, pivot = tracks["mesh_px"], tracks["body_px"], tracks["body_pivot"]
         at = film["thumbs_at"]
-        known = tracks["found"] & film["tracked"]  # else nobody knows how far the shoulders moved
+        known = tracks["found"] & film["tracked"]  # else the shoulders' motion is unknown
         others = [i for i, frame in enumerate(at) if frame != reference and known[frame]]
         thumbs = film["thumbs"]
         odds = matte.motion_evidence(
@@ -443,8 +443,8 @@ class Stages:
 def _face_signals(
     faces: face.Faces, head: HeadTrack, marks: NDArray[np.float32]
 ) -> dict[str, NDArray[Any]]:
-    """What the face does in every frame: gap (T, 2) of the lids, gaze (T, 2), brow (T, 2) as the
-    height of each, landmarks (T, 68, 3) in head space, lifted from where they are seen (T, 68, 2).
+    """Return per-frame signals: gap (T, 2) of the lids, gaze (T, 2), brow (T, 2) height of each,
+    landmarks (T, 68, 3) in head space, lifted from `marks` (T, 68, 2) in pixels.
     """
     chosen = np.unique(np.concatenate([*face.BROWS, *(e[:2] for e in face.EYES)]))
     parts: dict[str, list[NDArray[Any]]] = {}
@@ -465,18 +465,18 @@ def _face_signals(
 
 
 def _spread(rows: NDArray[np.integer[Any]], n: int) -> NDArray[np.integer[Any]]:
-    """At most n of the rows, evenly spread."""
+    """Return at most n of the rows, evenly spaced."""
     return rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
 
 
 def _reference_frame(mesh: NDArray[np.float32], found: NDArray[np.bool_]) -> int:
-    """The found frame whose face is nearest to where it usually is."""
+    """Return the found frame whose rigid points are nearest to their median position."""
     rigid = mesh[:, pose.RIGID].reshape(len(mesh), -1)
     distance = np.linalg.norm(rigid - np.median(rigid[found], 0), axis=1)
     return int(np.argmin(np.where(found, distance, np.inf)))
 
 
 def ranges(flags: NDArray[np.bool_]) -> list[str]:
-    """Runs of True as 'a-b'."""
+    """Return the runs of True as strings 'first-last'."""
     edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(int)))
     return [f"{a}-{b - 1}" for a, b in edges.reshape(-1, 2)]

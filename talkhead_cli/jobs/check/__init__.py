@@ -1,7 +1,7 @@
-"""Is a film worth hours of training?  A verdict beforehand, point by point, with the cure.
+"""Check whether a video is worth training on: a verdict and a remedy for each criterion.
 
-Looks at pieces of ten seconds, spread over the film, at their own size; nothing is kept.  Of a
-long film it says which part shows most: mouths that move, sounds that differ, views.
+Analyses pieces of ten seconds, spread over the video, shrunk to 1280 px; nothing is stored.  For
+a long video it recommends the part with the most varied mouth shapes, sounds and views.
 """
 
 from __future__ import annotations

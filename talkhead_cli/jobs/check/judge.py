@@ -1,4 +1,4 @@
-"""The points a film is judged by."""
+"""The criteria that a video is judged by."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from talkhead_cli.track.crop import ABOVE_CENTRE, HEIGHTS_PER_SIDE
 from talkhead_cli.track.scout import scout
 from talkhead_cli.track.shots import THUMB, CutFinder
 
-LONG_S = 60.0  # of a film twice as long as that, a part is enough
-VIEWS = 15.0  # degrees of turning beyond which more is no better
+LONG_S = 60.0  # a video twice as long or longer gets a part of this length recommended
+VIEWS = 15.0  # degrees; a larger range of head rotation scores no higher
 
 
 def check(video: Path, progress: Progress) -> Report:
-    """Look at a film.
+    """Judge a video.
 
-    A file that cannot be read as a film raises; all else is a finding.
+    TalkheadError if the file cannot be read as a video; any other problem is a finding.
     """
     about = media.probe(video)
     if not about.has_video:
@@ -66,7 +66,7 @@ def check(video: Path, progress: Progress) -> Report:
 
 
 def _picture(report: Report, pieces: list[Piece], scale: float) -> None:
-    """Size, sharpness, light."""
+    """Judge the size, sharpness and lighting of the face."""
     points = np.concatenate([p.mesh[p.found] for p in pieces])
     height = np.linalg.norm(points[:, face.TOP, :2] - points[:, face.CHIN, :2], axis=1) * scale
     tall = float(np.median(height))
@@ -84,7 +84,7 @@ def _picture(report: Report, pieces: list[Piece], scale: float) -> None:
 
 
 def _motion(report: Report, pieces: list[Piece]) -> None:
-    """Turns of the head, what the mouth does, blinks, cuts, what moves behind."""
+    """Judge head rotation, mouth range, blinks, cuts and background motion."""
     turns, gaps, cuts, still = [], [], [], []
     lips = np.concatenate([face.lip_aperture(p.mesh[p.found]) for p in pieces])
     for piece in pieces:
@@ -129,7 +129,7 @@ def _motion(report: Report, pieces: list[Piece]) -> None:
 def _captions(
     report: Report, pieces: list[Piece], captions: CaptionFinder, height_px: float
 ) -> None:
-    """Words over what would be learnt; `height_px` of the pictures that were looked at."""
+    """Judge whether captions cover the crop; `height_px`: height of the analysed pictures."""
     if captions.lines is None:
         return
     top, bottom = (share * height_px for share in captions.lines)
@@ -147,13 +147,13 @@ def _captions(
 
 
 def _cuts(piece: Piece) -> list[int]:
-    """Frames that begin a shot."""
+    """Return the frames that begin a shot."""
     begins = CutFinder()
     return [i for i, small in enumerate(piece.thumbs) if begins(small)]
 
 
 def _background_motion(piece: Piece) -> float:
-    """How much the upper corners change within a second, of 255; they rarely hold anybody."""
+    """Return the change of the upper corners, which rarely show the person, in 1 s, of 255."""
     away = min(FPS, len(piece.thumbs) - 1)
     if away < 1:
         return 0.0
@@ -168,7 +168,7 @@ def _blinks(gap: Array) -> int:
 
 
 def _sound(report: Report, video: Path, about: media.Probe) -> NDArray[np.float32] | None:
-    """Level, noise, clipping; the samples, if there are any."""
+    """Judge level, noise and clipping of the sound; return the samples, if there are any."""
     if not about.has_audio:
         report.findings.append(Finding(
             "sound", "fail", "none", "film with sound; preprocess --no-audio tracks pictures alone"
@@ -193,14 +193,14 @@ def _sound(report: Report, video: Path, about: media.Probe) -> NDArray[np.float3
 
 
 def _blocks(samples: NDArray[np.float32]) -> Array:
-    """Samples in blocks of 50 ms."""
+    """Return samples in blocks of 50 ms, (n, 800)."""
     n = SAMPLE_RATE_HZ // 20
     usable = len(samples) // n * n
     return samples[:usable].reshape(-1, n).astype(np.float64)
 
 
 def _lips_and_sound(report: Report, stream: NDArray[np.float32], pieces: list[Piece]) -> None:
-    """Whether speech features (rows, A) of the film go with the lips of its pieces."""
+    """Judge lip sync by speech features (rows, A) of the video and the lips of its pieces."""
     frames, lips = [], []
     for piece in pieces:
         rows = np.flatnonzero(piece.found)
@@ -221,10 +221,10 @@ def _lips_and_sound(report: Report, stream: NDArray[np.float32], pieces: list[Pi
 
 
 def _segments(pieces: list[Piece], stream: NDArray[np.float32] | None) -> list[Segment]:
-    """The pieces, the one that shows most first.
+    """Score the pieces and return them best first.
 
-    What counts is what ISExplore counts (arXiv 2511.07940): how far lips move, how sounds differ,
-    how many views there are; each against the best piece's, and their geometric mean.
+    The criteria of ISExplore (arXiv 2511.07940): range of the lips, variety of sounds, range of
+    views; each relative to the best piece's, their geometric mean times the share of frames found.
     """
     mel = None if stream is None else stream[:, : voice.N_MEL]
     rows = []
@@ -243,7 +243,7 @@ def _segments(pieces: list[Piece], stream: NDArray[np.float32] | None) -> list[S
         ))  # fmt: skip
     best = {k: max((getattr(r, k) for r in rows), default=0.0)
             for k in ("lips", "speech", "views")}  # fmt: skip
-    best = {k: top for k, top in best.items() if top > 0}  # a film without sound differs in none
+    best = {k: top for k, top in best.items() if top > 0}  # leave out criteria without data
     scored = [
         replace(r, score=round(r.found * float(np.prod(
             [max(getattr(r, k), 1e-3 * top) / top for k, top in best.items()]
@@ -254,7 +254,7 @@ def _segments(pieces: list[Piece], stream: NDArray[np.float32] | None) -> list[S
 
 
 def _curves(pieces: list[Piece], samples: NDArray[np.float32] | None) -> list[Curve]:
-    """What a page shows in the course of time."""
+    """Return the curves over time that the page shows."""
     seconds = np.concatenate([p.seconds for p in pieces])
     turns = np.concatenate([np.where(p.found[:, None], p.angles, np.nan) for p in pieces])
     curves = [
@@ -270,7 +270,7 @@ def _curves(pieces: list[Piece], samples: NDArray[np.float32] | None) -> list[Cu
     ]  # fmt: skip
     if samples is not None and len(samples) >= SAMPLE_RATE_HZ:
         loud = 10 * np.log10((_blocks(samples) ** 2).mean(1) + 1e-9)
-        step = max(1, len(loud) // 2000)  # a plot has room for no more
+        step = max(1, len(loud) // 2000)  # a plot resolves no more
         curves.append(Curve("Sound", "dBFS", np.arange(len(loud))[::step] / 20, loud[::step],
                             LIMITS["level"]))  # fmt: skip
     return curves
@@ -282,12 +282,12 @@ def _range(values: Array) -> float:
 
 
 def _best_part(report: Report, seconds: float) -> None:
-    """Of a long film: which minute to take, round the piece that shows most."""
+    """Recommend, for a long video, the minute around the best piece."""
     if not report.segments or seconds < 2 * LONG_S:
         return
     best = report.segments[0]
     start = min(max(0.0, (best.start_s + best.end_s - LONG_S) / 2), seconds - LONG_S)
-    start = float(np.floor(start))  # said in whole seconds, and inside the film
+    start = float(np.floor(start))  # whole seconds, inside the video
     report.figures |= {"best_from_s": start, "best_to_s": start + LONG_S}
     report.findings.append(Finding(
         "best part", "pass", f"round {best.start_s:.0f} s, of {len(report.segments)} looked at",

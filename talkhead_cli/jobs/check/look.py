@@ -1,4 +1,4 @@
-"""Pieces of a film as they are looked at: faces, sharpness, light."""
+"""Analyse pieces of a video: face mesh, head angles, sharpness, light."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from talkhead_cli.track.shots import thumb
 
 PIECE, MAX_PIECES = 10 * FPS, 6
 MAX_SIDE = 1280
-FACE_PX = 220  # height of a face at which sharpness is judged: what training at 512 px sees
+FACE_PX = 220  # face height at which sharpness is measured: as in training at 512 px
 SHOWN_PX = 180  # height of the pictures that a page shows
 
 
 @dataclass(frozen=True)
 class Piece:
-    """Ten seconds or less: where it begins, mesh (T, 478, 3) in pixels of the pictures looked at,
-    found (T,), angles (T, 3) of the head as yaw, pitch and roll in degrees, NaN where less than a
-    second shows it, sharpness (T,), light (T, 2) mean and burnt share, thumbs, a picture to show.
+    """At most ten seconds: first frame, mesh (T, 478, 3) in pixels of the analysed pictures, found
+    (T,), angles (T, 3) of the head (yaw, pitch, roll) in degrees, NaN if it is found for less than
+    1 s, sharpness (T,), light (T, 2) mean and burnt share, thumbs, a picture for the page.
     """
 
     first: int
@@ -51,7 +51,7 @@ def pieces_of(
     report: Report, video: Path, seconds: float, roi: tuple[int, int, int, int],
     captions: CaptionFinder, progress: Progress,
 ) -> list[Piece]:  # fmt: skip
-    """What can be looked at: the picture may end before the sound, or the file be cut short."""
+    """Analyse the pieces; pictures that end before the declared duration become a finding."""
     pieces: list[Piece] = []
     for first, n in spread(seconds):
         end = first
@@ -72,7 +72,7 @@ def pieces_of(
 
 
 def spread(seconds: float) -> list[tuple[int, int]]:
-    """First frame and number of frames of the pieces."""
+    """Return the first frame and the number of frames of each piece."""
     total = int(seconds * FPS)
     if total <= PIECE * MAX_PIECES:
         return [(a, min(PIECE, total - a)) for a in range(0, total, PIECE)]
@@ -126,7 +126,7 @@ def _frames(
 
 
 def _sharpness(rgb: NDArray[np.uint8], mesh: Array) -> float:
-    """Fine detail at eyes and mouth against all detail there, in [0, 1]: 0 is blurred."""
+    """Return the share of fine detail in the contrast of eyes and mouth; 0 is blurred."""
     height = float(np.linalg.norm(mesh[face.TOP, :2] - mesh[face.CHIN, :2]))
     points = face.to_68(mesh)[36:68, :2]
     low, high = points.min(0) - 0.05 * height, points.max(0) + 0.05 * height
@@ -143,7 +143,7 @@ def _sharpness(rgb: NDArray[np.uint8], mesh: Array) -> float:
 
 
 def _light(rgb: NDArray[np.uint8], mesh: Array) -> tuple[float, float]:
-    """Mean brightness of the face, 0 to 255, and the share of it that is burnt out."""
+    """Return the mean brightness of the face, 0 to 255, and its share of burnt-out pixels."""
     low, high = mesh[:, :2].min(0).astype(int).clip(0), mesh[:, :2].max(0).astype(int)
     part = rgb[low[1] : high[1] : 2, low[0] : high[0] : 2]
     if part.size == 0:

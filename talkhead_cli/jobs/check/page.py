@@ -1,4 +1,4 @@
-"""The findings as one page of HTML that needs nothing beside it."""
+"""A report as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def refuse_page(path: Path) -> None:
 
 
 def page(report: Report, name: str) -> str:
-    """The report on the film `name` as a document, pictures and plots within it."""
+    """Return the report on the video `name` as HTML with embedded pictures and plots."""
     points = "".join(
         f'<tr><td class="verdict {f.verdict}">{f.verdict}</td><td>{escape(f.name)}</td>'
         f"<td>{escape(f.found)}</td><td>{escape(f.cure)}</td></tr>"
@@ -77,14 +77,14 @@ def page(report: Report, name: str) -> str:
 
 
 def _data(picture: NDArray[np.uint8]) -> str:
-    """(H, W, 3) as a data URL."""
+    """Return a picture (H, W, 3) as a data URL."""
     done, packed = cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 85])
     assert done
     return "data:image/jpeg;base64," + base64.b64encode(packed.tobytes()).decode()
 
 
 def _plot(curve: Curve) -> str:
-    """A line over time; it breaks where nothing was seen, dashes mark the limits."""
+    """Return a line plot over time as SVG, with gaps at NaN and dashed lines at the limits."""
     seen = np.isfinite(curve.values)
     if not seen.any():
         return "<p>nothing seen</p>"

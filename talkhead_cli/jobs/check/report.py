@@ -1,4 +1,4 @@
-"""What a check found: points with a verdict, figures, curves, and the parts that show most."""
+"""Result of a check: findings with verdicts, figures, curves and scored segments."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.floating[Any]]
 
-# What counts, and from where on: (warn, fail).  Looked at on a handful of clips that track well,
-# and on the synthetic speaker blurred, darkened and shaken; not fitted to outcomes of training.
+# Thresholds (warn, fail) by criterion.  Checked on a handful of clips that track well, and on
+# the synthetic speaker blurred, darkened and shaken; not fitted to outcomes of training.
 LIMITS = {
     "seconds": (12.0, 3.0), "head": (150.0, 48.0), "found": (0.95, 0.5), "sharp": (0.045, 0.02),
     "dark": (55.0, 30.0), "burnt": (0.05, 0.25), "turn": (25.0, 45.0), "lips": (0.03, 0.008),
@@ -23,7 +23,7 @@ LIMITS = {
 
 @dataclass(frozen=True)
 class Finding:
-    """One point: verdict is pass, warn, fail or unknown; cure says what to do about it."""
+    """One criterion: verdict is pass, warn, fail or unknown; cure says what to do about it."""
 
     name: str
     verdict: str
@@ -33,8 +33,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class Curve:
-    """Something in the course of time: seconds (n,), values (n,), NaN where it was not seen; the
-    lines (value each) at which it becomes doubtful."""
+    """A quantity over time: seconds (n,), values (n,), NaN where it was not seen, and the limits
+    at which it becomes doubtful."""
 
     name: str
     unit: str
@@ -45,9 +45,9 @@ class Curve:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece that was looked at: how far the mouth opens (face heights), how much sounds differ
-    (deviations of log-mel), how far the head turns (degrees), share of frames with a face; score
-    from 0 to 1, against the best of each."""
+    """An analysed piece: lips, range of mouth opening (face heights); speech, standard deviation
+    of log-mel; views, range of head rotation (degrees); found, share of frames with a face; score,
+    0 to 1, relative to the best piece by each criterion."""
 
     start_s: float
     end_s: float
@@ -60,7 +60,7 @@ class Segment:
 
 @dataclass
 class Report:
-    """What was found, the figures it rests on, and what a page shows of it.
+    """All findings, the figures that they rest on, and what the page shows.
 
     segments: best first · curves over time · pictures: (second, picture (H, W, 3)) of each piece
     """
@@ -77,17 +77,17 @@ class Report:
         return next((v for v in ("fail", "warn") if v in said), "pass")
 
     def facts(self) -> dict[str, Any]:
-        """As JSON has it."""
+        """Return the report for JSON, without curves and pictures."""
         return {"verdict": self.verdict, "findings": [asdict(f) for f in self.findings],
                 "figures": self.figures,
                 "segments": [asdict(s) for s in self.segments]}  # fmt: skip
 
     def more(self, name: str, key: str, value: float, found: str, cure: str) -> None:
-        """More is better."""
+        """Add a finding on a value that should be high; `key` names its limits."""
         self._add(name, key, value, found, cure, lambda limit: value < limit)
 
     def less(self, name: str, key: str, value: float, found: str, cure: str) -> None:
-        """Less is better."""
+        """Add a finding on a value that should be low; `key` names its limits."""
         self._add(name, key, value, found, cure, lambda limit: value > limit)
 
     def _add(
