@@ -220,8 +220,9 @@ def _finish(
         new = player.novel(player.stances(clip.signals[clip.held]), known, player.N_VIEWS)
         if new:
             player.open_views(speaker, marcher, clip.signals[clip.held[new]], where)
-        if avatar.needs_portrait:  # nor were the others shown in training
-            player.open_views(speaker, marcher, clip.signals[clip.train], where)
+    if avatar.needs_portrait:  # nor were the others shown in training
+        speaker = player.person(avatar, run, where)
+        player.open_views(speaker, marcher, clip.signals[clip.train], where)
     player.save(run, avatar, marcher)
     run.save_drive(_drive(space, clip))
     shutil.copyfile(space.plate_file, run.plate_file)

@@ -99,11 +99,14 @@ def fit(
         def stop(place: Place) -> bool:
             return asked() or (stop_after is not None and stop_after(place))
 
-        if not _go_through(job, place, held, stop):
+        try:
+            finished = _go_through(job, place, held, stop)
+        finally:
+            if job.writer is not None:
+                job.writer.close()
+        if not finished:
             return place
     job.clock.read(place)
-    if job.writer is not None:
-        job.writer.close()
     job.average.give(avatar)
     return place
 

@@ -26,7 +26,7 @@ from talkhead_cli.jobs.script import Moves, Script
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import read_json, sha256_of, write_json
 
-DEPTH_UNIT = 1 / 8192  # face heights per step of the 16-bit depth video
+DEPTH_UNIT = 1 / 4096  # face heights per step of the 16-bit depth video
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ class _Shoot:
                 rows = film_script.moves.rows(np.arange(film_script.n_frames)).astype(int)
                 for warning in self.original.warnings(rows, side):
                     progress.note(warning)
-                eyes = wishes.blink != "footage"
+                eyes = wishes.blink != "footage" or film_script.lids_of_track
                 pictures = self.original.with_faces(rows, pictures, eyes=eyes)
             for picture in pictures:
                 film.write(picture)

@@ -72,6 +72,11 @@ class Script:
     track: LandmarkTrack | None
     lids_tracked: bool  # eye openness comes from `track`, if it has any
 
+    @property
+    def lids_of_track(self) -> bool:
+        """Whether eyes are as open as the landmark track says, and not as in the footage."""
+        return self.lids_tracked and self.track is not None and self.track.eye is not None
+
     def signals(self, frames: NDArray[Any]) -> Signals:
         """Return the signals of frames (n,) after `listen`.  The `avatar.past` frames before the
         first are computed too, so that predictions equal those over the whole video."""
@@ -87,7 +92,8 @@ class Script:
         )
         pose, body = self.moves.pose(frames)
         eye, gaze, brow = self.moves.eyes(frames)
-        if self.lids_tracked and self.track is not None and self.track.eye is not None:
+        if self.lids_of_track:
+            assert self.track is not None and self.track.eye is not None
             eye = self.track.eye[np.minimum(frames, len(self.track) - 1)]
         heard = self.stats.windows(stream, frames - low, window)
         driven = {"pose": pose, "body": body, "eye": eye, "gaze": gaze, "brow": brow}
