@@ -104,9 +104,7 @@ def read_cameras(folder: Path) -> Cameras | None:
                 f"frame, focal_len, cx, cy): {error}"
             ) from error
         if not np.isfinite([focal, *centre]).all() or focal <= 0:
-            raise TalkheadError(
-                f"{path.name}: focal_len, cx and cy must be numbers, focal_len above 0"
-            )
+            raise TalkheadError(f"{path.name}: focal_len (above 0), cx and cy must be numbers")
         for index, matrix in found:
             known = 0 <= index < MAX_FRAMES
             if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or not known:
