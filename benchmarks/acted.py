@@ -1,8 +1,8 @@
-"""Synthetic speakers with faces of people: everybody is filmed doing what somebody else did.
+"""Synthetic training clips: each person's avatar, driven by another person's tracked motion.
 
-A person's avatar is moved by another's tracked mouth, eyes and head, and gets that one's sound, so
-that lips and sound belong together as they do in the other's clip.  Films and avatars are kept:
-the same command goes on where it was stopped.
+An avatar is driven by the other's mouth, eyes and head and gets the other's sound, so that lips and
+sound belong together as they do in the other's clip.  Films and avatars are kept: the same command
+resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from talkhead_cli.jobs.preprocess import preprocess
 from talkhead_cli.store import Workspace
 
 PRESETS = ["lokitalk", "tiny"]
-SCALE = 0.3  # of the steps that an avatar takes
-RELATIVE = ("pose", "body", "gaze", "brow")  # to the person's own mean and spread
+SCALE = 0.3  # of an avatar's training steps
+RELATIVE = ("pose", "body", "gaze", "brow")  # transferred relative to own mean and deviation
 
 
 def cast(home: Path, people: Sequence[str], work: Path) -> list[str]:
-    """Everybody's face doing what the next one did, as workspaces of the home; their names.  Whose
-    film shows no face that can be tracked is left out."""
+    """Make workspaces in which each person moves like the next one; return their names.  Films in
+    which no face can be tracked are left out."""
     films = work / "acted"
     films.mkdir(exist_ok=True)
     pairs = list(zip(people, [*people[1:], people[0]], strict=True))
@@ -74,11 +74,11 @@ def _acted(home: Path, films: Path, pair: tuple[str, str]) -> str | None:
 
 
 def moved_as(avatar: LokiTalk, own: Signals, other: Signals, k: Tensor) -> Signals:
-    """Signals of the avatar's person, known by rows `own`, doing what `other` does in every row;
-    k (3, 3) the person's intrinsics.
+    """Return signals of the avatar's person, with rows `own`, moving as `other` in every row.
 
-    Heads, shoulders, gaze and brows go as far from where they usually are, in units of how far each
-    person's go; mouths too, shape by shape; lids open as far.
+    k (3, 3): the person's intrinsics.  Pose, shoulders, gaze and brows keep their distance from the
+    mean in units of each person's own standard deviation (up to 2.5); mouths do so per shape; eye
+    openness is copied.
     """
     told = {name: _as_own(getattr(other, name), getattr(own, name)) for name in RELATIVE}
     mouth, theirs = avatar.person(own).mouth, Mouth()

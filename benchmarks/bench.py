@@ -1,13 +1,13 @@
-"""What `make bench` and `make gpu` run: timings, on the clips beside the checkout.
+"""Benchmarks run by `make bench` and `make gpu`, on the clips beside the checkout.
 
     python benchmarks/bench.py                      all of it (an hour or more on two cores)
     python benchmarks/bench.py quality --ids alice  parts and clips by name
-    python benchmarks/bench.py --device cuda        what a GPU is asked for
+    python benchmarks/bench.py --device cuda        the parts that a GPU machine runs
 
-What commands cost is in costs.py; parts that look inside are here, with a file per subject.  Each
-part writes benchmarks/results/DATE-PART.json with the machine, versions, commit and command, and
-its plots beside it; long ones as they go on, marked as unfinished until they are done.  Without the
-private clips the synthetic speaker is used, and the results say so.
+Parts that time whole commands are in costs.py; parts that measure inside the process are here,
+with a file per subject.  Each part writes benchmarks/results/DATE-PART.json with the machine,
+versions, commit and command, and its plots beside it; long parts write as they go, marked as
+unfinished until done.  Without the private clips the synthetic speaker is used, as results record.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ PARTS = (
     "ears", "hearing", "coding", "views", "heads", "tokens", "strangers", "crowded", "deformations",
     "expert", "files", "photo", "trackers", "voices", "fields", "ablation", "seventh",
 )  # fmt: skip
-ON_CUDA = ("kernels", "core", "parity", "curve")  # a GPU machine need not be able to track faces
-USUAL = {"cpu": ["lokitalk", "tiny"], "cuda": ["lokitalk"]}  # presets
-METHODS = ("lokitalk", "talk3d")  # that stand in space as a whole, for views
-CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.06, 0.2)}  # shares of the steps
+ON_CUDA = ("kernels", "core", "parity", "curve")  # a GPU machine need not track faces
+USUAL = {"cpu": ["lokitalk", "tiny"], "cuda": ["lokitalk"]}  # default presets
+METHODS = ("lokitalk", "talk3d")  # that model the whole person in 3D, for views
+CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.06, 0.2)}  # shares of the training steps
 
 
 def part_core(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """The marching core: by size and batch, against the reference, by points, and its roofline."""
+    """Measure the marcher: by size and batch, against the reference, by points; roofline."""
     import core
 
     name = options.ids[0]
@@ -93,26 +93,26 @@ def part_core(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any
 
 
 def part_parity(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """One checkpoint on the CPU and on the GPU."""
+    """Compare the renders of one checkpoint on the CPU and on the GPU."""
     import core
 
     name = options.ids[0]
     trained = trained_run(name, work, options)
     home = work / "home"
-    every = 33  # a CPU takes seconds for each
+    every = 33  # a CPU takes seconds per frame
     cpu, other = (core.load(home, name, d, trained, every) for d in ("cpu", options.device))
     return core.parity(cpu, other, work / f"parity-{name}.png")
 
 
 def part_kernels(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """How far kernels lie from their torch twins on this machine."""
+    """Measure how far kernels differ from their torch versions on this machine."""
     script = ROOT / "tests" / "kernel_twins.py"
     told = run(sys.executable, str(script), options.device)
     return {"seconds": told["seconds"], "apart": json.loads(told["stdout"])}
 
 
 def part_rival(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Another method's figures, of the file --rival, beside our newest of the same machine."""
+    """Put another method's figures (file --rival) beside our newest ones on this kind of device."""
     theirs = json.loads(options.rival.read_text())
     ours: dict[str, Any] = {}
     for part in ("core", "curve"):
@@ -124,13 +124,13 @@ def part_rival(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_curve(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Held-out PSNR against training time: whole trainings of several lengths."""
+    """Measure held-out PSNR against training time: complete trainings of several lengths."""
     import core
 
     name = options.ids[0]
     preprocessed(name, work)
     rows = []
-    if options.device == "cuda":  # kernels are compiled once
+    if options.device == "cuda":  # warm-up: compiles the kernels
         core.train(work / "home", name, options.presets, options.device, 1e-3, options.seed)
     for scale in CURVE[options.device]:
         trained, stages = core.train(
@@ -152,7 +152,7 @@ def part_curve(work: Path, options: argparse.Namespace) -> Iterator[dict[str, An
 
 
 def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Each of --ids from seconds of footage, from a prior of everybody else and from nothing."""
+    """Train each of --ids on seconds of footage, from a prior of the others and from scratch."""
     import transfer
 
     others = [name for name in people_of(work, options) if name not in options.ids]
@@ -173,7 +173,7 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_fields(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What two displacements and the attention loss are worth to --ids, at --scale of the steps."""
+    """Ablate LokiTalk's displacements and attention loss on --ids, at --scale of the steps."""
     import loki
 
     for name in options.ids:
@@ -182,8 +182,8 @@ def part_fields(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_ablation(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """A prior of everybody else without one of its parts at a time, at --scale of the steps, and
-    what it is worth to --ids after the first of --shares on the first of --seconds."""
+    """Ablate a prior of everybody else part by part, at --scale of the steps, and fine-tune --ids
+    for the first of --shares of the steps on the first of --seconds."""
     import loki
 
     others = [name for name in people_of(work, options) if name not in options.ids]
@@ -194,7 +194,7 @@ def part_ablation(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_voices(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What other people's speech is worth, at the level of landmarks; --ids in groups of four."""
+    """Measure the gain from other people's speech, on landmarks; --ids in groups of four."""
     import transfer
 
     groups = [options.ids[i : i + 4] for i in range(0, len(options.ids), 4)]
@@ -203,7 +203,7 @@ def part_voices(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_hearing(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Stage one of the landmark method: people held out in turn."""
+    """Evaluate stage one (speech) of the landmark method, holding people out in turn."""
     import landmarks
 
     everybody = usable(work)
@@ -212,7 +212,7 @@ def part_hearing(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_ears(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Mouths as heard by the speech embedding and by mel bands and formants."""
+    """Compare mouths predicted from the speech embedding and from mel bands and formants."""
     import landmarks
 
     usable(work)
@@ -220,7 +220,7 @@ def part_ears(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_coding(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Gaussian codes against plain landmarks."""
+    """Compare Gaussian codes with plain landmarks."""
     import landmarks
 
     for name in options.ids:
@@ -229,7 +229,7 @@ def part_coding(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_heads(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Talk3D of each of --ids from a generator of everybody else's heads and from nothing, at
+    """Train Talk3D of each of --ids from a generator of everybody else's heads and from scratch, at
     --scale of the steps; contact sheets stay in the work folder."""
     import talk3d
 
@@ -238,7 +238,7 @@ def part_heads(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_views(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Each method from where nobody filmed; contact sheets stay in the work folder."""
+    """Render each of METHODS from novel views; contact sheets stay in the work folder."""
     import talk3d
 
     runs = [f"{method}+tiny" for method in METHODS]
@@ -253,7 +253,7 @@ def part_views(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_tokens(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What Talk3D's tokens, split convolutions and residual are worth."""
+    """Ablate Talk3D's tokens, split convolutions and residual."""
     import talk3d
 
     for name in options.ids:
@@ -262,7 +262,7 @@ def part_tokens(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_strangers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """S3D on people whom it never met, --ids in groups of two."""
+    """Evaluate S3D on people outside its training set, --ids in groups of two."""
     import s3d
 
     groups = [options.ids[i : i + 2] for i in range(0, len(options.ids), 2)]
@@ -270,7 +270,7 @@ def part_strangers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_crowded(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """S3D on --ids, whom it never met, with and without synthetic speakers in its prior."""
+    """Evaluate S3D on unseen --ids, with and without synthetic speakers in its prior."""
     import s3d
 
     everybody = people_of(work, options)
@@ -278,7 +278,7 @@ def part_crowded(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_deformations(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """S3D with less and less of its deformation, on --ids, whom it never met."""
+    """Evaluate S3D on unseen --ids, with less and less of its deformation."""
     import s3d
 
     everybody = people_of(work, options)
@@ -286,7 +286,7 @@ def part_deformations(work: Path, options: argparse.Namespace) -> dict[str, Any]
 
 
 def part_expert(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """The lip-sync expert on people whom it never met, --ids in groups of two."""
+    """Evaluate the lip-sync expert on unseen people, --ids in groups of two."""
     import s3d
 
     groups = [options.ids[i : i + 2] for i in range(0, len(options.ids), 2)]
@@ -300,7 +300,7 @@ def _listed(text: str) -> list[str]:
 def _measure(
     part: str, path: Path, record: dict[str, Any], work: Path, options: argparse.Namespace
 ) -> None:
-    """Measure a part, and write down what is found; beside it all along, where the part says so."""
+    """Measure a part and write its results; parts that yield also write intermediate ones."""
     unfinished = path.with_suffix(".unfinished.json")
     made = {**vars(costs), **globals()}[f"part_{part}"](work, options)
     if isinstance(made, Iterator):
@@ -360,13 +360,13 @@ def main() -> None:
             suffix = f"-{options.presets[0]}{suffix}"
         options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
         command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])
-        record = {"date": today, "command": command, "machine": machine()}  # as it was begun
+        record = {"date": today, "command": command, "machine": machine()}  # as it was at the start
         failed = []
         for part in options.parts or (PARTS if options.device == "cpu" else ON_CUDA):
             path = RESULTS / f"{today}-{part}{suffix}.json"
             try:
                 _measure(part, path, record, work, options)
-            except (SystemExit, Exception) as error:  # the other parts are measured all the same
+            except (SystemExit, Exception) as error:  # the other parts are measured anyway
                 sys.stderr.write(f"{part}: {error}\n")
                 failed.append(part)
             else:

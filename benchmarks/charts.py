@@ -1,4 +1,4 @@
-"""Line charts of what was measured."""
+"""Line charts of benchmark results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Line = tuple[Sequence[float], Sequence[float]]
 
 
 def line_chart(path: Path, across: str, up: str, lines: Mapping[str, Line]) -> None:
-    """Labelled lines (x, y) over an axis that begins at zero, and up from zero but for dB."""
+    """Plot labelled lines (x, y); both axes begin at zero, but the vertical one not for dB."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""The marching core, measured inside one process: a trained run, its held-out rows, a clock.
+"""Benchmarks of the ray marcher inside one process, on held-out rows of a trained run.
 
 Nothing here needs the tracking packages, so that a machine with a GPU and a preprocessed
 workspace can run all of it.
@@ -31,13 +31,13 @@ from talkhead_cli.march import DenseMarcher, GuidedMarcher, guided
 from talkhead_cli.store import Run, Workspace
 
 SIZES = (128, 256, 512, 1024)
-LEAST_S = {"cpu": 1.5, "cuda": 0.4}  # of wall time behind every figure
-STRIDE = {"cpu": 16, "cuda": 4}  # held-out rows from one that is measured to the next
+LEAST_S = {"cpu": 1.5, "cuda": 0.4}  # minimum wall time, s, behind every figure
+STRIDE = {"cpu": 16, "cuda": 4}  # step between measured held-out rows
 
 
 @dataclass
 class Bench:
-    """A run's player and the held-out rows that it is asked for."""
+    """A run's player and the held-out rows that it renders."""
 
     show: Player
     clip: Footage
@@ -51,13 +51,13 @@ class Bench:
         return self.show.marcher
 
     def pictures(self, rows: Signals | None = None) -> tuple[Tensor, int]:
-        """(T, s, s, 3) in [0, 1] on the CPU, and the points they took."""
+        """Render rows, (T, s, s, 3) in [0, 1] on the CPU; also return the number of points."""
         made = list(self.show.pictures(self.rows if rows is None else rows))
         rgb = torch.cat([f.rgb.float().cpu().clamp(0, 1) for f, _ in made])
         return rgb, sum(n for _, n in made)
 
     def psnr(self, rgb: Tensor) -> dict[str, float]:
-        """Against the truth, mean over rows, dB."""
+        """Return PSNR against the truth, dB, mean over rows."""
         face, full = [], []
         for a, b, (x0, y0, x1, y1) in zip(self.truth.numpy(), rgb.numpy(), self.boxes, strict=True):
             face.append(evaluate.psnr(a[y0:y1, x0:x1], b[y0:y1, x0:x1]))
@@ -69,7 +69,7 @@ class Bench:
 
 
 def load(home: Path, name: str, device: str, run: str | None = None, every: int = 0) -> Bench:
-    """The newest (or the named) run of an identity, every so many held-out rows."""
+    """Load the newest (or the named) run of an identity and every `every`-th held-out row."""
     space = Workspace.open(home, name)
     found, _ = player.pick_run(space, run)
     show = player.load(found, march.device_of(device))
@@ -85,7 +85,7 @@ def load(home: Path, name: str, device: str, run: str | None = None, every: int 
 
 
 def against_reference(bench: Bench) -> dict[str, Any]:
-    """The same trained field by the plain, the packed and the guided march, side by side."""
+    """Compare the dense, the packed and the guided marcher on the same trained field."""
     show, few = bench.show, bench.marcher
     lattice, step = few.lattice, few.lattice.step
     n_steps = round(float(show.avatar.aabb[5] - show.avatar.aabb[2]) / step)
@@ -114,7 +114,7 @@ def against_reference(bench: Bench) -> dict[str, Any]:
 
 
 def by_size(bench: Bench) -> list[dict[str, Any]]:
-    """Frames per second and milliseconds per stage against the picture's size."""
+    """Measure frames per second and milliseconds per stage against picture size."""
     found = []
     for size in SIZES:
         rows = _resized(bench.rows, size)
@@ -132,7 +132,7 @@ def by_size(bench: Bench) -> list[dict[str, Any]]:
 
 
 def by_points(bench: Bench) -> list[dict[str, Any]]:
-    """Time of a frame against the points it takes, at one size, and against the grid's volume."""
+    """Measure the time per frame, at one size, against samples per ray and guide cells."""
     few, kept = bench.marcher, (bench.marcher.n_samples, bench.marcher.n_cells)
     found = []
     for n_samples in (2, 4, 8, 12, 16):
@@ -147,7 +147,7 @@ def by_points(bench: Bench) -> list[dict[str, Any]]:
 
 
 def by_batch(bench: Bench) -> list[dict[str, Any]]:
-    """Time per frame against the frames that march together."""
+    """Measure frames per second against the number of frames marched together."""
     found = []
     for n in (1, 2, 4, 8):
         with _at_once(n):
@@ -157,7 +157,7 @@ def by_batch(bench: Bench) -> list[dict[str, Any]]:
 
 @contextmanager
 def _at_once(n: int) -> Iterator[None]:
-    """March n frames together, whatever the size."""
+    """Make the player march n frames together, whatever the size."""
     kept = Player.rows_at_once
     Player.rows_at_once = lambda self, size_px: n  # type: ignore[method-assign]
     try:
@@ -167,7 +167,7 @@ def _at_once(n: int) -> Iterator[None]:
 
 
 def parity(bench: Bench, other: Bench, sheet: Path) -> dict[str, Any]:
-    """The same checkpoint on two devices; truth and both of them side by side in a picture."""
+    """Compare one checkpoint on two devices; write truth and both renders to a picture."""
     a, _ = bench.pictures()
     b, _ = other.pictures()
     rows = torch.cat([torch.cat(list(part), 0) for part in (bench.truth, a, b)], 1)
@@ -180,14 +180,14 @@ def parity(bench: Bench, other: Bench, sheet: Path) -> dict[str, Any]:
 
 
 def roofline(bench: Bench, n_points: int = 65_536) -> dict[str, Any]:
-    """Operations and bytes of the field per point, what the machine can do, and the gap.
+    """Measure operations and bytes of the field per point, the machine's peaks, and the gap.
 
-    `bytes` counts what every operation reads and writes, as torch runs them one by one;
-    `bytes_at_least` a point's coordinates in and channels out, which one fused kernel would move.
+    `bytes` counts what every operation reads and writes when torch runs them one by one;
+    `bytes_at_least` a point's position, direction, density and channels: one fused kernel's share.
     """
     show = bench.show
     one = bench.rows[0].to(show.device)
-    plain = show.avatar.condition(one)  # where gradients are wanted, torch's operations, to count
+    plain = show.avatar.condition(one)  # with gradients: torch operations, which can be counted
     with torch.no_grad():
         field = show.avatar.condition(one)
     low, high = show.avatar.aabb[:3], show.avatar.aabb[3:]
@@ -223,7 +223,7 @@ def roofline(bench: Bench, n_points: int = 65_536) -> dict[str, Any]:
 
 
 class _Clock(SilentProgress):
-    """Steps, rays and seconds of each stage of training."""
+    """Progress that records steps, rays and seconds of each training stage."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -256,7 +256,7 @@ class _Clock(SilentProgress):
 def train(
     home: Path, name: str, presets: list[str], device: str, scale: float, seed: int
 ) -> tuple[Run, dict[str, dict[str, float]]]:
-    """Train with a share of the preset's steps; the run, and steps, seconds and rays per stage."""
+    """Train with a share of the preset's steps; return run and steps, seconds, rays per stage."""
     clock = _Clock()
     run = finetune.finetune(
         home, name, clock, names=presets, settings=[f"train.scale={scale}"],
@@ -270,7 +270,7 @@ def train(
 
 
 def timed(work: Callable[[], Any], device: torch.device) -> float:
-    """Seconds that one call takes: the median of many."""
+    """Return the seconds of one call, the median of many."""
     work()
     took: list[float] = []
     while sum(took) < LEAST_S[device.type] or len(took) < 3:
@@ -285,10 +285,10 @@ def timed(work: Callable[[], Any], device: torch.device) -> float:
 def frames_per_second(
     bench: Bench, rows: Signals | None = None, plate: Tensor | None = None
 ) -> float:
-    """Of whole pictures, as `render` draws them, without encoding."""
+    """Return the rate of whole pictures as `render` draws them, without encoding."""
     rows = bench.rows if rows is None else rows
     at_once = bench.show.rows_at_once(rows.camera.size_px // bench.show.avatar.magnification)
-    rows = rows[: max(1, len(rows) // at_once) * at_once]  # a batch that lacks some is drawn slowly
+    rows = rows[: max(1, len(rows) // at_once) * at_once]  # incomplete batches are slow
 
     def film() -> None:
         for frame, _ in bench.show.pictures(rows, plate):
@@ -308,7 +308,7 @@ def _frame(bench: Bench) -> dict[str, Any]:
 
 @torch.no_grad()
 def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
-    """One frame on all threads: milliseconds of each stage, and its samples."""
+    """Time each stage of one frame on all threads, milliseconds, and count its samples."""
     show, marcher, device = bench.show, bench.marcher, bench.show.device
     one, background = one.to(device), plate.reshape(-1, 3).to(device)
     row = torch.zeros(1, dtype=torch.long, device=device)
@@ -345,7 +345,7 @@ def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
 
 
 def _in_blocks(field: Field, x: Tensor, d: Tensor, row: Tensor) -> None:
-    """The field as the guided march asks it, block by block."""
+    """Evaluate the field block by block, as the guided marcher does."""
     n = guided.POINTS_AT_ONCE[x.device.type]
     for part in zip(x.split(n), d.split(n), row.split(n), strict=True):
         field(*part)
@@ -368,7 +368,7 @@ def _wait(device: torch.device) -> None:
 
 @contextmanager
 def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
-    """Most memory in MB: of the GPU's allocator, else of this process, sampled."""
+    """Yield a function that returns peak MB: of the GPU allocator, else this process, sampled."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         yield lambda: round(torch.cuda.max_memory_allocated(device) / 2**20)
@@ -391,7 +391,7 @@ def _peak(device: torch.device) -> Iterator[Callable[[], int]]:
 
 
 class _Traffic(TorchDispatchMode):
-    """Adds up the bytes that operations read and write."""
+    """Counts the bytes that operations read and write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -416,7 +416,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def _peaks(device: torch.device) -> tuple[float, float]:
-    """Operations per second of a large matrix product, bytes per second of a large copy."""
+    """Measure operations/s of a large matrix product and bytes/s of a large copy."""
     n = 2048 if device.type == "cpu" else 8192
     kind = torch.float32 if device.type == "cpu" else torch.float16
     a = torch.rand(n, n, device=device, dtype=kind)

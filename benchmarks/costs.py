@@ -1,6 +1,6 @@
-"""What commands cost and give, seen from outside: wall time, peak memory, figures.
+"""Costs and results of whole commands: wall time, peak memory, figures.
 
-Each part starts the real command line in a process of its own.
+Each part runs the real command line in a process of its own.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def part_quality(work: Path, options: argparse.Namespace) -> Iterator[dict[str, 
 
 
 def part_seventh(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What the whole way costs: a prior of six people, and a seventh, the first of --ids, from
-    it."""
+    """Measure the complete workflow: a prior of six people, then a seventh, the first of --ids,
+    fine-tuned from it."""
     name, home = options.ids[0], ["--home", str(work / "home"), "--device", options.device]
     presets = [word for preset in options.presets for word in ("-p", preset)]
     six = [other for other in people_of(work, options) if other not in options.ids][:6]
@@ -97,7 +97,7 @@ def part_render(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Peak memory against length: of preprocess and of render, half a minute and ten minutes."""
+    """Measure peak memory of preprocess and render for half a minute and ten minutes."""
     name = options.ids[0]
     run_name = trained_run(name, work, options)
     home = ["--home", str(work / "home")]
@@ -121,7 +121,7 @@ def part_memory(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_sound(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """What a second of sound costs, end to end."""
+    """Measure the render time per second of sound, end to end."""
     name = options.ids[0]
     run_name = trained_run(name, work, options)
     rows = []
@@ -143,8 +143,8 @@ def part_sound(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_photo(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """From a picture to its first frame, and to half a minute of film, by the newest s3d prior of
-    the work folder's home (made of --ids where there is none); starting Python included."""
+    """Time a picture's first frame and half a minute of film, Python start included, with the
+    newest s3d prior of the work folder's home (trained on --ids if there is none)."""
     home = work / "home"
     priors = (home / ".priors").glob("*/preset.yaml")
     if not any("method: s3d" in preset.read_text() for preset in priors):
@@ -178,8 +178,8 @@ def part_photo(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
 
 def part_files(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Every private clip and every hard file: what `preprocess` makes of it, and what `check` said
-    beforehand."""
+    """Run `check`, then `preprocess`, on every private clip and every hard file, and record the
+    results of both."""
     folders = ("clips", "clips/more", "hard")
     rows = {}
     for film in sorted(p for f in folders for p in (CLIPS / f).iterdir() if p.is_file()):
@@ -209,7 +209,7 @@ def _verdict(looked: dict[str, Any]) -> dict[str, Any]:
 
 
 def part_trackers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Every backend against the synthetic speaker's truth, and the default on every real clip."""
+    """Test every backend against the synthetic speaker's truth, the default on all real clips."""
     import trackers
 
     from talkhead_cli.jobs import backends

@@ -1,4 +1,4 @@
-"""Makes talkhead_cli/track/embedding.safetensors of Google's speech embedding.
+"""Make talkhead_cli/track/embedding.safetensors from Google's speech embedding.
 
     pip install onnx
     python benchmarks/embedding.py embedding_model.onnx

@@ -1,5 +1,4 @@
-"""What the benchmarks work with: commands and their cost, clips, people, speech, the machine's
-name."""
+"""Shared tools of the benchmarks: running commands, clips, people, speech, facts of the machine."""
 
 from __future__ import annotations
 
@@ -23,12 +22,12 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = Path(__file__).parent / "results"
 CLIPS = ROOT.parent / "shared"
-SHARE = {"cuda": 0.06}  # of the steps, for parts that only look at what was trained
+SHARE = {"cuda": 0.06}  # of the training steps, for parts that need any trained run
 PACKAGES = ("torch", "mediapipe", "lightning-fabric", "nerfacc", "numpy")
 
 
 def run(*words: str) -> dict[str, Any]:
-    """One command: seconds, peak memory of its process in MB, stdout."""
+    """Run a command; return seconds, peak memory of its process in MB, and stdout."""
     began, peak_kb = time.perf_counter(), 0
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         process = subprocess.Popen(words, stdout=out, stderr=err, text=True)
@@ -50,7 +49,7 @@ def run(*words: str) -> dict[str, Any]:
 
 
 def _peak_kb(number: int) -> int:
-    """Most that a process has held so far; what wait() says of a child includes its parent's."""
+    """Return a process's peak memory so far; wait()'s figure would include its parent's."""
     with contextlib.suppress(OSError):
         status = Path(f"/proc/{number}/status").read_text()
         for line in status.splitlines():
@@ -60,7 +59,7 @@ def _peak_kb(number: int) -> int:
 
 
 def shown(words: Sequence[str]) -> str:
-    """A command line without the folders of the machine it ran on."""
+    """Return a command line without the machine's folder names."""
     return shlex.join([Path(w).name if Path(w).is_absolute() else w for w in words])
 
 
@@ -69,7 +68,7 @@ def talkhead(*words: str) -> dict[str, Any]:
 
 
 def clip(name: str, work: Path) -> Path:
-    """A private clip, or the synthetic speaker in its place."""
+    """Return a private clip, or the synthetic speaker in its place."""
     for folder in ("clips", "clips/more"):
         found = CLIPS / folder / f"{name}.mp4"
         if found.exists():
@@ -82,7 +81,7 @@ def clip(name: str, work: Path) -> Path:
 
 
 def looped(film: Path, seconds: int, work: Path) -> Path:
-    """A film of a given length: a clip, over and over."""
+    """Return a film of a given length: a clip, looped."""
     from talkhead_cli.media import ffmpeg
 
     out = work / f"{film.stem}{seconds}.mp4"
@@ -92,7 +91,7 @@ def looped(film: Path, seconds: int, work: Path) -> Path:
 
 
 def speech(work: Path, seconds: int) -> Path:
-    """Speech of a given length: a recording, repeated."""
+    """Return speech of a given length: a recording, repeated."""
     from talkhead_cli import media
 
     source = CLIPS / "speech" / "eng60.wav"
@@ -105,7 +104,7 @@ def speech(work: Path, seconds: int) -> Path:
 
 
 def asked(*words: str) -> dict[str, Any]:
-    """One command that may well fail: exit code, seconds, stdout, and what it said."""
+    """Run a command that may fail; return exit code, seconds, stdout and its notes."""
     began = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "talkhead_cli.cli.app", *words], capture_output=True, text=True
@@ -117,7 +116,7 @@ def asked(*words: str) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Where this was measured."""
+    """Return the machine, versions and commit of a measurement."""
     model = ""
     cpu = Path("/proc/cpuinfo")
     if cpu.exists():
@@ -137,7 +136,7 @@ def machine() -> dict[str, Any]:
 
 
 def _version(package: str) -> str | None:
-    """None where it is not installed: a GPU machine need not track faces."""
+    """Return a package's version, None if not installed: a GPU machine need not track faces."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -145,7 +144,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """None outside a checkout, or without git."""
+    """Return the commit, None outside a checkout or without git."""
     asked = ["git", "-C", str(ROOT), "describe", "--always", "--exclude=*", "--dirty"]
     with contextlib.suppress(OSError):
         return subprocess.run(asked, capture_output=True, text=True).stdout.strip() or None
@@ -153,17 +152,17 @@ def _commit() -> str | None:
 
 
 def people_of(work: Path, options: argparse.Namespace) -> list[str]:
-    """Everybody who may be learnt from."""
+    """Return the usable people who are not in --without."""
     return [name for name in usable(work) if name not in options.without]
 
 
 def usable(work: Path) -> list[str]:
-    """Everybody of the private clips who can be tracked."""
+    """Return the people of the private clips that can be preprocessed."""
     found = sorted(p.stem for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4"))
     for name in list(found):
         try:
             preprocessed(name, work)
-        except SystemExit:  # too short, say
+        except SystemExit:  # for example, too short
             found.remove(name)
     return found
 
@@ -175,7 +174,7 @@ def preprocessed(name: str, work: Path) -> None:
 
 
 def trained_run(name: str, work: Path, options: argparse.Namespace) -> str:
-    """The run's name: a kept folder may hold newer ones."""
+    """Fine-tune a run and return its name, as a kept folder may hold newer runs."""
     preprocessed(name, work)
     told = talkhead(
         "finetune", "--id", name, *presets_as_words(options), "--home", str(work / "home"),
@@ -186,5 +185,5 @@ def trained_run(name: str, work: Path, options: argparse.Namespace) -> str:
 
 
 def presets_as_words(options: argparse.Namespace) -> list[str]:
-    """The presets as the command line wants them; from nothing, whatever priors lie about."""
+    """Return the presets as command-line words, without a prior even where there is one."""
     return [*(word for preset in options.presets for word in ("-p", preset)), "--prior", "none"]

@@ -1,8 +1,8 @@
-"""What the landmark method's parts are worth: its ears, its coding, and the gap between the two.
+"""Ablations of the landmark method: its speech stage, its landmark coding, and the gap between.
 
-`hearing` trains stage one alone, on people held out in turn, with and without formants and
-other people; `coding` trains the head with Gaussian codes and with plain landmarks, at equal
-steps and parameters, and draws it from tracked and from heard landmarks.
+`hearing` trains stage one (speech) alone, on people held out in turn, with and without formants and
+other people; `ears` compares audio features; `coding` trains the head with Gaussian codes and with
+plain landmarks, at equal steps and parameters, and renders tracked and predicted landmarks.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ NOT_MEL = list(range(N_MEL, len(FEATURE_NAMES)))
 
 
 def hearing(home: Path, names: Sequence[str], others: Sequence[str], seeds: int) -> dict[str, Any]:
-    """Held-out landmark error and opening of each of `names`; a prior knows `others` and the rest
-    of `names`, never the person itself."""
+    """Return held-out landmark error and mouth opening of each of `names`; priors are trained on
+    `others` and the rest of `names`, never on the person itself."""
     preset = presets.load(["landmark", "tiny"])
     crowd = {n: _heard(home, n, preset, "embedding") for n in dict.fromkeys([*names, *others])}
     rows: dict[str, Any] = {}
@@ -77,8 +77,8 @@ def hearing(home: Path, names: Sequence[str], others: Sequence[str], seeds: int)
 
 
 def ears(home: Path, names: Sequence[str], seconds: Sequence[float]) -> dict[str, Any]:
-    """What each voice says of the mouths of `names`, learnt from the first seconds of their own
-    footage alone, through LokiTalk's encoder (a linear map beside small nets); one seed."""
+    """Compare audio features by the mouths predicted for `names`, trained on the first seconds of
+    their own footage alone, with LokiTalk's encoder (a linear map beside small nets); one seed."""
     rows = []
     for length in seconds:
         preset = presets.load(["landmark", "tiny"], [f"data.train_s={length:g}"])
@@ -102,7 +102,7 @@ def ears(home: Path, names: Sequence[str], seconds: Sequence[float]) -> dict[str
 
 
 def _heard(home: Path, name: str, preset: Preset, voice: str) -> Footage:
-    """A person's footage without pictures, heard by a voice of one's choice."""
+    """Load a person's footage without pictures, with the audio features of `voice`."""
     space, ear = Workspace.open(home, name), backends.voice_of(voice)
     clip = footage.load(space, preset.data, SilentProgress(), pictures=False)
     stream = ear.features(media.sound(space.audio))
@@ -115,7 +115,7 @@ def _fit_speech(
     preset: Preset, train: Train | None, clips: list[Footage], prior: PersonalAvatar | None,
     windows: bool,
 ) -> PersonalAvatar:  # fmt: skip
-    """An avatar whose speech stages ran on the clips; the field is never asked."""
+    """Train an avatar's speech stages on the clips; the field is never evaluated."""
     assert train is not None
     n_steps, n_features = clips[0].signals.audio.shape[1:]
     avatar = landmark.Landmark.build(
@@ -199,7 +199,7 @@ def _score(
 
 
 class PlainCode(nn.Module):
-    """All landmarks, told to every point alike, through a small net: what coding is to beat."""
+    """Baseline coding: all landmarks through a small net, the same code for every point."""
 
     neutral: Tensor
 
@@ -220,7 +220,7 @@ class PlainCode(nn.Module):
 
 
 class PlainLandmark(landmark.Landmark):
-    """The same method with landmarks concatenated."""
+    """The landmark method with PlainCode as its coding."""
 
     def coding(self) -> Any:
         return PlainCode()
@@ -231,7 +231,7 @@ class PlainLandmark(landmark.Landmark):
 
 
 def coding(home: Path, names: Sequence[str], seeds: int, scale: float) -> dict[str, Any]:
-    """Mouth-box PSNR of held-out frames, drawn from tracked and from heard landmarks."""
+    """Return mouth-box PSNR of held-out frames, from tracked and from predicted landmarks."""
     rows: dict[str, Any] = {}
     n_parameters = {}
     for label, kind in {"gaussian": landmark.Landmark, "plain": PlainLandmark}.items():

@@ -1,8 +1,8 @@
-"""What LokiTalk's parts are worth: `fields` of a single person, `transfer` of a prior.
+"""Ablations of LokiTalk: `fields` for a single person, `transfer` for a prior.
 
-Every variant is trained anew.  `fields` asks what two displacements, one after the other, and the
-attention loss are for; `transfer` takes parts away from what people lend each other.  Rows are kept
-in the work folder as soon as they are made: the same command goes on where it was stopped.
+Every variant is trained anew.  `fields` tests the cascade of two displacements and the attention
+loss; `transfer` removes parts of the prior, one at a time.  Rows are stored in the work folder as
+soon as they are made: the same command resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ FACE = [LABELS.index("face"), LABELS.index("mouth")]
 
 
 class _SideBySide(LokiField):
-    """Both displacements of the observed point, added up: no cascade."""
+    """Both displacements are taken at the observed point and added: no cascade."""
 
     def _static(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         attention, encoded, driven = self._attended(x, row)
@@ -64,7 +64,7 @@ class _SideBySide(LokiField):
 
 
 class _OneField(_SideBySide):
-    """One net that hears lips, eyes and pose moves every point, and nothing is rigid."""
+    """One network conditioned on lips, eyes and pose moves every point; no rigid motion."""
 
     def _static(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         attention, encoded, driven = self._attended(x, row)
@@ -91,8 +91,8 @@ FIELDS: dict[str, tuple[type[LokiField], list[str]]] = {
 
 
 def fields(home: Path, names: Sequence[str], work: Path, scale: float) -> dict[str, Any]:
-    """Each person from nothing at `scale` of the steps, one thread each: PSNR of held-out frames by
-    region, driven by tracked signals, and what an opening mouth moves besides the face."""
+    """Train each person from scratch at `scale` of the steps, one thread each; return PSNR of
+    held-out frames by region, driven by tracked signals, and what an opening mouth changes."""
     folder = work / "fields"
     folder.mkdir(exist_ok=True)
     with ProcessPoolExecutor(len(names), get_context("spawn")) as pool:
@@ -124,8 +124,8 @@ def _fields_of(home: Path, name: str, folder: Path, scale: float) -> dict[str, A
 
 @torch.no_grad()
 def _regions(home: Path, name: str, run_name: str) -> dict[str, float]:
-    """PSNR, dB, of the face, of neck and shoulders, and in full; and by how many of 255 colours of
-    face and of the rest change, on average, when the mouth opens and nothing else moves."""
+    """Return PSNR, dB, of face, of neck and shoulders, and in full; also the mean colour change,
+    of 255, of the face and of the rest when only the mouth opens."""
     space = Workspace.open(home, name)
     run, _ = player.pick_run(space, run_name)
     show = player.load(run, torch.device("cpu"))
@@ -162,15 +162,15 @@ def transfer(
     home: Path, names: Sequence[str], others: Sequence[str], work: Path, *, scale: float,
     seconds: float, share: float,
 ) -> dict[str, Any]:  # fmt: skip
-    """Priors of `others`, each without one part, learnt in `scale` of the steps; what each is worth
-    to `names`, of whom it knows nobody, after `share` of the steps on `seconds` of footage."""
+    """Train priors of `others`, each without one part, in `scale` of the steps; return the figures
+    of `names`, none of them in `others`, after `share` of the steps on `seconds` of footage."""
     assert not set(names) & set(others)
     folder = work / "ablation"
     folder.mkdir(exist_ok=True)
     parts, spawn = WITHOUT[:-1], get_context("spawn")
     with ProcessPoolExecutor(2, spawn) as pool:
         list(pool.map(partial(_prior_without, home, list(others), scale), parts))
-    # One at a time of each person, whose workspace a training holds.
+    # One process per person: a training locks the person's workspace.
     with ProcessPoolExecutor(len(names), spawn) as pool:
         people = list(pool.map(partial(_begun_without, home, folder, seconds, share), names))
     rows = {part: {name: person[part] for name, person in zip(names, people, strict=True)}
@@ -194,7 +194,7 @@ def _prior_without(home: Path, others: Sequence[str], scale: float, part: str) -
 def _begun_without(
     home: Path, folder: Path, seconds: float, share: float, name: str
 ) -> dict[str, dict[str, Any]]:
-    """A person's figures by what is left out."""
+    """Return a person's figures by the part left out."""
     torch.set_num_threads(1)
     found = {}
     for part in WITHOUT:
@@ -234,7 +234,7 @@ def _left_out(part: str) -> Iterator[None]:
 
 
 def _kept(file: Path, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """What the file holds, else what is made, which it holds from then on."""
+    """Return the contents of the file, or make them and store them there."""
     if file.exists():
         held: dict[str, Any] = json.loads(file.read_text())
         return held

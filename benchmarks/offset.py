@@ -1,12 +1,12 @@
-"""Trains the map from speech to lips that tells how late a film's sound is, and tries it.
+"""Train and test the map from speech to lips that measures how late a film's sound is.
 
     python benchmarks/offset.py HOME            leave one out: how often it is right
-    python benchmarks/offset.py HOME --write    ... and write the map of everybody to the package
+    python benchmarks/offset.py HOME --write    ... and write the map of all people to the package
 
-HOME holds preprocessed people (preprocess --offset none, lest films be corrected twice).  Pieces
-of each film are shifted by every amount up to +- 400 ms and judged by a map that never saw the
-person; right is within one frame of the shift and the whole film's own offset.  Sound of other
-people must not be believed.
+HOME holds preprocessed people (preprocess --offset none, or films would be corrected twice).
+Pieces of each film are shifted by up to +- 400 ms, in steps of 100 ms, and measured with a map
+trained without the person; right is within one frame of the shift plus the whole film's own offset.
+Sound of other people must not come out as sure.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def talk(home: Path, name: str) -> Talk:
 
 
 def leave_one_out(talks: dict[str, Talk]) -> dict[str, Any]:
-    """Own offsets, share of shifted pieces found, and of others' sound believed."""
+    """Return own offsets, and the shares of shifted pieces found and of wrong sound believed."""
     maps, own = {}, {}
     for name in talks:
         maps[name], _ = lipsync.train([t for n, t in talks.items() if n != name], rounds=2)
@@ -79,7 +79,7 @@ def _pieces(one: Talk, weight: Any, own_s: float, seconds: int) -> list[tuple[bo
         if inside.sum() < 0.9 * n:
             continue
         for shift in SHIFTS:
-            # the sound of the piece alone, late by `shift` rows: what a cut and shifted film has
+            # the piece's sound alone, late by `shift` rows, as in a film that was cut and shifted
             rows = np.arange(4 * n) + 4 * first - shift
             stream = one.stream[np.clip(rows, 0, len(one.stream) - 1)]
             found = lipsync.measure(stream, one.frames[inside] - first, one.lips[inside], weight,

@@ -1,8 +1,8 @@
-"""What S3D-NeRF and the lip-sync expert are worth on people whom they never met.
+"""Evaluation of S3D-NeRF and the lip-sync expert on people outside their training set.
 
-`strangers` learns from everybody but a group and draws each of the group from one frame;
-`crowded` does it with synthetic speakers of the others' faces besides; `deformations` with less
-and less of the deformation; `ears` asks the lip-sync expert of a group that it never saw.
+`strangers` trains on everybody but a group and renders each of the group from one frame;
+`crowded` adds synthetic speakers with the others' faces; `deformations` reduces the deformation
+step by step; `ears` tests the lip-sync expert on a group that it was not trained on.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from talkhead_cli.jobs.pretrain import pretrain
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.checkpoint import Run
 
-SHIFTS = (-8, -4, -2, 2, 4, 8)  # frames by which sound is moved
-PIECE_S = 10.0  # of footage that one offset is read from
+SHIFTS = (-8, -4, -2, 2, 4, 8)  # frames by which sound is shifted
+PIECE_S = 10.0  # of footage per measured offset
 PRESETS = ["s3d", "tiny"]
-EXPERT_SCALE = 1.0  # of the expert's steps
+EXPERT_SCALE = 1.0  # of the expert's training steps
 
 
 def strangers(
     home: Path, everybody: Sequence[str], groups: Sequence[Sequence[str]], *, scale: float = 1.0
 ) -> dict[str, Any]:  # fmt: skip
-    """Figures of each person of `groups` by a prior of everybody else."""
+    """Return figures of each person of `groups`, from a prior of everybody outside the group."""
     rows: dict[str, Any] = {}
     for group in groups:
         others = _others(everybody, group)
@@ -53,8 +53,8 @@ def strangers(
 def crowded(
     home: Path, everybody: Sequence[str], group: Sequence[str], work: Path, *, scale: float
 ) -> dict[str, Any]:  # fmt: skip
-    """Strangers drawn by a prior of everybody else, and by one that learnt from synthetic speakers
-    with the same faces as well, both in as many steps."""
+    """Compare, on `group`, a prior of everybody else with one also trained on synthetic speakers
+    with the same faces, in equally many steps."""
     others, left_out = _others(everybody, group), "-".join(group)
     _expert(home, others, left_out)
     made = acted.cast(home, others, work)
@@ -79,8 +79,8 @@ def _strangers_by(
 def deformations(
     home: Path, everybody: Sequence[str], group: Sequence[str], *, scale: float
 ) -> dict[str, Any]:  # fmt: skip
-    """Strangers drawn with each kind of deformation, and without the expert's word, `scale` of
-    the steps each."""
+    """Compare, on `group`, the kinds of deformation, and training without the expert's sync loss,
+    at `scale` of the steps each."""
     others = _others(everybody, group)
     _expert(home, others, "-".join(group))
     rows: dict[str, Any] = {}
@@ -97,7 +97,7 @@ def deformations(
 
 
 def _table(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Means over people, by kind."""
+    """Return means over people, by kind."""
     return {
         kind: {key: _mean([_at(person["figures"], path) for person in people.values()])
                for key, path in _KEYS.items()}
@@ -115,9 +115,9 @@ _KEYS = {
 
 
 def ears(home: Path, everybody: Sequence[str], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
-    """The expert on people it never met: share of pairs in which a moment's own sound fits better
-    than another's, and by how many frames it misses sound that was moved by a known number, as
-    against the same piece unmoved."""
+    """Test the expert on unseen people: share of pairs in which a moment's own sound fits better
+    than another's, and its error in frames on sound that was shifted by a known number, relative
+    to the same piece unshifted."""
     rows: dict[str, Any] = {}
     for group in groups:
         judge = _expert(home, _others(everybody, group), "-".join(group))
@@ -155,7 +155,7 @@ def _judged(judge: expert.Judge, home: Path, name: str) -> dict[str, Any]:
 
         here = shift(0)
         offsets.append(round(here, 2))
-        # sound taken from later comes earlier
+        # sound taken from later frames comes earlier
         misses += [round(shift(by) - here + by, 2) for by in SHIFTS]
     signals = clip.signals[rows]
     marks = signals.landmarks_px.numpy()
@@ -164,7 +164,7 @@ def _judged(judge: expert.Judge, home: Path, name: str) -> dict[str, Any]:
 
 
 def _built_of(kind: str) -> Any:
-    """Avatars that are built have this kind of deformation."""
+    """Patch avatars to be built with this kind of deformation."""
 
     class Method(s3d.S3D):
         @classmethod
@@ -185,7 +185,7 @@ def _expert(home: Path, others: Sequence[str], name: str) -> expert.Judge:
         home, others, f"ear-{name}", SilentProgress(), preset_names=["expert", "tiny"],
         settings=[f"pretrain.scale={EXPERT_SCALE}"], device="cpu",
     )  # fmt: skip
-    made.write_meta(finished_at=time.time())  # the newest one is asked
+    made.write_meta(finished_at=time.time())  # the newest expert is used
     return expert.opened(made)
 
 

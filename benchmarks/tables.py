@@ -1,7 +1,7 @@
-"""Write the tables of README.md and benchmarks/README.md out of the newest results.
+"""Write the tables of README.md and benchmarks/README.md from the newest results.
 
-    python benchmarks/tables.py            rewrites what stands between their markers
-    python benchmarks/tables.py --check    says which are not what the results say, and exits with 1
+    python benchmarks/tables.py            rewrites the text between the tables' markers
+    python benchmarks/tables.py --check    lists outdated files; exits with 1 if there are any
 
 A method's figures are those of the newest file of `bench.py quality --presets METHOD,tiny`.
 """
@@ -15,15 +15,15 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-FILES = {  # by method; lokitalk is what bench.py trains unless told otherwise
+FILES = {  # by method; lokitalk is the default of bench.py
     "lokitalk": "*-quality.json", "landmark": "*-quality-landmark.json",
     "talk3d": "*-quality-talk3d.json", "s3d": "*-quality-s3d.json",
 }  # fmt: skip
-FEW_BLINKS = 2  # what follows so few says nothing of eyes
+FEW_BLINKS = 2  # with fewer in the truth, figures of eyes mean little
 
 
 def quality(method: str) -> dict[str, dict[str, Any]]:
-    """What `evaluate` said of each person, from the newest file of the method."""
+    """Return the figures of `evaluate` by person, from the method's newest finished file."""
     records = (json.loads(file.read_text()) for file in sorted(RESULTS.glob(FILES[method])))
     whole = [record for record in records if not record.get("unfinished")]
     held = whole[-1] if whole else {}
@@ -33,7 +33,7 @@ def quality(method: str) -> dict[str, dict[str, Any]]:
 
 
 def short() -> str:
-    """Each method in a line: README's table."""
+    """Return README's table: a line per method and person."""
     lines = ["| preset | held-out seconds of | PSNR | lips | baseline | other speech | eyes |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for method in FILES:
@@ -48,7 +48,7 @@ def short() -> str:
 
 
 def whole() -> str:
-    """The same with all that `evaluate` says."""
+    """Return the same table with more of the figures of `evaluate`."""
     lines = ["| preset | person | PSNR face / full | SSIM face | mouth landmarks off | lips, 90 % "
              "| baseline | other speech, three stretches | spread | eyes | jitter / truth's |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
@@ -74,7 +74,7 @@ def _eyes(row: dict[str, Any]) -> str:
 
 
 def filled(text: str) -> str:
-    """A text with its tables as the results have them."""
+    """Return the text with its tables filled from the results."""
     for name, table in (("short", short()), ("whole", whole())):
         begin, end = f"<!-- table {name} -->\n", "<!-- end -->\n"
         if begin in text:

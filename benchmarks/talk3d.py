@@ -1,8 +1,8 @@
-"""What Talk3D is worth: views that nobody filmed, and what its tokens and convolutions do.
+"""Evaluation of Talk3D: novel views, and ablations of its prior, tokens and convolutions.
 
-`views` carries the camera round each method's avatar and asks the face mesh where the face is;
-`heads` sets planes found in a generator of other people's heads against planes fitted freely;
-`tokens` trains avatars without one of the tokens each, and with plain convolutions.
+`views` moves the camera around an avatar and checks the face's place with the face mesh; `heads`
+compares planes found in a generator of other people's heads with planes fitted freely; `tokens`
+trains avatars without one of the tokens each, and with plain convolutions.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from talkhead_cli.track.pose import RIGID
 VIEWS = ((0, 0), (-15, 0), (15, 0), (-30, 0), (30, 0), (0, -10), (0, 10))  # yaw, pitch, degrees
 PRESETS = ("talk3d", "tiny")
 NOSE, EARS = 4, (234, 454)  # of the face mesh
-N_ROWS = 3  # footage rows that are looked at from elsewhere
-REPORT_PX = 128  # errors are said in pixels of such a picture
+N_ROWS = 3  # footage rows rendered from each view
+REPORT_PX = 128  # errors are in pixels of a picture of this side
 
 Array = NDArray[np.floating[Any]]
 
@@ -45,9 +45,9 @@ Array = NDArray[np.floating[Any]]
 
 
 def views(home: Path, names: Sequence[str], runs: Sequence[str], sheets: Path) -> dict[str, Any]:
-    """By person and run, and for each of VIEWS: share of faces found, how far rigid landmarks lie
-    from where the head's geometry puts them, and the depth of the nose before the ears over the
-    mesh's.  Contact sheets (colour, depth) go to the folder `sheets`."""
+    """Return, by person, run and view of VIEWS: share of faces found, distance of rigid landmarks
+    from where the head's geometry projects them, and depth of the nose before the ears relative
+    to the mesh's.  Contact sheets (colour, depth) go to the folder `sheets`."""
     sheets.mkdir(parents=True, exist_ok=True)
     return {name: {run: _views(home, name, run, sheets) for run in runs} for name in names}
 
@@ -78,13 +78,13 @@ def _views(home: Path, name: str, run_name: str, sheets: Path) -> dict[str, Any]
             pictures.append(rgb)
             depths.append(depth)
             size = (MEASURE_PX, MEASURE_PX)
-            with face.FaceMesh() as mesh:  # a fresh one: it follows faces from picture to picture
+            with face.FaceMesh() as mesh:  # a new one, as it tracks faces from picture to picture
                 marks = mesh(cv2.resize(rgb, size, interpolation=cv2.INTER_CUBIC))
             want = _seen(shape, camera[index : index + 1])
             if marks is not None:
                 off = marks[RIGID, :2] / MEASURE_PX - want[RIGID, :2]
                 errors.append(np.linalg.norm(off, axis=1).mean() * REPORT_PX)
-            ratios.append(None if yaw else _depth_ratio(depth, want))  # else one ear hides
+            ratios.append(None if yaw else _depth_ratio(depth, want))  # else one ear is hidden
         found[f"yaw {yaw}, pitch {pitch}"] = {
             "face_found": round(len(errors) / len(rows), 3),
             "rigid_error_px": round(float(np.mean(errors)), 3) if errors else None,
@@ -97,7 +97,7 @@ def _views(home: Path, name: str, run_name: str, sheets: Path) -> dict[str, Any]
 
 
 def _seen(points: Array, camera: Camera) -> Array:
-    """Points (n, 3) of head space -> x, y in shares of the picture's side, and distance (n, 3)."""
+    """Project points (n, 3) of head space to x, y in fractions of the side, and distance (n, 3)."""
     c2w, k = camera.c2w[0].numpy().astype(float), camera.k[0].numpy().astype(float)
     here = (points - c2w[:3, 3]) @ c2w[:3, :3]
     flat = here @ k.T
@@ -107,7 +107,7 @@ def _seen(points: Array, camera: Camera) -> Array:
 
 
 def _depth_ratio(depth: Array, want: Array) -> float | None:
-    """How far the nose stands before the ears in the picture, over what the mesh says."""
+    """Return the rendered depth of the nose before the ears, relative to the mesh's."""
 
     def read(index: int) -> float:
         size = len(depth)
@@ -127,7 +127,7 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 
 def _as_grey(depth: Array) -> NDArray[np.uint8]:
-    """Near is bright; nothing is black."""
+    """Return depth as a grey picture: near is bright, empty is black."""
     solid = np.isfinite(depth)
     low, high = (np.quantile(depth[solid], q) for q in (0.01, 0.99)) if solid.any() else (0, 1)
     grey = np.where(solid, 1 - 0.85 * ((depth - low) / max(high - low, 1e-6)).clip(0, 1), 0)
@@ -140,8 +140,8 @@ def _as_grey(depth: Array) -> NDArray[np.uint8]:
 def heads(
     home: Path, names: Sequence[str], others: Sequence[str], scale: float, sheets: Path
 ) -> dict[str, Any]:
-    """Each person at `scale` of the steps, from a prior of `others`, none of whom is in `names`,
-    and from nothing: held-out figures, and views as in `views`."""
+    """Train each person at `scale` of the steps, from a prior of `others`, none of them in `names`,
+    and from scratch; return held-out figures, and views as in `views`."""
     assert not set(names) & set(others)
     quiet = SilentProgress()
     prior = pretrain(home, others, "heads", quiet, preset_names=PRESETS, device="cpu").meta()
@@ -171,9 +171,9 @@ def heads(
 
 
 def tokens(home: Path, names: Sequence[str], scale: float) -> dict[str, Any]:
-    """PSNR of held-out frames, dB, in the boxes of mouth and eyes and in full, driven by tracked
-    mouths: trained whole, as a still identity, without one token at a time, with plain
-    convolutions, and with the editor predicting planes instead of a change of them."""
+    """Return PSNR of held-out frames, dB, in the boxes of mouth and eyes and in full, driven by
+    tracked mouths: the complete method, the identity alone, without one token at a time, with
+    plain convolutions, and with the editor predicting planes instead of a change of them."""
     rows: dict[str, Any] = {}
     for name in names:
         for label, kind in {
@@ -202,7 +202,7 @@ def tokens(home: Path, names: Sequence[str], scale: float) -> dict[str, Any]:
 
 
 class _Still(talk3d.Talk3D):
-    """The identity alone."""
+    """The identity alone, without the editor's change."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -210,7 +210,7 @@ class _Still(talk3d.Talk3D):
 
 
 class _Without(talk3d.Talk3D):
-    """The method without one of its tokens, trained so."""
+    """The method trained without one of its tokens."""
 
     def __init__(self, token: str, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -218,7 +218,7 @@ class _Without(talk3d.Talk3D):
 
 
 class _Full(talk3d.Talk3D):
-    """The editor says the planes themselves."""
+    """The editor predicts the planes themselves."""
 
     def condition(self, signals: Signals) -> talk3d.Talk3DField:
         field = super().condition(signals)

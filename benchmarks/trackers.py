@@ -1,4 +1,4 @@
-"""How true tracking is: against the synthetic speaker, and against itself on real films."""
+"""Accuracy of tracking: against the synthetic speaker's truth, and consistency on real films."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SIZE_PX = 512  # of the speaker's film, and of all figures in pixels
 
 
 def against_truth(space: Workspace, film: Path) -> dict[str, Any]:
-    """Figures of a workspace of the synthetic speaker's film, whose truth lies beside it."""
+    """Return errors of a workspace of the synthetic speaker's film; its truth lies beside it."""
     truth = Truth.load(film.with_suffix(".truth.npz"))
     tracks, crop = space.load("tracks"), space.manifest()["crop"]
     corner = [crop["x"], crop["y"]]
@@ -32,8 +32,8 @@ def against_truth(space: Workspace, film: Path) -> dict[str, Any]:
     top_chin = truth.landmarks_px[:, [face.TOP, face.CHIN]]
     height = float(np.linalg.norm(np.diff(top_chin, axis=1), axis=-1).mean())
     turned = _turned(Rotation.from_rotvec(tracks["pose"][:, :3]).as_matrix(), truth.rotation)
-    # the rigid points as the pose puts them: where their middle is says how the head moved, how far
-    # they are apart how far away it is
+    # the rigid points projected by the pose: their mean measures the head's position, their
+    # spread its distance
     ours = _projected(tracks, crop)
     true = truth.landmarks_px[:, RIGID]
     middle = ours.mean(1) - true.mean(1)
@@ -62,7 +62,7 @@ def against_truth(space: Workspace, film: Path) -> dict[str, Any]:
 
 
 def against_itself(space: Workspace) -> dict[str, Any]:
-    """Figures of a real film: what its pose leaves of rigid landmarks, and how much both shake."""
+    """Return the pose's reprojection error on a real film, and the jitter of mesh and pose."""
     tracks, crop = space.load("tracks"), space.manifest()["crop"]
     found = tracks["found"].astype(bool)
     scale = SIZE_PX / crop["side"]
@@ -89,7 +89,7 @@ def against_itself(space: Workspace) -> dict[str, Any]:
 
 
 def _projected(tracks: dict[str, NDArray[Any]], crop: dict[str, int]) -> Array:
-    """Rigid points (T, n, 2) where the pose puts them, pixels of the film."""
+    """Return the rigid points (T, n, 2) projected by the pose, pixels of the film."""
     turn = Rotation.from_rotvec(tracks["pose"][:, :3]).as_matrix()
     camera = np.einsum("tij,nj->tni", turn, tracks["shape"][RIGID]) + tracks["pose"][:, None, 3:]
     pixel = camera @ tracks["k"].astype(float).T
@@ -98,7 +98,7 @@ def _projected(tracks: dict[str, NDArray[Any]], crop: dict[str, int]) -> Array:
 
 
 def _turned(found: Array, true: Array) -> Array:
-    """Degrees (T,) between rotations (T, 3, 3), but for one constant turn of the head's axes."""
+    """Return degrees (T,) between rotations (T, 3, 3), up to one constant rotation of the axes."""
     u, _, vt = np.linalg.svd(np.einsum("tji,tjk->ik", true, found))
     axes = u @ np.diag([1, 1, np.linalg.det(u @ vt)]) @ vt
     between = np.einsum("tji,tjk->tik", true @ axes, found)
@@ -107,12 +107,12 @@ def _turned(found: Array, true: Array) -> Array:
 
 
 def _opening(landmarks: Array) -> Array:
-    """Gap (T,) of the inner lips of 68 landmarks (T, 68, 3)."""
+    """Return the gap (T,) of the inner lips of 68 landmarks (T, 68, 3)."""
     return landmarks[:, 66, 1] - landmarks[:, 62, 1]
 
 
 def _overlap(space: Workspace, truth: Truth, crop: dict[str, int]) -> dict[str, float]:
-    """Intersection over union of every label."""
+    """Return the intersection over union of every label."""
     at = (np.arange(matte.MAP_PX) + 0.5) / matte.MAP_PX * crop["side"]
     n = truth.labels.shape[1]
     rows, columns = np.floor((np.stack([crop["y"] + at, crop["x"] + at])) * n / SIZE_PX).astype(int)

@@ -1,8 +1,8 @@
-"""What a prior of other people is worth to somebody it never met, at equal steps.
+"""Gain from a prior of other people for people outside its training set, at equal steps.
 
-`compare` trains each of some people from seconds of footage, with a prior and from nothing, at
-shares of the steps, and scores the held-out ends.  Every row is kept in the work folder as soon as
-it is made: the same command goes on where it was stopped.  `heard` asks of speech alone.
+`compare` trains each of some people on seconds of footage, with a prior and from scratch, at
+shares of the steps, and scores the held-out ends.  Every row is stored in the work folder as soon
+as it is made: the same command resumes where it stopped.  `heard` tests the speech stages alone.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from talkhead_cli.track import face
 
 PRESETS = ["lokitalk", "tiny"]
 FIELD_STAGES = ("shape", "detail", "lips", "eyes")
-STARTS = ("nothing", "prior", "prior, not met")  # the last: without the encoder's word
+STARTS = ("nothing", "prior", "prior, not met")  # the last: without the ID encoder
 FIGURES = ("psnr_face_db", "psnr_full_db", "lmd_px_at_512", "lips_r", "eyes_r", "lips_spread")
 
 
@@ -38,7 +38,7 @@ def compare(
     seconds: Sequence[float], scales: Sequence[float], starts: Sequence[str] = STARTS[:2],
     seeds: int = 1,
 ) -> dict[str, Any]:  # fmt: skip
-    """One prior of `others`, none of whom is in `names`; rows of one thread each."""
+    """Compare starts, with one prior of `others`, none of them in `names`; one thread a row."""
     assert not set(names) & set(others)
     prior = "strangers"
     made = pretrain(
@@ -52,7 +52,7 @@ def compare(
         for length in sorted(seconds) for start in starts
     ]  # fmt: skip
     rows: list[dict[str, Any]] = []
-    # One at a time of each person, whose workspace a training holds.
+    # One process per person: a training locks the person's workspace.
     with ProcessPoolExecutor(len(names), get_context("spawn")) as pool:
         for done in as_completed(
             [pool.submit(_rows, wanted, home, name, prior, folder) for name in names]
@@ -70,8 +70,8 @@ def heard(
     home: Path, groups: Sequence[Sequence[str]], everybody: Sequence[str], *,
     seconds: Sequence[float],
 ) -> dict[str, Any]:  # fmt: skip
-    """How well the opening of the mouth is heard on held-out ends, from nothing and from other
-    people's speech; a prior knows nobody of the group it is used on.  No field is trained."""
+    """Return how well mouth opening is predicted on held-out ends, from scratch and from a prior of
+    people outside the group that it is used on.  No field is trained."""
     rows = []
     for group in groups:
         prior = f"voices-without-{'-'.join(group)}"
@@ -104,7 +104,7 @@ def heard(
 
 @torch.no_grad()
 def _opening(home: Path, name: str, run: Run) -> dict[str, Any]:
-    """Correlation of heard and tracked opening on held-out frames."""
+    """Return the correlation of predicted and tracked mouth opening on held-out frames."""
     show = player.load(run, torch.device("cpu"))
     clip = footage.load(
         Workspace.open(home, name), show.preset.data, SilentProgress(), pictures=False
@@ -127,7 +127,7 @@ def _row(
     home: Path, name: str, start: str, length: float, scale: float, seed: int, prior: str,
     folder: Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """One training and its figures."""
+    """Return the figures of one training, stored or new."""
     torch.set_num_threads(1)
     label = f"{name}-{start.replace(', ', '-').replace(' ', '-')}-{length:g}s-{scale:g}-{seed}"
     kept = folder / f"{label}.json"
@@ -148,7 +148,7 @@ def _row(
 
 
 def score(home: Path, name: str, run_name: str) -> dict[str, float]:
-    """A run's figures on its held-out frames, as `evaluate` has them, without its controls."""
+    """Return a run's figures on its held-out frames, as in `evaluate`, without its controls."""
     space = Workspace.open(home, name)
     run, _ = player.pick_run(space, run_name)
     show = player.load(run, torch.device("cpu"))
@@ -172,7 +172,7 @@ def score(home: Path, name: str, run_name: str) -> dict[str, float]:
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Over people and seeds, by start, footage and share of the steps."""
+    """Return means over people and seeds, by start, footage and share of the steps."""
     keys = sorted({(r["train_s"], r["scale"], r["start"]) for r in rows})
     means = []
     for length, scale, start in keys:
@@ -186,7 +186,7 @@ def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _unmet() -> Iterator[None]:
-    """New people begin from what all share, and nothing that pictures say of them."""
+    """Start new people from the common weights alone, without the ID encoder's changes."""
 
     def let_go(self: LokiTalk, portrait: Portrait) -> None:
         self.transfer = None

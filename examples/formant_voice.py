@@ -1,7 +1,7 @@
-"""A seeded voice: syllables through formant resonators, and the mouth that speaks them.
+"""A seeded synthetic voice: syllables through formant resonators, and the matching mouth motion.
 
-Sound and mouth come from the same score of phones, so that the mouth can be learnt from the
-sound. Nothing is recorded and nothing is read from the network.
+Sound and mouth come from the same sequence of phones, so that the mouth can be learnt from the
+sound. No recordings and no network are used.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from scipy.signal import butter, lfilter, sosfilt
 
 from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 
-BLOCK = 80  # samples (5 ms) for which the resonators stand still
+BLOCK = 80  # samples (5 ms) during which the resonators are constant
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Speech:
 
 
 def _score(seconds: float, rng: np.random.Generator) -> list[tuple[str, float]]:
-    """Phones with their durations in seconds: phrases of syllables between pauses."""
+    """Return random phones and their durations (s): phrases of syllables between pauses."""
     score, clock, stop = [("-", 0.32)], 0.32, seconds - 0.45
     while clock < stop:
         for _ in range(int(rng.integers(4, 10))):
@@ -81,7 +81,7 @@ def _score(seconds: float, rng: np.random.Generator) -> list[tuple[str, float]]:
 
 
 def _resonate(x: np.ndarray, hz: np.ndarray, width_hz: float) -> np.ndarray:
-    """One formant whose frequency `hz` (n_blocks,) changes from block to block; x (n,)."""
+    """Filter x (n,) by one formant whose frequency `hz` (n_blocks,) changes per block."""
     y, state = np.empty_like(x), np.zeros(2)
     r = np.exp(-np.pi * width_hz / SAMPLE_RATE_HZ)
     for block, f in enumerate(hz):
@@ -92,7 +92,7 @@ def _resonate(x: np.ndarray, hz: np.ndarray, width_hz: float) -> np.ndarray:
 
 
 def speak(seconds: float = 20.0, seed: int = 0) -> Speech:
-    """A fresh utterance of round(25 * seconds) frames and the mouth that says it."""
+    """Synthesise an utterance of round(25 * seconds) frames and its mouth motion."""
     rng = np.random.default_rng([seed, 0x51])
     n_frames = round(FPS * seconds)
     n = n_frames * SAMPLES_PER_FRAME
@@ -104,20 +104,20 @@ def speak(seconds: float = 20.0, seed: int = 0) -> Speech:
     said = [PHONES[score[i][0]] for i in index]
 
     def track(values: list[float] | np.ndarray, sigma_s: float) -> np.ndarray:
-        """(n_blocks,) values blurred as an articulator of that inertia would blur them."""
+        """Smooth values (n_blocks,) over `sigma_s` seconds, the inertia of an articulator."""
         return gaussian_filter1d(
             np.asarray(values, float), sigma_s * SAMPLE_RATE_HZ / BLOCK, mode="nearest"
         )
 
     def sampled(values: np.ndarray) -> np.ndarray:
-        """(n_blocks,) -> (n,)"""
+        """Interpolate values (n_blocks,) to samples (n,)."""
         return np.interp((np.arange(n) + 0.5) / BLOCK - 0.5, np.arange(n_blocks), values)
 
     shut = track([p.lips_shut for p in said], 0.028)
     jaw = track([p.jaw for p in said], 0.036) * (1 - np.clip(1.25 * shut - 0.1, 0, 1))
     lip_width = track([p.width for p in said], 0.045)
 
-    # voice: glottal pulses whose pitch sinks through each phone, then five formants
+    # voice: glottal pulses whose pitch falls during each phone, then five formants
     pitch = 185 + 22 * track(rng.standard_normal(n_blocks), 0.12) * 5
     began = np.array([0.0, *ends[:-1]])[index]
     pitch *= 1.06 - 0.05 * np.clip(clock - began, 0, 1)
@@ -132,7 +132,7 @@ def speak(seconds: float = 20.0, seed: int = 0) -> Speech:
     for hz, width_hz in ((3600.0, 220), (4600.0, 300)):
         voice = _resonate(voice, np.full(n_blocks, hz), width_hz)
 
-    # noise: hiss while a phone lasts, and a burst where a stop opens
+    # noise: hiss during a phone, and a burst at the end of a stop
     bands = ((600, 6500), (1500, 4000), (4200, 7600))
     stop_ends = [(e, score[i][0]) for i, e in enumerate(ends) if score[i][0] in BURSTS]
     noise = np.zeros(n)

@@ -1,8 +1,8 @@
-"""A photo of a face, taken apart into layers and stood up as a puppet with known geometry.
+"""A photo of a face, split into layers and turned into a 3D puppet with known geometry.
 
-The photo is the astronaut that scikit-image carries (NASA, public domain). The face mesh of
-MediaPipe gives it depth; a few smooth deformations of the mesh shut and open the jaw, shape the
-lips and close the lids.
+The photo is the astronaut image of scikit-image (NASA, public domain). MediaPipe's face mesh gives
+it depth; a few smooth deformations of the mesh shut and open the jaw, shape the lips and close the
+eyelids.
 
 Shape legend: V vertices of the head, F triangles. "Photo pixels" are those of the 512 px photo,
 centres at +0.5; depth is in the same unit, away from the camera.
@@ -54,10 +54,10 @@ CHIN = (152, 148, 377, 176, 400, 175, 199, 171, 396, 208, 428)
 
 @dataclass(frozen=True)
 class Sitter:
-    """The photo, taken apart once. Textures are float32 RGBA in [0, 1], colours times alpha.
+    """The photo split into layers. Textures are float32 RGBA in [0, 1], premultiplied by alpha.
 
     points (478, 3) photo pixels · mesh (V, 3) photo pixels, the first 468 are the face ·
-    triangles (F, 3) · eyes, mouth (h, w, 3): what shows behind the lids and behind the lips ·
+    triangles (F, 3) · eyes, mouth (h, w, 3): textures behind the lids and behind the lips ·
     kind (h, w) label of each texel of the head · neck_box left, top, right, bottom
     """
 
@@ -77,7 +77,7 @@ class Sitter:
 
 
 def _face_triangles() -> np.ndarray:
-    """(F, 3) triangles of the 468 mesh, with the eyes and the mouth filled."""
+    """Return triangles (F, 3) of the 468-point mesh, with eyes and mouth filled."""
     from mediapipe.python.solutions.face_mesh_connections import FACEMESH_TESSELATION
 
     near: dict[int, set[int]] = {}
@@ -85,7 +85,7 @@ def _face_triangles() -> np.ndarray:
         near.setdefault(a, set()).add(b)
         near.setdefault(b, set()).add(a)
     found = {tuple(sorted((a, b, c))) for a in near for b in near[a] for c in near[a] & near[b]}
-    found -= {(49, 64, 129), (279, 294, 358)}  # loops of edges that are no faces
+    found -= {(49, 64, 129), (279, 294, 358)}  # loops of edges that are not faces of the mesh
     for upper, lower in (*EYES, (UPPER_LIP[0], LOWER_LIP[0])):
         for i in range(len(upper) - 1):
             found |= {(upper[i], upper[i + 1], lower[i]), (upper[i + 1], lower[i + 1], lower[i])}
@@ -93,7 +93,7 @@ def _face_triangles() -> np.ndarray:
 
 
 def _laplacian(edges: np.ndarray, n: int) -> coo_matrix:
-    """Graph Laplacian of `edges` (E, 2) over n vertices."""
+    """Return the graph Laplacian of `edges` (E, 2) over n vertices."""
     i, j = np.unique(np.sort(edges, 1), axis=0).T
     w = coo_matrix((np.ones(len(i)), (i, j)), shape=(n, n)).tocsr()
     w = w + w.T
@@ -101,7 +101,7 @@ def _laplacian(edges: np.ndarray, n: int) -> coo_matrix:
 
 
 def _spread(triangles: np.ndarray, n: int, at: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """(n, k) the smoothest field on the mesh (biharmonic) that is `values` (c, k) at `at` (c,)."""
+    """Return the smoothest (biharmonic) field (n, k) on the mesh with `values` (c, k) at `at`."""
     edges = triangles[:, [[0, 1], [1, 2], [2, 0]]].reshape(-1, 2)
     matrix = _laplacian(edges, n)
     matrix = (matrix.T @ matrix + 1e-9 * diags(np.ones(n))).tocsc()
@@ -113,12 +113,12 @@ def _spread(triangles: np.ndarray, n: int, at: np.ndarray, values: np.ndarray) -
 
 
 def _texel(xy: np.ndarray) -> np.ndarray:
-    """Photo pixels (..., 2) -> texture coordinates with pixel centres at whole numbers."""
+    """Convert photo pixels (..., 2) to texture coordinates, pixel centres at whole numbers."""
     return (xy - (np.array(CROP[:2]) - MARGIN)) * TEXELS - 0.5
 
 
 def _drawn(polygon: np.ndarray, side: int, grow_px: float = 0.0) -> np.ndarray:
-    """(side, side) float32 mask of a polygon (k, 2) given in texels."""
+    """Return the float32 mask (side, side) of a polygon (k, 2) in texels."""
     mask = np.zeros((side, side), np.uint8)
     cv2.fillPoly(mask, [np.round(polygon * 16).astype(np.int32)], 255, cv2.LINE_AA, 4)
     if grow_px:
@@ -133,7 +133,7 @@ def _soft(mask: np.ndarray, sigma: float) -> np.ndarray:
 
 
 def _filled(rgb: np.ndarray, hole: np.ndarray, radius: float = 4.0) -> np.ndarray:
-    """uint8 `rgb` with `hole` (bool) painted over from its rim, at photo resolution for speed."""
+    """Inpaint `hole` (bool) of uint8 `rgb` from its rim, at photo resolution for speed."""
     small = cv2.resize(rgb, None, fx=1 / TEXELS, fy=1 / TEXELS, interpolation=cv2.INTER_AREA)
     gap = cv2.resize(hole.astype(np.uint8), small.shape[1::-1], interpolation=cv2.INTER_AREA)
     gap = cv2.dilate(gap, np.ones((3, 3), np.uint8))
@@ -146,7 +146,7 @@ def _filled(rgb: np.ndarray, hole: np.ndarray, radius: float = 4.0) -> np.ndarra
 def _lined(
     rgb: np.ndarray, line: np.ndarray, colour: tuple[int, int, int], strength: float
 ) -> np.ndarray:
-    """uint8 `rgb` with a soft line (k, 2) of one photo pixel drawn on it."""
+    """Draw a soft line (k, 2), one photo pixel wide, on uint8 `rgb`."""
     ink = np.zeros(rgb.shape[:2], np.uint8)
     path = np.round(line * 16).astype(np.int32)
     cv2.polylines(ink, [path], False, 255, TEXELS, cv2.LINE_AA, 4)
@@ -155,13 +155,13 @@ def _lined(
 
 
 def _layer(rgb: np.ndarray, alpha: np.ndarray) -> np.ndarray:
-    """(h, w, 4) float32 texture, colours times alpha."""
+    """Return a float32 texture (h, w, 4), premultiplied by alpha."""
     alpha = np.clip(alpha, 0, 1).astype(np.float32)[..., None]
     return np.concatenate([rgb.astype(np.float32) / 255 * alpha, alpha], 2)
 
 
 def _canvas(picture: np.ndarray, interpolation: int = cv2.INTER_CUBIC) -> np.ndarray:
-    """The part of the photo that the textures hold, enlarged."""
+    """Return the part of the photo that the textures cover, enlarged to texels."""
     left, top = (round(c - MARGIN) for c in CROP[:2])
     side = round(CROP[2] + 2 * MARGIN)
     part = cv2.copyMakeBorder(picture, -top, 0, 0, 0, cv2.BORDER_REPLICATE)
@@ -170,7 +170,7 @@ def _canvas(picture: np.ndarray, interpolation: int = cv2.INTER_CUBIC) -> np.nda
 
 
 def _person(photo: np.ndarray) -> np.ndarray:
-    """(512, 512) float32 share of the person in each pixel of the photo."""
+    """Return the binary mask of the person in the photo (512, 512), float32."""
     from mediapipe.python.solutions.selfie_segmentation import SelfieSegmentation
 
     with SelfieSegmentation(model_selection=0) as segment:
@@ -189,7 +189,7 @@ def _person(photo: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1)
 def photo_parts() -> Sitter:
-    """Take the photo apart: depth, layers, what hides behind lips and lids."""
+    """Split the photo: depth, layers, and what is hidden behind lips and lids."""
     from mediapipe.python.solutions.face_mesh import FaceMesh
     from skimage.data import astronaut
 
@@ -206,7 +206,7 @@ def photo_parts() -> Sitter:
     oval = _texel(points[list(OVAL), :2])
     face = _drawn(oval, side)
 
-    # colours: skin against hair; the ears are skin that the oval does not hold
+    # skin against hair, by colour; ears are skin outside the oval
     lab = cv2.cvtColor(_soft(rgb, 2.0).astype(np.uint8), cv2.COLOR_RGB2LAB).astype(np.float32)
     skin_at = _drawn(_texel(points[[117, 101, 50, 205, 187, 123], :2]), side) > 0.5
     skin_at |= _drawn(_texel(points[[346, 330, 280, 425, 411, 352], :2]), side) > 0.5
@@ -221,7 +221,7 @@ def photo_parts() -> Sitter:
     kind[cv2.dilate(face, np.ones((2 * 12 * TEXELS + 1,) * 2, np.uint8)) < 0.5] = HAIR
     kind[(y < points[10, 1] - 4) | ((face < 0.5) & (y < points[127, 1]))] = HAIR
 
-    # head: hair, ears and the face; lips, lids and hidden skin are painted for their own layers
+    # head: hair, ears and face; mouth and eyes are inpainted, as they have layers of their own
     upper_head = person * np.clip((jaw_y - y) * 1.5 + 0.5, 0, 1)
     head_alpha = np.maximum(upper_head, _soft(_drawn(oval, side, 2), 1.5) * person)
     lips = _texel(points[[*UPPER_LIP[0], *LOWER_LIP[0][-2:0:-1]], :2])
@@ -239,7 +239,7 @@ def photo_parts() -> Sitter:
         around = (_drawn(lid, side, 14) > 0.5) & (_drawn(lid, side, -2) < 0.5)
         eyes_rgb = _filled(eyes_rgb, around)
 
-    # mouth: the photo's upper teeth over a dark hollow with a tongue
+    # mouth: the photo's upper teeth over a dark cavity with a tongue
     middle = _texel(points[[13, 14], :2]).mean(0) / TEXELS
     px, py = (np.arange(side)[None] / TEXELS - middle[0]), (np.arange(side)[:, None] / TEXELS)
     tongue = np.exp(-((px / 14) ** 2) - ((py - middle[1] - 15) / 6) ** 2)[..., None]
@@ -247,7 +247,7 @@ def photo_parts() -> Sitter:
     teeth = _soft(_drawn(lips, side, -2), 2.0)[..., None]
     mouth_rgb = np.clip(hollow * (1 - teeth) + rgb * 0.92 * teeth, 0, 255)
 
-    # neck: the skin below the jaw, drawn up behind the face
+    # neck: the skin below the jaw, extended upwards behind the face
     r, g, b = (c.astype(int) for c in cv2.split(rgb))
     below = (y > points[[58, 288], 1].min() - 6) & (y < 200) & (face < 0.5)
     neck = below & (abs(x - 220) < 46) & (r > 80) & (r - b > 18) & (person > 0.5)
@@ -267,7 +267,7 @@ def photo_parts() -> Sitter:
     neck_rgb = (neck_rgb * (1 - 0.35 * depth_of_shade)).astype(np.uint8)
     neck_alpha = _soft(whole, 2.0)
 
-    # torso: all of the person below, with what the head and the neck hid painted in
+    # torso: all of the person below, inpainted where head and neck hide it
     hidden = (_soft(np.maximum(upper_head, face), 4) > 0.05) | (_soft(neck, 3) > 0.05)
     ring_y = 149 + (x - 185) * 0.35  # the collar's far rim, where the head hides it
     torso_alpha = np.where(hidden, y > ring_y, person * np.clip((y - 144) / 2, 0, 1))
@@ -291,7 +291,7 @@ def photo_parts() -> Sitter:
 def _head_mesh(
     points: np.ndarray, alpha: np.ndarray, oval: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(V, 3) the face's 468 points and a cap of hair that carries on their depth; (F, 3)."""
+    """Return vertices (V, 3), the 468 face points and a cap of hair, and triangles (F, 3)."""
     wide = cv2.dilate(alpha, np.ones((45, 45), np.uint8)) > 0.02
     rim = oval.astype(np.float32)
     step = 8.0 * TEXELS
@@ -302,7 +302,7 @@ def _head_mesh(
         inside = wide[min(int(r), len(wide) - 1), min(int(c), len(wide) - 1)]
         far = cv2.pointPolygonTest(rim, (float(c), float(r)), True) < -6.0 * TEXELS
         kept.append(inside and far)
-    # a ring close to the jaw carries the soft edge of the face
+    # a ring close to the jaw holds the soft edge of the face
     centre = oval.mean(0)
     ring = (
         centre
@@ -333,7 +333,7 @@ def _head_mesh(
     edge = np.flatnonzero((x**2 + y**2 > 0.85) & (np.arange(len(mesh)) >= 468))
     at = np.concatenate([np.array(OVAL), edge])
     bend = np.concatenate([points[list(OVAL), 2] - cap[list(OVAL)], np.zeros(len(edge))])
-    # towards the jaw the cap must not run back: the soft edge stays in the face's own depth
+    # towards the jaw the cap must not recede: the soft edge stays at the face's depth
     low = mesh[edge, 1] > points[[132, 361], 1].mean()
     near = np.argmin(((mesh[edge, None, :2] - points[None, list(OVAL), :2]) ** 2).sum(2), 1)
     own = points[np.array(OVAL)[near], 2] + 3 - cap[edge]
@@ -352,11 +352,11 @@ def _head_mesh(
 
 @dataclass(frozen=True)
 class Puppet:
-    """The head in head space and the ways it deforms, all in face heights.
+    """The head in head space and its deformations, all in face heights.
 
     rest (V+10, 3), mouth shut, eyes open; the last ten are the irises · jaw, spread, rounded,
     blink, sway (V+10, 3) displacements for a control of 1 · rotation (3, 3) and translation
-    (3,) put it where the photo shows it · depth of the face before the camera, face heights ·
+    (3,) place it as in the photo · depth of the photo plane from the camera, face heights ·
     unit_px photo pixels in a face height
     """
 
@@ -372,7 +372,7 @@ class Puppet:
     unit_px: float
 
     def lifted(self, photo: np.ndarray) -> np.ndarray:
-        """Photo pixels with depth (..., 3) -> head space."""
+        """Map photo pixels with depth (..., 3) to head space."""
         z = self.depth + photo[..., 2:] / self.unit_px
         middle = np.array(CROP[:2]) + CROP[2] / 2
         xy = (photo[..., :2] - middle) / (FOCAL * CROP[2]) * z
@@ -381,7 +381,7 @@ class Puppet:
 
 @lru_cache(maxsize=1)
 def photo_puppet() -> Puppet:
-    """Stand the photo's mesh up in head space and solve for its deformations."""
+    """Place the photo's mesh in head space and solve for its deformations."""
     sitter = photo_parts()
     n = len(sitter.mesh)
     points = np.concatenate([sitter.mesh, sitter.points[468:]])
@@ -392,7 +392,7 @@ def photo_puppet() -> Puppet:
     y /= np.linalg.norm(y)
     rotation = np.stack([x, y, np.cross(x, y)], 1)
     unit = float(np.linalg.norm(down))
-    for _ in range(3):  # the shut mouth raises the chin, which changes the unit
+    for _ in range(3):  # shutting the mouth raises the chin, which changes the unit
         depth = FOCAL * CROP[2] / unit
         ears = points[[234, 454]].mean(0) + [0, 0, 0.15 * unit]
         flat = Puppet(*[points] * 6, np.eye(3), np.zeros(3), depth, unit)
@@ -410,7 +410,7 @@ def photo_puppet() -> Puppet:
 
 
 def _mouth_modes(rest: np.ndarray, triangles: np.ndarray, n: int) -> tuple[np.ndarray, ...]:
-    """Displacements (V+10, 3) that shut the photo's smile, then open, spread, round the lips."""
+    """Return displacements (V+10, 3) that shut the photo's smile, open, spread, round the lips."""
     upper, lower = np.array(UPPER_LIP), np.array(LOWER_LIP)
     hole = set(UPPER_LIP[0]) | set(LOWER_LIP[0])
     skin = np.array([t for t in triangles if not set(t) <= hole])
@@ -423,7 +423,7 @@ def _mouth_modes(rest: np.ndarray, triangles: np.ndarray, n: int) -> tuple[np.nd
     bow = np.clip(1 - ((rest[upper[0], 0] - centre[0]) / half) ** 2, 0, 1)[:, None] ** 0.8
 
     def solved(up: np.ndarray, down: np.ndarray, chin: np.ndarray) -> np.ndarray:
-        """Lip displacements (4, 11, 3) twice and the chin's (3,) -> (V+10, 3)."""
+        """Extend lip displacements (4, 11, 3), twice, and the chin's (3,) to (V+10, 3)."""
         moves = {int(v): m for v, m in zip(upper.ravel(), up.reshape(-1, 3), strict=True)}
         for v, m in zip(lower.ravel(), down.reshape(-1, 3), strict=True):
             moves[int(v)] = (moves[int(v)] + m) / 2 if int(v) in moves else m
@@ -434,7 +434,7 @@ def _mouth_modes(rest: np.ndarray, triangles: np.ndarray, n: int) -> tuple[np.nd
 
     gap = rest[lower[0]] - rest[upper[0]]
     x_off = (rest[upper] - centre) * [1, 0, 0], (rest[lower] - centre) * [1, 0, 0]
-    level = np.array([0, 0.030, 0]) * (1 - bow)  # the corners of a smile sink
+    level = np.array([0, 0.030, 0]) * (1 - bow)  # lowers the corners of the smile
     narrow = -0.14
     shut = solved(
         share * (0.42 * gap + level) + x_off[0] * narrow,
@@ -458,7 +458,7 @@ def _mouth_modes(rest: np.ndarray, triangles: np.ndarray, n: int) -> tuple[np.nd
 
 
 def _blink(rest: np.ndarray, triangles: np.ndarray, n: int) -> np.ndarray:
-    """(V+10, 3) displacement that brings both upper lids onto the lower ones."""
+    """Return the displacement (V+10, 3) that closes both upper lids onto the lower ones."""
     moves: dict[int, np.ndarray] = {}
     reach = np.full(n, np.inf)
     for upper, lower in EYES:

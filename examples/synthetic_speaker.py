@@ -1,13 +1,13 @@
-"""A synthetic person who talks, blinks and turns the head, with everything known about her.
+"""A synthetic person who talks, blinks and turns the head, with ground truth for all of it.
 
-Made at run time: `posed_photo` turns the astronaut photo that scikit-image carries into a puppet,
-`formant_voice` says what it speaks and how the mouth moves with it, and this file moves the
-puppet and paints it, four layers back to front: backdrop, torso, neck, head.
+Made at run time: `posed_photo` turns the astronaut photo of scikit-image into a puppet,
+`formant_voice` synthesises its speech and mouth motion, and this file animates and paints the
+puppet in four layers, back to front: backdrop, torso, neck, head.
 
     python examples/synthetic_speaker.py OUT.mp4 [--seconds 20] [--size 512] [--seed 0]
 
-writes OUT.mp4 and OUT.truth.npz. `--speech-only other.wav` needs no OUT and writes new speech,
-to drive the avatar with.
+writes OUT.mp4 and OUT.truth.npz. `--speech-only other.wav` needs no OUT and writes new speech
+that can drive the avatar.
 
 Shape legend: T frames, V vertices of the head, F triangles, S side of the picture in pixels.
 "Photo pixels" as in `posed_photo`.
@@ -51,7 +51,7 @@ LABEL_PX = 128
 
 @dataclass(frozen=True)
 class Truth:
-    """What is true of every frame. Camera axes are OpenCV's; 1.0 = one face height.
+    """Ground truth of every frame. Camera axes are OpenCV's; 1.0 = one face height.
 
     rotation (T, 3, 3), translation (T, 3) head to camera · focal_px · shape (478, 3) the mesh
     in head space with the mouth shut and the eyes open · mouth (T,) lip aperture |13-14| /
@@ -101,14 +101,14 @@ class Performance:
 
 
 def _wander(rng: np.random.Generator, n: int, sigma: float, peak: float) -> np.ndarray:
-    """(n,) smooth noise within +-peak; `sigma` in frames."""
+    """Return smooth noise (n,) within +-peak; `sigma` in frames."""
     pad = int(4 * sigma)
     noise = gaussian_filter1d(rng.standard_normal(n + 2 * pad), sigma)[pad : pad + n]
     return peak * np.tanh(0.75 * noise * np.sqrt(2 * np.sqrt(np.pi) * sigma))
 
 
 def _perform(jaw: np.ndarray, width: np.ndarray, seed: int) -> Performance:
-    """Head, eyes and shoulders for a mouth of T frames."""
+    """Return random motion of head, eyes and shoulders for a mouth of T frames."""
     n, puppet = len(jaw), photo_puppet()
     rng = np.random.default_rng([seed, 0x5EED])
     yaw, pitch, roll = (_wander(rng, n, s, p) for s, p in ((15, 12.0), (13, 7.0), (17, 5.0)))
@@ -145,7 +145,7 @@ def _perform(jaw: np.ndarray, width: np.ndarray, seed: int) -> Performance:
 
 
 def _vertices(p: Performance) -> np.ndarray:
-    """(T, V+10, 3) the deformed head in head space."""
+    """Return the deformed head (T, V+10, 3) in head space."""
     puppet = photo_puppet()
     controls = np.stack(
         [p.jaw, np.maximum(p.width, 0), np.maximum(-p.width, 0), 1 - p.eye, p.lag], 1
@@ -177,7 +177,7 @@ class _Stage:
         self.source = self._texel(sitter.mesh[:, :2])
         a, b, c = (sitter.mesh[sitter.triangles[:, k], :2] for k in range(3))
         area = abs((b - a)[:, 0] * (c - a)[:, 1] - (b - a)[:, 1] * (c - a)[:, 0])
-        self.retreat = np.where(area < 3.0, 0.03, 0.0)  # slivers must not speckle their neighbours
+        self.retreat = np.where(area < 3.0, 0.03, 0.0)  # or slivers would speckle their neighbours
         left, top, right, bottom = sitter.neck_box
         gx, gy = np.meshgrid(np.linspace(left, right, 9), np.linspace(top, bottom, 11))
         self.neck_photo = np.stack([gx, gy], -1).reshape(-1, 2)
@@ -198,13 +198,13 @@ class _Stage:
         return (photo - (np.array(CROP[:2]) - MARGIN)) * self.texels - 0.5
 
     def screen(self, head: np.ndarray, rotation: np.ndarray, translation: np.ndarray) -> np.ndarray:
-        """Head space (N, 3) -> (N, 3): picture x, y (centres at +0.5) and camera depth."""
+        """Project head space (N, 3) to picture x, y (centres at +0.5) and camera depth (N, 3)."""
         camera = head @ rotation.T + translation
         xy = camera[:, :2] / camera[:, 2:] * (FOCAL * self.size) + self.size / 2
         return np.concatenate([xy, camera[:, 2:]], 1)
 
     def _body(self, body: np.ndarray) -> np.ndarray:
-        """(2, 3) photo pixels -> picture pixels for the shoulders."""
+        """Return the shoulders' affine (2, 3) from photo to picture pixels."""
         k = self.size / CROP[2]
         pivot = np.array([215.0, 290.0])
         c, s = np.cos(body[2]), np.sin(body[2])
@@ -213,7 +213,7 @@ class _Stage:
         return np.concatenate([k * turn, offset[:, None]], 1)
 
     def _warped(self, texture: np.ndarray, affine: np.ndarray, box: tuple[int, ...]) -> np.ndarray:
-        """`texture` under `affine` (2, 3) photo -> picture pixels, in the part `box` of it."""
+        """Warp `texture` by `affine` (2, 3), photo to picture pixels, within the given `box`."""
         x0, y0, x1, y1 = box
         to_photo = cv2.invertAffineTransform(affine)
         # picture index -> +0.5 -> photo -> texel index
@@ -228,7 +228,7 @@ class _Stage:
     def _plane(
         self, photo: np.ndarray, rotation: np.ndarray, translation: np.ndarray
     ) -> np.ndarray:
-        """(2, 3) photo -> picture for a small flat thing around photo (3,) that rides the head."""
+        """Return the affine (2, 3), photo to picture, of a small plane on the head at `photo`."""
         corners = photo + np.array([[-10, -10, 0], [10, -10, 0], [0, 10, 0]])
         seen = self.screen(self.puppet.lifted(corners), rotation, translation)
         return cv2.getAffineTransform(
@@ -236,7 +236,7 @@ class _Stage:
         )
 
     def _opening(self, polygon: np.ndarray) -> tuple[np.ndarray, tuple[int, ...]]:
-        """Antialiased mask of a polygon (k, 2) in picture pixels, and the box that it fills."""
+        """Return the antialiased mask of a polygon (k, 2) in picture pixels, and its box."""
         low = np.clip(np.floor(polygon.min(0)) - 2, 0, self.size).astype(int)
         high = np.clip(np.ceil(polygon.max(0)) + 3, 0, self.size).astype(int)
         mask = np.zeros((4 * (high - low))[::-1], np.uint8)
@@ -248,7 +248,7 @@ class _Stage:
     def layers(
         self, p: Performance, i: int, vertices: np.ndarray
     ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
-        """Frame i: torso, neck and head as (S, S, 4), the mouth's mask and the head's labels."""
+        """Return frame i's torso, neck and head (S, S, 4), mouth mask and head labels (S, S)."""
         rotation, translation = p.rotation[i], p.translation[i]
         s, full = self.size, (0, 0, self.size, self.size)
         body = self._body(p.body[i])
@@ -293,7 +293,7 @@ class _Stage:
         part[..., 3:] += (1 - part[..., 3:]) * mask
 
     def picture(self, p: Performance, i: int, vertices: np.ndarray) -> np.ndarray:
-        """(S, S, 3) float32 RGB in [0, 1]."""
+        """Return frame i, (S, S, 3) float32 RGB in [0, 1]."""
         rgb = self.plate.copy()
         for layer in self.layers(p, i, vertices)[0]:
             rows = np.flatnonzero(layer[..., 3].any(1))
@@ -304,7 +304,7 @@ class _Stage:
     def classes(
         self, p: Performance, i: int, vertices: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """(S, S) uint8 labels and matte."""
+        """Return labels and matte of frame i, (S, S) uint8."""
         (torso, neck, head), mouth, kind = self.layers(p, i, vertices)
         labels = np.full(mouth.shape, BACKGROUND, np.uint8)
         labels[torso[..., 3] > 0.5] = TORSO
@@ -318,16 +318,16 @@ class _Stage:
 def _inverse(
     at: np.ndarray, source: np.ndarray, triangles: np.ndarray, size: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Two (S, S) float32 maps picture -> `source` coordinates; later triangles cover earlier.
+    """Return two float32 maps (S, S) from picture to `source` coordinates, -9 where empty.
 
-    at (V, 2) picture pixels · source (V, 2) texture coordinates · -9 where nothing is
+    at (V, 2) picture pixels · source (V, 2) texture coordinates · later triangles cover earlier
     """
     at = at - 0.5
     a, b, c = (at[triangles[:, k]] for k in range(3))
     ab, ac = b - a, c - a
     area = ab[:, 0] * ac[:, 1] - ab[:, 1] * ac[:, 0]
     longest = np.sqrt(np.maximum(np.maximum((ab**2).sum(1), (ac**2).sum(1)), ((c - b) ** 2).sum(1)))
-    thick = abs(area) > np.maximum(0.3 * longest, 0.02)  # needles would only speckle
+    thick = abs(area) > np.maximum(0.3 * longest, 0.02)  # needles would only cause speckles
     kept = np.flatnonzero(thick)
     ids = np.full((size, size), -1, np.int32)
     corners = np.round(at[triangles] * 16).astype(np.int32)
@@ -353,7 +353,7 @@ def _sampled(texture: np.ndarray, map_x: np.ndarray, map_y: np.ndarray) -> np.nd
 
 
 def _backdrop(size_px: int) -> np.ndarray:
-    """(S, S, 3) float32 a mottled studio backdrop in the photo's own tone."""
+    """Return a mottled studio backdrop (S, S, 3) float32, in the tone of the photo."""
     rng = np.random.default_rng(7)
     y, x = np.mgrid[0:LABEL_PX, 0:LABEL_PX] / LABEL_PX - 0.5
     tone = np.array([203, 196, 193]) - (60 * (x**2 + y**2))[..., None] - 10 * y[..., None]
@@ -367,7 +367,7 @@ def _backdrop(size_px: int) -> np.ndarray:
 def make(
     seconds: float = 20.0, size_px: int = 512, seed: int = 0
 ) -> tuple[Iterator[np.ndarray], np.ndarray, Truth]:
-    """Frames (S, S, 3) uint8 RGB at 25 per second, sound (T*640,) float32 at 16 kHz, truth."""
+    """Return frames (S, S, 3) uint8 RGB at 25/s, sound (T*640,) float32 at 16 kHz, and truth."""
     speech = speak(seconds, seed)
     p = _perform(speech.jaw, speech.width, seed)
     vertices = _vertices(p)
@@ -404,7 +404,7 @@ def make(
 
 
 def main() -> None:
-    """Write OUT.mp4 and OUT.truth.npz, or new speech."""
+    """Write OUT.mp4 and OUT.truth.npz, new speech, or both."""
     from talkhead_cli.cli.console import chatter_unheard
     from talkhead_cli.media import VideoWriter, write_wav
 

@@ -1,3 +1,3 @@
-"""talkhead: from a person's video to a talking avatar, from any speech to a film of them."""
+"""talkhead: train a talking avatar on a person's video and render it speaking any audio."""
 
 __version__ = "0.1.0"

@@ -1,7 +1,7 @@
-"""Ffmpeg in and out: the only room that starts another program.
+"""Reading and writing media with ffmpeg; the only subpackage that starts another program.
 
-One clock for a file's pictures and sound: time 0 is the earliest track's start, frame i is
-what is seen at (i + 0.5) / 25 s, and sample n is heard at n / 16000 s.
+A file's pictures and sound share one clock: time 0 is the earliest track's start, frame i is
+the picture shown at (i + 0.5) / 25 s, and sample n is at n / 16000 s.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
 
 
 def check() -> list[Need]:
-    """What this room needs of the machine."""
+    """Return what this subpackage needs on the machine: ffmpeg and its encoders."""
     fix = "install ffmpeg with libx264 and aac, or `pip install imageio-ffmpeg`"
     try:
         found = f"{ffmpeg.version()} ({ffmpeg.executable()})"

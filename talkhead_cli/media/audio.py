@@ -17,18 +17,18 @@ from talkhead_cli.contracts import SAMPLE_RATE_HZ, TalkheadError
 from talkhead_cli.media.ffmpeg import Run, beside, probe, url
 
 Samples = NDArray[np.float32]
-TRUNCATION_S = 0.5  # that a file may declare and not hold
+TRUNCATION_S = 0.5  # by how much a file may fall short of its declared duration
 
 
 def sound(
     path: Path | str, *, n_samples: int | None = None,
     on_warning: Callable[[str], None] | None = None,
 ) -> Samples:  # fmt: skip
-    """(N,) float32 in [-1, 1]; sample 0 is at time 0 of the file, where a late track is silent.
+    """Return the sound (N,), float32 in [-1, 1], from time 0 of the file; late tracks are padded.
 
-    Padded with silence or cut to `n_samples` when given, and not read further.  `on_warning` is
-    told in one sentence when a file that declares its duration ends before it.  TalkheadError
-    without sound.
+    Padded with silence or cut to `n_samples` when given, and not read further.  `on_warning` gets
+    one sentence when a file ends before the duration it declares.  TalkheadError if there is no
+    sound.
     """
     chunks = list(_heard(path, n_samples, on_warning))
     samples = np.concatenate(chunks) if chunks else np.empty(0, np.float32)
@@ -40,9 +40,9 @@ def sound(
 def sound_to_file(
     path: Path | str, out_path: Path | str, *, on_warning: Callable[[str], None] | None = None
 ) -> int:
-    """Write what `sound` hears to a raw 16-bit little-endian file, in constant memory.
+    """Write the samples of `sound` to a raw 16-bit little-endian file, in constant memory.
 
-    Returns the number of samples. TalkheadError without sound, and then nothing is left.
+    Returns the number of samples. TalkheadError if there is no sound; no file is left then.
     """
     part = beside(Path(out_path))
     try:
@@ -73,7 +73,7 @@ def write_wav(path: Path | str, samples: Samples) -> None:
 
 
 def read_wav(path: Path | str) -> Samples:
-    """(N,) float32 of a file that `write_wav` made; TalkheadError for any other format."""
+    """Read a file that `write_wav` made, (N,) float32; TalkheadError for any other format."""
     try:
         with wave.open(str(path), "rb") as file:
             form = (file.getnchannels(), file.getsampwidth(), file.getframerate())
@@ -86,7 +86,7 @@ def read_wav(path: Path | str) -> Samples:
 
 
 def on_common_clock(path: Path | str, rate_hz: int) -> Any:
-    """An ffmpeg-python stream of the first sound track: late starts and gaps become silence."""
+    """Return an ffmpeg-python stream of the first sound track, late starts and gaps silent."""
     if not probe(path).has_audio:
         raise TalkheadError(f"{path} has no sound; give a file that has a sound track")
     track = graphs.input(url(path))["a:0"]
@@ -96,7 +96,7 @@ def on_common_clock(path: Path | str, rate_hz: int) -> Any:
 def _heard(
     path: Path | str, n_samples: int | None, on_warning: Callable[[str], None] | None
 ) -> Iterator[Samples]:
-    """A mebibyte of samples at a time, in [-1, 1]; of them all, or about `n_samples`."""
+    """Yield samples in [-1, 1], 1 MiB at a time: all of them, or about `n_samples`."""
     track = on_common_clock(path, SAMPLE_RATE_HZ)
     limit = {} if n_samples is None else {"t": n_samples / SAMPLE_RATE_HZ}
     graph = track.output("pipe:1", format="f32le", ac=1, ar=SAMPLE_RATE_HZ, **limit)
@@ -114,7 +114,7 @@ def _heard(
         return
     about = probe(path)
     heard_s, wanted_s = n_heard / SAMPLE_RATE_HZ, min(about.duration_s, limit.get("t", np.inf))
-    # beside pictures the sound may just be shorter than the film
+    # the sound of a film may simply be shorter than its pictures
     is_sure = run.messages or not (about.has_video or about.is_estimated)
     if heard_s < wanted_s - TRUNCATION_S and is_sure:
         on_warning(
@@ -124,5 +124,5 @@ def _heard(
 
 
 def _as_shorts(samples: Samples, full: float) -> bytes:
-    """Of floats in [-1, 1], which become `full` at the ends."""
+    """Convert floats in [-1, 1] to 16-bit bytes; 1.0 becomes `full`."""
     return (samples * full).round().clip(-32768, 32767).astype("<i2").tobytes()

@@ -1,4 +1,4 @@
-"""Find ffmpeg, run it, and ask it what a file holds (ffprobe does not come with every build)."""
+"""Find ffmpeg, run it, and probe files with it (ffprobe does not come with every build)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from talkhead_cli.contracts import TalkheadError
 
 @cache
 def executable() -> str:
-    """The system's ffmpeg, else the one that imageio-ffmpeg brings; TalkheadError if neither."""
+    """Return the system's ffmpeg, else that of imageio-ffmpeg; TalkheadError if neither exists."""
     if found := shutil.which("ffmpeg"):
         return found
     try:
@@ -35,7 +35,7 @@ def executable() -> str:
 
 
 def _ask(*words: str) -> str:
-    """What ffmpeg prints on both streams when called with `words`."""
+    """Return what ffmpeg prints on both streams when called with `words`."""
     argv = [executable(), "-hide_banner", "-nostdin", *words]
     done = subprocess.run(
         argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
@@ -45,7 +45,7 @@ def _ask(*words: str) -> str:
 
 @cache
 def version() -> str:
-    """For example "7.0.2-static"."""
+    """Return ffmpeg's version, for example "7.0.2-static"."""
     found = re.search(r"ffmpeg version (\S+)", _ask("-version"))
     return found[1] if found else "unknown version"
 
@@ -57,7 +57,7 @@ def knows(kind: str, name: str) -> bool:
 
 
 def url(path: Path | str) -> str:
-    """`path` as ffmpeg should see it: a name like `talk: one.mp4` is no protocol."""
+    """Return `path` such that ffmpeg sees no protocol in a name like `talk: one.mp4`."""
     return f"file:{path}"
 
 
@@ -65,7 +65,7 @@ class Run:
     """One ffmpeg process made of an ffmpeg-python output `graph`.
 
     `out` is its standard output, `feed` its standard input when `fed`. Its messages go to
-    an unnamed file: no pipe of messages can fill up and block it.
+    an unnamed file, because a pipe of messages could fill up and block it.
     """
 
     def __init__(self, graph: Any, *, fed: bool = False) -> None:
@@ -82,7 +82,7 @@ class Run:
         self.messages: list[str] = []
 
     def finish(self) -> bool:
-        """Wait for the end and collect the messages; whether ffmpeg was content."""
+        """Wait for the process and collect its messages; return whether it succeeded."""
         code = self._process.wait()
         self._log.seek(0)
         lines = self._log.read().decode("utf-8", "replace").splitlines()
@@ -93,21 +93,21 @@ class Run:
 
     @property
     def complaint(self) -> str:
-        """The last telling message, without addresses in memory; "" when there is none."""
+        """The last informative message, without memory addresses; "" when there is none."""
         said = [line for line in self.messages if line != "Conversion failed!"]
         return re.sub(r"^(\[[^]]*\] *)+", "", said[-1]).rstrip(".") if said else ""
 
     def close(self) -> None:
-        """End it whatever it does, and let go of its pipes."""
+        """Kill the process if it still runs, and close its pipes."""
         self._process.kill()
         self._process.wait()
         for pipe in filter(None, (self.feed, self.out, self._log)):
-            with suppress(BrokenPipeError):  # of what was still buffered for it
+            with suppress(BrokenPipeError):  # data was still buffered for the process
                 pipe.close()
 
 
 def beside(path: Path) -> Path:
-    """A new hidden name in the folder of `path` with its suffix, to be renamed when finished."""
+    """Return a new hidden name beside `path` with its suffix, to be renamed when finished."""
     return path.with_name(f".part-{secrets.token_hex(4)}{path.suffix}")
 
 
@@ -115,16 +115,15 @@ def beside(path: Path) -> Path:
 class Probe:
     """What a media file holds.
 
-    width, height  pixels of the picture as it is meant to be seen: upright, square pixels
+    width, height  of the picture as displayed: upright, square pixels
     duration_s     of the longest track, as declared (a truncated file may hold less)
-    is_estimated   nothing is declared: ffmpeg makes the duration of bit rate and size
+    is_estimated   no duration is declared: ffmpeg estimates it from bit rate and size
     fps            nominal; 0 without video
     rotation_deg   clockwise turn that makes the stored picture upright: 0, 90, 180, 270
     colour         pixel format and colour tags as ffmpeg writes them, e.g.
                    "yuv420p10le(tv, bt2020nc/bt2020/smpte2084, progressive)"
     video_start_s, audio_start_s  start of the track on the file's common clock
-    is_synthetic   its metadata says that talkhead rendered it
-    has_index      the file knows where pictures lie that stand alone; seeks in others miss
+    has_index      the container indexes its keyframes; seeks in other containers are inexact
     """
 
     width: int
@@ -143,7 +142,7 @@ class Probe:
 
 
 def probe(path: Path | str) -> Probe:
-    """Ask ffmpeg about the first track of each kind; a cover picture is no video.
+    """Probe the first track of each kind; a cover picture does not count as video.
 
     Raises TalkheadError when the file is missing or holds neither picture nor sound.
     """
@@ -153,9 +152,9 @@ def probe(path: Path | str) -> Probe:
         raise TalkheadError(f"{path} may not be read by you; change its permissions")
     text = _ask("-i", url(path))
     head, *streams = re.split(r"^  Stream #", text, flags=re.M)
-    # ffmpeg shows any text file as a film of a terminal
+    # ffmpeg reads any text file as a terminal recording
     tracks = [] if re.search(r"^Input #0, tty,", head, re.M) else streams
-    # A track's first line is ffmpeg's; titles and the like, below it, may say anything.
+    # Only a track's first line is ffmpeg's own; metadata below it may contain anything.
     lines = [track.partition("\n")[0] for track in tracks]
     shown = (s for s, line in zip(tracks, lines, strict=True) if _VIDEO.search(line)
              and "(attached pic)" not in line)  # fmt: skip
@@ -187,7 +186,7 @@ def probe(path: Path | str) -> Probe:
 
 
 def count_packets(path: Path | str, track: str) -> tuple[int, float]:
-    """Frames and end in seconds of a track ("V:0", "a:0"), without decoding it."""
+    """Return frame count and end (seconds) of a track ("V:0", "a:0"), without decoding it."""
     graph = graphs.input(url(path))[track].output("-", format="null", c="copy", progress="pipe:1")
     with closing(Run(graph)) as run:
         report = run.out.read().decode()
@@ -199,7 +198,7 @@ def count_packets(path: Path | str, track: str) -> tuple[int, float]:
 
 _SYNTHETIC = re.compile(r"^ +talkhead_synthetic *: true", re.M | re.I)
 _INDEXED = re.compile(r"^Input #0, (mov|matroska),", re.M)
-# The colour's brackets may hold others: "yuv420p(tv, bottom coded first (swapped))".
+# The pixel format's parentheses may be nested: "yuv420p(tv, bottom coded first (swapped))".
 _VIDEO = re.compile(r": Video: .*?, (\w+(?:\((?:[^()]|\([^()]*\))*\))?), (\d+)x(\d+)")
 
 
@@ -216,22 +215,22 @@ def _start_s(stream: str, origin_s: float) -> float:
 def _duration_s(head: str, path: Path | str) -> float:
     if found := re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", head, re.M):
         return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
-    # browsers record without saying how long it became
+    # recordings made in browsers declare no duration
     return max(count_packets(path, track)[1] for track in ("V:0", "a:0"))
 
 
 def _picture(stream: str) -> tuple[int, int, int, str]:
-    """width, height, rotation_deg, colour of a video stream's description."""
+    """Parse width, height, rotation_deg and colour from a video stream's description."""
     found = _VIDEO.search(stream)
     if not found:
         return 0, 0, 0, ""
     colour, width, height = found[1], int(found[2]), int(found[3])
-    # ffmpeg counts anticlockwise
+    # ffmpeg's angle is anticlockwise
     rotation_deg = (
         round(-_number(r"^ *[dD]isplay ?[mM]atrix: rotation of (-?[\d.]+) deg", stream)) % 360
     )
     aspects = re.findall(r"SAR (\d+):(\d+)", stream.splitlines()[0])
-    over, under = map(int, aspects[-1]) if aspects else (1, 1)  # the container's comes last
+    over, under = map(int, aspects[-1]) if aspects else (1, 1)  # the container's aspect comes last
     if rotation_deg in (90, 270):
         width, height, over, under = height, width, under, over
     return round(width * over / under) if over and under else width, height, rotation_deg, colour

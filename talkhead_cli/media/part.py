@@ -15,7 +15,7 @@ from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from talkhead_cli.media.audio import Samples, sound
 from talkhead_cli.media.video import Picture, frames
 
-BACKWARDS = 16  # frames that are read forwards, and held, to be shown backwards
+BACKWARDS = 16  # frames decoded forwards and buffered at a time for backward playback
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Part:
     def frames(
         self, *, first: int = 0, n_frames: int | None = None, stride: int = 1, **options: Any
     ) -> Generator[Picture, None, None]:
-        """As `media.frames` yields them, from frame `first` of the part on."""
+        """Yield frames as `media.frames` does, from frame `first` of the part on."""
         left = None if self.n_frames is None else math.ceil((self.n_frames - first) / stride)
         limits = [n for n in (left, n_frames) if n is not None]
         return frames(
@@ -38,7 +38,7 @@ class Part:
         )  # fmt: skip
 
     def played(self, rows: NDArray[np.integer[Any]], **options: Any) -> Generator[Picture]:
-        """Frames in the order of `rows` (n,), which may run backwards, in constant memory."""
+        """Yield frames in the order of `rows` (n,), which may run backwards, in constant memory."""
         if not len(rows):
             return
         step = np.diff(rows)
@@ -55,7 +55,7 @@ class Part:
                 yield from reversed(held)
 
     def sound(self, n_samples: int, *, late_s: float = 0.0) -> Samples:
-        """(n_samples,) from `late_s` after the part's beginning on; silent where there is none."""
+        """Return (n_samples,) from `late_s` after the part's start on; silence beyond the film."""
         first = self.first * SAMPLES_PER_FRAME + round(late_s * SAMPLE_RATE_HZ)
         samples = sound(self.path, n_samples=max(0, first + n_samples))[max(0, first) :]
         return np.pad(samples, (n_samples - len(samples), 0))

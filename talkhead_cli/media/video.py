@@ -1,4 +1,4 @@
-"""Pictures of a media file at 25 frames per second, and pictures into one."""
+"""Read a media file's pictures at 25 frames per second, and write pictures to one."""
 
 from __future__ import annotations
 
@@ -42,15 +42,15 @@ def frames(
 ) -> Generator[Picture, None, None]:
     """Yield upright (H, W, 3) uint8 sRGB frames at 25 per second, in constant memory.
 
-    Frame 0 is at time 0 of the file, the clock of `sound`; a video track that starts later
-    repeats its first frame until then.
+    Frame 0 is at time 0 of the file, the clock of `sound`; before a video track that starts
+    later its first frame is repeated.
 
     size      (w, h) to scale to
     crop      (x, y, w, h) cut out before, in pixels as `probe` counts them
     max_side  without `size`: shrink until no side is longer
     start_s   where to begin, rounded to a frame · n_frames: at most so many are yielded
-    stride    yield every so-many-th of the 25 per second
-    on_warning  is told in one sentence when the file ends before its declared duration
+    stride    yield every stride-th of the 25 per second
+    on_warning  gets one sentence when the file ends before its declared duration
 
     TalkheadError when the file holds no readable video; ValueError for a crop outside of it.
     """
@@ -83,7 +83,7 @@ def frames(
 
 
 class VideoWriter:
-    """Writes frames one by one; the file appears under its name only when it is whole.
+    """Writes frames one by one; the file appears under its name only when it is complete.
 
         with VideoWriter("out.mp4", (512, 512), audio="speech.wav") as video:
             video.write(frame)
@@ -91,14 +91,13 @@ class VideoWriter:
     size_px  (w, h); even numbers, except for .mov with `alpha` and for `gray16`
     audio    a media file whose sound is padded or cut to the length of the pictures
     crf      quality, lower is better · preset: of libx264, default medium (intra: ultrafast)
-    intra    every frame stands alone, for storage that is read at random
+    intra    every frame is a keyframe, for random access
     alpha    frames have transparency: .webm (VP9) or .mov (ProRes 4444)
     gray16   one 16-bit channel, lossless: .mkv (FFV1)
     metadata written into the container, any keys
 
-    Plain: H.264 yuv420p and AAC tagged BT.709, in .mp4, .m4v, .mov or .mkv; VP9 and Opus in
-    .webm. TalkheadError
-    when the format cannot be had or ffmpeg cannot write.
+    By default H.264 yuv420p, tagged BT.709, and AAC in .mp4, .m4v, .mov or .mkv; VP9 and Opus
+    in .webm. TalkheadError when the format is not available or ffmpeg cannot write.
     """
 
     def __init__(
@@ -143,7 +142,7 @@ class VideoWriter:
             tracks.append(on_common_clock(audio, 48_000).filter("apad"))
             codec["shortest"] = None
         for i, (key, text) in enumerate((metadata or {}).items()):
-            codec[f"metadata:g:{i}"] = f"{key}={text}"  # ffmpeg-python takes an option once
+            codec[f"metadata:g:{i}"] = f"{key}={text}"  # ffmpeg-python takes each option name once
         self._part = beside(self.path)
         self._run = Run(graphs.output(*tracks, url(self._part), **codec), fed=True)
 
@@ -179,7 +178,7 @@ class VideoWriter:
     def _finish(self) -> None:
         if not self.n_frames:
             raise TalkheadError(f"{self.path} was not written: there were no frames")
-        with suppress(BrokenPipeError):  # finish() says why
+        with suppress(BrokenPipeError):  # finish() collects the reason
             self._run.feed.close()
         if not self._run.finish():
             raise self._failure()
@@ -202,17 +201,17 @@ def _graph(
     first: int,
     stride: int,
 ) -> Any:
-    """From the stored pictures to the ones asked for; ffmpeg itself turns them upright."""
+    """Build the graph from stored to requested pictures; ffmpeg itself turns them upright."""
     sought = first > 0 and about.has_index
-    # From the picture that stands alone before the target: accurate seeks drop what is still on
-    # show there.  To a whole second: parts of one are no whole number of many a file's ticks, and
-    # pictures half-way between two of ours would be rounded to the other one.
+    # Seek to the keyframe before the target: an accurate seek drops the picture still on display
+    # there.  Seek to whole seconds: fractions are often no whole number of the file's ticks, which
+    # would round pictures half-way between two of our frames to the other one.
     skipped = first % FPS if sought else first
     seek = {"ss": first // FPS, "noaccurate_seek": None} if sought else {}
     stream = graphs.input(url(path), **seek)["V:0"]
-    if re.search(r"\b(top|bottom) (coded )?first\b", about.colour):  # two fields, woven
+    if re.search(r"\b(top|bottom) (coded )?first\b", about.colour):  # interlaced
         stream = stream.filter("bwdif", mode="send_frame", deint="interlaced")
-    # rounds to the nearest: shows what a viewer sees in the middle of each frame's time
+    # rounds to the nearest: takes the picture on display in the middle of each frame's time
     stream = stream.filter("fps", FPS, start_time=0)
     if skipped:
         stream = stream.filter("trim", start_frame=skipped).filter("setpts", "PTS-STARTPTS")
@@ -241,7 +240,7 @@ def _graph(
 
 
 def _colour_tags(about: Probe) -> tuple[str, str, str]:
-    """Matrix, primaries and transfer; ffmpeg writes one word where all three agree."""
+    """Return matrix, primaries, transfer; ffmpeg writes one word where all three agree."""
     word = re.search(r"[(, ]((?:[\w-]+/){2}[\w-]+|bt709|smpte\d+m)[,)]", about.colour)
     matrix, primaries, transfer = (word[1] if word else "unknown").split("/") * (
         1 if word and "/" in word[1] else 3
@@ -250,7 +249,7 @@ def _colour_tags(about: Probe) -> tuple[str, str, str]:
 
 
 def _tone_mapped(stream: Any, matrix: str, primaries: str, transfer: str) -> Any:
-    """HDR light squeezed into BT.709; missing tags mean BT.2020."""
+    """Tone-map HDR to BT.709; missing tags are taken as BT.2020."""
     stream = stream.filter(
         "zscale",
         tin=transfer,
@@ -265,7 +264,7 @@ def _tone_mapped(stream: Any, matrix: str, primaries: str, transfer: str) -> Any
 
 
 def refuse_container(path: Path, *, alpha: bool = False, gray16: bool = False) -> None:
-    """MisuseError where a file of that name cannot hold what `VideoWriter` would write."""
+    """Raise MisuseError if a file of that name cannot hold what `VideoWriter` would write."""
     kind = "depth" if gray16 else "transparency" if alpha else "video"
     suffix, allowed = path.suffix.lower(), SUFFIXES[kind]
     if suffix not in allowed:
@@ -278,13 +277,13 @@ def refuse_container(path: Path, *, alpha: bool = False, gray16: bool = False) -
 def _codec(
     suffix: str, crf: int, preset: str | None, intra: bool, alpha: bool, gray16: bool
 ) -> dict[str, Any]:
-    """Output options of ffmpeg for a kind of file."""
+    """Return ffmpeg's output options for a kind of file."""
     if gray16:
         return {"vcodec": "ffv1", "pix_fmt": "gray16le", "acodec": "aac"}
     if suffix == ".webm":
         vp9 = {"vcodec": "libvpx-vp9", "pix_fmt": "yuv420p", "row-mt": 1, "crf": crf,
                "video_bitrate": 0, "cpu-used": 4, "acodec": "libopus"}  # fmt: skip
-        # VP9 keeps no transparency with alternate reference frames
+        # VP9 loses transparency with alternate reference frames
         return vp9 | ({"pix_fmt": "yuva420p", "auto-alt-ref": 0} if alpha else {})
     codec: dict[str, Any] = {"acodec": "aac", "audio_bitrate": "128k"}
     if suffix != ".mkv":

@@ -1,4 +1,4 @@
-"""What lies on disk: workspaces of people, trained runs, third-party weights."""
+"""Storage on disk: workspaces of people, trained runs, third-party weights."""
 
 from talkhead_cli.store.checkpoint import Run, list_runs
 from talkhead_cli.store.workspace import (

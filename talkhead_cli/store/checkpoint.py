@@ -1,11 +1,11 @@
-"""A trained run: plain data that rebuilds its own avatar.  A prior is one too, of many people.
+"""A trained run: plain data from which its avatar is rebuilt.  A prior is a run of many people.
 
 runs/lokitalk+tiny/
     preset.yaml          the whole preset, resolved
     avatar.safetensors   weights, identity, occupancy
-    meta.json            versions, what it was trained on, figures; written last: "finished"
+    meta.json            versions, training data, figures; "finished" is written last
     drive.npz  plate.png what rendering needs of the footage
-    portrait.npz         pictures that the avatar is made from, where it is (s3d)
+    portrait.npz         pictures from which the avatar is made, where the method needs any (s3d)
     optim.pt             for resuming only
     evaluate/            figures and films
 """
@@ -38,7 +38,7 @@ class Run:
 
     @classmethod
     def named(cls, folder: Path, name: str) -> Run:
-        """The run of that name in a folder; a name never leads out of it."""
+        """Return the run of that name in a folder; MisuseError for names that could leave it."""
         if not name or not set(name) <= _NAME_CHARS or name.startswith("."):
             raise MisuseError(
                 f"'{name}' cannot be the name of a run or prior; use letters, digits, '+', '-', "
@@ -47,7 +47,7 @@ class Run:
         return cls(folder / name)
 
     def locked(self) -> AbstractContextManager[None]:
-        """Hold the run for one writing job; the lock lies beside it, since `clear` removes it."""
+        """Lock the run for one writing job; the file is beside the run, which `clear` deletes."""
         return held(self.root.with_name(f".{self.name}.lock"), self.name)
 
     def meta(self) -> dict[str, Any]:
@@ -58,7 +58,7 @@ class Run:
 
     @property
     def is_finished(self) -> bool:
-        """A damaged run is none that is finished; who opens it is told what is wrong with it."""
+        """Whether training ended; False for a damaged run, which raises when it is opened."""
         try:
             return bool(self.meta().get("finished"))
         except TalkheadError:
@@ -97,14 +97,14 @@ class Run:
             raise TalkheadError(f"{path} is damaged ({error}); {CURE}") from error
 
     def save_resume(self, state: dict[str, Any]) -> None:
-        """Weights, optimiser and place in the schedule, in one file: they must agree."""
+        """Save weights, optimiser and schedule position in one file, as they must agree."""
         import torch
 
         with atomic(self.root / "optim.pt") as part:
             torch.save(state, part)
 
     def drop_resume(self) -> None:
-        """Once it is finished."""
+        """Delete the resume state once training is finished."""
         (self.root / "optim.pt").unlink(missing_ok=True)
 
     def resume_state(self) -> dict[str, Any] | None:
@@ -150,7 +150,7 @@ class Run:
 
 
 def list_runs(folder: Path) -> list[Run]:
-    """Runs of a workspace, newest finished first, unfinished ones last."""
+    """Return the runs of a workspace, newest finished first, unfinished ones last."""
     if not folder.is_dir():
         return []
     runs = [

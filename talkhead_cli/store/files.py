@@ -1,4 +1,4 @@
-"""Writes that are whole or absent."""
+"""Atomic writes, locks, JSON and array files, hashes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ os.umask(UMASK)
 
 @contextlib.contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; it takes the name only if the block succeeds."""
+    """Yield a temporary path beside `path`, renamed to it only if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, part = _begun(path)
     try:
         yield part
         os.chmod(part, 0o666 & ~UMASK)
         with part.open("rb") as file:
-            os.fsync(file.fileno())  # else a power cut may leave the name with nothing in it
+            os.fsync(file.fileno())  # else a power cut may leave an empty file of that name
         os.replace(part, path)
     except OSError as error:
         if error.errno == errno.ENOSPC:
@@ -49,18 +49,18 @@ def atomic(path: Path) -> Iterator[Path]:
 
 
 def _begun(path: Path) -> tuple[int, Path]:
-    """A new file beside `path`, held while it is written, so that no sweep takes it away."""
+    """Create a file beside `path`, locked while it is written, so that no `sweep` removes it."""
     while True:
         handle, name = tempfile.mkstemp(prefix=".part-", suffix=path.suffix, dir=path.parent)
         with contextlib.suppress(OSError):  # not every mount has locks
             fcntl.flock(handle, fcntl.LOCK_EX)
         if os.path.exists(name):
             return handle, Path(name)
-        os.close(handle)  # swept before it was held
+        os.close(handle)  # swept before it was locked
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder; what somebody writes at the moment stays."""
+    """Remove what killed writers left in a folder; files that are being written stay."""
     for stale in folder.glob(".part-*"):
         if stale.is_dir():
             shutil.rmtree(stale)
@@ -72,7 +72,7 @@ def sweep(folder: Path) -> None:
 
 @contextlib.contextmanager
 def held(lock: Path, what: str) -> Iterator[None]:
-    """Hold a lock file for one writing job on `what`."""
+    """Hold a lock file for one writing job on `what`; TalkheadError if another job has it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as handle:
         try:
@@ -89,7 +89,7 @@ def held(lock: Path, what: str) -> Iterator[None]:
 def write_json(path: Path, value: Any) -> None:
     with atomic(path) as part:
         text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
-        # file names need not be text: bytes that are none are written as JSON's \\udcXX
+        # file names may hold bytes that are no text, which are written as JSON's \\udcXX
         part.write_bytes(text.encode("utf-8", "backslashreplace"))
 
 
@@ -132,6 +132,6 @@ def sha256_of(path: Path) -> str:
 
 
 def digest(*parts: Any) -> str:
-    """Short content hash of plain values."""
+    """Return a short content hash of plain values."""
     text = json.dumps(parts, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

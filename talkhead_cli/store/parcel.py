@@ -1,8 +1,8 @@
-"""An avatar in one file, to carry from the machine that trains to the machine that renders.
+"""Export and import of an avatar as one file, from a training to a rendering machine.
 
-A `.talkhead` file is a zip of plain files: `parcel.json` (who, which run, size and sha256 of each
-file), the manifest, consent records, and the run.  No footage travels but its background, what
-drives a film (drive.npz), and the pictures that an avatar is made from (portrait.npz).  Nothing in
+A `.talkhead` file is a zip of plain files: `parcel.json` (identity, run, size and sha256 of each
+file), the manifest, consent records, and the run.  Of the footage it holds only the background, the
+driving signals (drive.npz) and the pictures that an avatar is made from (portrait.npz).  Nothing in
 it is code: weights are safetensors, arrays plain.
 """
 
@@ -26,10 +26,10 @@ SUFFIX = ".talkhead"
 FORMAT = "talkhead-avatar/1"
 EXTRA_FILES = ("portrait.npz",)  # of avatars that are made from pictures
 RUN_FILES = ("preset.yaml", "avatar.safetensors", "meta.json", "drive.npz", "plate.png")
-MAX_FILE = 4 << 30  # bytes; a claim of more is refused before anything is unpacked
-MAX_RECORD = 1 << 20  # of parcel.json
+MAX_FILE = 4 << 30  # bytes; a larger declared size is refused before anything is unpacked
+MAX_RECORD = 1 << 20  # bytes of parcel.json
 BLOCK = 1 << 20
-_STAMP = (1980, 1, 1, 0, 0, 0)  # one avatar, one file, whenever it is packed
+_STAMP = (1980, 1, 1, 0, 0, 0)  # fixed: packing an avatar twice gives the same file
 
 
 def pack(space: Workspace, run: Run, out: Path) -> Path:
@@ -58,9 +58,9 @@ def pack(space: Workspace, run: Run, out: Path) -> Path:
 
 
 def unpack(file: Path, home: Path, name: str | None = None) -> tuple[Workspace, Run]:
-    """Bring a parcel into `home`, as identity `name` or under its own; all of it or nothing.
+    """Import a parcel into `home`, as identity `name` or its own; all of it or nothing.
 
-    An identity that is there already must be of the same footage; its other runs stay.
+    An identity that exists already must be of the same footage; its other runs stay.
     """
     if not file.is_file():
         raise TalkheadError(f"there is no file {file}")
@@ -89,7 +89,7 @@ def unpack(file: Path, home: Path, name: str | None = None) -> tuple[Workspace, 
 
 
 class _Wrong(Exception):
-    """What is wrong with a parcel."""
+    """A parcel is invalid; the message says why."""
 
 
 def _damaged(file: Path, why: str) -> TalkheadError:
@@ -97,7 +97,7 @@ def _damaged(file: Path, why: str) -> TalkheadError:
 
 
 def _record(archive: zipfile.ZipFile) -> dict[str, Any]:
-    """parcel.json, with every name and number in it checked."""
+    """Read parcel.json and check every name and number in it."""
     names = archive.namelist()
     if "parcel.json" not in names:
         raise _Wrong("it has no parcel.json")
@@ -133,7 +133,7 @@ def _record(archive: zipfile.ZipFile) -> dict[str, Any]:
 
 
 def _fits(space: Workspace, run: Run, archive: zipfile.ZipFile) -> None:
-    """Refuse to lie beside another person's footage, or over a run."""
+    """Raise if the identity exists with other footage, or already has this run."""
     if not space.exists():
         return
     try:
@@ -151,7 +151,7 @@ def _fits(space: Workspace, run: Run, archive: zipfile.ZipFile) -> None:
 
 
 def _extract(archive: zipfile.ZipFile, record: dict[str, Any], folder: Path) -> None:
-    """Files into `folder`, each no longer than it says and of the sha256 that it says."""
+    """Extract the files into `folder`, checking the declared size and sha256 of each."""
     for name, facts in record["files"].items():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +168,7 @@ def _extract(archive: zipfile.ZipFile, record: dict[str, Any], folder: Path) -> 
 
 
 def _settle(folder: Path, space: Workspace, run: Run) -> None:
-    """Move unpacked files to their places, the manifest last: by it the identity exists."""
+    """Move unpacked files to their places, the manifest last: it makes the identity exist."""
     run.root.parent.mkdir(parents=True, exist_ok=True)
     (folder / "runs" / run.name).rename(run.root)
     for record in (folder / "consent").iterdir() if (folder / "consent").is_dir() else ():

@@ -1,8 +1,8 @@
-"""Tensors out of a pickled network, without running anything that the file says.
+"""Read tensors from a pickled network without running any code of the file.
 
 StyleGAN's and EG3D's published files are pickles of live objects, with the source of their classes
-inside, which their own loader executes.  Here every class of the file becomes an inert record; what
-is called are the few functions that put a tensor together, and nothing else can be named.
+inside, which their own loader executes.  Here every class of the file becomes an inert record; only
+the few functions that build a tensor are called, and any other name is refused.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from talkhead_cli.contracts import TalkheadError
 
 
 class Inert:
-    """An object of the file: what its class held, and no behaviour."""
+    """Stand-in for an object of the file: its state, without behaviour."""
 
     def __init__(self, *args: Any) -> None:
         self.fields: dict[str, Any] = {}
@@ -32,25 +32,24 @@ class Inert:
 
 
 class InertDict(dict[Any, Any]):
-    """A dictionary of a class of its own."""
+    """Stand-in for an instance of a dict subclass."""
 
     def __setstate__(self, state: Any) -> None:
         pass
 
 
 def networks(path: Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of each network that a pickled dictionary holds, by the network's name and then
-    by their own, as a state dict has them.
+    """Return the state dict of each network in a pickled dictionary, by the network's name.
 
-    Raises TalkheadError for a file that is no such pickle, or that names anything else than
-    tensors and modules.
+    Raises TalkheadError for a file that is no such pickle, or that names anything but tensors and
+    modules.
     """
     try:
         with path.open("rb") as file:
             held = _Reader(file).load()
     except TalkheadError:
         raise
-    except Exception as error:  # a torn pickle raises whatever it provokes
+    except Exception as error:  # a damaged pickle can raise anything
         raise TalkheadError(f"{path} cannot be read as a pickled network ({error})") from error
     found = {str(k): _tensors(v) for k, v in held.items()} if isinstance(held, dict) else {}
     found = {name: tensors for name, tensors in found.items() if tensors}
@@ -60,7 +59,7 @@ def networks(path: Path) -> dict[str, dict[str, Tensor]]:
 
 
 def _tensors(value: Any) -> dict[str, Tensor]:
-    """Parameters and buffers of a module and those inside it."""
+    """Return parameters and buffers of a module and its submodules."""
     if not isinstance(value, Inert):
         return {}
     found: dict[str, Tensor] = {}
@@ -73,7 +72,7 @@ def _tensors(value: Any) -> dict[str, Tensor]:
 
 
 def _persistent(meta: Any) -> Inert:
-    """An object that came with its own source, of which only the state is looked at."""
+    """Return a stand-in for an object pickled with its source code: only its state is kept."""
     made = Inert()
     made.__setstate__(meta.get("state") if isinstance(meta, dict) else None)
     return made
@@ -86,7 +85,7 @@ def _storage(data: bytes) -> Any:
 def _tensor(
     storage: Any, offset: int, size: Any, stride: Any, requires_grad: bool, *_: Any
 ) -> Tensor:
-    """A view of a storage, inside its bounds."""
+    """Return a view of a storage, inside its bounds."""
     flat = torch.tensor([], dtype=storage.dtype).set_(storage._untyped_storage)
     return flat.as_strided(tuple(size), tuple(stride), offset)
 
@@ -96,7 +95,7 @@ def _parameter(data: Tensor, *_: Any) -> Tensor:
 
 
 def _made(cls: Any, *_: Any) -> Any:
-    """What copyreg does for old protocols, for our own classes alone."""
+    """Stand-in for copyreg's reconstructor of old protocols; `cls` is from `_CALLED` or Inert."""
     return cls()
 
 
@@ -115,7 +114,7 @@ _CALLED: dict[tuple[str, str], Callable[..., Any]] = {
 
 
 class _Reader(pickle.Unpickler):
-    """Knows the names of `_CALLED`, and takes classes of torch.nn for inert ones."""
+    """Unpickler that resolves the names in `_CALLED`, and classes of torch.nn to Inert."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in _CALLED:

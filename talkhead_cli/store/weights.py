@@ -1,8 +1,8 @@
-"""Third-party weights: where they come from, where they lie, whether they are what they claim.
+"""Third-party weights: their sources, their local files, and verification by sha256.
 
-Nothing is downloaded by itself.  A file is found in $TALKHEAD_WEIGHTS (or
-~/.cache/talkhead/weights), or where the library that it is made for keeps it; `pull` and
-`import_file` put one into that folder.
+Nothing is downloaded automatically.  A file is looked up in $TALKHEAD_WEIGHTS (or
+~/.cache/talkhead/weights), then in the cache of the library that it is made for; `pull` and
+`import_file` put one into the former folder.
 """
 
 from __future__ import annotations
@@ -37,10 +37,9 @@ MEDIAPIPE = "https://storage.googleapis.com/mediapipe-models/"
 class Weights:
     """One published file.
 
-    url: the folder it is published in, with / at the end · sha256: all of it, or as much of its
-    beginning as was published (torch's hub puts that into file names); "" where nothing was ·
-    bytes: 0 where not known · url "" for what nobody publishes as a file by itself, and what is
-    kept of it after `import` is another file
+    url: folder it is published in, ending in /; "" if it is not published in this form: `import`
+    then converts the published file · sha256: the whole hash, or the published beginning of it
+    (torch's hub puts that into file names); "" if none is published · bytes: 0 if unknown
     """
 
     name: str
@@ -89,24 +88,24 @@ KNOWN = {
 
 
 def folder() -> Path:
-    """Where weights that were pulled or imported lie."""
+    """Return the folder of pulled and imported weights."""
     given = os.environ.get("TALKHEAD_WEIGHTS")
     return Path(given) if given else Path.home() / ".cache" / "talkhead" / "weights"
 
 
 def licence(name: str) -> str:
-    """Under what terms known weights are published."""
+    """Return the terms under which known weights are published."""
     return _known(name).licence
 
 
 def find(name: str) -> Path | None:
-    """The file of known weights, or None when it is not on this machine."""
+    """Return the file of known weights, or None if it is not on this machine."""
     file = _known(name).file
     return next((place / file for place in _places() if (place / file).is_file()), None)
 
 
 def _places() -> Iterator[Path]:
-    """Our folder first, then the caches of the libraries: torch's hub, facexlib's own package."""
+    """Yield our folder, then the caches of the libraries: torch's hub, facexlib's own package."""
     yield folder()
     hub = Path(os.environ.get("TORCH_HOME") or Path.home() / ".cache" / "torch")
     yield hub / "hub" / "checkpoints"
@@ -116,7 +115,7 @@ def _places() -> Iterator[Path]:
 
 
 def shipped(path: Path) -> dict[str, NDArray[Any]]:
-    """The arrays of a safetensors file that comes with the package."""
+    """Return the arrays of a safetensors file that ships with the package."""
     from safetensors.numpy import load_file
 
     arrays: dict[str, NDArray[Any]] = load_file(path)
@@ -124,7 +123,7 @@ def shipped(path: Path) -> dict[str, NDArray[Any]]:
 
 
 def need(name: str) -> Path:
-    """The file of known weights, or one sentence that says how to bring it."""
+    """Return the file of known weights; TalkheadError, with how to get it, if it is missing."""
     found = find(name)
     if found is None and is_converted(name):
         raise TalkheadError(f"the weights of {name} are not on this machine; {_by_hand(name)}")
@@ -138,7 +137,7 @@ def need(name: str) -> Path:
 
 
 def right(name: str) -> Path:
-    """The file of known weights, which is what it claims to be."""
+    """Return the file of known weights; TalkheadError if it is missing or its sha256 is wrong."""
     path = need(name)
     if verify(name) == "WRONG":
         raise TalkheadError(
@@ -149,7 +148,7 @@ def right(name: str) -> Path:
 
 
 def load(name: str) -> dict[str, Any]:
-    """The state dict of known weights; only tensors are read, never code."""
+    """Return the state dict of known weights; only tensors are read, never code."""
     import torch
 
     path = right(name)
@@ -159,12 +158,12 @@ def load(name: str) -> dict[str, Any]:
 
             return dict(load_file(path))
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:  # torch raises whatever the torn file provokes
+    except Exception as error:  # torch can raise anything on a damaged file
         raise TalkheadError(f"{path} cannot be read ({error}); fetch the file again") from error
 
 
 def fill(module: Any, name: str, state: dict[str, Any], library: str) -> None:
-    """Load a state dict into a library's module, strictly, or say that the file is another one."""
+    """Load a state dict into a library's module strictly and freeze it; TalkheadError if unfit."""
     try:
         module.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
     except (RuntimeError, AttributeError, TypeError) as error:
@@ -176,7 +175,7 @@ def fill(module: Any, name: str, state: dict[str, Any], library: str) -> None:
 
 
 def verify(name: str) -> str:
-    """'ok', 'missing', 'no hash known' or 'WRONG' for one of the known weights."""
+    """Return 'ok', 'missing', 'no hash known' or 'WRONG' for known weights."""
     path = find(name)
     if path is None:
         return "missing"
@@ -187,7 +186,7 @@ def verify(name: str) -> str:
 
 
 def import_file(name: str, file: Path) -> Path:
-    """Copy a file into the folder as known weights; refuses one with another hash."""
+    """Copy a file into the folder as known weights; TalkheadError if its hash is another one."""
     if not file.is_file():
         raise TalkheadError(f"there is no file {file}")
     target = folder() / _known(name).file
@@ -199,12 +198,12 @@ def import_file(name: str, file: Path) -> Path:
 
 
 def is_converted(name: str) -> bool:
-    """Whether `import` makes another file of the published one."""
+    """Return whether `import` converts the published file instead of copying it."""
     return not _known(name).url
 
 
 def keep(name: str, tensors: dict[str, Any], facts: dict[str, str]) -> Path:
-    """Save tensors that were made of a published file, with where they come from."""
+    """Save tensors converted from a published file, with a record of their source."""
     from safetensors.torch import save_file
 
     target = folder() / _known(name).file
@@ -224,10 +223,10 @@ def _by_hand(name: str) -> str:
 
 
 def pull(name: str, progress: Progress, *, source: str | None = None, sha256: str = "") -> Path:
-    """Fetch known weights into the folder, whole and checked, or not at all.
+    """Fetch known weights into the folder, complete and verified, or not at all.
 
-    source: a mirror, a folder or https address that holds the file under its published name; by
-    default where it is published.  sha256: what the file must have; needed where none is published
+    source: a folder or https address that holds the file under its published name; by default
+    where it is published · sha256: of the file; required where none is published
     """
     weights = _known(name)
     if is_converted(name):
@@ -274,7 +273,7 @@ def _download(address: str, part: Path, weights: Weights, progress: Progress) ->
 
 
 def _checked(name: str, file: Path, called: str, asked: str = "") -> str:
-    """The file's sha256, which is the published one and the one that is asked for."""
+    """Return the file's sha256; TalkheadError unless it is the published and the given one."""
     digest = sha256_of(file)
     for wanted in filter(None, (_known(name).sha256, asked.lower())):
         if not digest.startswith(wanted):

@@ -1,15 +1,15 @@
-"""One identity's folder: the only thing that passes between jobs.
+"""One identity's folder: the only data that passes between jobs.
 
 <home>/alice/
-    manifest.json   what was done, from what, by which backends; stage keys
+    manifest.json   source, backends, crop, frame counts; keys of finished stages
     video.mp4       the crop, 25 frames/s, all-intra, near-lossless
     audio.wav       16 kHz mono on the video's clock
-    mesh.npz tracks.npz voice.npz   arrays out of pictures and sound
+    mesh.npz shots.npz film.npz tracks.npz voice.npz   arrays from pictures and sound
     maps/  labels/  matte and skin; soft labels, in pieces of 100 frames
     plate.png       background
-    cache/          the video as raw pixels at a training size (made again when lost)
+    cache/          the video as raw pixels at a training size (rebuilt when missing)
     runs/           trained avatars
-<home>/.priors/     what was learnt from many people
+<home>/.priors/     priors, trained on many people
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from talkhead_cli.store.files import (
     write_json,
 )
 
-# What each stage of preprocessing leaves behind.
+# Files that each stage of preprocessing writes.
 STAGE_FILES = {
     "mesh": ("mesh.npz", "shots.npz"),
     "sound": ("audio.wav", "voice.npz"),
@@ -51,7 +51,7 @@ _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def check_id(name: str) -> str:
-    """The id itself, or MisuseError when it could leave the home folder or hide in it."""
+    """Return the id; MisuseError if it could leave the home folder or be hidden in it."""
     if not _ID.fullmatch(name) or ".." in name:
         raise MisuseError(
             f"'{name}' cannot be an id; use letters, digits, '-', '_' and '.', "
@@ -61,17 +61,17 @@ def check_id(name: str) -> str:
 
 
 def home_folder(given: Path | None) -> Path:
-    """`--home`, else $TALKHEAD_HOME, else ./avatars."""
+    """Return `--home`, else $TALKHEAD_HOME, else ./avatars."""
     return given or Path(os.environ.get("TALKHEAD_HOME") or "avatars")
 
 
 def priors_folder(home: Path) -> Path:
-    """Where priors lie; no id can begin with a dot."""
+    """Return the folder of priors, which is no id: ids do not begin with a dot."""
     return home / ".priors"
 
 
 def list_ids(home: Path) -> list[str]:
-    """Ids of all workspaces in a home, sorted."""
+    """Return the ids of all workspaces in a home, sorted."""
     if not home.is_dir():
         return []
     names = (p.parent.name for p in home.glob("*/manifest.json"))
@@ -79,21 +79,21 @@ def list_ids(home: Path) -> list[str]:
 
 
 class PieceWriter:
-    """Writes arrays of one frame after the other, in files of PIECE frames."""
+    """Writes arrays of consecutive frames, in files of PIECE frames."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._first = folder, 0
         self._rows: dict[str, list[NDArray[Any]]] = {}
 
     def add(self, **arrays: NDArray[Any]) -> None:
-        """The next frame's arrays, by name: the same ones in every frame."""
+        """Append the next frame's arrays, by name: the same names in every frame."""
         for name, array in arrays.items():
             self._rows.setdefault(name, []).append(array)
         if max(map(len, self._rows.values())) == PIECE:
             self.close()
 
     def close(self) -> None:
-        """Write what has come since the last full piece."""
+        """Write the frames since the last full piece."""
         if self._rows:
             file = self._folder / f"{self._first:07d}.npz"
             stacked = {name: np.stack(rows) for name, rows in self._rows.items()}
@@ -111,7 +111,7 @@ class Workspace:
 
     @classmethod
     def open(cls, home: Path, name: str) -> Workspace:
-        """An existing, finished workspace."""
+        """Return an existing, finished workspace; TalkheadError if there is none."""
         space = cls(home, name)
         if not space.exists():
             known = ", ".join(list_ids(home)) or "none yet"
@@ -126,7 +126,7 @@ class Workspace:
         return space
 
     def refuse_without_footage(self, what: str) -> None:
-        """TalkheadError where an avatar was imported alone."""
+        """Raise TalkheadError if there is no footage, as for an imported avatar."""
         if not self.video.exists():
             raise TalkheadError(
                 f"'{self.id}' is here without its footage, as an imported avatar is: there is "
@@ -134,7 +134,7 @@ class Workspace:
             )
 
     def exists(self) -> bool:
-        """Whether anything was ever begun here."""
+        """Return whether the folder has a manifest, that is, any stage was begun."""
         return (self.root / "manifest.json").exists()
 
     # -- manifest and stages ------------------------------------------------------------
@@ -155,7 +155,7 @@ class Workspace:
         write_json(self.root / "manifest.json", {**self.manifest(), **facts})
 
     def is_done(self, stage: str, key: str) -> bool:
-        """Whether `stage` was finished from exactly these inputs, and its files are there."""
+        """Return whether `stage` was finished from exactly these inputs, and its files exist."""
         there = all((self.root / file).exists() for file in STAGE_FILES.get(stage, ()))
         return there and bool(self.manifest()["stages"].get(stage) == key)
 
@@ -165,27 +165,27 @@ class Workspace:
         write_json(self.root / "manifest.json", manifest)
 
     def mark_undone(self, stage: str) -> None:
-        """Before a stage is done anew: its files are about to become a mixture."""
+        """Mark a stage as not done before it is redone, since its files will be a mixture."""
         manifest = self.manifest() | {"finished": False}
         manifest["stages"].pop(stage, None)
         write_json(self.root / "manifest.json", manifest)
 
     @property
     def fingerprint(self) -> str:
-        """Hash of all stage keys: changes when any stage's input changed."""
+        """Hash of all stage keys, which changes when the input of any stage does."""
         return digest(self.manifest()["stages"])
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold the folder for one writing job; what a killed one left half-written goes."""
+        """Lock the folder for one writing job, and remove half-written files of killed jobs."""
         with held(self.root / ".lock", self.id):
             for folder in ("", "maps", "labels", "consent"):
                 sweep(self.root / folder)
             yield
 
     def clear(self) -> None:
-        """Forget everything but the trained runs and consent; nothing of a folder that nobody made
-        a workspace of, which may be anybody's."""
+        """Delete everything but the trained runs and consent.  A folder without a manifest is left
+        alone, as it may hold anything."""
         for entry in self.root.iterdir() if self.exists() else ():
             if entry.name in ("runs", "consent", ".lock"):
                 continue
@@ -228,12 +228,12 @@ class Workspace:
             ) from error
 
     def consents(self) -> list[str]:
-        """Names of the consent records that are kept."""
+        """Return the names of the stored consent records."""
         folder = self.root / "consent"
         return sorted(p.name for p in folder.iterdir()) if folder.is_dir() else []
 
     def keep_consent(self, file: Path) -> str:
-        """Copy a consent record into the folder, under its name and hash; the name there."""
+        """Copy a consent record into the folder under its name and hash; return that name."""
         name = f"{file.stem}-{sha256_of(file)[:8]}{file.suffix}"
         target = self.root / "consent" / name
         with atomic(target) as part:
@@ -244,13 +244,13 @@ class Workspace:
 
     @contextmanager
     def pieces(self, kind: str) -> Iterator[PieceWriter]:
-        """Takes per-frame arrays from frame 0 on, and holds no more than a piece of them."""
+        """Yield a writer of per-frame arrays from frame 0 on, which buffers at most one piece."""
         writer = PieceWriter(self.root / kind)
         yield writer
         writer.close()
 
     def piece(self, kind: str, frame: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a frame; the last piece read is kept."""
+        """Return the arrays of a frame; the last piece read is cached."""
         first = frame // PIECE * PIECE
         held = self._piece.get(kind)
         if held is None or held[0] != first:
@@ -264,7 +264,7 @@ class Workspace:
         return {name: rows[frame - first] for name, rows in held[1].items()}
 
     def labels(self, frame: int) -> NDArray[np.uint8]:
-        """Soft labels (6, 128, 128) of a frame, in the order of contracts.LABELS."""
+        """Return soft labels (6, 128, 128) of a frame, in the order of contracts.LABELS."""
         return self.piece("labels", frame)["labels"]
 
     # -- pixels at a training size ----------------------------------------------------------
@@ -273,7 +273,7 @@ class Workspace:
         return self.root / "cache" / f"{kind}-{size_px}.npy"
 
     def pixels(self, kind: str, size_px: int) -> NDArray[np.uint8] | None:
-        """Memory map (T, ...) of cached pixels, or None when they must be made."""
+        """Return a memory map (T, ...) of cached pixels, or None if they must be made."""
         path = self.cache_file(kind, size_px)
         marker = path.with_suffix(".key")
         if not path.exists() or not marker.exists() or marker.read_text() != self.fingerprint:
@@ -283,15 +283,15 @@ class Workspace:
     def save_pixels(
         self, kind: str, size_px: int, shape: tuple[int, ...], rows: Iterator[NDArray[np.uint8]]
     ) -> NDArray[np.uint8]:
-        """Write rows (each shape[1:]) to the cache as they come; returns the memory map.
+        """Write rows (each shape[1:]) to the cache as they come; return the memory map.
 
-        Whoever reads footage may make some at any time, and waits for nobody else who does."""
+        Takes no lock: jobs that read footage may write the same file at the same time."""
         sweep(self.root / "cache")
         path = self.cache_file(kind, size_px)
-        path.with_suffix(".key").unlink(missing_ok=True)  # of what is about to be replaced
+        path.with_suffix(".key").unlink(missing_ok=True)  # of the file that is replaced
         with atomic(path) as part:
             target = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
-            with part.open("r+b") as file:  # room that is missing later would kill the process
+            with part.open("r+b") as file:  # a full disk would kill the process
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
             count = 0
             for count, row in enumerate(rows, 1):

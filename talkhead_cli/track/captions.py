@@ -1,4 +1,4 @@
-"""Captions that are burnt into a film: words that come at once, all in the same few lines."""
+"""Detection of burnt-in captions: text that appears at once, always in the same few lines."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-SIDE_PX = 128  # of what is compared
-# of 255: a point pops where it changes by more in one frame, and in those beside it by less
+SIDE_PX = 128  # side of the grey pictures compared
+# of 255: a point pops if it changes by over POP in one frame, and by under CALM before and after
 POP, CALM = 22, 7
-MIN_POINTS = 40  # that pop in a frame ...
-MIN_LINES, MAX_LINES, MIN_WIDTH = 2, 12, 10  # ... nearly all in a low, wide box
-MIN_POPS, PER_POP = 4, 250  # so often, and at least once in so many frames ...
-APART = 3  # ... with their middles so many lines from each other at most
-EDGE = 4  # lines at the picture's lower edge, where hands come and go
-RIM = 5  # percent of the points that may lie outside the box, on each side
+MIN_POINTS = 40  # popping points that a frame needs ...
+MIN_LINES, MAX_LINES, MIN_WIDTH = 2, 12, 10  # ... nearly all of them in a low, wide box
+MIN_POPS, PER_POP = 4, 250  # boxes needed: so many, and one per PER_POP frames ...
+APART = 3  # ... whose middles lie within so many lines of one box's
+EDGE = 4  # lines ignored at the picture's lower edge, where hands come and go
+RIM = 5  # percent of the popping points that may lie outside the box, on each side
 
 
 class CaptionFinder:
-    """Looks for captions while frames of one size go by.
+    """Caption detector, fed with frames of one size one by one.
 
-    Hands and heads change a picture for several frames on end and over more of its height; in
-    films that repeat frames they jump, but not in lines.
+    Hands and heads change a picture over several frames and over more of its height.  In films
+    that repeat frames they change at once too, but not within a few lines.
     """
 
     def __init__(self) -> None:
@@ -33,7 +33,7 @@ class CaptionFinder:
         self._n_seen = 0
 
     def see(self, rgb: NDArray[np.uint8]) -> None:
-        """The next frame (H, W, 3)."""
+        """Process the next frame (H, W, 3)."""
         grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
         small = cv2.resize(grey, (SIDE_PX, SIDE_PX), interpolation=cv2.INTER_AREA)
         self._last.append(small.astype(np.int16))
@@ -53,7 +53,7 @@ class CaptionFinder:
 
     @property
     def lines(self) -> tuple[float, float] | None:
-        """Top and bottom of the captions as shares of the picture's height, if there are any."""
+        """Top and bottom of the captions as fractions of the picture height, or None."""
         boxes: NDArray[Any] = np.array(sorted(self._boxes, key=sum)).reshape(-1, 2)
         middle = boxes.mean(1)
         first = np.searchsorted(middle, middle - APART, "left")

@@ -1,4 +1,4 @@
-"""The steady square that is cut out of the picture: one for the whole clip."""
+"""The square crop around the head: one for the whole clip."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from talkhead_cli.contracts import UnfitError
 from talkhead_cli.track.face import CHIN, TOP
 from talkhead_cli.track.zoom import Box, Zoom
 
-HEIGHTS_PER_SIDE = 2.3  # face heights along one side: head, hair and shoulders
-ABOVE_CENTRE = 0.08  # the face sits this share of the side above the middle
+HEIGHTS_PER_SIDE = 2.3  # face heights per crop side: room for head, hair and shoulders
+ABOVE_CENTRE = 0.08  # how far the face lies above the middle, as a fraction of the side
 MIN_FACE_PX = 48
 
 
@@ -30,7 +30,7 @@ class Crop:
         return size_px / self.side
 
     def zoomed(self, zoom: Zoom, size: tuple[int, int]) -> tuple[int, int, int, int]:
-        """The same square (x, y, w, h) in a shot of `size` (w, h) that shows it nearer."""
+        """Return the same square (x, y, w, h) in a zoomed shot of `size` (w, h)."""
         side = min(round(zoom.scale * self.side), *size)
         x, y = (
             min(max(0, round(zoom.scale * start + shift)), whole - side)
@@ -40,7 +40,7 @@ class Crop:
 
 
 def choose_crop(points: NDArray[np.float32], found: NDArray[np.bool_], bounds: Box) -> Crop:
-    """The square around the head of mesh points (T, 478, >=2), inside what can be cut out."""
+    """Return the square around the head of mesh points (T, 478, >=2), inside `bounds`."""
     left, top, right, bottom = (
         *(math.ceil(edge) for edge in bounds[:2]), *(math.floor(edge) for edge in bounds[2:])
     )  # fmt: skip

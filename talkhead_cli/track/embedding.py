@@ -1,11 +1,11 @@
-"""Speech features of a small network that comes with the package: Google's speech embedding.
+"""Speech features of Google's speech embedding, a small network that ships with the package.
 
-A stack of 1 x 3 and 3 x 1 convolutions over 32 mel bands, trained so that small models can tell
-words apart by it (Lin et al. 2020, arXiv 2002.01322).  What the middle of it says of a moment
-goes with lips far better than mel bands do.  It is fully convolutional in time, so a whole sound
-is one pass, and its two poolings by two make its clock that of the video: one row a frame.
+A stack of 1 x 3 and 3 x 1 convolutions over 32 mel bands, trained so that small models on top can
+tell words apart (Lin et al. 2020, arXiv 2002.01322).  Its middle layers predict lips far better
+than mel bands do.  It is fully convolutional in time, so any stretch of sound takes one pass; two
+poolings by two in time reduce the 10 ms mel rows to the video's clock, one row per frame.
 
-numpy alone, as voice.py.  `benchmarks/embedding.py` made the weights' file; NOTICE says of what.
+numpy alone, like voice.py.  `benchmarks/embedding.py` made the weights file; NOTICE has its source.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ Array = NDArray[np.float32]
 
 WEIGHTS = Path(__file__).with_name("embedding.safetensors")
 N_MEL, LOW_HZ, HIGH_HZ = 32, 60.0, 3800.0
-PCM = 32768.0  # the network knows samples as 16-bit numbers
-# Of the power of such samples.  The published front end cuts 80 dB under a clip's loudest moment,
-# which a part of a sound does not know.
+PCM = 32768.0  # the network expects samples on the 16-bit scale
+# Floor of the mel power of such samples.  The published front end clips 80 dB below the clip's
+# maximum instead, which is not known when only a part of the sound is processed.
 FLOOR_DB = 30.0
-LEAK, LEAST = 0.2, -0.4  # the activation: max(x, LEAK x, LEAST)
-# Layers that pooling follows, by (rows, bands); reading ends with layer 18.
+LEAK, LEAST = 0.2, -0.4  # activation: max(x, LEAK * x, LEAST)
+# Max pooling (rows, bands) after these layers; layer 18 is the last one evaluated.
 POOLED = {2: (2, 2), 6: (1, 2), 10: (2, 2), 14: (1, 2)}
 N_LAYERS = 19
-FINE, COARSE = 14, 18  # the layers that are read: their rows hear 400 and 560 ms
-N_FEATURES = 96 * 4 + 96 * 2  # channels times bands of either
-ROWS = SAMPLES_PER_FRAME // HOP  # of mel, a frame
-FIELD = 56  # mel rows that a row hears
-BEFORE = 26  # of these, how many come before the frame's first
-FINE_LAG = 2  # rows of FINE that lie before the one in the middle of the field
-BLOCK = 100  # frames at once, so that they stay in the cache
+FINE, COARSE = 14, 18  # layers used as features; receptive fields of 400 and 560 ms
+N_FEATURES = 96 * 4 + 96 * 2  # channels times bands of each
+ROWS = SAMPLES_PER_FRAME // HOP  # mel rows per frame
+FIELD = 56  # receptive field of a feature row, in mel rows
+BEFORE = 26  # how many of these precede the frame's first mel row
+FINE_LAG = 2  # rows of FINE before the one in the middle of the receptive field
+BLOCK = 100  # frames per pass, so that activations stay in the CPU cache
 
 
 class EmbeddingVoice:
-    """Speech features of the network's middle and upper layers. Same interface as MelVoice."""
+    """Speech features from a middle and an upper layer. Same interface as MelVoice."""
 
     name = "embedding"
     n_features = N_FEATURES
@@ -60,10 +60,10 @@ class EmbeddingVoice:
         self, samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0,
         scale: float = 1.0,
     ) -> Array:  # fmt: skip
-        """Mono 16 kHz samples (N,), [-1, 1] after `scale` -> rows first ... of (n_rows, 576).
+        """Return features (n_rows, 576) from row `first` on of mono 16 kHz samples (N,).
 
-        One row per video frame, about its middle; rows of a part equal those of the whole, and
-        what lies beyond the sound is silent.
+        Samples are in [-1, 1] after `scale`, with silence beyond their ends.  One row per video
+        frame, about its middle; rows of a part equal those of the whole.
         """
         n_rows = len(samples) // SAMPLES_PER_FRAME - first if n_rows is None else n_rows
         out = [
@@ -88,7 +88,7 @@ class EmbeddingVoice:
 
 
 def _convolved(x: Array, weight: Array) -> Array:
-    """Rows, bands and channels (T, F, C) * kernel (O, C, t, f), whole rows alone, bands padded."""
+    """Convolve x (T, F, C) with a kernel (O, C, t, f): no padding in time, zeros in bands."""
     n_out, _, n_time, n_band = weight.shape
     edge = n_band // 2
     seen = sliding_window_view(
@@ -102,7 +102,7 @@ def _convolved(x: Array, weight: Array) -> Array:
 
 
 def _pooled(x: Array, by_rows: int, by_bands: int) -> Array:
-    """The greatest of each by_rows x by_bands."""
+    """Max-pool x (T, F, C) over windows of by_rows x by_bands."""
     rows, bands = len(x) // by_rows, x.shape[1] // by_bands
     cut = x[: rows * by_rows].reshape(rows, by_rows, bands, by_bands, -1)
     greatest: Array = cut.max((1, 3))

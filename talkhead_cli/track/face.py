@@ -1,7 +1,7 @@
-"""Faces in pictures: the 478-point mesh, and what is read off it.
+"""Face mesh (478 points), face boxes, and measures derived from the mesh.
 
-The mesh is MediaPipe's attention mesh (468 points and 10 of the irises).  Names say
-"left" and "right" as seen in the picture.
+The mesh is MediaPipe's attention mesh (468 points and 10 of the irises).  "left" and
+"right" in names are as seen in the picture.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ UPPER_LIP, LOWER_LIP = 13, 14
 
 @dataclass(frozen=True)
 class Faces:
-    """The mesh of one face through T frames.
+    """The mesh of one face over T frames.
 
     points (T, 478, 3) x, y in pixels of the picture the mesh was found in, z in the same
-    unit, towards the camera negative; bridged where there is none · found (T,) bool
+    unit, negative towards the camera; interpolated where no face was found · found (T,) bool
     """
 
     points: NDArray[np.float32]
@@ -58,7 +58,7 @@ class Faces:
 
 
 class FaceMesh:
-    """Follows one face through consecutive frames. Use as a context manager."""
+    """Tracker of one face through consecutive frames. Use as a context manager."""
 
     def __init__(self) -> None:
         import mediapipe as mp
@@ -80,13 +80,13 @@ class FaceMesh:
 
 
 class TaskMesh:
-    """The same with the model of MediaPipe's newer tasks, a bundle that the user has."""
+    """Same as FaceMesh, with a model bundle of the newer MediaPipe Tasks given by the user."""
 
     def __init__(self, bundle: Path) -> None:
         from mediapipe.tasks.python import BaseOptions, vision
 
         try:
-            # as bytes: the library looks for paths beside its own files
+            # as bytes: the library resolves paths relative to its own files
             self._mesh = vision.FaceLandmarker.create_from_options(vision.FaceLandmarkerOptions(
                 base_options=BaseOptions(model_asset_buffer=bundle.read_bytes()),
                 running_mode=vision.RunningMode.VIDEO,
@@ -134,7 +134,7 @@ class FaceDetector:
         return self.scored(rgb)[0]
 
     def scored(self, rgb: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The boxes, and how sure (n,) each is to be a face, in [0, 1]."""
+        """Return the boxes, and the confidence (n,) of each in [0, 1]."""
         height, width = rgb.shape[:2]
         found = self._detector.process(rgb).detections or []
         boxes, scores = [], []
@@ -151,7 +151,7 @@ class FaceDetector:
 
 
 def _in_pixels(points: Iterable[Any], rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """MediaPipe's shares of the picture (x and z of its width, y of its height) -> (478, 3)."""
+    """Scale MediaPipe's relative points (x and z by width, y by height) to pixels (478, 3)."""
     height, width = rgb.shape[:2]
     found = np.array([(p.x, p.y, p.z) for p in points], np.float32)
     return found * np.array([width, height, width], np.float32)
@@ -182,7 +182,7 @@ def lid_gap(mesh: Array) -> Array:
 
 @dataclass(frozen=True)
 class EyeScale:
-    """What lid gap counts as shut (0) and open (1) for one person, per eye (2,)."""
+    """Lid gaps that count as shut (0) and open (1) for one person, per eye (2,)."""
 
     shut: Array
     open: Array
@@ -193,11 +193,11 @@ class EyeScale:
 
 
 def fit_eye_scale(gap: Array) -> EyeScale:
-    """Calibrate lid gaps (T, 2) to the person.
+    """Fit the eye scale of a person to lid gaps (T, 2).
 
-    Open is the upper quartile.  Shut is the deepest blink of the clip, but never above
-    0.45 of open: a person who does not blink in the clip is given the ratio that closed
-    lids of the mesh have on average.
+    Open is the upper quartile.  Shut is the deepest blink of the clip, but at most 0.45
+    of open, the average ratio of closed lids of the mesh: some people never blink in
+    their clip.
     """
     wide = np.percentile(gap, 75, axis=0)
     deepest = np.percentile(gap, 0.5, axis=0) if len(gap) >= 200 else gap.min(axis=0)
@@ -205,7 +205,7 @@ def fit_eye_scale(gap: Array) -> EyeScale:
 
 
 def gaze(mesh: Array) -> Array:
-    """mesh (T, 478, >=2) -> mean iris offset from the lid corners' middle, eye widths (T, 2)."""
+    """mesh (T, 478, >=2) -> iris offset from the eye's middle, mean of both, eye widths (T, 2)."""
     offsets = []
     for outer, inner, _, iris in EYES:
         corners = mesh[..., [outer, inner], :2]
@@ -224,9 +224,9 @@ def brow_height(head_mesh: Array) -> Array:
 
 
 def fill_gaps(values: Array, found: NDArray[np.bool_]) -> Array:
-    """Rows of values (T, ...) that are not `found`, interpolated in time; ends are held.
+    """Interpolate rows of values (T, ...) that are not `found` in time; ends are held.
 
-    Where nothing is missing the values themselves are returned: an hour of meshes is half a
+    Returns `values` itself, not a copy, when nothing is missing: an hour of meshes is half a
     gigabyte.
     """
     if not found.any():

@@ -1,8 +1,8 @@
-"""Better networks than the offline defaults, where their weights are: behind the same arrays.
+"""Optional networks, more accurate than the offline defaults, that return the same arrays.
 
-facexlib's RetinaFace finds faces, its BiSeNet says what every pixel is, and face-alignment's FAN
-places 68 landmarks.  All are built here and given their state, never fetched by the libraries,
-which do not look at what they download.
+facexlib's RetinaFace finds faces, its BiSeNet labels every pixel, and face-alignment's FAN places
+68 landmarks.  All are built here and loaded from verified files: the libraries' own downloads are
+bypassed, because they are not checked.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from talkhead_cli.track.matte import MAP_PX
 
 Array = NDArray[np.floating[Any]]
 Picture = NDArray[np.uint8]
-Fill = Callable[[Any], None]  # loads published weights into a library's module, or refuses
+Fill = Callable[[Any], None]  # loads published weights into a library's module, or raises
 
-SURE = 0.8  # RetinaFace's score from which on a box counts as a face
-PARSED_PX = 512  # side of BiSeNet's pictures
-# BiSeNet's classes (CelebAMask-HQ's 19) as ours.  Ears and what hangs on them move with the head
-# and are no face: hair.
+SURE = 0.8  # lowest RetinaFace score that counts as a face
+PARSED_PX = 512  # side of BiSeNet's input
+# BiSeNet's 19 classes (CelebAMask-HQ) by label.  Ears and ear-rings count as hair: they move with
+# the head but are not face.
 CLASSES = {
     "background": [0],
     "face": [1, 2, 3, 4, 5, 6, 10, 12, 13],  # skin, brows, eyes, glasses, nose, lips
@@ -38,7 +38,7 @@ CLASSES = {
 
 
 def best_device() -> torch.device:
-    """CUDA where there is any: these networks take 0.25 to 0.6 s a picture on two cores."""
+    """Return CUDA if available: these networks take 0.25 to 0.6 s per picture on two CPU cores."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -63,7 +63,7 @@ class RetinaDetector:
 
     @torch.no_grad()
     def scored(self, rgb: Picture) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The boxes, and how sure (n,) each is to be a face, in [0, 1]."""
+        """Return the boxes, and the confidence (n,) of each in [0, 1]."""
         found = np.asarray(self._net.detect_faces(rgb[..., ::-1], SURE), np.float32)
         boxes, scores = found[:, :4], found[:, 4]
         order = np.argsort(-(boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]))
@@ -71,7 +71,7 @@ class RetinaDetector:
 
 
 class FaceParser:
-    """Soft labels out of a picture alone."""
+    """Soft labels from a single picture (BiSeNet)."""
 
     def __init__(self, fill: Fill) -> None:
         from facexlib.parsing.bisenet import BiSeNet
@@ -95,10 +95,10 @@ class FaceParser:
 
 
 class FanLandmarks:
-    """68 landmarks of a face whose mesh is known; 0.6 s a picture on two cores."""
+    """68 landmarks (FAN) of a face whose mesh is known; 0.6 s per picture on two CPU cores."""
 
     def __init__(self, fill: Fill, *, in_space: bool) -> None:
-        """in_space: landmarks where the jaw is (3DFAN), not where its outline is seen (2DFAN)."""
+        """in_space: place the jaw where it is in 3D (3DFAN), not on the visible outline (2DFAN)."""
         from face_alignment import FaceAlignment, LandmarksType
         from face_alignment.models import FAN
 

@@ -1,8 +1,8 @@
-"""How late the sound of a film comes after its lips.
+"""Estimation of how late the sound of a film comes after its lips.
 
-A linear map, trained on other people, says from log-mel how lips move; where in time what it
-says agrees best with the lips that are seen, there the sound belongs.  Zero is the median of the
-films it was trained on (benchmarks/offset.py, which also says how often it is right).
+A linear map, trained on other people, predicts lip motion from log-mel; the offset is the time
+shift at which the prediction agrees best with the tracked lips.  Zero is the median offset of the
+training films (benchmarks/offset.py, which also measures how often the estimate is right).
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ from talkhead_cli.track import face, voice
 Array = NDArray[np.floating[Any]]
 
 WEIGHTS = Path(__file__).with_name("lipsync.npy")
-N_STEPS = 57  # rows of log-mel round a frame's middle: +- 280 ms
-COUNTS = np.array([1.0, 0.5, 0.5])  # how much opening, width and jaw count
-SLOW = 51  # frames; what moves slower than that is not speech
-REACH = 15  # frames either way that are tried
-NEAR = 3  # frames round the best shift that are the same peak
-ROWS = 2048  # frames heard at once
-MIN_SECONDS = 8.0  # shorter films cannot say
-MIN_LEARN_SECONDS = 3.0  # of films that the map is trained on
-SURE = 0.1  # margin from which on shifts were right; wrong sound reaches it in 4 % of 8 s
+N_STEPS = 57  # rows of log-mel around a frame's middle: +- 280 ms
+COUNTS = np.array([1.0, 0.5, 0.5])  # weights of opening, width and jaw in the agreement
+SLOW = 51  # frames of the running mean removed: slower motion is not speech
+REACH = 15  # largest shift tried, frames either way
+NEAR = 3  # shifts this close to the best one, in frames, belong to its peak
+ROWS = 2048  # frames predicted at once
+MIN_SECONDS = 8.0  # shorter films give no estimate
+MIN_LEARN_SECONDS = 3.0  # the same for training films
+SURE = 0.1  # margin above which shifts were right; wrong sound reaches it in 4 % of 8 s pieces
 
 
 @dataclass(frozen=True)
 class Offset:
-    """sound_after_lips_s: how late the sound is, negative when early · agreement: weighted mean
-    correlation of lips and sound there · margin: over the best agreement elsewhere, 0 where it is
-    at the end of what was tried and may go on beyond."""
+    """Estimate: sound_after_lips_s, how late the sound is, negative if early · agreement: mean of
+    COUNTS times the correlations of lips and sound there · margin: agreement minus the best one
+    elsewhere, 0 if the best shift is an end of the range tried, as the true one may lie beyond."""
 
     sound_after_lips_s: float
     agreement: float
@@ -55,8 +55,8 @@ class Offset:
 
 
 def lip_motion(mesh: Array) -> Array:
-    """Frames in a row (T, 478, >=2) in pixels, gaps bridged -> (T, 3): opening, width and drop of
-    the jaw against the distance of the eyes, without what moves slowly, each with deviation 1."""
+    """Mesh (T, 478, >=2) of consecutive frames, pixels, gaps filled -> (T, 3): opening, width, jaw
+    drop, relative to the eye distance, without their slow part, each of standard deviation 1."""
     chosen = [face.MESH_TO_68[i] for i in (62, 66, 48, 54, 8, 33, 36, 45)]
     upper, lower, left, right, chin, nose, eye, other_eye = (
         mesh[:, i, :2].astype(np.float64) for i in chosen
@@ -69,13 +69,13 @@ def lip_motion(mesh: Array) -> Array:
 
 
 def without_slow(values: Array) -> Array:
-    """(T, K) less its running mean over SLOW frames."""
+    """Subtract from values (T, K) their running mean over SLOW frames."""
     found: Array = values - uniform_filter1d(values, SLOW, axis=0, mode="nearest")
     return found
 
 
 def windows(stream: Array, frames: NDArray[Any], shift: int = 0) -> Array:
-    """Standardised log-mel round the frames, heard `shift` rows of 10 ms later: (n, 57 x 40)."""
+    """Return standardised log-mel (n, 57 x 40) around the frames, `shift` rows of 10 ms later."""
     mel = stream[:, : voice.N_MEL]
     rows = frames * (voice.RATE_HZ // FPS) + 2 + shift
     rows = rows[:, None] + np.arange(N_STEPS) - N_STEPS // 2
@@ -85,7 +85,7 @@ def windows(stream: Array, frames: NDArray[Any], shift: int = 0) -> Array:
 
 @lru_cache(maxsize=1)
 def shipped() -> NDArray[np.float32]:
-    """The map (57 x 40, 3) that comes with the package."""
+    """Return the map (57 x 40, 3) that ships with the package."""
     weight: NDArray[np.float32] = np.load(WEIGHTS, allow_pickle=False).astype(np.float32)
     return weight
 
@@ -94,8 +94,9 @@ def measure(
     stream: Array, frames: NDArray[Any], lips: Array, weight: Array | None = None, *,
     min_seconds: float = MIN_SECONDS,
 ) -> Offset | None:  # fmt: skip
-    """Of speech features (rows, A) and lips (n, 3), as `lip_motion` has them, seen in the frames
-    (n,); None where fewer seconds, or a mouth that never moves, can say nothing.
+    """Estimate the offset from speech features (rows, A) and `lip_motion` (n, 3) of frames (n,).
+
+    Returns None if less than `min_seconds` is usable or the mouth does not move.
     """
     weight = shipped() if weight is None else weight
     total = len(stream) * FPS // voice.RATE_HZ
@@ -126,7 +127,7 @@ def _agreement(seen: Array, said: Array) -> float:
 
 
 def _between(values: Array, best: int) -> float:
-    """Where the top of the parabola through the best value and its neighbours lies, -0.5 to 0.5."""
+    """Vertex of the parabola through the best value and its neighbours, -0.5 to 0.5."""
     if not 0 < best < len(values) - 1:
         return 0.0
     before, top, after = values[best - 1 : best + 2]
@@ -139,7 +140,7 @@ def _between(values: Array, best: int) -> float:
 
 @dataclass(frozen=True)
 class Talk:
-    """A film of one person: speech features (rows, A), lips (n, 3) in the frames (n,)."""
+    """Training film of one person: speech features (rows, A), lips (n, 3) of the frames (n,)."""
 
     stream: Array
     frames: NDArray[Any]
@@ -149,10 +150,10 @@ class Talk:
 def train(
     talks: Sequence[Talk], *, ridge: float = 6.0, rounds: int = 3
 ) -> tuple[NDArray[np.float32], Array]:
-    """The map (57 x 40, 3), and where each film's sound lies against the median film's, seconds.
+    """Return the map (57 x 40, 3), and each film's offset against the median film's, seconds.
 
-    Ridge regression over all films, each counting the same.  Their own offsets are not known:
-    each film is shifted to where the map of the others puts it, and the map solved anew.
+    Ridge regression over all films, equally weighted.  Their offsets are not known: each film is
+    shifted by what a map of the other films estimates (up to 0.2 s), and the map solved again.
     """
     late = np.zeros(len(talks))
     for _ in range(rounds):

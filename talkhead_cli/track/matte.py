@@ -1,8 +1,8 @@
-"""Who is where in the picture: matte, skin, shoulders' motion, soft labels, plate.
+"""Per-pixel maps of the person: matte, skin, shoulder motion, soft labels, background plate.
 
 Offline defaults only: MediaPipe's selfie segmentation for the matte, a colour model of
 the person's own face for skin, image registration for the shoulders, and, for hair
-against torso, the question which of the two motions explains the pixel.
+against torso, which motion (the head's or the shoulders') explains the pixel better.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ Picture = NDArray[np.uint8]
 
 MAP_PX = 128  # side of label and skin maps
 MATTE_PX = 256
-TRACE = 40  # of a matte's 255, from which on something is there
-FIXED = 0.15  # share of the frames from which on what stands beside the person is furniture
-BODY_PX = 160  # side at which the shoulders are registered
+TRACE = 40  # matte value, of 255, above which a pixel is foreground
+FIXED = 0.15  # share of the frames above which an object beside the person is furniture
+BODY_PX = 160  # side of the pictures in which the shoulders are registered
 
 
 class Segmenter:
-    """Person against background. Use as a context manager."""
+    """Segmentation of person and background. Use as a context manager."""
 
     def __init__(self) -> None:
         import mediapipe as mp
@@ -61,7 +61,7 @@ class SkinModel:
     def _space(rgb: Array) -> Array:
         ycc = cv2.cvtColor(rgb.reshape(1, -1, 3).astype(np.uint8), cv2.COLOR_RGB2YCrCb)[0]
         ycc = ycc.astype(np.float32)
-        ycc[:, 0] = 24 * np.log2(ycc[:, 0] + 8)  # shade weighs less than hue
+        ycc[:, 0] = 24 * np.log2(ycc[:, 0] + 8)  # brightness weighs less than hue
         return ycc
 
     @classmethod
@@ -71,7 +71,7 @@ class SkinModel:
         middle = np.median(samples, 0)
         keep = np.abs(samples - middle) < 3 * np.median(np.abs(samples - middle), 0) * 1.48 + 2
         samples = samples[keep.all(1)] if keep.all(1).sum() > 20 else samples
-        # widened: neck and shoulders are lit otherwise than the face
+        # widened: neck and shoulders are lit differently from the face
         spread = np.cov(samples.T) + np.diag([25.0**2, 3.0**2, 3.0**2])
         return cls(samples.mean(0), np.linalg.inv(spread))
 
@@ -110,14 +110,14 @@ class BodyTracker:
         return cv2.cvtColor(small, cv2.COLOR_RGB2GRAY)
 
     def __call__(self, rgb: Picture) -> NDArray[np.float32] | None:
-        """Affine (2, 3) from this frame to the reference, in shares of the side; None: lost."""
+        """Return the affine (2, 3) from frame to reference, in fractions of the side, or None."""
         criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 1e-4)
         try:
             _, warp = cv2.findTransformECC(
                 self._grey(rgb), self._reference, self._warp.copy(), cv2.MOTION_EUCLIDEAN,
                 criteria, self._mask, 5,
             )  # fmt: skip
-        except cv2.error:  # no convergence; the next frame starts afresh
+        except cv2.error:  # no convergence: the next frame starts from the identity
             self._warp = np.eye(2, 3, dtype=np.float32)
             return None
         self._warp = warp
@@ -127,16 +127,16 @@ class BodyTracker:
 
 
 def body_motion(warps: Array, found: NDArray[np.bool_], pivot: Array) -> Array:
-    """Frame-to-reference affines (T, 2, 3) -> smooth motion of the shoulders (T, 3).
+    """Convert frame-to-reference affines (T, 2, 3) to smooth motion of the shoulders (T, 3).
 
-    Right, down (shares of the side) of the pivot (2,), and roll (rad), all against the clip's
-    mean, so that the mean posture is the canonical one.
+    Right and down of the pivot (2,), in fractions of the side, and roll (rad), all minus the
+    clip's mean, so that the mean posture is the canonical one.
     """
     rows = np.arange(len(warps))
     angle = np.arctan2(warps[:, 1, 0], warps[:, 0, 0])
     cos, sin = np.cos(angle), np.sin(angle)
     rotation = np.stack([np.stack([cos, -sin], -1), np.stack([sin, cos], -1)], -2)
-    # reference = R p + b, so the reference's pivot is seen in the frame at R^T (pivot - b)
+    # reference = R p + b, so the reference's pivot lies at R^T (pivot - b) in the frame
     seen = np.einsum("tji,tj->ti", rotation, pivot - warps[:, :, 2])
     motion = np.concatenate([seen - pivot, -angle[:, None]], -1)
     if not found.any():
@@ -187,27 +187,27 @@ def _polygon(points: Array) -> Array:
 
 
 def torso_prior(mesh: Array) -> Array:
-    """How likely a pixel of the person is torso rather than hair, by place alone.
+    """Probability that a pixel of the person is torso rather than hair, by position alone.
 
-    mesh (478, 2) in shares of the side -> (MAP_PX, MAP_PX) in [0, 1]
+    mesh (478, 2) in fractions of the side -> (MAP_PX, MAP_PX) in [0, 1]
     """
     y, x = (np.mgrid[:MAP_PX, :MAP_PX].astype(np.float32) + 0.5) / MAP_PX
     height = np.linalg.norm(mesh[CHIN] - mesh[TOP])
     middle = mesh[[CHIN, TOP], 0].mean()
-    # shoulders slope: further out, the torso begins lower
+    # shoulders slope: the torso begins lower further out
     line = mesh[CHIN, 1] + height * (0.12 + 0.10 * ((x - middle) / height) ** 2)
     return 1 / (1 + np.exp(-(y - line) / (0.06 * height)))
 
 
 @dataclass(frozen=True)
 class RegionMaps:
-    """Torso-or-hair of the reference frame (MAP_PX, MAP_PX) in [0, 1], and its mesh (478, 2)."""
+    """Torso-or-hair map of the reference frame (MAP_PX, MAP_PX) in [0, 1], its mesh (478, 2)."""
 
     torso: Array
     mesh: Array
 
     def moved(self, mesh: Array, body: Array, pivot: Array) -> tuple[Array, Array]:
-        """(hair, torso) maps as the head's mesh and the body's motion (3,) carry them."""
+        """Return (hair, torso) maps, warped by the head's mesh and the body's motion (3,)."""
         to_map = np.array([[MAP_PX, 0], [0, MAP_PX]], np.float32)
         head = similarity(self.mesh[FACE_OVAL] @ to_map, mesh[FACE_OVAL] @ to_map)
         cos, sin = np.cos(body[2]), np.sin(body[2])
@@ -228,10 +228,10 @@ def motion_evidence(
     reference_mesh: Array,
     to_reference: list[Array],
 ) -> Array:
-    """Log-odds (MAP_PX, MAP_PX) that the shoulders' motion explains a pixel, not the head's.
+    """Log-odds (MAP_PX, MAP_PX) that a pixel moves with the shoulders, not the head.
 
-    frames are (MAP_PX, MAP_PX, 3); `to_reference` their body affines in shares of the side.
-    Each frame is carried onto the reference by either motion; the smaller residual wins.
+    frames are (MAP_PX, MAP_PX, 3); `to_reference` their body affines in fractions of the side.
+    Each frame is warped onto the reference by either motion; the smaller residual wins.
     """
     evidence = np.zeros((MAP_PX, MAP_PX), np.float32)
     calm = cv2.GaussianBlur(reference.astype(np.float32), (0, 0), 0.8)
@@ -250,9 +250,9 @@ def motion_evidence(
 
 
 def fixtures(mattes: Sequence[Picture]) -> Array:
-    """In what share of the frames each pixel belongs to something beside the person (MATTE_PX,
-    MATTE_PX): an ornament that the network takes for a face does so wherever it stands, a hand
-    comes and goes."""
+    """Share of the frames in which each pixel (MATTE_PX, MATTE_PX) is foreground apart from the
+    person.  High for an ornament that the network takes for a face in every frame, low for a hand
+    that comes and goes."""
     seen = np.zeros((MATTE_PX, MATTE_PX), np.float32)
     for mask in mattes:
         parts, person = _parts(mask)
@@ -261,19 +261,19 @@ def fixtures(mattes: Sequence[Picture]) -> Array:
 
 
 def without(mask: Picture, furniture: Array) -> Picture:
-    """The matte without what `fixtures` say is none of the person."""
+    """Return the matte without objects that `fixtures` finds in over FIXED of the frames."""
     parts, person = _parts(mask)
     kept = mask.copy()
     for part in range(1, int(parts.max()) + 1):
         where = parts == part
         if part != person and furniture[where].mean() > FIXED:
-            faint = cv2.dilate(where.astype(np.uint8), np.ones((7, 7))) > 0  # its rim
+            faint = cv2.dilate(where.astype(np.uint8), np.ones((7, 7))) > 0  # with its faint rim
             kept[faint & (parts != person)] = 0
     return kept
 
 
 def _parts(mask: Picture) -> tuple[NDArray[np.int32], int]:
-    """Numbers of what hangs together (MATTE_PX, MATTE_PX), 0 for the background; the largest's."""
+    """Number connected components (MATTE_PX, MATTE_PX), 0: background; also return the largest."""
     n, parts, stats, _ = cv2.connectedComponentsWithStats((mask > TRACE).astype(np.uint8))
     largest = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax()) if n > 1 else 0
     return np.asarray(parts, np.int32), largest
@@ -282,8 +282,7 @@ def _parts(mask: Picture) -> tuple[NDArray[np.int32], int]:
 def label_maps(
     mesh: Array, matte: Picture, skin: Picture, hair: Array, torso: Array
 ) -> NDArray[np.uint8]:
-    """Soft labels (len(LABELS), MAP_PX, MAP_PX), 255 = certain; they sum to 255, but
-    for rounding.
+    """Return soft labels (len(LABELS), MAP_PX, MAP_PX), 255 = certain, that sum to 255 (rounded).
 
     mesh (478, 2) in shares of the side · matte (MATTE_PX, MATTE_PX) · skin (MAP_PX, MAP_PX)
     · hair, torso from RegionMaps.moved
@@ -318,24 +317,23 @@ def label_maps(
 
 
 def parsed_labels(parsed: NDArray[np.uint8], own: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Soft labels (len(LABELS), MAP_PX, MAP_PX) whose person is the matte's and whose parts are a
-    parser's.
+    """Return soft labels (len(LABELS), MAP_PX, MAP_PX): the matte's person, a face parser's parts.
 
-    parsed: what it says of the picture alone · own: as `label_maps` has them, which decides where
-    the parser knows no part of a person (hands, things that are held)
+    parsed: the parser's labels of the picture · own: those of `label_maps`, which hold the matte
+    and decide where the parser finds no part of a person (hands, held objects)
     """
     person = 255 - own[-1].astype(np.float32)
     share = parsed[:-1].astype(np.float32) + 0.02 * own[:-1]
     share /= np.maximum(share.sum(0), 1e-6)
-    parts = np.floor(share * person)  # what is lost by rounding goes to the background
+    parts = np.floor(share * person)  # the rounding remainder goes to the background
     return np.concatenate([parts, 255 - parts.sum(0, keepdims=True)]).clip(0, 255).astype(np.uint8)
 
 
 def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, Array]:
-    """Background (H, W, 3) behind the person, and the share of the frames that saw it (H, W).
+    """Return the background (H, W, 3) behind the person, and the share of frames showing it (H, W).
 
-    Each pixel is the median over the frames whose matte, grown by a margin, is clear of it;
-    what was never seen is what lies round it, spread smoothly (`_spread`).
+    Each pixel is the median over the frames whose matte, grown by a margin, leaves it clear;
+    pixels never seen are filled smoothly from around them (`_spread`).
     """
     side = frames[0].shape[0]
     grow = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
@@ -355,8 +353,8 @@ def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, A
 
 
 def _spread(picture: Array, known: Array) -> Array:
-    """The picture (H, W, 3) by how surely it is known (H, W, 0 to 1), elsewhere averages of what
-    is, as fine as is known thereabouts (pull and push; Gortler et al. 1996, section 3.4)."""
+    """Fill a picture (H, W, 3) where its confidence `known` (H, W, 0 to 1) is low, with averages
+    of the finest known scale nearby (pull and push; Gortler et al. 1996, section 3.4)."""
     sure, (height, width) = known[..., None], known.shape
     if min(height, width) <= 2:
         mean = (picture * sure).mean((0, 1)) / max(float(sure.mean()), 1e-6)
@@ -368,8 +366,8 @@ def _spread(picture: Array, known: Array) -> Array:
 
 
 def unrest(frames: list[Picture], mattes: list[Picture], plate: Picture) -> float:
-    """How far the background is from its plate (H, W, 3), of 255: median over what is clear of the
-    person in each frame; 0 where nothing ever is."""
+    """Median difference, of 255, of the frames from the plate (H, W, 3), over pixels clear of the
+    person in each frame; 0 if there are none."""
     side = plate.shape[0]
     grow = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
     off = []
@@ -383,6 +381,6 @@ def unrest(frames: list[Picture], mattes: list[Picture], plate: Picture) -> floa
 
 
 def body_pivot(mesh: Array) -> Array:
-    """Where the shoulders turn: half a face height under the chin, (2,) shares of the side."""
+    """Return the shoulders' pivot (2,), half a face height under the chin, mesh units."""
     height = np.linalg.norm(mesh[CHIN] - mesh[TOP])
     return mesh[CHIN] + np.array([0.0, 0.5 * height])

@@ -1,10 +1,10 @@
-"""Head pose over a whole clip: one focal length, one rigid shape, poses smooth in time.
+"""Head pose over a whole clip: one focal length, one rigid shape, temporally smooth poses.
 
 The fit is a maximum a posteriori bundle adjustment by block coordinate descent.  Given
 shape and focal length, all poses are one banded least-squares problem (Gauss-Newton on
 the reprojection error, second differences of the pose as the prior), solved exactly in
 O(T).  Given poses, the shape is a 3x3 problem per point.  A per-frame PnP has no such
-prior and shakes: that shake is what viewers see first in this field's results.
+prior and jitters: that jitter is what viewers notice first in this field's results.
 """
 
 from __future__ import annotations
@@ -22,40 +22,40 @@ from talkhead_cli.track.face import CHIN, TOP
 
 Array = NDArray[np.float64]
 
-LEFT_EAR, RIGHT_EAR = 234, 454  # mesh points nearest to the ears, as seen in the picture
+LEFT_EAR, RIGHT_EAR = 234, 454  # mesh points nearest to the ears, sides as in the picture
 MIRRORED = ((33, 263), (133, 362), (234, 454), (61, 291), (127, 356), (50, 280))
-# Forehead, nose bridge, eye corners, temples and cheekbones: bone under thin skin.  Without corners
-# of eyes and cheeks, which expressions move, less of what is seen is left unexplained, but pictures
-# of two people came out 0.15 dB worse, and the synthetic speaker's pose no truer.
+# Forehead, nose bridge, eye corners, temples and cheekbones: bone under thin skin.  Without eye
+# corners and cheeks, which expressions move, the reprojection error is lower, but renders of two
+# people were 0.15 dB worse and the synthetic speaker's pose no more accurate.
 RIGID = np.array(
     [10, 67, 109, 338, 297, 54, 103, 284, 332, 21, 251, 151, 108, 337, 9, 8, 168, 6, 197, 195, 5]
     + [4, 1, 33, 133, 263, 362, 127, 356, 162, 389, 234, 454, 93, 323, 50, 280, 117, 346, 118, 347]
     + [123, 352, 116, 345, 143, 372, 34, 264, 139, 368, 71, 301, 245, 465, 188, 412, 122, 351]
 )
-SHAPE_FRAMES = 300  # frames that shape and focal length are fitted to
-BLOCK = 2048  # frames whose derivatives are held at once
+SHAPE_FRAMES = 300  # about so many frames are used to fit shape and focal length
+BLOCK = 2048  # frames per block, to bound the memory of derivatives
 # Half-amplitude frequency of the smoothness prior per pose parameter; depth is the worst determined
-# and the slowest.  Of about 0.8, 1, 1.2 and 1.6 times these, held-out faces of a lively clip came
-# out best here by a tenth of a decibel (one seed: 28.44 to 28.60, 28.56 to 28.72, 28.64 and 28.45
-# dB; another: 28.36, 28.50 and 28.46); a calm one's no better (32.60 and 32.63 at 0.8, 32.46 and
-# 32.73 here), nor is the synthetic speaker's pose truer.
+# and the slowest.  At about 0.8, 1, 1.2 and 1.6 times these, held-out face PSNR of a lively clip is
+# best here by 0.1 dB (one seed: 28.44 to 28.60, 28.56 to 28.72, 28.64 and 28.45 dB; another: 28.36,
+# 28.50 and 28.46 for the first three); a calm clip is no better (32.60 and 32.63 at 0.8, 32.46 and
+# 32.73 here), nor is the synthetic speaker's pose more accurate.
 CUTOFF_HZ = np.array([5.0, 5.0, 5.0, 6.0, 6.0, 2.5])
-# What a pixel of the mesh's relative depth counts against one across the picture.  A mesh's points
-# move less across the picture than a turning head's do: by a third on the synthetic speaker, whose
-# truth is known, by a tenth to a quarter on four real people, if depth is right.  Of weights from 0
-# to 3, 0.1 and 0.2 came nearest to the truth (1.9 degrees off without, 1.45 with), for a fifteenth
-# more of reprojection.
+# Weight of a pixel of error in the mesh's relative depth against one across the picture.  Mesh
+# points move less across the picture than those of the turning head: by a third on the synthetic
+# speaker, whose truth is known, by a tenth to a quarter on four real people, if depth is right.  Of
+# weights from 0 to 3, 0.1 and 0.2 came closest to the truth (rotation error 1.45 degrees, 1.9
+# without depth), with 1/15 more reprojection error.
 DEPTH_WEIGHT = 0.2
-DEPTH_HOLD = 0.005  # face heights; how far the fitted shape may leave the depth of the mesh
+DEPTH_HOLD = 0.005  # face heights; prior deviation of the fitted shape's depth from the mesh's
 
 
 @dataclass(frozen=True)
 class HeadTrack:
-    """The head through T frames of a picture of (width, height) pixels.
+    """The head's pose and rigid shape over T frames of a film.
 
     rotation (T, 3, 3), translation (T, 3) head to camera, face heights · focal_px, centre_px
-    (2,) of the picture · shape (478, 3) rigid mesh in head space · residual_px (T,) RMS of
-    the rigid points
+    (2,) of the picture · shape (478, 3) rigid mesh in head space · residual_px (T,) RMS
+    reprojection error of the rigid points, NaN where no face was found
     """
 
     rotation: Array
@@ -66,7 +66,7 @@ class HeadTrack:
     residual_px: Array
 
     def part(self, rows: slice) -> HeadTrack:
-        """The track through some of the frames."""
+        """Return the track of some of the frames."""
         return replace(
             self,
             rotation=self.rotation[rows],
@@ -75,7 +75,7 @@ class HeadTrack:
         )
 
     def project(self, points: Array) -> Array:
-        """Points in head space (478, 3) or (T, n, 3) -> pixels (T, n, 2)."""
+        """Project points in head space, (n, 3) or (T, n, 3), to pixels (T, n, 2)."""
         camera = (
             np.einsum(
                 "tij,...nj->tni" if points.ndim == 2 else "tij,tnj->tni", self.rotation, points
@@ -85,9 +85,9 @@ class HeadTrack:
         return self.focal_px * camera[..., :2] / camera[..., 2:] + self.centre_px
 
     def lift(self, pixels: Array, points: NDArray[np.integer[Any]]) -> Array:
-        """Chosen mesh points as seen (T, n, 2) in pixels -> head space (T, n, 3).
+        """Lift mesh points with indices `points` from pixels (T, n, 2) to head space (T, n, 3).
 
-        Each point is placed on its viewing ray at the depth that the rigid shape has there.
+        Each point is placed on its viewing ray at the depth of the rigid shape's point.
         """
         depth = (self.rotation @ self.shape[points].T)[:, 2] + self.translation[:, 2:]
         ray = np.concatenate(
@@ -110,8 +110,8 @@ def fit_head(
 ) -> HeadTrack:
     """Fit the head track to a mesh seen in a picture of `size` (width, height).
 
-    points (T, 478, 3) in pixels with MediaPipe's relative depth; rows not `found` are bridged
-    by the prior.
+    points (T, 478, 3) in pixels with MediaPipe's relative depth; rows not `found` are filled
+    in by the smoothness prior.
     """
     width, height = size
     centre = np.array([width / 2, height / 2])
@@ -119,7 +119,7 @@ def fit_head(
     scale_px = np.linalg.norm(
         points[found, TOP, :2] - points[found, CHIN, :2], axis=-1
     ) / np.linalg.norm((rotation @ (shape[TOP] - shape[CHIN]))[..., :2], axis=-1)
-    # A phone or webcam sees 50-65 degrees over the long side; distance follows from scale.
+    # Start at 47 degrees over the long side (phones, webcams: 50 to 65); depth follows from scale.
     focal = 1.15 * max(width, height)
     n_frames = len(points)
     pose = np.full((n_frames, 6), np.nan)
@@ -167,7 +167,7 @@ def fit_head(
 def _misses(
     pose: Array, shape: Array, focal: float, centre: Array, targets: NDArray[np.floating[Any]]
 ) -> Array:
-    """Distances (T, n) of points of the shape (n, 3) from where they were seen, pixels."""
+    """Return reprojection errors (T, n) of the shape's points (n, 3), pixels."""
     parts = []
     for first in range(0, len(pose), BLOCK):
         rows = slice(first, first + BLOCK)
@@ -228,7 +228,7 @@ def _upright(shape: Array) -> Array:
 
 
 def _normalise(shape: Array, pose: Array) -> tuple[Array, Array]:
-    """Re-express shape and poses in head axes; the pictures they predict stay the same."""
+    """Re-express shape and poses in head axes; their projections stay the same."""
     axes, origin, height = _axes(shape)
     rotation = Rotation.from_rotvec(pose[:, :3]).as_matrix()
     moved = pose.copy()
@@ -251,8 +251,8 @@ def _solve_poses(
     ]  # fmt: skip
     normal, right = (np.concatenate(part) for part in zip(*blocks, strict=True))
 
-    # Increments are composed on the left, so second differences of the rotation vector are
-    # taken on the current estimate, unwrapped in the frame of its neighbours.
+    # Rotation increments are composed on the left, so the prior's second differences are
+    # taken on the current estimate, unwrapped from frame to frame.
     lam = 1.0 / (2 * np.sin(np.pi * CUTOFF_HZ / FPS)) ** 4
     strength = lam * np.median(np.einsum("tii->ti", normal)[weight.any(-1)], axis=0)
     band = np.zeros((6 * 2 + 6, 6 * n_frames))  # lower form: band[i - j, j] = A[i, j]
@@ -287,12 +287,12 @@ def _normal_equations(
     targets: NDArray[np.floating[Any]],
     weight: Array,
 ) -> tuple[Array, Array]:
-    """Information (T, 6, 6) and gradient (T, 6) of how far off the rigid points of some frames are,
-    across the picture and in depth: targets (T, n, 3)."""
+    """Return normal matrices (T, 6, 6) and right-hand sides (T, 6) of the rigid points' errors
+    against targets (T, n, 3), across the picture and in depth."""
     turned = np.moveaxis(Rotation.from_rotvec(pose[:, :3]).as_matrix() @ shape[RIGID].T, 1, 2)
     camera = turned + pose[:, None, 3:]
     x, y, z = np.moveaxis(camera, -1, 0)
-    # The mesh's depth is in pixels too, of weak perspective, and from its own middle.
+    # The mesh's depth is in pixels too, under weak perspective and relative to its own mean.
     scale = (focal / pose[:, 5])[:, None]
     deep = turned[..., 2] * scale
     told = np.stack([focal * x / z + centre[0], focal * y / z + centre[1],
@@ -339,7 +339,7 @@ def _solve_shape(
 ) -> tuple[Array, float]:
     """Refine every mesh point (3x3 Gauss-Newton each) and the focal length, on some rows.
 
-    targets (len(rows), 478, 2)
+    targets (len(rows), 478, 2).  Depths pose[:, 5] are scaled in place with the focal length.
     """
     rotation = Rotation.from_rotvec(pose[rows, :3]).as_matrix()
     camera = np.moveaxis(rotation @ shape.T, 1, 2) + pose[rows, None, 3:]
@@ -350,13 +350,13 @@ def _solve_shape(
     dv = np.stack([zero, focal / z, -focal * y / z**2], -1) @ rotation
     normal = np.einsum("tni,tnj->nij", du, du) + np.einsum("tni,tnj->nij", dv, dv)
     right = np.einsum("tni,tn->ni", du, error[..., 0]) + np.einsum("tni,tn->ni", dv, error[..., 1])
-    # Depth is only seen through turning: hold it with the mesh's own (landmarks err by 1.5 px).
+    # Depth is observable only through rotation: pull it to the mesh's own (landmark error 1.5 px).
     hold = (1.5 / DEPTH_HOLD) ** 2 * np.eye(3)
     hold[:2, :2] = (1.5 / 0.03) ** 2 * 0.05 * np.eye(2)
     right += (prior_shape - shape) @ hold
     shape = shape + np.linalg.solve(normal + hold, right[..., None])[..., 0]
     if tune_focal:
-        # Scaling focal and depth together keeps the size: only perspective is left to see.
+        # Scale focal length and depth together: the size stays, only perspective changes.
         slope = _focal_slope(pose[rows], rotation, shape[RIGID], focal)
         gain = np.einsum("tnk,tnk->", error[:, RIGID], slope)
         information = (slope**2).sum() + (1.5 / 0.15) ** 2 * len(rows)

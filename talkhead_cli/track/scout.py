@@ -1,4 +1,4 @@
-"""A first look at the film: how many faces, and the part of the picture to follow."""
+"""First pass over a film: count the faces and choose the region of the picture to track."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ FACES = ("largest", "left", "right")
 
 @dataclass(frozen=True)
 class Scene:
-    """Faces present for a fair part of the film, the region (x, y, w, h) of the chosen one, and in
-    which of the pictures looked at it was seen."""
+    """Number of lasting faces (the chosen one and those seen beside it), the chosen one's region
+    (x, y, w, h), and indices of the frames in which it was found."""
 
     n_faces: int
     roi: tuple[int, int, int, int]
@@ -30,10 +30,10 @@ def scout(
     frames: Iterable[NDArray[np.uint8]], size: tuple[int, int], which: str = "largest",
     detector: Callable[[], AbstractContextManager[Any]] | None = None,
 ) -> Scene:  # fmt: skip
-    """Look at a few frames (of any one size) of a film of `size` (width, height), or at a picture.
+    """Choose the face to track from a few frames (of any one size) of a film, or from a picture.
 
-    Faces are linked between frames by place.  `which`: largest, left or right.  `detector` finds
-    them; by default MediaPipe's.
+    size: (width, height) of the film · which: largest, left or right · detector: by default
+    MediaPipe's.  Faces are linked between frames by position.
     """
     if which not in FACES:
         raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which}'")
@@ -47,7 +47,7 @@ def scout(
                 _link(tracks, box / shape, n_frames - 1)
     whole = (0, 0, size[0], size[1])
     if not tracks:
-        # the mesh has a detector of its own and gets the last word
+        # the face mesh has a detector of its own, which decides
         return Scene(0, whole)
     most = max(track.area for track in tracks)
     lasting = [t for t in tracks if len(t.boxes) >= 0.3 * n_frames and t.area >= 0.1 * most]
@@ -57,7 +57,7 @@ def scout(
         "left": min(lasting, key=lambda track: track.middle),
         "right": max(lasting, key=lambda track: track.middle),
     }[which]
-    # faces of other shots stand in nobody's way
+    # faces that never appear beside the chosen one need no separation
     others = [t for t in lasting if t is not chosen and t.frames & chosen.frames]
     if not others:
         return Scene(1, whole, frozenset(chosen.frames))
@@ -66,7 +66,7 @@ def scout(
 
 @dataclass
 class _Face:
-    """One face: where it was (x0, y0, x1, y1) in shares of the picture, in which frames."""
+    """One face: its boxes (x0, y0, x1, y1) in fractions of the picture, and their frames."""
 
     boxes: list[NDArray[np.float32]] = field(default_factory=list)
     frames: set[int] = field(default_factory=set)
@@ -95,16 +95,16 @@ def _link(tracks: list[_Face], box: NDArray[np.float32], frame: int) -> None:
 
 
 def _region(face: _Face, others: list[_Face], size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The chosen face's surroundings, cut half-way to its neighbours, in pixels."""
+    """Return the region around the chosen face, cut half-way to its neighbours, in pixels."""
     chosen = np.stack(face.boxes)
-    # a face at the edge reaches out of the picture, says the detector
+    # the detector's boxes of faces at the edge extend beyond the picture
     low, high = chosen[:, :2].min(0).clip(0, 1), chosen[:, 2:].max(0).clip(0, 1)
     grow = 1.2 * (chosen[:, 2:] - chosen[:, :2]).max(0)
     first, end = np.maximum(low - grow, 0), np.minimum(high + grow, 1)
     for other in others:
         boxes = np.stack(other.boxes)
         lowest, highest = boxes[:, :2].min(0), boxes[:, 2:].max(0)
-        # beside, above or below: along the axis on which there is more between them
+        # separate the faces along the axis with the larger gap between them
         gaps = np.maximum(lowest - high, low - highest)
         axis = int((gaps * size).argmax())
         if boxes[:, axis].mean() > chosen[:, axis].mean():

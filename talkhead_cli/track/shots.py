@@ -1,5 +1,5 @@
-"""Cuts: where one shot of a film ends, and which shots show the same picture again, or the same
-picture nearer (editors zoom in between sentences)."""
+"""Shot detection: cuts in a film, and shots that repeat the main shot's picture, also zoomed
+(editors zoom in between sentences)."""
 
 from __future__ import annotations
 
@@ -17,35 +17,35 @@ from talkhead_cli.track.zoom import STILL, Zoom, measured, shows_head
 
 Array = NDArray[np.floating[Any]]
 
-THUMB = (64, 36)  # width, height of what is compared
-ZOOM_PX = 480  # width of the pictures that zooms are measured in
-MIN_ZOOM, LEANT = 0.02, 0.08  # what is none; how much larger faces are where nothing else tells
-# of 255: a cut changes at least that much, and so many times more than is usual
+THUMB = (64, 36)  # width, height of the pictures compared
+ZOOM_PX = 480  # width of the pictures in which zooms are measured
+MIN_ZOOM, LEANT = 0.02, 0.08  # log scales that are no zoom; LEANT if only faces tell
+# A cut: mean change, of 255, over JUMP and over OVER_USUAL times the usual change plus 4 ...
 JUMP, OVER_USUAL = 18.0, 8.0
-# ... or somewhat less, if the face is of another size or elsewhere, in face heights, at once
+# ... or under JUMP if the face changes at once: its log size, or position in face heights
 SIZE_JUMP, PLACE_JUMP = 0.05, 0.1
-USUAL_OF = 50  # frames before, whose changes are usual
-SAME = 12.0  # of 255: half of the picture's points may differ by that much between takes
-NEAR = 0.6  # face heights by which the face may have moved between takes
-# A shot fades where it begins or ends darker or brighter than this many times its usual light, and
-# until it is as light as usual but for so much: exposure drifts by a tenth, and is no fade.
+USUAL_OF = 50  # preceding frames whose median change is the usual one
+SAME = 12.0  # of 255: largest median difference between takes of one picture
+NEAR = 0.6  # face heights that the face may move between takes
+# A shot fades in or out if its first or last frame differs from its median brightness by a factor
+# over FADED; the fade lasts until within a factor LIT, as exposure drifts by a tenth anyway.
 FADED, LIT = 1.4, 1.1
-LONGEST_FADE = 75  # frames; a lamp that is switched on later is no fade
+LONGEST_FADE = 75  # frames; a longer change is no fade but, say, a lamp switched on
 
 
 def thumb(rgb: NDArray[np.uint8]) -> Array:
-    """A picture as small as it takes to see a cut: (36, 64, 3), 0 to 255."""
+    """Return the small copy (36, 64, 3), 0 to 255, in which cuts are detected."""
     return cv2.resize(rgb, THUMB, interpolation=cv2.INTER_AREA).astype(np.float32)
 
 
 def face_of(mesh: Array) -> Array:
-    """Mesh (478, >=2) -> x, y of the face's middle, and its height."""
+    """mesh (478, >=2) -> x, y of the face's middle, and its height (3,)."""
     top, chin = mesh[TOP, :2], mesh[CHIN, :2]
     return np.array([*(top + chin) / 2, np.linalg.norm(top - chin)])
 
 
 class CutFinder:
-    """Says of frame after frame whether it begins a shot: all of the picture changes at once."""
+    """Cut detector, fed frame by frame: at a cut all of the picture changes at once."""
 
     def __init__(self) -> None:
         self._last: Array | None = None
@@ -53,7 +53,7 @@ class CutFinder:
         self._changes: deque[float] = deque(maxlen=USUAL_OF)
 
     def __call__(self, small: Array, face: Array | None = None) -> bool:
-        """small: the frame's `thumb` · face: x, y, height of the face, if one is seen"""
+        """Return whether a frame, given by its `thumb` and face (x, y, height), begins a shot."""
         before, self._last = self._last, small
         leapt, self._face = _leapt(self._face, face), face
         if before is None:
@@ -76,14 +76,14 @@ def _leapt(before: Array | None, face: Array | None) -> bool:
 
 @dataclass
 class _Shot:
-    """Frames first ... end; sums over them."""
+    """Frames first ... end (exclusive) of a shot, and sums over them."""
 
     first: int
     end: int
     picture: Array
-    large: Array | None  # grey, ZOOM_PX wide; let go once the shot is over
-    mean: NDArray[np.uint8] | None = None  # of `large`, once it is over
-    light: list[float] = field(default_factory=list)  # of every frame, 0 to 255
+    large: Array | None  # grey, ZOOM_PX wide; None once the shot is closed
+    mean: NDArray[np.uint8] | None = None  # of `large`, once the shot is closed
+    light: list[float] = field(default_factory=list)  # mean of every frame, 0 to 255
     n_faces: int = 0
     face: Array = field(default_factory=lambda: np.zeros(3))  # x, y, height, summed
 
@@ -100,19 +100,19 @@ class _Shot:
         return self.mean
 
     def close(self) -> None:
-        """Keep no more than will be asked for."""
+        """Keep only the mean of the large pictures, to save memory."""
         self.mean, self.large = self.mean_large, None
 
     @property
     def mean_face(self) -> Array:
-        """x, y, height."""
+        """Mean x, y, height of the face."""
         found: Array = self.face / self.n_faces
         return found
 
     def lit(self) -> tuple[int, int]:
-        """First frame and end of what is as light as the shot mostly is."""
+        """Return first frame and end (exclusive) of the shot without its fades."""
         light = np.maximum(self.light, 1.0)
-        usual_light = np.sort(light)[len(light) // 2]  # that of some frame, not of two on average
+        usual_light = np.sort(light)[len(light) // 2]  # the value of a frame, not a mean of two
         off = np.abs(np.log(light / usual_light))
         usual = np.flatnonzero(off < np.log(LIT))
         begin, end = int(usual[0]), int(usual[-1]) + 1
@@ -124,7 +124,7 @@ class _Shot:
 
 
 class Take(NamedTuple):
-    """Frames first ... end that are kept, and how they show the picture of the main shot."""
+    """Frames first ... end (exclusive) that are kept, and their zoom against the main shot."""
 
     first: int
     end: int
@@ -132,27 +132,27 @@ class Take(NamedTuple):
 
 
 class Takes(list[Take]):
-    """What is kept of a film, in its order."""
+    """The kept parts of a film, in order."""
 
     def in_pixels(self, scale: float, offset: tuple[float, float]) -> Takes:
-        """The same where points lie at scale * p + offset."""
+        """Return the same takes in coordinates scale * p + offset."""
         return Takes(take._replace(zoom=take.zoom.in_pixels(scale, offset)) for take in self)
 
     def flags(self, n_frames: int, *, zoomed: bool = False) -> NDArray[np.bool_]:
-        """(n_frames,) which are kept, or which of these are zoomed."""
+        """Return which frames (n_frames,) are kept, or which of these are zoomed."""
         flags = np.zeros(n_frames, bool)
         for first, end, zoom in self:
             flags[first:end] = not zoomed or zoom != STILL
         return flags
 
     def undo(self, points: Array) -> None:
-        """Points (T, ..., >=2) of all frames, carried in place to where the main shot has them."""
+        """Map points (T, ..., >=2) of all frames to the main shot's coordinates, in place."""
         for first, end, zoom in self:
             if zoom != STILL:
                 points[first:end] = zoom.undone(points[first:end])
 
     def spans(self, first: int, end: int) -> Iterator[Take]:
-        """Frames first ... end in pieces of one zoom each; between takes it is as before."""
+        """Yield frames first ... end in pieces of one zoom; between takes the previous holds."""
         begin, zoom = 0, self[0].zoom
         for start, next_zoom in [*((take.first, take.zoom) for take in self), (end, None)]:
             if next_zoom == zoom:
@@ -164,7 +164,7 @@ class Takes(list[Take]):
                 begin, zoom = start, next_zoom
 
     def to_array(self) -> Array:
-        """(n, 5)"""
+        """Return rows (n, 5): first, end, scale, shift x, shift y."""
         rows = [[first, end, zoom.scale, *zoom.shift] for first, end, zoom in self]
         return np.array(rows, np.float64).reshape(-1, 5)
 
@@ -178,15 +178,15 @@ class Takes(list[Take]):
 
 
 class Shots:
-    """Splits a film into shots while its frames go by; what it remembers of a shot is a picture."""
+    """Splits a film into shots, frame by frame; keeps sums per shot, not the frames."""
 
     def __init__(self) -> None:
         self._cut = CutFinder()
         self._shots: list[_Shot] = []
-        self._size, self._shrunk = (0, 0), 1.0  # of frames, and of what zooms are measured in
+        self._size, self._shrunk = (0, 0), 1.0  # frame size; scale down to ZOOM_PX
 
     def see(self, rgb: NDArray[np.uint8], mesh: Array | None) -> None:
-        """The next frame, and its face (478, >=2) in pixels, if there is one."""
+        """Process the next frame, and its face mesh (478, >=2) in pixels, if found."""
         small = thumb(rgb)
         self._size, self._shrunk = (rgb.shape[1], rgb.shape[0]), ZOOM_PX / rgb.shape[1]
         size = (ZOOM_PX, max(1, round(rgb.shape[0] * self._shrunk)))
@@ -212,23 +212,23 @@ class Shots:
             shot.face += face
 
     def edges(self) -> list[tuple[int, int]]:
-        """First frame and end of each shot."""
+        """Return first frame and end (exclusive) of each shot."""
         return [(shot.first, shot.end) for shot in self._shots]
 
     def faded(self) -> NDArray[np.bool_]:
-        """(T,) frames in which a shot fades in or out."""
+        """Return which frames (T,) belong to a fade in or out."""
         flags = np.ones(self._shots[-1].end, bool)
         for shot in self._shots:
             flags[slice(*shot.lit())] = False
         return flags
 
     def kept(self, wanted: Iterable[int] = ()) -> Takes:
-        """The shot that shows most of the face, and those that show the same: the picture where it
-        was, the face where it was and as large, or all of it nearer or further off with room for
-        the head.
+        """Return the main shot and the shots that repeat its picture.
 
-        `wanted` are frames that are known to show the face that is meant.  Frames beside a cut are
-        not kept: trackers look across.
+        The main shot has most of the frames `wanted`, known to show the chosen face, then most
+        frames with a face.  Repeats have the same picture with the face at the same place and
+        size, or all of it zoomed with room for the head.  Frames beside a cut are left out,
+        because trackers look across it.
         """
         known = np.array(sorted(wanted), int)
 
@@ -247,7 +247,7 @@ class Shots:
         return takes
 
     def _shown(self, shot: _Shot, main: _Shot) -> Zoom | None:
-        """How a shot shows the picture of the main one; None if it shows another."""
+        """Return a shot's zoom against the main one, or None if it shows another picture."""
         if not shot.n_faces or not main.n_faces:
             return None
         shrunk = self._shrunk
@@ -256,7 +256,7 @@ class Shots:
         )
         size = shot.mean_face[2] / main.mean_face[2] if zoom is None else zoom.scale
         if _alike(shot, main) and abs(np.log(size)) < (LEANT if zoom is None else MIN_ZOOM):
-            return STILL  # what moved is the person
+            return STILL  # only the person moved
         if zoom is None:
             return None
         zoom = zoom.in_pixels(1 / shrunk, (0.0, 0.0))

@@ -1,8 +1,8 @@
 """Self-supervised speech features: HuBERT and wav2vec 2.0 base, through torchaudio.
 
-768 numbers every 20 ms, linearly brought to this room's clock of 10 ms.  Sound is heard in
-blocks at fixed places with a margin on either side, so that rows of a part equal those of
-the whole and memory does not grow with length.
+768 features every 20 ms, interpolated linearly to the 10 ms clock of voice.py.  Sound is
+processed in blocks at fixed positions with a margin on either side, so that rows of a part
+equal those of the whole and memory does not grow with length.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class SslVoice:
         build = {"hubert": models.hubert_base, "wav2vec2": models.wav2vec2_base}[name]
         self._model = build()
         try:
-            # the fine-tuned file also holds the letters' read-out, which is not used
+            # the fine-tuned file also holds the character output layer, which is not used
             state = {k: v for k, v in state.items() if not k.startswith("aux.")}
             self._model.load_state_dict(state)
         except RuntimeError as error:
@@ -51,7 +51,7 @@ class SslVoice:
         self, samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0,
         scale: float = 1.0,
     ) -> NDArray[np.float32]:  # fmt: skip
-        """Mono 16 kHz samples (N,) -> rows first ... of (n_rows, 768), one row per 10 ms."""
+        """Return features (n_rows, 768) from row `first` on of mono 16 kHz samples (N,)."""
         n_rows = len(samples) // HOP - first if n_rows is None else n_rows
         out = []
         for block in range(first // BLOCK_ROWS, -(-(first + n_rows) // BLOCK_ROWS)):

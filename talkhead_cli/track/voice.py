@@ -1,8 +1,8 @@
 """Speech features on the video's clock, from samples alone: log-mel bands and formants.
 
-Frames of the feature stream come every 10 ms; feature row i is centred on i * 160 samples.
-Everything is numpy, so that a machine that only renders needs no audio package, and works
-on any stretch of a longer sound: rows near an inner cut equal those of the whole.
+Rows of the feature stream come every 10 ms; row i is centred on sample i * 160.  Everything
+is numpy, so that a machine that only renders needs no audio package, and works on any
+stretch of a longer sound: rows near an inner cut equal those of the whole.
 """
 
 from __future__ import annotations
@@ -58,11 +58,12 @@ def mel_filters(n_mel: int = N_MEL, low_hz: float = 60.0, high_hz: float = 7600.
 def features(
     samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0, scale: float = 1.0
 ) -> NDArray[np.float32]:
-    """Mono 16 kHz samples (N,), [-1, 1] after `scale` -> rows first ... of (n_rows, N_FEATURES).
+    """Return features (n_rows, N_FEATURES) from row `first` on of mono 16 kHz samples (N,).
 
-    One row per 10 ms; rows of a part equal those of the whole.  Mel bands are log power;
-    formants are kHz; energy is log RMS; voicing is the height of the first autocorrelation
-    peak of pitch, 0 ... 1; flatness is log geometric over arithmetic mean of the spectrum.
+    Samples are in [-1, 1] after `scale`.  One row per 10 ms; rows of a part equal those of the
+    whole.  Mel bands are log power; formants are kHz; energy is log RMS; voicing is the largest
+    autocorrelation at pitch lags (45 to 229 samples), relative to lag 0, and 0 in silence;
+    flatness is log geometric over arithmetic mean of the power spectrum.
     """
     n_rows = len(samples) // HOP - first if n_rows is None else n_rows
     out = [_block(samples, first + a, min(4096, n_rows - a), scale) for a in range(0, n_rows, 4096)]
@@ -70,7 +71,7 @@ def features(
 
 
 def _pieces(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> Array:
-    """The sound around rows first ..., windowed, (n_rows, WINDOW); silence beyond its ends."""
+    """Return windowed samples (n_rows, WINDOW) from row `first` on; silence beyond the ends."""
     begin = first * HOP - WINDOW // 2
     end = begin + (n_rows - 1) * HOP + WINDOW
     piece = np.asarray(samples[max(0, begin) : max(0, end)], np.float32) * scale
@@ -81,7 +82,7 @@ def _pieces(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> Arr
 
 
 def power_spectra(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> Array:
-    """Of rows first ...: (n_rows, N_FFT // 2 + 1)."""
+    """Return power spectra (n_rows, N_FFT // 2 + 1) from row `first` on."""
     return np.square(np.abs(np.fft.rfft(_pieces(samples, first, n_rows, scale), N_FFT)))
 
 
@@ -110,8 +111,8 @@ def formants(pieces: Array) -> Array:
     """Windowed pieces (n, WINDOW) -> the lowest N_FORMANTS resonances (n, 3) in kHz.
 
     Linear prediction by the autocorrelation method (Makhoul 1975) at 8 kHz; resonances are
-    poles with a bandwidth under 500 Hz.  Where fewer are found the neutral tube's
-    0.5, 1.5, 2.5 kHz stand in.
+    poles with a bandwidth under 500 Hz.  Missing ones are set to those of a
+    neutral vocal tract: 0.5, 1.5, 2.5 kHz.
     """
     emphasised = pieces[:, 1:] - 0.95 * pieces[:, :-1]
     # half rate by dropping the upper half of the spectrum
@@ -133,7 +134,7 @@ def formants(pieces: Array) -> Array:
 
 
 class MelVoice:
-    """Mel bands and formants, as the interface that jobs choose from."""
+    """Mel bands and formants, behind the interface that all voices share."""
 
     name = "mel"
     n_features = N_FEATURES
@@ -143,18 +144,18 @@ class MelVoice:
 
 
 def n_steps(window: int, rate_hz: int) -> int:
-    """How many rows of a voice are as long as `window` steps of 10 ms; one is in the middle."""
+    """Return how many rows at `rate_hz` span `window` steps of 10 ms; odd, so one is central."""
     return window * rate_hz // RATE_HZ | 1
 
 
 def windows(
     stream: Array, frames: NDArray[np.integer[Any]], n_steps: int, rate_hz: int = RATE_HZ
 ) -> Array:
-    """Feature stream (rows, A) -> windows (len(frames), n_steps, A) centred on video frames.
+    """Cut windows (len(frames), n_steps, A) around video frames from a feature stream (rows, A).
 
-    Frame i is shown from i / 25 s: of rows that come every 10 ms its middle is 4 i + 2.  Ends are
-    repeated.  Windows of frames that follow each other overlap in memory, a part of what they
-    would take one by one: they are for reading.
+    Frame i is shown from i / 25 s, so its middle is row 4 i + 2 of a 10 ms stream.  End rows are
+    repeated.  Windows of consecutive frames are overlapping views, to save memory: do not write
+    to them.
     """
     every = rate_hz // FPS
     first = np.asarray(frames) * every + every // 2 - n_steps // 2
@@ -168,10 +169,10 @@ def windows(
 
 
 def heard(samples: Array, n_frames: int, *, floor_db: float = -65.0, hold_s: float = 1.5) -> Any:
-    """Which video frames have living sound, (n_frames,) bool.
+    """Return which video frames have live sound, (n_frames,) bool.
 
-    A pause between words is sound; a stretch below `floor_db` (of full scale) longer than
-    `hold_s` on either side is a dead microphone.
+    Live is within `hold_s` of a frame above `floor_db` (of full scale): pauses between words
+    count, a longer silence is a dead microphone.
     """
     per_frame = len(samples) // max(n_frames, 1)
     blocks = samples[: n_frames * per_frame].reshape(n_frames, per_frame)

@@ -1,5 +1,4 @@
-"""The same picture nearer or further off: films zoom in between sentences, with the camera or on
-the editor's desk."""
+"""Zooms between shots of one picture: films zoom in between sentences, by camera or in editing."""
 
 from __future__ import annotations
 
@@ -14,27 +13,27 @@ from numpy.typing import NDArray
 Array = NDArray[np.floating[Any]]
 Box = tuple[float, float, float, float]  # left, top, right, bottom
 
-# A zoom is believed if so many points of the picture, and such a share of them, go with it
+# A zoom is accepted if so many corners of the picture, and such a share of them, agree with it
 MIN_POINTS, MIN_SHARE = 20, 0.1
-MAX_TURN = 0.02  # radians
-ROOM = 0.95  # face heights round the face's middle that a shot must show
+MAX_TURN = 0.02  # radians of rotation
+ROOM = 0.95  # face heights around the face's middle that a shot must show
 
 
 @dataclass(frozen=True)
 class Zoom:
-    """Where a shot shows the points p of another: at scale * p + shift, in pixels."""
+    """Zoom of a shot: it shows point p of another shot at scale * p + shift, in pixels."""
 
     scale: float
     shift: tuple[float, float]
 
     def undone(self, points: Array) -> Array:
-        """Points (..., >=2) of the shot -> as the other shows them; depths shrink alike."""
+        """Map points (..., >=2) of the shot to the other shot; depths are divided by scale too."""
         back: Array = points / self.scale
         back[..., :2] -= np.array(self.shift) / self.scale
         return back
 
     def in_pixels(self, scale: float, offset: tuple[float, float]) -> Zoom:
-        """The same where points of both shots lie at scale * p + offset."""
+        """Return the same zoom with both shots in coordinates scale * p + offset."""
         x, y = (
             scale * shift + (1 - self.scale) * start
             for shift, start in zip(self.shift, offset, strict=True)
@@ -42,7 +41,7 @@ class Zoom:
         return Zoom(self.scale, (x, y))
 
     def window(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
-        """What a shot of `size` (w, h) shows of the other: left, top, right, bottom."""
+        """Return the part of the other shot in view at `size` (w, h): left, top, right, bottom."""
         x, y = (-shift / self.scale for shift in self.shift)
         return x, y, x + size[0] / self.scale, y + size[1] / self.scale
 
@@ -53,11 +52,11 @@ STILL = Zoom(1.0, (0.0, 0.0))
 def measured(
     seen: NDArray[np.uint8], known: NDArray[np.uint8], face: Array, known_face: Array, same: float
 ) -> Zoom | None:
-    """The zoom that shows the picture `known` as `seen` (both grey, of one size), or None.
+    """Measure the zoom at which `known` appears as `seen` (both grey, of one size), or None.
 
-    It is the one that most corners of the picture go with, those of face and shoulders too where
-    the background is plain.  Faces are x, y, height in pixels; how large they are is the first
-    guess.  `same`: of 255; half of the points may be off by that much.
+    RANSAC over corners of the whole picture, face and shoulders included, as the background may
+    be plain.  Faces are x, y, height in pixels; their ratio of heights is the initial guess.
+    same: largest median difference, of 255, between the pictures once aligned.
     """
     guess = float(face[2] / known_face[2])
     first = _matrix(guess, face[:2] - guess * known_face[:2])
@@ -79,7 +78,7 @@ def measured(
     if abs(np.arctan2(step[1, 0], step[0, 0])) > MAX_TURN:
         return None
     scale = guess * float(np.hypot(step[0, 0], step[1, 0]))
-    # the little turn is left away round the middle of the face
+    # drop the small rotation, about the middle of the face
     middle = known_face[:2]
     there = first[:, :2] @ (step[:, :2] @ middle + step[:, 2]) + first[:, 2]
     shift = there - scale * middle
@@ -87,7 +86,7 @@ def measured(
     off = np.abs(back.astype(np.float32) - known)[inside > 0]
     if np.median(off) > same:
         return None
-    x, y = shift + 0.5 * (1 - scale)  # from pixels' indices to places
+    x, y = shift + 0.5 * (1 - scale)  # from pixel indices to coordinates (centres at +0.5)
     return Zoom(scale, (float(x), float(y)))
 
 
@@ -96,13 +95,13 @@ def _matrix(scale: float, shift: Array) -> Array:
 
 
 def shows_head(window: Box, face: Array) -> bool:
-    """Whether there is room for the head round a face (x, y, height)."""
+    """Return whether the window has room for the head around a face (x, y, height)."""
     x, y, room = face[0], face[1], ROOM * face[2]
     left, top, right, bottom = window
     return bool(left <= x - room and top <= y - room and x + room <= right and y + room <= bottom)
 
 
 def common_window(zooms: Sequence[Zoom], size: tuple[int, int]) -> Box:
-    """What all of several shots of `size` (w, h) show."""
+    """Return the region that all of several shots of `size` (w, h) show."""
     left, top, right, bottom = np.array([zoom.window(size) for zoom in zooms]).T
     return left.max(), top.max(), right.min(), bottom.min()
