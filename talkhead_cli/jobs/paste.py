@@ -22,8 +22,9 @@ from talkhead_cli.track.shots import Takes
 from talkhead_cli.track.zoom import STILL
 
 NOSE, MOUTH_CORNERS = 2, (61, 291)  # mesh points; NOSE is where the nose meets the lip
-BELOW_CHIN = 1.3  # scale of the jaw outline about the nose, so that the mask covers the chin both
-# of the avatar and of the film, whichever is lower
+# How far the mask reaches below the jaw, times nose to chin: it must cover the chin of the video
+# and the avatar's, whichever hangs lower.
+BELOW_CHIN = 0.3
 LIDS = (0.7, 0.5)  # half axes of the ellipse that is pasted around an eye, in eye widths
 FEATHER = 0.035  # standard deviation of the mask's blur, face heights
 MASK_PX = 160  # side that masks are drawn at; being blurred, they can be enlarged
@@ -118,7 +119,7 @@ def face_mask(mesh: NDArray[np.float32], *, eyes: bool) -> NDArray[np.float32]:
     nose, oval = mesh[NOSE], mesh[FACE_OVAL]
     cheeks = oval[oval[:, 1] > nose[1]]
     jaw = oval[oval[:, 1] > mesh[MOUTH_CORNERS, 1].mean()]
-    outlines = [np.concatenate([cheeks, nose + BELOW_CHIN * (jaw - nose)])]
+    outlines = [np.concatenate([cheeks, jaw + BELOW_CHIN * (mesh[CHIN] - nose)])]
     if eyes:
         outlines += [_round_eye(*mesh[list(corners)]) for *corners, _, _ in EYES]
     mask = np.zeros((MASK_PX, MASK_PX), np.float32)
