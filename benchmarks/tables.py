@@ -34,7 +34,7 @@ def quality(method: str) -> dict[str, dict[str, Any]]:
 
 def short() -> str:
     """Return README's table: a line per method and person."""
-    lines = ["| preset | held-out seconds of | PSNR | lips | baseline | other speech | eyes |",
+    lines = ["| preset | test clip | PSNR | lips | linear predictor | other speech | eyes |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for method in FILES:
         for name, row in quality(method).items():
