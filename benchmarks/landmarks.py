@@ -156,8 +156,10 @@ def _fit_speech(
             for index in some.tolist():
                 shot = shots.draw(learning[index], stage, 0, avatar.aabb, rng)
                 told = avatar.person(shot.signals).mouth.to_say(shot.signals)
-                votes = avatar.speech.votes(shot.signals)
-                losses.append(nn.functional.smooth_l1_loss(votes, told.expand_as(votes)))
+                net_predictions = avatar.speech.net_predictions(shot.signals)
+                losses.append(
+                    nn.functional.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))
+                )
             optimizer.zero_grad()
             torch.autograd.backward(torch.stack(losses).mean())
             optimizer.step()

@@ -26,7 +26,7 @@ from talkhead_cli.avatars.lokitalk import LokiField
 from talkhead_cli.avatars.lokitalk import transfer as encoder
 from talkhead_cli.avatars.lokitalk.field import MAX_SHIFT
 from talkhead_cli.blocks.mlp import by_row, density_of
-from talkhead_cli.blocks.planes import frequencies, gathered
+from talkhead_cli.blocks.planes import frequencies, warped
 from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.contracts import LABELS, SilentProgress
 from talkhead_cli.jobs import footage, player
@@ -58,7 +58,7 @@ class _SideBySide(LokiField):
     def _shown(
         self, x: Tensor, row: Tensor, attention: Tensor, driven: Tensor, shifts: Sequence[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        features = self.avatar.volume(gathered(moved(x, self._shared, row), self._reach))
+        features = self.avatar.volume(warped(moved(x, self._shared, row), self._reach))
         hidden = self.avatar.density_net(features, (driven, self._density))
         return density_of(hidden[:, 0]), hidden[:, 1:], attention, torch.cat(list(shifts), 1)
 

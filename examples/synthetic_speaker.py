@@ -405,7 +405,7 @@ def make(
 
 def main() -> None:
     """Write OUT.mp4 and OUT.truth.npz, new speech, or both."""
-    from talkhead_cli.cli.console import chatter_unheard
+    from talkhead_cli.cli.console import native_stderr_silenced
     from talkhead_cli.media import VideoWriter, write_wav
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -423,7 +423,7 @@ def main() -> None:
         if not args.speech_only:
             parser.error("name the video to write, or --speech-only WAV")
         return
-    with chatter_unheard():
+    with native_stderr_silenced():
         frames, sound, truth = make(args.seconds, args.size, args.seed)
     truth.save(args.out.with_suffix(".truth.npz"))
     with tempfile.TemporaryDirectory() as folder:

@@ -378,8 +378,8 @@ class RayMarcher(Protocol):
     def refresh(self, field: Field, step: int) -> None:
         """Update the occupancy grid from the field, when it is due."""
 
-    def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+    def rebuild_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Rebuild the occupancy grid from views of an untrained person; fields of one row."""
 
-    def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+    def extend_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Add poses and views that training did not cover to the grid; fields of one row."""

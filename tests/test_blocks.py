@@ -225,7 +225,7 @@ def test_speech_encoder_is_quiet_in_eval_and_noisy_in_training(make: Any) -> Non
     encoder.eval()
     assert torch.equal(encoder(heard), encoder(heard)) and encoder(heard).shape == (6, 4)
     encoder.train()
-    assert not torch.equal(encoder.votes(heard), encoder.votes(heard))
+    assert not torch.equal(encoder.net_predictions(heard), encoder.net_predictions(heard))
 
 
 def test_nets_of_the_speech_encoder_hear_noise_of_their_own() -> None:
@@ -239,8 +239,8 @@ def test_nets_of_the_speech_encoder_hear_noise_of_their_own() -> None:
     for module in encoder.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-    votes = encoder.votes(signals_of(torch.zeros(64, 33, 10))).detach()
-    by_net, by_row = votes.std(0).mean(), votes.std(1).mean()
+    net_predictions = encoder.net_predictions(signals_of(torch.zeros(64, 33, 10))).detach()
+    by_net, by_row = net_predictions.std(0).mean(), net_predictions.std(1).mean()
     assert by_row > 1e-3 and by_net == pytest.approx(float(by_row), rel=0.2)
 
 
@@ -263,13 +263,13 @@ def test_the_less_is_heard_of_a_person_the_more_others_are_believed() -> None:
     others = signals_of(torch.randn(400, 17, 4))
     encoder.solve([(others, torch.randn(400, 2).cumsum(0) / 20)])
     said = encoder(others)
-    encoder.build_on()
+    encoder.freeze_as_prior()
     assert encoder.known is not None and torch.equal(encoder.known(others), said)
     few, many = (signals_of(torch.randn(n, 17, 4)) for n in (100, 600))
     for rows, trust in ((few, 0.2), (many, 0.9)):
         encoder.solve([(rows, encoder.known(rows) + 5.0)])
         assert float(encoder.trust) == pytest.approx(trust)
-        nets = encoder.votes(rows).mean(0)
+        nets = encoder.net_predictions(rows).mean(0)
         own = 0.5 * (encoder.known(rows) + 5.0) + 0.5 * nets
         whole = (1 - trust) * encoder.known(rows) + trust * own
         assert torch.allclose(encoder(rows), whole, atol=1e-2)

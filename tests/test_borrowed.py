@@ -24,7 +24,7 @@ from typer.testing import CliRunner
 from talkhead_cli.avatars.talk3d import Talk3D
 from talkhead_cli.blocks import eg3d
 from talkhead_cli.blocks.mlp import density_of
-from talkhead_cli.blocks.planes import RowPlanes, gathered
+from talkhead_cli.blocks.planes import RowPlanes, warped
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import borrowed, footage, player
@@ -316,7 +316,7 @@ def test_a_point_reads_the_same_in_our_planes_as_in_theirs(kind: eg3d.Kind) -> N
     with torch.no_grad():
         ours = RowPlanes(placing(smooth, reach)[None])
         x = (2 * torch.rand(500, 3) - 1) * 0.9
-        read = ours(gathered(x, reach), torch.zeros(500, dtype=torch.long))
+        read = ours(warped(x, reach), torch.zeros(500, dtype=torch.long))
         flip = torch.tensor([1.0, -1.0, -1.0])
         there = 2 * (eg3d.FACE * x * flip + torch.tensor(eg3d.EARS))
     last = [2, 1] if kind == "eg3d-fixed" else [2, 0]

@@ -30,9 +30,9 @@ def pictures(n: int, seed: int) -> Tensor:
     return torch.rand(n, 64, 64, 3, generator=torch.Generator().manual_seed(seed))
 
 
-def learn(turns: critic.Turns, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
+def learn(turns: critic.CriticTrainer, pairs: list[tuple[Tensor, Tensor]]) -> Tensor:
     with turns.learning():
-        loss = turns.told_apart([(made, true, marks(len(made))) for made, true in pairs])
+        loss = turns.critic_loss([(made, true, marks(len(made))) for made, true in pairs])
         loss.backward()
     return loss.detach()
 
@@ -50,7 +50,7 @@ def blurred(sharp: Tensor) -> Tensor:
 def test_a_critic_comes_to_tell_blurred_from_sharp_and_gives_way_to_sharpening() -> None:
     torch.manual_seed(0)
     net = Critic("tiny")
-    turns = critic.Turns(net, STAGE.model_copy(update={"critic_rate": 2e-3}), ALONE)
+    turns = critic.CriticTrainer(net, STAGE.model_copy(update={"critic_rate": 2e-3}), ALONE)
     losses = [float(learn(turns, [(blurred(p), p)])) for p in (pictures(4, s) for s in range(60))]
     assert losses[0] == pytest.approx(2, abs=0.5) and losses[-1] < 1
     fresh = pictures(4, 1000)
@@ -69,7 +69,7 @@ def test_a_critic_comes_to_tell_blurred_from_sharp_and_gives_way_to_sharpening()
 def test_a_critic_is_frozen_except_in_its_own_step() -> None:
     torch.manual_seed(0)
     net = Critic("tiny")
-    turns = critic.Turns(net, STAGE, ALONE)
+    turns = critic.CriticTrainer(net, STAGE, ALONE)
     before = {k: v.clone() for k, v in net.state_dict().items()}
     assert not net.training and not any(p.requires_grad for p in net.parameters())
     net(pictures(1, 0))
@@ -132,7 +132,7 @@ def test_a_critic_is_asked_only_where_it_can_be_heard() -> None:
     assert isinstance(found(*on), Critic)
     with pytest.raises(MisuseError, match="needs rays picture"):
         found(*on, "train.stages.refine.rays=random")
-    avatar.heeds = frozenset()
+    avatar.expert_losses = frozenset()
     with pytest.raises(MisuseError, match="no loss 'critic'"):
         found(*on)
 

@@ -16,7 +16,7 @@ from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import dataset as job
 from talkhead_cli.jobs import exchange
-from talkhead_cli.jobs.dataset import import_dataset, misses, read_cameras
+from talkhead_cli.jobs.dataset import import_dataset, read_cameras, reprojection_errors
 from talkhead_cli.store import Workspace
 
 
@@ -55,7 +55,7 @@ def test_the_datasets_cameras_are_put_to_the_test(exported: Path, brought: Works
 
 
 def missed(space: Workspace, cameras: job.Cameras) -> float:
-    found = misses(space, cameras)
+    found = reprojection_errors(space, cameras)
     assert found is not None
     return found[0]
 
@@ -83,7 +83,7 @@ def test_cameras_of_other_frames_are_found_out(exported: Path, brought: Workspac
     assert missed(brought, lagging) > 3 * good
     assert missed(brought, turned) > 3 * good
     few = job.Cameras(cameras.frames[:5], cameras.c2w[:5], cameras.focal, cameras.centre, 0)
-    assert misses(brought, few) is None
+    assert reprojection_errors(brought, few) is None
 
 
 def copied(exported: Path, tmp_path: Path) -> Path:

@@ -40,7 +40,7 @@ def footage() -> dict[str, NDArray[Any]]:
 
 @pytest.mark.parametrize("n", [2, 3, 5, 20, 21, 22, 100])
 def test_replay_is_bounded_periodic_and_never_jumps(n: int) -> None:
-    place = drive.there_and_back(n)
+    place = drive.eased_replay(n)
     frames = np.arange(6 * n)
     at = place(frames)
     assert at.min() >= 0 and at.max() <= n - 1
@@ -51,7 +51,7 @@ def test_replay_is_bounded_periodic_and_never_jumps(n: int) -> None:
 
 @pytest.mark.parametrize("n", [5, 20, 22, 100])
 def test_replay_turns_without_a_jerk(n: int) -> None:
-    at = drive.there_and_back(n)(np.linspace(0, 4 * n, 40 * n + 1))
+    at = drive.eased_replay(n)(np.linspace(0, 4 * n, 40 * n + 1))
     speed = np.diff(at) * 10  # in frames per frame
     turn = min(drive.TURN, (n - 1) / 2)
     assert np.abs(np.diff(speed)).max() <= 0.1 / turn + 1e-6  # a triangle wave's would be 2
@@ -59,25 +59,25 @@ def test_replay_turns_without_a_jerk(n: int) -> None:
 
 
 def test_replay_plays_the_middle_at_its_own_speed() -> None:
-    at = drive.there_and_back(100)(np.arange(200))
+    at = drive.eased_replay(100)(np.arange(200))
     np.testing.assert_allclose(at[10:90], np.arange(10, 90))
     np.testing.assert_allclose(at[110:188], 198 - np.arange(110, 188))
 
 
 def test_replay_does_not_depend_on_what_was_asked_before() -> None:
-    place = drive.there_and_back(30)
+    place = drive.eased_replay(30)
     whole = place(np.arange(200))
     np.testing.assert_array_equal(place(np.array([150, 3, 77])), whole[[150, 3, 77]])
 
 
 def test_replay_of_one_frame_stands_still() -> None:
-    np.testing.assert_array_equal(drive.there_and_back(1)(np.arange(5)), np.zeros(5))
+    np.testing.assert_array_equal(drive.eased_replay(1)(np.arange(5)), np.zeros(5))
 
 
 def test_a_film_is_replayed_row_by_row_and_back() -> None:
-    rows = drive.to_and_fro(4)(np.arange(9))
+    rows = drive.triangle_replay(4)(np.arange(9))
     np.testing.assert_array_equal(rows, [0, 1, 2, 3, 2, 1, 0, 1, 2])
-    np.testing.assert_array_equal(drive.to_and_fro(1)(np.arange(3)), [0, 0, 0])
+    np.testing.assert_array_equal(drive.triangle_replay(1)(np.arange(3)), [0, 0, 0])
 
 
 def test_as_filmed_also_rows_without_a_face_are_replayed(
@@ -263,12 +263,12 @@ def test_some_frames_tell_all_views_of_a_swing(
 ) -> None:
     """2301 frames: every hundredth looks straight ahead."""
     made = drive.make(footage, n_frames, orbit=True)
-    at = made.telling(24, n_frames)
+    at = made.sample_frames(24, n_frames)
     assert len(at) <= 24 and at.min() == 0 and at.max() <= n_frames - 1
     swing = np.sin(2 * np.pi * at / 200)
     whole = np.sin(2 * np.pi * np.arange(n_frames) / 200)
     assert swing.max() > whole.max() - 0.05 and swing.min() < whole.min() + 0.05
-    plain = drive.make(footage, n_frames, yaw_deg=5).telling(24, n_frames)
+    plain = drive.make(footage, n_frames, yaw_deg=5).sample_frames(24, n_frames)
     assert plain.tolist() == np.unique(np.linspace(0, n_frames - 1, 24).astype(int)).tolist()
 
 

@@ -483,8 +483,8 @@ def test_frames_heard_alone_and_lids_that_an_option_or_a_track_moves(
     at = np.array([3, 40])
     eyes = []
     for blink in ("footage", "none"):
-        moves = script.Moves(pose="still", blink=blink, landmarks=track)
-        with script.written(show, speech, moves, SilentProgress()) as film:
+        moves = script.MotionOptions(pose="still", blink=blink, landmarks=track)
+        with script.open_script(show, speech, moves, SilentProgress()) as film:
             alone, together = film.scattered(at), film.signals(np.arange(50))[torch.from_numpy(at)]
             for one, other in zip(unpacked(alone), unpacked(together), strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

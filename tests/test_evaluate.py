@@ -249,7 +249,9 @@ def test_figures_need_the_footage_that_the_run_was_trained_on(scored: Any, tmp_p
     run.write_meta(footage=Workspace.open(tmp_path, "speaker").fingerprint,
                    prior={"name": "crowd", "knew_person": True})  # fmt: skip
     _, _, progress = scored()
-    assert any("knew 'speaker': these figures flatter" in note for note in progress.notes)
+    assert any(
+        "was trained on 'speaker': these figures are too good" in note for note in progress.notes
+    )
     Workspace.open(tmp_path, "speaker").video.unlink()
     with pytest.raises(TalkheadError, match="without its footage"):
         scored()

@@ -161,7 +161,7 @@ def test_a_new_pose_is_seen_once_it_is_revealed() -> None:
         return float((marcher.march(new, rays).opacity - true.opacity).abs().mean())
 
     before = error()
-    marcher.reveal([(new, picture(32, yaw)) for yaw in (0.0, 0.2)])
+    marcher.extend_from_views([(new, picture(32, yaw)) for yaw in (0.0, 0.2)])
     assert error() < 0.1 * before and error() < 0.02, (before, error())
     occupied = marcher.occupancy.occupied
     assert bool((occupied | ~known).all()), "what was known stays open"
@@ -182,7 +182,7 @@ def test_a_thin_sheet_that_a_march_leaps_over_is_seen_once_it_is_revealed() -> N
     marcher = GuidedMarcher(lattice, 5, N_STEPS).eval()
     marcher.occupancy.forget()
     field, rays = Solid(sheet), picture(48, 0.1)
-    marcher.reveal([(field, picture(64, yaw)) for yaw in (-0.1, 0.0, 0.1)])
+    marcher.extend_from_views([(field, picture(64, yaw)) for yaw in (-0.1, 0.0, 0.1)])
     true = DenseMarcher(BOX, 512).eval().march(field, rays).opacity
     holes = (marcher.march(field, rays).opacity < 0.5) & (true > 0.9)
     assert float(holes.sum() / (true > 0.9).sum()) < 0.05
@@ -218,7 +218,7 @@ def test_a_field_that_nobody_trained_on_is_discovered() -> None:
     lattice = packed()
     lattice.occupancy.seen.fill_(1.0)  # whatever was known before counts for nothing
     marcher = GuidedMarcher(lattice, 6, 256).eval()
-    marcher.discover([(field, picture(32, yaw)) for yaw in (-0.2, 0.0, 0.2)])
+    marcher.rebuild_from_views([(field, picture(32, yaw)) for yaw in (-0.2, 0.0, 0.2)])
     true = DenseMarcher(BOX, 512).eval().march(field, rays)
     found = marcher.march(field, rays)
     assert float((found.opacity - true.opacity).abs().mean()) < 0.01

@@ -22,7 +22,7 @@ def test_stages_teach_all_that_they_name(speaker_home: Path, method: str) -> Non
     """Each stage something of every part, and all of them together every module: what a patch of
     the eyes does not show, a shoulder say, it cannot teach."""
     preset = presets.load([method, "tiny"], [f"data.size_px={PX}", "march.resolution=16"])
-    preset = presets.begun_from(preset, None, 20)
+    preset = presets.adapted_to_start(preset, None, 20)
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     rows = clip.signals[clip.train]
     aabb = player.box_for(preset, rows.camera)

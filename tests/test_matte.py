@@ -200,12 +200,12 @@ def test_a_background_that_moves_is_told_from_one_that_stands() -> None:
     for frame in still:  # the person may do what he likes
         frame[32:, 32:96] = rng.integers(0, 256, (96, 64, 3))
     plate, _ = matte.make_plate(still, mattes)
-    assert matte.unrest(still, mattes, plate) == 0
+    assert matte.background_change(still, mattes, plate) == 0
     moving = [np.roll(frame, 8 * i, 1) for i, frame in enumerate([wall] * len(mattes))]
     plate, _ = matte.make_plate(moving, mattes)
-    assert matte.unrest(moving, mattes, plate) > 30
+    assert matte.background_change(moving, mattes, plate) > 30
     everywhere = [np.full_like(mask, 255) for mask in mattes]
-    assert matte.unrest(still, everywhere, plate) == 0
+    assert matte.background_change(still, everywhere, plate) == 0
 
 
 def test_what_always_stands_beside_the_person_is_none_of_it() -> None:

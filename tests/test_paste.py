@@ -13,7 +13,7 @@ import pytest
 from talkhead_cli import media
 from talkhead_cli.contracts import MisuseError, TalkheadError
 from talkhead_cli.jobs.paste import MASK_PX, Original, face_mask
-from talkhead_cli.jobs.render import Wishes, _refuse_contradictions
+from talkhead_cli.jobs.render import RenderOptions, _refuse_contradictions
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.track.crop import Crop
 from talkhead_cli.track.face import EYES, LOWER_LIP, TOP, UPPER_LIP
@@ -150,6 +150,6 @@ def test_it_must_be_the_film_and_the_track_that_the_run_learnt_from(
     ("yaw_deg", 5.0), ("pitch_deg", 5.0), ("orbit", True),
 ])  # fmt: skip
 def test_what_the_film_has_of_its_own_is_not_asked_for(option: str, value: Any) -> None:
-    _refuse_contradictions(Wishes(into=Path("film.mp4"), blink="auto"))
+    _refuse_contradictions(RenderOptions(into=Path("film.mp4"), blink="auto"))
     with pytest.raises(MisuseError, match="--" + option.removesuffix("_deg")):
-        _refuse_contradictions(Wishes(into=Path("film.mp4"), **{option: value}))
+        _refuse_contradictions(RenderOptions(into=Path("film.mp4"), **{option: value}))

@@ -105,7 +105,7 @@ def test_recorded_pictures_are_those_that_are_drawn_as_they_come(
 
     plain = [frame for frame, _ in show.pictures(rows)]
     monkeypatch.setattr(march, "Replay", Recorder)
-    monkeypatch.setattr(Player, "_asks_a_kernel", True)
+    monkeypatch.setattr(Player, "_renders_without_sync", True)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         found = [frame for frame, _ in show.pictures(rows)]

@@ -198,7 +198,7 @@ def test_shipped_stages_weigh_losses_that_there_are(name: str) -> None:
     made = preset.load([name])
     for part in (made.train, made.pretrain):
         for stage in part.stages.values() if part is not None else ():
-            assert stage.weights.keys() <= avatar_class(name).weighs
+            assert stage.weights.keys() <= avatar_class(name).loss_names
 
 
 def test_merging_leaves_its_inputs_alone() -> None:

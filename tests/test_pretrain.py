@@ -162,7 +162,7 @@ def test_a_new_person_begins_from_the_prior_that_is_named_or_the_newest(crowd: P
     assert on.name == cut.name == "lokitalk+tiny+from-crowd" and on.is_finished, "not the newest"
     run, progress = begin(crowd, prior="crowd", fresh=True)
     assert run.name == "lokitalk+tiny+from-crowd" and run.meta()["prior"]["n_people"] == 3
-    assert any("crowd" in n and "flatter" not in n for n in progress.notes)
+    assert any("crowd" in n and "too good" not in n for n in progress.notes)
     shared, held = prior.weights(), run.weights()
     for name, value in shared.items():
         if name.startswith("speech."):
@@ -175,7 +175,7 @@ def test_a_new_person_begins_from_the_prior_that_is_named_or_the_newest(crowd: P
     make(crowd, "newest")
     assert begin(crowd, "one")[0].name.endswith("from-without-one"), "which does not know it"
     _, progress = begin(crowd, "one", prior="crowd")
-    assert any("flatter" in n for n in progress.notes), "the prior knew this person"
+    assert any("too good" in n for n in progress.notes), "the prior knew this person"
     assert run.meta()["prior"]["knew_person"] is False
     with pytest.raises(TalkheadError, match="another prior"):
         begin(crowd, prior="other", run_name=run.name)
@@ -196,18 +196,18 @@ def test_only_what_came_from_a_prior_learns_at_the_common_rate() -> None:
     preset = presets.load(PRESETS, ["train.common_rates={speech: 0.25, pose: 0.1}"])
     with pytest.raises(MisuseError, match="sppech"):
         presets.load(PRESETS, ["train.common_rates={sppech: 0.25}"])
-    slow = presets.begun_from(preset, ["speech", "volume"], 20)
+    slow = presets.adapted_to_start(preset, ["speech", "volume"], 20)
     before, after = preset.train.stages, slow.train.stages
     assert after["speech"].rates["speech"] == 0.25 * before["speech"].rates["speech"]
     assert after["detail"].rates == before["detail"].rates
-    assert presets.begun_from(preset, None, 20).train.stages == before
+    assert presets.adapted_to_start(preset, None, 20).train.stages == before
 
 
 def test_little_footage_takes_its_share_of_the_steps_from_a_prior_and_all_from_nothing() -> None:
     preset = presets.load(PRESETS, ["train.scale=0.5", "train.enough_s=16"])
 
     def scale(shared: list[str] | None, seconds: float) -> float:
-        return presets.begun_from(preset, shared, seconds).train.scale
+        return presets.adapted_to_start(preset, shared, seconds).train.scale
 
     assert [scale(["speech"], s) for s in (4, 8, 16, 60)] == [0.125, 0.25, 0.5, 0.5]
     assert scale(None, 4) == 0.5
@@ -217,7 +217,7 @@ def test_little_footage_takes_its_share_of_the_steps_from_a_prior_and_all_from_n
 
 def test_stages_are_for_those_who_begin_from_a_prior_or_from_nothing() -> None:
     preset = presets.load(["talk3d", "tiny"])
-    found, fitted = (presets.begun_from(preset, shared, 20) for shared in (["decoder"], None))
+    found, fitted = (presets.adapted_to_start(preset, shared, 20) for shared in (["decoder"], None))
     assert {"invert", "tune"} == found.train.stages.keys() - fitted.train.stages.keys()
     assert {"still"} == fitted.train.stages.keys() - found.train.stages.keys()
 

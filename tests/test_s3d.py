@@ -123,7 +123,7 @@ def test_a_mouth_of_one_picture_is_at_rest_however_it_is_shown(clip: Footage) ->
     order = true.opening(true.code(rows)).argsort()
     for row in order[[0, len(order) // 2, -1]].tolist():
         mouth = Mouth()
-        mouth.presume(rows.landmarks[row], basis, true.scale, rest, gain)
+        mouth.init_from_picture(rows.landmarks[row], basis, true.scale, rest, gain)
         assert torch.allclose(mouth.opening(torch.zeros(1, N_CODES))[0], rest, atol=1e-5)
         known = (rows.landmarks[row] - true.neutral).norm(dim=1).mean()
         # of a mouth that hardly differs from rest, undoing the opening may take a hair too much
@@ -171,7 +171,7 @@ def picture(speaker, row, clip, preset, seed=0):  # type: ignore[no-untyped-def]
     options = march.MarchOptions(n_steps=24, n_samples=6, resolution=48)
     marcher, _ = march.build(options, speaker.aabb, CPU)
     marcher.eval()
-    player.discover(speaker, marcher, row, CPU)
+    player.rebuild_from_views(speaker, marcher, row, CPU)
     with torch.no_grad():
         rays = march.picture_rays(row.camera, torch.zeros(1, dtype=torch.long), speaker.aabb)
         rendered = marcher.march(speaker.condition(row), rays)

@@ -343,7 +343,9 @@ def test_every_part_learns_and_parts_are_all_there_is(clip: Footage, from_prior:
         avatar.take_common(
             Talk3D.build("tiny", **hearing(clip.signals), px=PX, n_people=2).common_state()
         )
-    begun = presets.begun_from(presets.load(["talk3d", "tiny"]), () if from_prior else None, 20)
+    begun = presets.adapted_to_start(
+        presets.load(["talk3d", "tiny"]), () if from_prior else None, 20
+    )
     stages = begun.train.stages
     named = [id(p) for name in avatar.parts() for p in avatar.part(name)]
     taught = {id(p) for s in stages.values() for name in s.learn for p in avatar.part(name)}

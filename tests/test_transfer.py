@@ -13,7 +13,7 @@ from conftest import hearing
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.avatars.lokitalk.transfer import N_SEEN, VECTORS, laid_out
 from talkhead_cli.blocks.mlp import Mlp
-from talkhead_cli.blocks.planes import gathered, scattered
+from talkhead_cli.blocks.planes import unwarped, warped
 from talkhead_cli.blocks.rigid import alignment
 from talkhead_cli.blocks.variant import variant
 from talkhead_cli.contracts import Portrait, Signals, SilentProgress
@@ -91,7 +91,7 @@ def test_a_variant_shares_all_but_what_is_changed() -> None:
 def test_gathered_places_come_back() -> None:
     reach = torch.tensor([1.3, 1.7, 1.0])
     x = torch.rand(100, 3) * 2 - 1
-    assert torch.allclose(scattered(gathered(x, reach), reach), x, atol=1e-5)
+    assert torch.allclose(unwarped(warped(x, reach), reach), x, atol=1e-5)
 
 
 def test_faces_are_laid_on_each_other_and_one_alone_stays_where_it_is(clip: Footage) -> None:

@@ -70,8 +70,8 @@ class Avatar(nn.Module):
     common: tuple[str, ...] = ()
     own: tuple[str, ...] = ()
     noise = 1.0
-    weighs: frozenset[str] = frozenset()
-    heeds: frozenset[str] = frozenset()
+    loss_names: frozenset[str] = frozenset()
+    expert_losses: frozenset[str] = frozenset()
     begins_with: frozenset[str] = frozenset()
     needs_portrait = False
     has_kernel = False
@@ -79,7 +79,7 @@ class Avatar(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.judges: list[nn.Module] = []
+        self.loss_networks: list[nn.Module] = []
         self.register_buffer("aabb", torch.tensor([-1.0, -1, -1, 1, 1, 1]))
 
     @classmethod
@@ -174,7 +174,7 @@ class Avatar(nn.Module):
         raise NotImplementedError
 
     def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
-        """Return unweighted scalar losses by name, out of `weighs`; stages set the weights."""
+        """Return unweighted scalar losses by name, out of `loss_names`; stages set the weights."""
         raise NotImplementedError
 
     def part(self, name: str) -> list[nn.Parameter]:

@@ -23,7 +23,7 @@ class Expert(Avatar):
     """Trains a SyncExpert."""
 
     common = ("",)
-    weighs = frozenset({"contrast", "found"})
+    loss_names = frozenset({"contrast", "found"})
     box = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
 
     def __init__(self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int) -> None:

@@ -49,7 +49,7 @@ from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.loss import PATCH, SOLID, WHOLE, patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp, density_of
 from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES
-from talkhead_cli.blocks.planes import Planes2d, TriPlanes, gathered
+from talkhead_cli.blocks.planes import Planes2d, TriPlanes, warped
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.rigid import moved, shoulders_in_picture
@@ -127,7 +127,7 @@ class Landmark(PersonalAvatar):
     """The avatar of the landmark method."""
 
     own = (".styles",)
-    weighs = SOLID | PATCH | WHOLE | {"speech", "colour", "relief", "rough", "still"}
+    loss_names = SOLID | PATCH | WHOLE | {"speech", "colour", "relief", "rough", "still"}
     maps = MappingProxyType({"ambient": ("ambient coordinates",)})
 
     def __init__(
@@ -228,11 +228,11 @@ class Landmark(PersonalAvatar):
             "still": (rendered.feature[:, AMBIENT] * (1 - alive)).mean(),
         }
         if rays.layout is not None:
-            losses |= patch_losses(over, target.view(*rays.layout, 3), self.judges)
+            losses |= patch_losses(over, target.view(*rays.layout, 3), self.loss_networks)
         if frame.rgb is not over:  # whole pictures: the torso network ran
             picture = shot.target.view(*frame.rgb.shape)
             person = 1 - shot.labels[:, 5:6].view(*frame.alpha.shape)
-            losses |= patch_losses(frame.rgb, picture, self.judges, "whole_")
+            losses |= patch_losses(frame.rgb, picture, self.loss_networks, "whole_")
             losses["whole"] = F.smooth_l1_loss(frame.rgb, picture, beta=0.1)
             losses["whole_matte"] = (frame.alpha - person).square().mean()
         return losses
@@ -273,7 +273,7 @@ class LandmarkField:
     def _slice(self, x: Tensor, row: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x (N, 3), row (N,) -> density (N,), hidden (N, 16), ambient coordinates (N, 2)."""
         avatar = self.avatar
-        features = avatar.volume(gathered(x, self._reach))
+        features = avatar.volume(warped(x, self._reach))
         # Codes have their own map into the first layer, since most points are near no landmark.
         code, near = avatar.code(x, self._tables, row)
         gaze = self._gaze.index_select(0, row)

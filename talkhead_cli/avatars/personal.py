@@ -151,12 +151,12 @@ class PersonalAvatar(Avatar):
             # shapes reproduce the mouth better.
             self.survey([signals])
             if known.any():
-                self.speech.retarget(change_of_shapes(signals, known, self.mouth_basis))
+                self.speech.change_basis(change_of_shapes(signals, known, self.mouth_basis))
         person = self.person(signals)
         person.measure(signals, self.mouth_basis, self.mouth_scale, mesh, aabb)
         if alone:
             if known.any():
-                self.speech.build_on()
+                self.speech.freeze_as_prior()
             self.speech.solve([(signals, person.mouth.to_say(signals))])
 
     # -- speech ----------------------------------------------------------------------------
@@ -180,8 +180,8 @@ class PersonalAvatar(Avatar):
         signals = result.shot.signals
         told = self.person(signals).mouth.to_say(signals)
         if self.training:
-            votes = self.speech.votes(signals)
-            return {"speech": F.smooth_l1_loss(votes, told.expand_as(votes))}
+            net_predictions = self.speech.net_predictions(signals)
+            return {"speech": F.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))}
         return {"speech": F.smooth_l1_loss(self.speech(signals), told)}
 
     def picture_losses(self, result: StepResult) -> dict[str, Tensor]:

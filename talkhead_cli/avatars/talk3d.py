@@ -67,7 +67,7 @@ from talkhead_cli.blocks.mlp import Mlp, density_of
 from talkhead_cli.blocks.mouth import MAX_POSE, N_CODES
 from talkhead_cli.blocks.plane_generator import Latents, PlaneGenerator
 from talkhead_cli.blocks.plane_unet import PlaneUNet
-from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes, asymmetry, gathered, roughness
+from talkhead_cli.blocks.planes import PlanePyramid, RowPlanes, asymmetry, roughness, warped
 from talkhead_cli.blocks.regions import picture_masks
 from talkhead_cli.blocks.rigid import below_chin, moved
 from talkhead_cli.blocks.speech import SpeechEncoder
@@ -108,8 +108,8 @@ class Talk3D(SharedAvatar):
     """
 
     common = (*SharedAvatar.common, "generator.", "decoder.", "upscaler.")
-    heeds = frozenset({"sync"})
-    weighs = SOLID | PATCH | WHOLE | heeds | {
+    expert_losses = frozenset({"sync"})
+    loss_names = SOLID | PATCH | WHOLE | expert_losses | {
         "speech", "colour", "relief", "rough", "symmetry", "latent", "raw", "mouth",
     }  # fmt: skip
     begins_with = frozenset(KINDS)
@@ -290,7 +290,9 @@ class Talk3D(SharedAvatar):
             losses["symmetry"] = losses["symmetry"] + asymmetry(drawn)
             losses["latent"] = self.latents.styles.square().mean()
         if shot.rays.layout is not None:
-            losses |= patch_losses(frame.rgb, shot.target.view(*shot.rays.layout, 3), self.judges)
+            losses |= patch_losses(
+                frame.rgb, shot.target.view(*shot.rays.layout, 3), self.loss_networks
+            )
         return losses
 
     def _whole_losses(self, result: StepResult) -> dict[str, Tensor]:
@@ -310,8 +312,8 @@ class Talk3D(SharedAvatar):
             "whole": error.mean(),
             "mouth": (error * lips).sum() / lips.sum().clamp_min(1),
             "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
-        } | patch_losses(frame.rgb, truth, self.judges, "whole_") | sync_losses(
-            self.judges, frame.rgb, shot.signals
+        } | patch_losses(frame.rgb, truth, self.loss_networks, "whole_") | sync_losses(
+            self.loss_networks, frame.rgb, shot.signals
         )  # fmt: skip
 
     # -- parts -----------------------------------------------------------------------------
@@ -369,7 +371,7 @@ class Talk3DField:
         """x (N, 3), row (N,) -> density (N,), features (N, F), shoulder weight (N, 1)."""
         torso = below_chin(x[:, 1:2], self._chin)
         x = x + torso * (moved(x, self._shoulders, row) - x)
-        at = gathered(moved(x, self._shared, row), self._reach)
+        at = warped(moved(x, self._shared, row), self._reach)
         read = self._identity(at, row)
         if self._change is not None:
             read = read + self._change(at, row)

@@ -64,10 +64,12 @@ def faces_of(pictures: Tensor, marks_px: Tensor, side: int) -> Tensor:
     return found.permute(0, 2, 3, 1)
 
 
-def critic_losses(judges: Iterable[nn.Module], made: Tensor, marks_px: Tensor) -> dict[str, Tensor]:
+def critic_losses(
+    loss_networks: Iterable[nn.Module], made: Tensor, marks_px: Tensor
+) -> dict[str, Tensor]:
     """Return the generator's loss {"critic": -mean score} of rendered pictures (B, H, W, 3); empty
-    if there is no critic among the frozen networks `judges`."""
-    for judge in judges:
+    if there is no critic among the frozen networks `loss_networks`."""
+    for judge in loss_networks:
         if isinstance(judge, Critic):
             return {"critic": -judge(faces_of(made, marks_px, judge.side)).mean()}
     return {}

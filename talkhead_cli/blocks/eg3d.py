@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkhead_cli.blocks.mlp import raw_density_of
-from talkhead_cli.blocks.planes import scattered
+from talkhead_cli.blocks.planes import unwarped
 
 Kind = Literal["eg3d", "eg3d-fixed"]
 KINDS: tuple[Kind, ...] = ("eg3d", "eg3d-fixed")
@@ -214,10 +214,10 @@ class EG3DPlacing(nn.Module):
         self.ears = nn.Parameter(torch.tensor(EARS))
 
     def forward(self, planes: Tensor, reach: Tensor) -> Tensor:
-        """planes (3, C, S, S) -> planes xy, xz, yz (3, C, S, S) in coordinates of `gathered`."""
+        """planes (3, C, S, S) -> planes xy, xz, yz (3, C, S, S) in coordinates of `warped`."""
         size = planes.shape[-1]
         line = (2 * torch.arange(size, device=planes.device) + 1) / size - 1
-        ours = scattered(line[:, None], reach)  # (S, 3)
+        ours = unwarped(line[:, None], reach)  # (S, 3)
         flip = ours.new_tensor([1.0, -1.0, -1.0])
         x, y, z = (2 * (ours * flip * self.log_face.exp() + self.ears)).unbind(1)
         if self.kind == "eg3d-fixed":

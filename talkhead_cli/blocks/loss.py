@@ -47,14 +47,14 @@ WHOLE = frozenset({"whole", "whole_matte", *(f"whole_{name}" for name in PATCH)}
 
 
 def patch_losses(
-    made: Tensor, target: Tensor, judges: Iterable[nn.Module], prefix: str = ""
+    made: Tensor, target: Tensor, loss_networks: Iterable[nn.Module], prefix: str = ""
 ) -> dict[str, Tensor]:
     """Structural losses of pictures (B, H, W, 3) by name: ssim, gradient, and lpips if its network
-    is among the frozen networks `judges`."""
+    is among the frozen networks `loss_networks`."""
     return {
         f"{prefix}ssim": 1 - ssim(made, target).mean(),
         f"{prefix}gradient": gradient_difference(made, target),
-        **perceptual_losses(made, target, prefix, judges),
+        **perceptual_losses(made, target, prefix, loss_networks),
     }
 
 

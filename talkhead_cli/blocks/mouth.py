@@ -105,7 +105,7 @@ class Mouth(nn.Module):
         self.lean.copy_(lean)
 
     @torch.no_grad()
-    def presume(
+    def init_from_picture(
         self, seen: Tensor, basis: Tensor, scale: Tensor, rest: Tensor, gain: Tensor
     ) -> None:
         """Initialise from the landmarks `seen` (68, 3) of one picture.

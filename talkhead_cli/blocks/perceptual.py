@@ -43,10 +43,10 @@ class Perceptual(nn.Module):
 
 
 def perceptual_losses(
-    made: Tensor, target: Tensor, prefix: str, judges: Iterable[nn.Module]
+    made: Tensor, target: Tensor, prefix: str, loss_networks: Iterable[nn.Module]
 ) -> dict[str, Tensor]:
     """Return {prefix + "lpips": LPIPS} of pictures (B, H, W, 3); empty without a `Perceptual`."""
-    for judge in judges:
+    for judge in loss_networks:
         if isinstance(judge, Perceptual):
             return {f"{prefix}lpips": judge(made, target).mean()}
     return {}

@@ -17,7 +17,7 @@ GATHER = 1.6  # strength of the asinh warp that gives the face more texels than 
 
 
 @cache
-def triton_obstacle() -> str:
+def why_no_triton() -> str:
     """Return why the Triton kernel cannot run on this GPU, or "" if it can.
 
     Triton comes with torch's CUDA builds, but compiles its kernel launchers with the machine's C
@@ -55,7 +55,7 @@ class TriPlanes(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 3) in [-1, 1], clamped to the border outside -> (N, n_out)."""
         assert x.ndim == 2 and x.shape[1] == 3, x.shape
-        if x.is_cuda and triton_obstacle() == "":
+        if x.is_cuda and why_no_triton() == "":
             from talkhead_cli.blocks.planes_triton import ReadPlanes
 
             half = torch.is_autocast_enabled("cuda")
@@ -156,7 +156,7 @@ class RowPlanes:
         return found[..., 0].mean(0).T
 
 
-def gathered(x: Tensor, reach: Tensor) -> Tensor:
+def warped(x: Tensor, reach: Tensor) -> Tensor:
     """Warp head space (N, 3) to [-1, 1], expanded near the face; reach (3,) half the box."""
     return _asinh(GATHER * x / reach) / math.asinh(GATHER)
 
@@ -168,8 +168,8 @@ def _asinh(x: Tensor) -> Tensor:
     return (x.abs() + (x * x + 1).sqrt()).log().copysign(x)
 
 
-def scattered(x: Tensor, reach: Tensor) -> Tensor:
-    """The inverse of `gathered`."""
+def unwarped(x: Tensor, reach: Tensor) -> Tensor:
+    """The inverse of `warped`."""
     return (x * math.asinh(GATHER)).sinh() * reach / GATHER
 
 

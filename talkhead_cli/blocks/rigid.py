@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from talkhead_cli.blocks.mlp import by_row
-from talkhead_cli.blocks.planes import triton_obstacle
+from talkhead_cli.blocks.planes import why_no_triton
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.remember import constant
 from talkhead_cli.contracts import Camera
@@ -38,7 +38,7 @@ def below_chin(y: Tensor, chin: Tensor | float) -> Tensor:
 @exact
 def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
     """Apply the motions (T, 3, 4), [R | t], of the rows (N,) to points (N, 3)."""
-    if x.is_cuda and triton_obstacle() == "":
+    if x.is_cuda and why_no_triton() == "":
         from talkhead_cli.blocks.rigid_triton import Move
 
         there: Tensor = Move.apply(x.float(), motion.float(), row)

@@ -24,7 +24,7 @@ class SpeechEncoder(nn.Module):
     alone and more than a linear map can use: in block cross-validation on the clips tried, the
     weighted mean of both beat either.
 
-    When fine-tuned from a prior (`build_on`), a frozen copy of the prior's encoder is kept in
+    When fine-tuned from a prior (`freeze_as_prior`), a frozen copy of its encoder is kept in
     `known`.  The linear map is then fitted to its residual, and own and prior predictions are
     blended by `trust` (), which grows with the amount of the person's speech: an encoder fitted to
     seconds of speech generalises badly to minutes.
@@ -34,8 +34,8 @@ class SpeechEncoder(nn.Module):
     known: SpeechEncoder | None
 
     def __init__(self, n_inputs: int, nets: Sequence[nn.Module], linear_share: float) -> None:
-        """n_inputs: size of a flattened window of speech · nets: networks (see `votes`), each with
-        a linear output layer `last` · linear_share: weight of the linear map against them"""
+        """n_inputs: size of a flattened window of speech · nets: networks, each with a linear layer
+        `last` at its end · linear_share: weight of the linear map against their mean"""
         super().__init__()
         self.linear_share = linear_share
         self.linear = nn.Linear(n_inputs, _last(nets[0]).out_features)
@@ -74,10 +74,10 @@ class SpeechEncoder(nn.Module):
         known = None if self.known is None else self.known(signals)
         if known is not None:
             said = known + said
-        own = torch.lerp(self.votes(signals).mean(0), said, self.linear_share)
+        own = torch.lerp(self.net_predictions(signals).mean(0), said, self.linear_share)
         return own if known is None else torch.lerp(known, own, self.trust)
 
-    def votes(self, signals: Signals) -> Tensor:
+    def net_predictions(self, signals: Signals) -> Tensor:
         """Return each network's predictions (n_nets, T, K); in training, from noisy features."""
         heard = signals.audio.transpose(1, 2)
         if not self.training:
@@ -91,14 +91,14 @@ class SpeechEncoder(nn.Module):
         ])  # fmt: skip
 
     @torch.no_grad()
-    def retarget(self, change: Tensor) -> None:
+    def change_basis(self, change: Tensor) -> None:
         """Change basis of the outputs: new coordinates (T, K) = old ones @ change (K, K)."""
         for last in (self.linear, *map(_last, self.nets)):
             last.weight.copy_(change.T @ last.weight)
             last.bias.copy_(last.bias @ change)
 
     @torch.no_grad()
-    def build_on(self) -> None:
+    def freeze_as_prior(self) -> None:
         """Freeze a copy as the prior `known` and reset the linear map; fine-tuning starts here."""
         assert self.known is None
         self.known = copy.deepcopy(self).requires_grad_(False)

@@ -91,12 +91,12 @@ def runs_of(crops: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def sync_losses(
-    judges: Sequence[nn.Module], pictures: Tensor, signals: Signals
+    loss_networks: Sequence[nn.Module], pictures: Tensor, signals: Signals
 ) -> dict[str, Tensor]:
     """Return {"sync": 1 - mean cosine} of the lips in whole pictures (T, H, W, 3) and their speech,
-    by the frozen `SyncExpert`s among `judges`; empty without one, or if no N_FRAMES rows are
+    by the frozen `SyncExpert`s among `loss_networks`; empty without one, or if no N_FRAMES rows are
     consecutive."""
-    experts = [judge for judge in judges if isinstance(judge, SyncExpert)]
+    experts = [judge for judge in loss_networks if isinstance(judge, SyncExpert)]
     if not experts or len(pictures) < N_FRAMES:
         return {}
     crops = lip_crops(pictures.float(), lip_boxes(signals.landmarks_px))

@@ -131,7 +131,7 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
     what native libraries print.
     """
     code, words = 0, ""
-    quiet = contextlib.nullcontext() if verbose else chatter_unheard()
+    quiet = contextlib.nullcontext() if verbose else native_stderr_silenced()
     try:
         with _termination_heeded(), quiet, Reporter() as reporter:
             yield reporter
@@ -189,7 +189,7 @@ def _termination_heeded() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def chatter_unheard() -> Iterator[None]:
+def native_stderr_silenced() -> Iterator[None]:
     """Silence messages that C++ libraries print from their own threads and no flag turns off.
 
     Meanwhile file descriptor 2 is the null device; Python's own stderr goes where it went.

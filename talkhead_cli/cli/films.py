@@ -65,11 +65,11 @@ def render(
     """Render the avatar speaking any audio: the square crop, 25 frames/s, with the sound."""
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
-        from talkhead_cli.jobs.render import Wishes, render_picture
+        from talkhead_cli.jobs.render import RenderOptions, render_picture
         from talkhead_cli.jobs.render import render as job
         from talkhead_cli.store import home_folder
 
-        wishes = Wishes(
+        options = RenderOptions(
             pose=pose, blink=blink, yaw_deg=yaw, pitch_deg=pitch, orbit=orbit, seed=seed,
             landmarks=landmarks, into=into, background=background, alpha=alpha, depth=depth,
         )  # fmt: skip
@@ -82,14 +82,14 @@ def render(
                 raise MisuseError("--into goes with --id; a picture has no film to be set into")
             paths = render_picture(
                 image, home_folder(home), audio, report, preset_names=preset or ["s3d"],
-                prior=prior, which_face=face or "largest", out=out, wishes=wishes, device=device,
+                prior=prior, which_face=face or "largest", out=out, options=options, device=device,
             )  # fmt: skip
         else:
             assert name is not None
             if preset or prior or face:
                 raise MisuseError("--preset, --prior and --face go with --image; a run has its own")
             paths = job(
-                home_folder(home), name, audio, report, out=out, run_name=run, wishes=wishes,
+                home_folder(home), name, audio, report, out=out, run_name=run, options=options,
                 device=device,
             )  # fmt: skip
         say(paths, {}, json)
@@ -117,12 +117,12 @@ def landmarks(
     """Predict landmarks from speech, to view, edit, and use with render --landmarks."""
     with speaking(verbose) as report:
         from talkhead_cli.jobs.landmarks import landmarks as job
-        from talkhead_cli.jobs.script import Moves
+        from talkhead_cli.jobs.script import MotionOptions
         from talkhead_cli.store import home_folder
 
         paths = job(
             home_folder(home), name, audio, report, out=out, run_name=run,
-            moves=Moves(blink=blink, seed=seed), lips=lips, jaw=jaw, picture=picture,
+            moves=MotionOptions(blink=blink, seed=seed), lips=lips, jaw=jaw, picture=picture,
             device=device,
         )  # fmt: skip
         say(paths, {}, json)

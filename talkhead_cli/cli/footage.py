@@ -28,7 +28,8 @@ def preprocess(
         str, typer.Option(help="With several faces: largest, left or right.")
     ] = "largest",
     no_audio: Annotated[
-        bool, typer.Option("--no-audio", help="Track pictures alone; no avatar is trained of them.")
+        bool,
+        typer.Option("--no-audio", help="Track pictures alone; no avatar can be trained on them."),
     ] = False,
     backend: Annotated[
         list[str] | None,

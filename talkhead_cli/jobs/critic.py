@@ -20,7 +20,7 @@ def asked(avatar: Avatar, method: str, train: Train, size: Any) -> Critic | None
     """Return an untrained critic if a stage has a weight for the loss `critic`, else None."""
     stages = {n: s for n, s in train.stages.items() if s.steps and s.weights.get("critic")}
     for name, stage in stages.items():
-        if "critic" not in avatar.heeds:
+        if "critic" not in avatar.expert_losses:
             raise MisuseError(f"preset {method} has no loss 'critic'; stage '{name}' weighs it")
         if stage.rays != "picture":
             raise MisuseError(f"stage '{name}' weighs 'critic', which needs rays picture")
@@ -29,10 +29,10 @@ def asked(avatar: Avatar, method: str, train: Train, size: Any) -> Critic | None
 
 def of(avatar: Avatar) -> Critic | None:
     """Return the critic among an avatar's judges, None without one."""
-    return next((judge for judge in avatar.judges if isinstance(judge, Critic)), None)
+    return next((judge for judge in avatar.loss_networks if isinstance(judge, Critic)), None)
 
 
-class Turns:
+class CriticTrainer:
     """The critic and its optimiser in a stage, for a step after each of the avatar's."""
 
     def __init__(self, critic: Critic, stage: Stage, fabric: Fabric) -> None:
@@ -51,7 +51,7 @@ class Turns:
         self._optimizer.step()
         self.critic.requires_grad_(False).eval()
 
-    def told_apart(self, shots: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
+    def critic_loss(self, shots: Sequence[tuple[Tensor, Tensor, Tensor]]) -> Tensor:
         """Return the critic's hinge loss () on pictures just rendered and their targets,
         (B, H, W, 3) each, with the landmarks (B, 68, 2) in both."""
         side = self.critic.side

@@ -68,7 +68,7 @@ def import_dataset(
             f"the dataset holds out {cameras.n_held} of {len(cameras.frames)} frames, the same "
             f"share as finetune -s data.holdout={share:.3f}"
         )
-    found = misses(space, cameras)
+    found = reprojection_errors(space, cameras)
     if found is None:
         progress.note("fewer than ten of the dataset's cameras show a face; they were not tested")
         return space
@@ -192,7 +192,7 @@ def _read(files: list[Path]) -> Iterator[NDArray[np.uint8]]:
         yield np.ascontiguousarray(bgr[..., ::-1])
 
 
-def misses(space: Workspace, cameras: Cameras) -> tuple[float, float] | None:
+def reprojection_errors(space: Workspace, cameras: Cameras) -> tuple[float, float] | None:
     """Return the reprojection errors of the rigid face by the dataset's cameras and by our track:
     mean over frames of the RMS, pixels at 512.  None if fewer than ten cameras show a face."""
     tracks = space.load("tracks")

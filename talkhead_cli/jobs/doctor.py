@@ -21,7 +21,7 @@ def needs() -> list[Need]:
 
 def build() -> str:
     """Compile the CUDA kernels ahead of any job, and say so; TalkheadError if that fails."""
-    why_not = march.obstacle()
+    why_not = march.why_no_nerfacc()
     if why_not:
         raise TalkheadError(
             f"the CUDA kernels cannot be had ({why_not}); the plain torch march is used instead"

@@ -50,11 +50,11 @@ class Drive:
     orbit: bool = False
 
     @property
-    def looks_elsewhere(self) -> bool:
+    def moves_camera(self) -> bool:
         """Whether any frame has another camera than the footage."""
         return bool(self.yaw_deg or self.pitch_deg or self.orbit)
 
-    def telling(self, n: int, n_frames: int) -> NDArray[np.int64]:
+    def sample_frames(self, n: int, n_frames: int) -> NDArray[np.int64]:
         """Return at most n frames that sample the poses and camera views of the video."""
         spread = np.linspace(0, n_frames - 1, n)
         if self.orbit:  # even spacing may alias with the orbit: half the frames sample one period
@@ -64,7 +64,7 @@ class Drive:
     def camera(self, pose: Array, size_px: int, frames: NDArray[Any]) -> Camera:
         """Return the camera of frames (n,): the footage's, rotated about the head's origin."""
         seen = head_camera(torch.from_numpy(pose).float(), self.k, size_px)
-        if not self.looks_elsewhere:
+        if not self.moves_camera:
             return seen
         from scipy.spatial.transform import Rotation
 
@@ -104,7 +104,7 @@ def make(
     n_rows = len(footage["usable"])
     first, last = (0, n_rows - 1) if as_filmed else longest_run(footage["usable"])
     clip = {k: footage[k][first : last + 1] for k in ("pose", "body", "eye", "gaze", "brow")}
-    replay = (to_and_fro if as_filmed else there_and_back)(last - first + 1)
+    replay = (triangle_replay if as_filmed else eased_replay)(last - first + 1)
     middle = {k: np.median(v, axis=0) for k, v in clip.items()}
 
     def from_footage(frames: NDArray[Any]) -> tuple[Array, Array]:
@@ -138,7 +138,7 @@ def beyond(footage: dict[str, NDArray[Any]], drive: Drive, n_frames: int) -> str
     footage's; distances and places of the head count from the footage's range.
     """
     own = footage["pose"][footage["usable"]]
-    frames = drive.telling(N_LOOKED_AT, n_frames)
+    frames = drive.sample_frames(N_LOOKED_AT, n_frames)
     pose = drive.pose(frames)[0]
     filmed = head_camera(torch.from_numpy(own).float(), drive.k, 1)
     seen, known = (c.c2w[:, :3, 2].numpy() for c in (drive.camera(pose, 1, frames), filmed))
@@ -170,7 +170,7 @@ def longest_run(usable: NDArray[np.bool_]) -> tuple[int, int]:
     return int(first), int(end) - 1
 
 
-def to_and_fro(n: int) -> Callable[[NDArray[Any]], Array]:
+def triangle_replay(n: int) -> Callable[[NDArray[Any]], Array]:
     """Map frame numbers to whole rows of a clip of n frames: a triangle wave from row 0 on."""
     last = max(1, n - 1)
 
@@ -181,7 +181,7 @@ def to_and_fro(n: int) -> Callable[[NDArray[Any]], Array]:
     return place
 
 
-def there_and_back(n: int) -> Callable[[NDArray[Any]], Array]:
+def eased_replay(n: int) -> Callable[[NDArray[Any]], Array]:
     """Map frame numbers to fractional rows of a clip of n frames: forward, then backward, eased.
 
     Within TURN frames of an end a parabola replaces the corner of the triangle wave, so that the
@@ -305,7 +305,7 @@ def _pose_file(path: Path, body: Array) -> Callable[[NDArray[Any]], tuple[Array,
             f"column), which must be {NEAREST:g} or more; films have 2 to 9 (an identity's own "
             "poses are `pose` in its tracks.npz)"
         )
-    replay = to_and_fro(len(given))
+    replay = triangle_replay(len(given))
 
     def moves(frames: NDArray[Any]) -> tuple[Array, Array]:
         return between(given, replay(frames)), np.tile(body, (len(frames), 1))

@@ -108,7 +108,7 @@ def _build(
         drives.make(run.drive(), 1, pose="still", yaw_deg=yaw)
         .camera(signals.pose.numpy(), preset.data.size_px, np.zeros(1)) for yaw in SIDES_DEG
     ]  # fmt: skip
-    player.discover(speaker, marcher, rows.with_(camera=_together(cameras)), where)
+    player.rebuild_from_views(speaker, marcher, rows.with_(camera=_together(cameras)), where)
     if further := [one.signals.camera for one in seen[1:]]:
         rows = player.mouthing(speaker, signals, len(further))
         player.open_views(speaker, marcher, rows.with_(camera=_together(further)), where)

@@ -71,7 +71,9 @@ def evaluate(
         )
     refuse_stale(space, run)
     if (run.meta().get("prior") or {}).get("knew_person"):
-        progress.note(f"the prior of run '{run.name}' knew '{name}': these figures flatter")
+        progress.note(
+            f"the prior of run '{run.name}' was trained on '{name}': these figures are too good"
+        )
     clip = footage.load(space, show.preset.data, progress)
     if len(clip.held) < 2 * BLOCK:
         raise TalkheadError("fewer than a second of held-out frames has a face; nothing to score")

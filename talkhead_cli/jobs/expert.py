@@ -38,7 +38,7 @@ class Judge:
 
     def sits_by(self, avatar: Avatar, device: torch.device) -> None:
         """Add the frozen network to the judges of an avatar in training."""
-        avatar.judges.append(self.net.sync.to(device).requires_grad_(False))
+        avatar.loss_networks.append(self.net.sync.to(device).requires_grad_(False))
 
     def knows(self, space: Workspace) -> bool:
         """Return whether the expert was trained on the person's footage."""
@@ -81,7 +81,7 @@ def asked(
               if stage.steps and stage.weights.get("sync")]  # fmt: skip
     if not stages:
         return None
-    if "sync" not in avatar_class(method).heeds:
+    if "sync" not in avatar_class(method).expert_losses:
         raise MisuseError(f"preset {method} has no loss 'sync'; stage '{stages[0]}' weighs it")
     for name in stages:
         stage = train.stages[name]

@@ -182,7 +182,7 @@ def _begun(
             f"{seconds:.1f} s to learn from: {share:.0%} of the steps that more footage gets: "
             "all would learn it by heart (-s train.enough_s=0 takes all)"
         )
-    stages = presets.begun_from(preset, avatar.common_parts() if knows else None, seconds)
+    stages = presets.adapted_to_start(preset, avatar.common_parts() if knows else None, seconds)
     refuse_unknown(stages.train, avatar, preset.method)
     hearing = clip.train[clip.heard[clip.train]]
     if not len(hearing):
@@ -203,7 +203,7 @@ def _discover(
     avatar.eval()
     marcher.eval()
     speaker = player.person(avatar, run, where)
-    player.discover(speaker, marcher, clip.signals[clip.train], where)
+    player.rebuild_from_views(speaker, marcher, clip.signals[clip.train], where)
 
 
 def _finish(
@@ -248,7 +248,7 @@ def _introduced(start: Start, name: str) -> str:
         f"prior: {start.prior.name}, of {start.n_people} people (--prior none trains from nothing)"
     )
     if start.knows:
-        told += f"; '{name}' is one of them, so its held-out figures will flatter"
+        told += f"; '{name}' is one of them, so its held-out figures will be too good"
     return told
 
 

@@ -177,7 +177,7 @@ class _StageLoop:
         if stage.inner_split:
             self.people, self.kept = _inner_split(job.people, stage)
         if stage.listen:
-            self.people = [self._with_what_is_said(person) for person in self.people]
+            self.people = [self._with_predicted_landmarks(person) for person in self.people]
         self.boxes = {p.device: self.avatar.aabb.to(p.device) for p in self.people}
         wanted = {id(p) for part in stage.learn for p in self.avatar.part(part)}
         for parameter in self.avatar.parameters():
@@ -188,7 +188,7 @@ class _StageLoop:
         ]
         self.replay = self._recording()
         self._next: tuple[int, int, list[Shot]] | None = None
-        self._news: _News | None = None
+        self._pending_losses: _PendingLosses | None = None
         optimizer = torch.optim.Adam(
             groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8, fused=True,
             capturable=self.replay is not None,
@@ -196,7 +196,7 @@ class _StageLoop:
         self.wrapped, self.optimizer = job.fabric.setup(job.module, optimizer)
         self._place_rates()
         learner = critic.of(self.avatar)
-        self.critic = None if learner is None else critic.Turns(learner, stage, job.fabric)
+        self.critic = None if learner is None else critic.CriticTrainer(learner, stage, job.fabric)
 
     def _recording(self) -> march.Replay[Lost] | None:
         """Return the CUDA-graph replay of this stage's steps, or None.  It needs a GPU, one
@@ -234,9 +234,9 @@ class _StageLoop:
         self.job.progress.stage(f"train: {self.name}", self.n_steps, "steps")
         if place.step:
             self.job.progress.advance(place.step)
-        while place.step < self.n_steps or not self._well(place, good):
+        while place.step < self.n_steps or not self._last_loss_is_finite(place, good):
             if good is None or place.step % GOOD_EVERY == 0:
-                if not self._well(place, good):
+                if not self._last_loss_is_finite(place, good):
                     continue
                 good = copy.deepcopy(self._state()), place.step
             losses, loss = self._one(place)
@@ -253,7 +253,7 @@ class _StageLoop:
             self.job.progress.advance(1, **_shown(losses))
             stopped = stop(place)
             if stopped or self.job.clock.save_is_due():
-                if not self._well(place, good):
+                if not self._last_loss_is_finite(place, good):
                     continue
                 self._save(place)
             if stopped:
@@ -284,10 +284,10 @@ class _StageLoop:
                 made = self.avatar.enroll(shot.portrait).condition(shot.signals)
                 self.job.module.marcher.refresh(made, place.total)
         lost = self._step(drawn) if self.replay is None else self._replayed(drawn)
-        news = _News(lost, int(place.n_rays))
+        news = _PendingLosses(lost, int(place.n_rays))
         if self.replay is not None:
             self._next = place.total + 1, place.rollbacks, self._drawn(place.total + 1, place)
-            news, self._news = self._news or news, news
+            news, self._pending_losses = self._pending_losses or news, news
         elif lost.n_points and self.stage.rays != "picture":
             want = place.n_rays * self.stage.n_points / lost.n_points
             place.n_rays = min(max(0.9 * place.n_rays + 0.1 * want, 128), self._most_rays())
@@ -326,7 +326,7 @@ class _StageLoop:
             self.optimizer.step()
             if self.critic is not None and lost.pictures:
                 with self.critic.learning():
-                    told = self.critic.told_apart(lost.pictures)
+                    told = self.critic.critic_loss(lost.pictures)
                     self.job.fabric.backward(told)
                 lost.terms["told_apart"] = told.detach()
         return lost._replace(loss=shared)
@@ -358,7 +358,7 @@ class _StageLoop:
         return lost._replace(loss=lost.loss.detach())
 
     @torch.no_grad()
-    def _with_what_is_said(self, person: Footage) -> Footage:
+    def _with_predicted_landmarks(self, person: Footage) -> Footage:
         """Return the footage with landmarks predicted from speech for every row, in order."""
         self.avatar.eval()
         said = self.avatar.listen(person.signals.to(self.job.fabric.device)).landmarks
@@ -383,10 +383,10 @@ class _StageLoop:
             else:
                 group["lr"] = rate
 
-    def _well(self, place: Place, good: Any) -> bool:
+    def _last_loss_is_finite(self, place: Place, good: Any) -> bool:
         """Return whether the last step's loss, if it was not read yet, is finite; if it is not,
         roll back to `good`."""
-        news, self._news = self._news, None
+        news, self._pending_losses = self._pending_losses, None
         if news is None or math.isfinite(news.read()[1]):
             return True
         self._roll_back(place, good)
@@ -402,7 +402,7 @@ class _StageLoop:
         state, step = good
         self.job.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self._news = None
+        self._pending_losses = None
         if self.replay is not None:  # it uses the tensors just replaced
             self.replay = march.Replay(self._learn, self.job.fabric.device)
         self._place_rates()
@@ -443,7 +443,7 @@ class _StageLoop:
         }
 
 
-class _News:
+class _PendingLosses:
     """The losses of a step, copied from the device asynchronously, all at once."""
 
     def __init__(self, lost: Lost, n_rays: int) -> None:

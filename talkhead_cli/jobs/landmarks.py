@@ -14,7 +14,7 @@ from talkhead_cli.contracts import FPS, MisuseError, Progress, Signals, Talkhead
 from talkhead_cli.jobs import landmark_track, player, script
 from talkhead_cli.jobs.landmark_track import LandmarkTrack
 from talkhead_cli.jobs.player import Player
-from talkhead_cli.jobs.script import Moves
+from talkhead_cli.jobs.script import MotionOptions
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.files import atomic
 
@@ -34,7 +34,7 @@ def landmarks(
     *,
     out: Path | None = None,
     run_name: str | None = None,
-    moves: Moves | None = None,
+    moves: MotionOptions | None = None,
     lips: float = 1.0,
     jaw: float = 1.0,
     picture: bool = True,
@@ -56,10 +56,10 @@ def landmarks(
         raise MisuseError(f"{out}: a landmark track is a .npz file")
     _refuse_foreign(out, picture)
     show = player.load(run, march.device_of(device))
-    moves = script.settled(show, moves or Moves(), progress)
+    moves = script.with_available_motion(show, moves or MotionOptions(), progress)
     neutral = script.neutral_of(show)
     marks, eyes = [], []
-    with script.written(show, speech, moves, progress) as told:
+    with script.open_script(show, speech, moves, progress) as told:
         progress.stage("listen", told.n_frames)
         for signals in told.chunks():
             marks.append(signals.landmarks.numpy())

@@ -24,9 +24,9 @@ def seat(
     if judge is not None:
         judge.sits_by(avatar, where)
     if (eye := asked(train, progress)) is not None:
-        avatar.judges.append(eye.to(where))
+        avatar.loss_networks.append(eye.to(where))
     if (new := critic.asked(avatar, preset.method, train, preset.avatar.size)) is not None:
-        avatar.judges.append(new.to(where))
+        avatar.loss_networks.append(new.to(where))
 
 
 def asked(train: Train, progress: Progress) -> Perceptual | None:

@@ -139,7 +139,7 @@ def _mesh(
             f"no face is found in {path.name}; give a picture of one person who faces the camera"
         )
     if _doubt(part, mesh):
-        progress.note(f"{path.name} may not show a person's face; what comes of it may look wrong")
+        progress.note(f"{path.name} may not show a person's face; the result may look wrong")
     return mesh, part
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from talkhead_cli import march
 from talkhead_cli.avatars import avatar_class
 from talkhead_cli.avatars.base import Avatar, Speaker
-from talkhead_cli.blocks.planes import triton_obstacle
+from talkhead_cli.blocks.planes import why_no_triton
 from talkhead_cli.blocks.regions import lively_boxes
 from talkhead_cli.contracts import (
     Camera,
@@ -42,7 +42,9 @@ WIDE_OPEN = 0.15  # face heights
 LOWER_MOUTH = [*range(5, 12), *range(55, 60), *range(65, 68)]  # of the 68: chin, lower lip
 N_FIRST = 4  # views by which a marcher discovers a person
 N_VIEWS = 24  # views by which a marcher is shown new poses
-NEWS = 0.04  # distance of a new pose from all known ones, rad and face heights: about a grid cell
+NEW_POSE_DISTANCE = (
+    0.04  # distance of a new pose from all known ones, rad and face heights: about a grid cell
+)
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # limits of one march on a GPU; some 3 GB
 MAX_RECORDINGS = 2  # CUDA graphs of a march; each keeps its intermediate tensors
 # Half precision where it is faster: on a GPU's tensor cores.  On a CPU the casts cost more.
@@ -76,7 +78,7 @@ class Player:
 
         def batch(index: int) -> tuple[Frame, Any]:
             rows = signals[slice(index * n, (index + 1) * n)]
-            if self.records and self._asks_a_kernel and len(rows) == n:
+            if self.records and self._renders_without_sync and len(rows) == n:
                 return self._replayed(rows, background)
             return self._drawn(rows, background)
 
@@ -104,7 +106,7 @@ class Player:
         return min(MAX_ROWS, max(1, PIXELS_AT_ONCE // size_px**2))
 
     @property
-    def _asks_a_kernel(self) -> bool:
+    def _renders_without_sync(self) -> bool:
         """Whether a picture is rendered without host syncs."""
         fused = isinstance(self.marcher, march.FusedMarcher)
         return fused and not self.marcher.exploring and self.avatar.has_kernel
@@ -182,7 +184,7 @@ def open_views(
     avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device
 ) -> None:
     """Show the marcher at most N_VIEWS of the rows, evenly spread."""
-    marcher.reveal(_views(avatar, marcher, signals, device, N_VIEWS))
+    marcher.extend_from_views(_views(avatar, marcher, signals, device, N_VIEWS))
 
 
 def novel(poses: Tensor, known: Tensor, n: int) -> list[int]:
@@ -190,7 +192,7 @@ def novel(poses: Tensor, known: Tensor, n: int) -> list[int]:
     until all that are left lie within NEWS of a known or chosen one."""
     away = torch.cdist(poses, known).amin(1)
     rows: list[int] = []
-    while len(rows) < n and float(away.max()) > NEWS:
+    while len(rows) < n and float(away.max()) > NEW_POSE_DISTANCE:
         rows.append(int(away.argmax()))
         away = torch.minimum(away, torch.cdist(poses, poses[rows[-1:]])[:, 0])
     return rows
@@ -202,11 +204,11 @@ def stances(signals: Signals) -> Tensor:
 
 
 @torch.no_grad()
-def discover(
+def rebuild_from_views(
     avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device
 ) -> None:
     """Show the marcher a person on whom it was not trained, in at most N_FIRST of the rows."""
-    marcher.discover(_views(avatar, marcher, signals, device, N_FIRST))
+    marcher.rebuild_from_views(_views(avatar, marcher, signals, device, N_FIRST))
 
 
 def mouthing(speaker: Speaker, signals: Signals, n: int) -> Signals:
@@ -336,7 +338,7 @@ def build(
     )  # fmt: skip
     options = march.MarchOptions(**preset.march.model_dump(exclude={"n_close"}))
     on_gpu = device.type == "cuda"
-    lacks = triton_obstacle() if on_gpu else "there is no GPU"
+    lacks = why_no_triton() if on_gpu else "there is no GPU"
     marcher, why = march.build(options, aabb, device, kernels=not lacks)
     if on_gpu and lacks:
         why += f"; planes and samples go through plain torch, more slowly ({lacks})"

@@ -89,7 +89,7 @@ def preprocess(
     if with_audio and not probe.has_audio:
         raise TalkheadError(
             f"{video.name} has no sound track; film with sound, or pass --no-audio to track "
-            "the pictures alone, of which no avatar is trained"
+            "the pictures alone (no avatar can be trained on them)"
         )
     if probe.is_synthetic:
         progress.note(
@@ -109,7 +109,7 @@ def preprocess(
         _refuse_other_footage(space, source, place, progress)
         work = Stages(space, part, probe, progress, chosen)
         if with_audio:
-            work.refuse_silence()
+            work.require_audible()
         eyes = [chosen[kind] for kind in ("detector", "mesh", "landmarks")]
         work.do("mesh", lambda: work.mesh(which_face), source, which_face, place, eyes)
         faces, n_faces = work.faces()

@@ -177,7 +177,7 @@ class Preset(_Strict):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def begun_from(preset: Preset, shared: Collection[str] | None, seconds: float) -> Preset:
+def adapted_to_start(preset: Preset, shared: Collection[str] | None, seconds: float) -> Preset:
     """Return the preset for a run on `seconds` of footage.  `shared`: parts that a prior (or a
     generator) has trained; steps are then scaled by `share_of_steps`, rates of these parts by
     `train.common_rates`.  None: begun from nothing.  Stages of the other `start` are left out."""

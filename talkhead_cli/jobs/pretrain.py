@@ -66,8 +66,10 @@ def pretrain(
             f"{preset.avatar.generator}"
         )
     stages = preset.pretrain
-    hears_alone = "speech" in preset.train.stages  # fine-tuning trains on the person's own pictures
-    out = out or ("prior" if hears_alone else preset.method)
+    finetunes_speech = (
+        "speech" in preset.train.stages
+    )  # fine-tuning trains on the person's own pictures
+    out = out or ("prior" if finetunes_speech else preset.method)
     prior = Run.named(priors_folder(home), out)
     chief = team.is_chief(devices, nodes)
     with prior.locked() if chief else nullcontext():

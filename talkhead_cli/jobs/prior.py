@@ -56,13 +56,13 @@ def choose(
         return None
     who = space.manifest()["source"]["sha256"]
 
-    def begun_from(prior: Run) -> Start:
+    def adapted_to_start(prior: Run) -> Start:
         return Start(prior, who in prior.meta()["people"].values())
 
     if wanted is not None:
-        return begun_from(fitting(home, wanted, preset.method, speech))
+        return adapted_to_start(fitting(home, wanted, preset.method, speech))
     known = finished(home, preset.method)
-    found = [begun_from(prior) for prior in known if _fits(prior, preset, speech)]
+    found = [adapted_to_start(prior) for prior in known if _fits(prior, preset, speech)]
     if known and not found:
         progress.note(
             f"no prior is begun from: {known[0].name}, the newest of {preset.method}, is of "

@@ -22,7 +22,7 @@ from talkhead_cli.jobs import drive, photo, player, script
 from talkhead_cli.jobs.enroll import enroll
 from talkhead_cli.jobs.paste import Original
 from talkhead_cli.jobs.player import Player
-from talkhead_cli.jobs.script import Moves, Script
+from talkhead_cli.jobs.script import MotionOptions, Script
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import read_json, sha256_of, write_json
 
@@ -30,8 +30,8 @@ DEPTH_UNIT = 1 / 4096  # face heights per step of the 16-bit depth video
 
 
 @dataclass(frozen=True)
-class Wishes(Moves):
-    """Render options, in addition to those of `Moves`.
+class RenderOptions(MotionOptions):
+    """Render options, in addition to those of `MotionOptions`.
 
     into  the source video of the identity, to paste the rendered face back into
     """
@@ -50,43 +50,43 @@ def render(
     *,
     out: Path | None = None,
     run_name: str | None = None,
-    wishes: Wishes | None = None,
+    options: RenderOptions | None = None,
     device: str = "auto",
 ) -> list[Path]:
     """Render identity `name` speaking `speech`; return the paths written, the video first.
 
-    The video shows the square crop or, with `wishes.into`, the whole source video, and has
+    The video shows the square crop or, with `options.into`, the whole source video, and has
     round(25 * seconds of sound) frames.  A JSON sidecar and the container's metadata mark it as
     synthetic and record what it was made from.
     """
-    wishes = wishes or Wishes()
-    wishes = replace(wishes, as_filmed=wishes.into is not None)
+    options = options or RenderOptions()
+    options = replace(options, as_filmed=options.into is not None)
     began = time.monotonic()
     space = Workspace.open(home, name)
     run, by_default = player.pick_run(space, run_name)
     if by_default:
         progress.note(f"run: {run.name}")
-    script.refuse_mute(speech)
-    _refuse_contradictions(wishes)
-    files = _Files.of(name, speech, out, wishes)
-    backdrop = _background(wishes.background)
+    script.require_audio_track(speech)
+    _refuse_contradictions(options)
+    files = _Files.of(name, speech, out, options)
+    backdrop = _background(options.background)
     _name_old_footage(space, run, progress)
-    original = None if wishes.into is None else Original.of(space, run, wishes.into)
-    script.refuse_moves(run, wishes)
+    original = None if options.into is None else Original.of(space, run, options.into)
+    script.check_motion(run, options)
     show = player.load(run, march.device_of(device))
     progress.note(f"marching: {show.note}")
-    wishes = script.settled(show, wishes, progress)
+    options = script.with_available_motion(show, options, progress)
     plate = show.plate if backdrop is None else _middle(backdrop, show.preset.data.size_px)
     tags = _marks(space, show, speech)
-    shoot = _Shoot(show, wishes, plate, original, speech, files, tags)
+    shoot = _Shoot(show, options, plate, original, speech, files, tags)
     files.film.parent.mkdir(parents=True, exist_ok=True)
-    with script.written(show, speech, wishes, progress) as film_script:
+    with script.open_script(show, speech, options, progress) as film_script:
         n_frames = film_script.n_frames
-        if beyond := drive.beyond(run.drive(), film_script.moves, n_frames):
-            progress.note(f"{beyond}; what nobody filmed is guessed, and looks it")
-        if wishes.pose not in script.familiar(show) or film_script.moves.looks_elsewhere:
+        if beyond := drive.beyond(run.drive(), film_script.drive, n_frames):
+            progress.note(f"{beyond}; such views are guesses and may look wrong")
+        if options.pose not in script.poses_in_grid(show) or film_script.drive.moves_camera:
             progress.stage("new views", None)
-            at = film_script.moves.telling(player.N_VIEWS, n_frames)
+            at = film_script.drive.sample_frames(player.N_VIEWS, n_frames)
             show.open_views(film_script.scattered(at))
         progress.stage("render", n_frames)
         n_empty = shoot.film(film_script, progress)
@@ -100,7 +100,7 @@ def render(
         "run_meta": {k: show.run.meta().get(k)
                      for k in ("version", "steps", "source", "torch", "generator")},
         "consent": show.run.meta().get("consent", []),
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(wishes).items()},
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "frames": n_frames, "fps": FPS, "size_px": show.preset.data.size_px,
         "film_px": shoot.size_px,
         "depth_unit_face_heights": DEPTH_UNIT if files.depth else None,
@@ -119,17 +119,17 @@ class _Files:
     sidecar: Path
 
     @classmethod
-    def of(cls, name: str, speech: Path, out: Path | None, wishes: Wishes) -> _Files:
+    def of(cls, name: str, speech: Path, out: Path | None, options: RenderOptions) -> _Files:
         """Return the paths; MisuseError if one is an input, or foreign, or has an unfit suffix."""
-        usual = Path(f"{name}-{speech.stem}{'.webm' if wishes.alpha else '.mp4'}")
+        usual = Path(f"{name}-{speech.stem}{'.webm' if options.alpha else '.mp4'}")
         film = usual if out is None else out / usual if out.is_dir() else out
-        for what, given in (("speech file", speech), ("film it is set into", wishes.into)):
+        for what, given in (("speech file", speech), ("film it is set into", options.into)):
             if given is not None and film.exists() and given.exists() and film.samefile(given):
                 raise MisuseError(f"the output would overwrite the {what}; give another -o")
-        depth = film.with_name(film.stem + ".depth.mkv") if wishes.depth else None
+        depth = film.with_name(film.stem + ".depth.mkv") if options.depth else None
         files = cls(film, depth, film.with_name(film.name + ".json"))
         _refuse_foreign(files.sidecar, files.films)
-        media.refuse_container(film, alpha=wishes.alpha)
+        media.refuse_container(film, alpha=options.alpha)
         return files
 
     @property
@@ -142,7 +142,7 @@ class _Shoot:
     """Everything needed to render a video, except its script."""
 
     show: Player
-    wishes: Wishes
+    options: RenderOptions
     plate: Tensor
     original: Original | None
     speech: Path
@@ -151,12 +151,12 @@ class _Shoot:
 
     def film(self, film_script: Script, progress: Progress) -> int:
         """Render and write all frames; return how many show no person (alpha below 0.5)."""
-        wishes, side, n_empty = self.wishes, self.show.preset.data.size_px, 0
-        behind = torch.zeros_like(self.plate) if wishes.alpha else self.plate
+        options, side, n_empty = self.options, self.show.preset.data.size_px, 0
+        behind = torch.zeros_like(self.plate) if options.alpha else self.plate
         with (
             media.VideoWriter(
                 self.files.film, self.size_px, audio=self.speech, crf=self.show.preset.render.crf,
-                alpha=wishes.alpha, metadata=self.tags,
+                alpha=options.alpha, metadata=self.tags,
             ) as film,
             _maybe_depth(self.files.depth, side, self.tags) as depth_film,
         ):  # fmt: skip
@@ -168,14 +168,14 @@ class _Shoot:
                         n_empty += float(frame.alpha.max()) < 0.5
                         if depth_film is not None:
                             depth_film.write(_depth(frame))
-                        yield player.eight_bits(frame, wishes.alpha)
+                        yield player.eight_bits(frame, options.alpha)
 
             pictures = drawn()
             if self.original is not None:
-                rows = film_script.moves.rows(np.arange(film_script.n_frames)).astype(int)
+                rows = film_script.drive.rows(np.arange(film_script.n_frames)).astype(int)
                 for warning in self.original.warnings(rows, side):
                     progress.note(warning)
-                eyes = wishes.blink != "footage" or film_script.lids_of_track
+                eyes = options.blink != "footage" or film_script.lids_of_track
                 pictures = self.original.with_faces(rows, pictures, eyes=eyes)
             for picture in pictures:
                 film.write(picture)
@@ -192,31 +192,31 @@ class _Shoot:
 def render_picture(
     images: Sequence[Path], priors_home: Path, speech: Path, progress: Progress, *,
     preset_names: Sequence[str] = ("s3d",), prior: str | None = None, which_face: str = "largest",
-    out: Path | None = None, wishes: Wishes | None = None, device: str = "auto",
+    out: Path | None = None, options: RenderOptions | None = None, device: str = "auto",
 ) -> list[Path]:  # fmt: skip
     """Render the person of some pictures speaking `speech`; keep only the files of the render."""
-    script.refuse_mute(speech)
+    script.require_audio_track(speech)
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         space, run = enroll(
             images, priors_home, Path(folder), preset_names, progress, prior=prior,
             which_face=which_face, device=device,
         )  # fmt: skip
         return render(
-            Path(folder), space.id, speech, progress, out=out, run_name=run.name, wishes=wishes,
+            Path(folder), space.id, speech, progress, out=out, run_name=run.name, options=options,
             device=device,
         )  # fmt: skip
 
 
-def _refuse_contradictions(wishes: Wishes) -> None:
+def _refuse_contradictions(options: RenderOptions) -> None:
     """Raise MisuseError for options that exclude each other."""
-    if wishes.alpha and wishes.background != "plate":
+    if options.alpha and options.background != "plate":
         raise MisuseError("--alpha leaves the background out, so --background does not go with it")
-    if wishes.into is None:
+    if options.into is None:
         return
     own = {
-        "--pose": wishes.pose != "footage", "--background": wishes.background != "plate",
-        "--alpha": wishes.alpha, "--depth": wishes.depth, "--yaw": bool(wishes.yaw_deg),
-        "--pitch": bool(wishes.pitch_deg), "--orbit": wishes.orbit,
+        "--pose": options.pose != "footage", "--background": options.background != "plate",
+        "--alpha": options.alpha, "--depth": options.depth, "--yaw": bool(options.yaw_deg),
+        "--pitch": bool(options.pitch_deg), "--orbit": options.orbit,
     }  # fmt: skip
     at_odds = [option for option, asked in own.items() if asked]
     if at_odds:

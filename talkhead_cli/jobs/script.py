@@ -40,7 +40,7 @@ OWN_STATS_S = 5.0  # speech with less sound than this is standardised by the foo
 
 
 @dataclass(frozen=True)
-class Moves:
+class MotionOptions:
     """Motion options: the values of `--pose`, `--blink`, `--yaw` and so on.
 
     as_filmed  replay every row of the footage in order, to paste the faces back into it
@@ -56,7 +56,7 @@ class Moves:
     as_filmed: bool = False
 
 
-M = TypeVar("M", bound=Moves)
+M = TypeVar("M", bound=MotionOptions)
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Script:
     pcm: NDArray[np.int16]
     ear: Voice
     stats: SpeechStats
-    moves: drives.Drive
+    drive: drives.Drive
     n_frames: int
     track: LandmarkTrack | None
     lids_tracked: bool  # eye openness comes from `track`, if it has any
@@ -90,8 +90,8 @@ class Script:
         stream = self.ear.features(
             self.pcm, high - low * per_frame, first=low * per_frame, scale=PCM_SCALE
         )
-        pose, body = self.moves.pose(frames)
-        eye, gaze, brow = self.moves.eyes(frames)
+        pose, body = self.drive.pose(frames)
+        eye, gaze, brow = self.drive.eyes(frames)
         if self.lids_of_track:
             assert self.track is not None and self.track.eye is not None
             eye = self.track.eye[np.minimum(frames, len(self.track) - 1)]
@@ -100,7 +100,7 @@ class Script:
         signals = player.still_signals(
             torch.from_numpy(heard),
             torch.from_numpy(np.asarray(frames, np.int64)),
-            self.moves.camera(np.asarray(pose), self.show.preset.data.size_px, frames),
+            self.drive.camera(np.asarray(pose), self.show.preset.data.size_px, frames),
             **{k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in driven.items()},
         )
         said = self.show.listen(signals)[len(frames) - asked :]
@@ -122,7 +122,7 @@ class Script:
             yield self.signals(np.arange(first, min(first + CHUNK, self.n_frames)))
 
 
-def settled(show: Player, moves: M, progress: Progress) -> M:
+def with_available_motion(show: Player, moves: M, progress: Progress) -> M:
     """Return `moves`, with "footage" replaced by "auto" if a single picture is all the footage."""
     if len(show.run.drive()["pose"]) > 1:
         return moves
@@ -133,8 +133,8 @@ def settled(show: Player, moves: M, progress: Progress) -> M:
     return replace(moves, **instead)  # type: ignore[arg-type]
 
 
-def refuse_moves(run: Run, moves: Moves) -> None:
-    """MisuseError or TalkheadError for moves that cannot be made, before anything is loaded."""
+def check_motion(run: Run, moves: MotionOptions) -> None:
+    """Raise MisuseError or TalkheadError for motion options that cannot be met, before loading."""
     drives.make(
         run.drive(), 1, pose=moves.pose, blink=moves.blink, yaw_deg=moves.yaw_deg,
         pitch_deg=moves.pitch_deg, orbit=moves.orbit,
@@ -143,7 +143,7 @@ def refuse_moves(run: Run, moves: Moves) -> None:
         landmark_track.read(moves.landmarks)
 
 
-def familiar(show: Player) -> tuple[str, ...]:
+def poses_in_grid(show: Player) -> tuple[str, ...]:
     """Return the values of `--pose` that the marcher's occupancy covers.  For a run made from
     pictures they include "auto", since `enroll` seeds it from both sides."""
     alone = len(show.run.drive()["pose"]) == 1
@@ -151,9 +151,11 @@ def familiar(show: Player) -> tuple[str, ...]:
 
 
 @contextmanager
-def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Iterator[Script]:
+def open_script(
+    show: Player, speech: Path, moves: MotionOptions, progress: Progress
+) -> Iterator[Script]:
     """Yield the script of a video of `speech` (any file with sound), in constant memory."""
-    refuse_mute(speech)
+    require_audio_track(speech)
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         raw = Path(folder) / "speech.s16"
         n_samples = media.sound_to_file(speech, raw, on_warning=progress.note)
@@ -176,7 +178,7 @@ def written(show: Player, speech: Path, moves: Moves, progress: Progress) -> Ite
         yield Script(show, pcm, ear, stats, drive, n_frames, track, lids)
 
 
-def refuse_mute(speech: Path) -> None:
+def require_audio_track(speech: Path) -> None:
     """Raise TalkheadError if the file has no audio track."""
     if not media.probe(speech).has_audio:
         raise TalkheadError(f"{speech.name} has no sound; give a file with speech")

@@ -73,7 +73,7 @@ class Stages:
         """Number of frames of the part, if the declared duration is right."""
         return self.part.n_frames or round(self.probe.duration_s * FPS) - self.part.first
 
-    def refuse_silence(self) -> None:
+    def require_audible(self) -> None:
         """Raise TalkheadError if the sound is silent, before time is spent on tracking."""
         known = self.space.manifest()
         place = [self.part.first, self.part.n_frames]
@@ -83,7 +83,7 @@ class Stages:
         if not voice.heard(samples, self.n_declared).any():
             raise UnfitError(
                 f"the sound of {self.video.name} is silent; film with a working microphone, or "
-                "pass --no-audio to track the pictures alone, of which no avatar is trained"
+                "pass --no-audio to track the pictures alone (no avatar can be trained on them)"
             )
 
     def mesh(self, which_face: str) -> None:
@@ -225,7 +225,7 @@ class Stages:
             samples = self.part.sound(n_samples)
             measured = self._offset(samples, faces)
             if offset_s is None:
-                offset_s = self._worth_undoing(measured)
+                offset_s = self._offset_to_correct(measured)
             if offset_s:
                 samples = self.part.sound(n_samples, late_s=offset_s)
             if measured is not None:
@@ -261,7 +261,7 @@ class Stages:
         lips = lipsync.lip_motion(faces.points)[frames]
         return lipsync.measure(voice.features(samples), frames, lips)
 
-    def _worth_undoing(self, found: lipsync.Offset | None) -> float:
+    def _offset_to_correct(self, found: lipsync.Offset | None) -> float:
         """Return the offset to correct, in s, to 10 ms; 0 if it is small or uncertain."""
         if found is None or not found.is_sure:
             self.progress.note(
@@ -345,10 +345,10 @@ class Stages:
     def _plate(self, frames: list[NDArray[np.uint8]], mattes: list[NDArray[np.uint8]]) -> None:
         """Save the background behind the person, estimated from some frames and mattes."""
         plate, _ = matte.make_plate(frames, mattes)
-        unrest = matte.unrest(frames, mattes, plate)
-        if unrest > RESTLESS:
+        background_change = matte.background_change(frames, mattes, plate)
+        if background_change > RESTLESS:
             self.progress.note(
-                f"the background moves (by {unrest:.0f} of 255); films show it still, "
+                f"the background moves (by {background_change:.0f} of 255); films show it still, "
                 "as it is on average (render --background gives them another)"
             )
         with atomic(self.space.plate_file) as part:

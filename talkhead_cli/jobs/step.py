@@ -20,7 +20,7 @@ def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
     otherwise be ignored."""
     for name, stage in train.stages.items():
         for what, named, known in (
-            ("learn", stage.learn, avatar.parts()), ("weights", stage.weights, avatar.weighs)
+            ("learn", stage.learn, avatar.parts()), ("weights", stage.weights, avatar.loss_names)
         ):  # fmt: skip
             for strange in sorted(set(named) - set(known)):
                 raise MisuseError(
@@ -74,7 +74,7 @@ class Step(nn.Module):
             results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
             n_points += int(rendered.n_points)
         terms = self.avatar.losses(results)
-        assert terms.keys() <= self.avatar.weighs, terms.keys() - self.avatar.weighs
+        assert terms.keys() <= self.avatar.loss_names, terms.keys() - self.avatar.loss_names
         weighed = [weights[name] * term for name, term in terms.items() if weights.get(name)]
         assert weighed, "the stage weighs none of its losses"
         loss = torch.stack(weighed).sum()

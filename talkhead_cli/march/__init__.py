@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..contracts import MisuseError, TalkheadError
-from .cuda import NerfaccMarcher, check, obstacle
+from .cuda import NerfaccMarcher, check, why_no_nerfacc
 from .dense import DenseMarcher
 from .fused import FusedMarcher
 from .guided import GuidedMarcher
@@ -116,7 +116,7 @@ def build(
 
     if options.kind == "packed":
         return made(PackedMarcher), "packed: asked for"
-    why_not = obstacle() if device.type == "cuda" else "nerfacc needs a CUDA device"
+    why_not = why_no_nerfacc() if device.type == "cuda" else "nerfacc needs a CUDA device"
     if not why_not:
         return made(NerfaccMarcher), "nerfacc: CUDA kernels"
     if options.kind == "nerfacc":

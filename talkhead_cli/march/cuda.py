@@ -88,7 +88,7 @@ class NerfaccMarcher(PackedMarcher):
         return Rendered.of_moments(feature, moments, origin, len(packed.t))
 
 
-def obstacle() -> str:
+def why_no_nerfacc() -> str:
     """Return why nerfacc cannot be used here, or "" if it can.
 
     Builds its extension if needed (`talkhead doctor --build` does so ahead of time): some minutes,

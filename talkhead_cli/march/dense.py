@@ -87,8 +87,8 @@ class DenseMarcher(nn.Module):
     def refresh(self, field: Field, step: int) -> None:
         """Do nothing: there is no grid."""
 
-    def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+    def rebuild_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Do nothing: there is no grid."""
 
-    def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+    def extend_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Do nothing: there is no grid."""

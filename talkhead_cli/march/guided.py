@@ -62,13 +62,13 @@ class GuidedMarcher(nn.Module):
         """Update the grid when it is due."""
         self.lattice.refresh(field, step)
 
-    def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+    def rebuild_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Fill the grid from scratch, by marching the lattice once."""
-        self.lattice.discover(views)
+        self.lattice.rebuild_from_views(views)
 
-    def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+    def extend_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Extend the grid to new poses and views, by marching the lattice once."""
-        self.lattice.reveal(views)
+        self.lattice.extend_from_views(views)
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
         """Integrate `field` along `rays`."""

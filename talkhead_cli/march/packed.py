@@ -110,7 +110,7 @@ class PackedMarcher(nn.Module):
             self.occupancy.update(field, step)
 
     @torch.no_grad()
-    def reveal(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+    def extend_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Extend the grid to poses and views not seen in training, each a field of one row.
 
         Opens the cells they fill, marches the views to record weights, and closes newly opened
@@ -129,7 +129,7 @@ class PackedMarcher(nn.Module):
         grid.close_unseen(known)
 
     @torch.no_grad()
-    def discover(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
+    def rebuild_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Build the grid from scratch for fields not seen in training; each view's has one row.
 
         Opens the cells that the views fill, and closes those that contribute to none of the rays.

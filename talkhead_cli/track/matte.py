@@ -365,7 +365,7 @@ def _spread(picture: Array, known: Array) -> Array:
     return picture * sure + cv2.pyrUp(coarse, dstsize=(width, height)) * (1 - sure)
 
 
-def unrest(frames: list[Picture], mattes: list[Picture], plate: Picture) -> float:
+def background_change(frames: list[Picture], mattes: list[Picture], plate: Picture) -> float:
     """Median difference, of 255, of the frames from the plate (H, W, 3), over pixels clear of the
     person in each frame; 0 if there are none."""
     side = plate.shape[0]

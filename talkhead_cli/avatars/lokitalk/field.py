@@ -10,7 +10,7 @@ from torch import Tensor
 
 from talkhead_cli.avatars.personal import Person
 from talkhead_cli.blocks.mlp import by_row, density_of
-from talkhead_cli.blocks.planes import frequencies, gathered, triton_obstacle
+from talkhead_cli.blocks.planes import frequencies, warped, why_no_triton
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.regions import EYES, LIPS
 from talkhead_cli.blocks.remember import constant, remembered
@@ -57,7 +57,7 @@ class LokiField:
             person, "attention", [neutral], lambda: _prior(neutral)
         )
         # Without gradients on a GPU, fused kernels evaluate the whole field.
-        if neutral.is_cuda and not torch.is_grad_enabled() and triton_obstacle() == "":
+        if neutral.is_cuda and not torch.is_grad_enabled() and why_no_triton() == "":
             from talkhead_cli.avatars.lokitalk import field_triton as kernel
 
             self.skips, self._asked = True, kernel.of(self)
@@ -100,7 +100,7 @@ class LokiField:
         x, face_shift = self._moved_by_face(x, encoded, driven, attention[:, :2].sum(1))
         x, torso_shift = self._moved_by_torso(x, attention[:, 2:], row)
 
-        features = avatar.volume(gathered(moved(x, self._shared, row), self._reach))
+        features = avatar.volume(warped(moved(x, self._shared, row), self._reach))
         hidden = avatar.density_net(features, (driven, self._density))
         density = density_of(hidden[:, 0])
         return density, hidden[:, 1:], attention, torch.cat([face_shift, torso_shift], 1)

@@ -260,7 +260,7 @@ def _tanh(x):
 
 @triton.jit
 def _gathered(x, reach):
-    """Return asinh(GATHER x / reach) / asinh(GATHER), as `planes.gathered`."""
+    """Return asinh(GATHER x / reach) / asinh(GATHER), as `planes.warped`."""
     u = tl.abs(_GATHER * x / reach)
     y = tl.log(u + tl.sqrt(u * u + 1)) / _WHOLE
     return tl.where(x < 0, -y, y)

@@ -90,7 +90,7 @@ class LokiTalk(SharedAvatar):
         "face_field.", "torso_field.", "to_", "gate.", "volume.", "density_net.", "colour_net.",
         "transfer.",
     )  # fmt: skip
-    weighs = SOLID | PATCH | {"speech", "colour", "attention", "still", "relief", "rough"}
+    loss_names = SOLID | PATCH | {"speech", "colour", "attention", "still", "relief", "rough"}
     own_shapes = False  # the common networks that render mouths use the shared shapes
     has_kernel = True
     transfer: Transfer | None
@@ -232,7 +232,7 @@ class LokiTalk(SharedAvatar):
             "rough": result.field.avatar.volume.roughness(),  # the person's, `enroll` may change it
         }
         if rays.layout is not None:
-            losses |= patch_losses(frame.rgb, shot.target.view(*rays.layout, 3), self.judges)
+            losses |= patch_losses(frame.rgb, shot.target.view(*rays.layout, 3), self.loss_networks)
         return losses
 
     # -- parts ---------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from talkhead_cli.blocks.appearance import AppearanceEncoder
 from talkhead_cli.blocks.mlp import Mlp
-from talkhead_cli.blocks.planes import TriPlanes, scattered
+from talkhead_cli.blocks.planes import TriPlanes, unwarped
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.rigid import below_chin
 from talkhead_cli.contracts import RELIEF_SIDE, Camera, Portrait, Signals
@@ -121,7 +121,7 @@ def laid_out(
     """
     line = (torch.arange(px, device=reach.device) + 0.5) * 2 / px - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
-    place = scattered(torch.stack([x, y, torch.zeros_like(x)], -1).view(-1, 3), reach)
+    place = unwarped(torch.stack([x, y, torch.zeros_like(x)], -1).view(-1, 3), reach)
     own = _through(_inverse(shared), place[None])[0]  # (N, 3)
     at = (own[:, :2] / RELIEF_SIDE).expand(len(portrait), 1, -1, -1)
     depth = F.grid_sample(portrait.relief[:, None, ..., 0], at, padding_mode="border",

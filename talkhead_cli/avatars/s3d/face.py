@@ -21,7 +21,7 @@ class Face:
     planes by scale · seen (1, 6, s, s): colour and labels of face, mouth, hair at the encoder's
     input size · picture (1, 3, H, W) the head's colours, extrapolated beyond its rim · shoulders
     (1, 4, H, W) premultiplied · signals of one row · slots (n, width) · relief (1, 1, n, n) ·
-    mouth as estimated from the picture (`presume`) · skin (3,) the face's mean colour
+    mouth as estimated from the picture (`init_from_picture`) · skin (3,) the face's mean colour
     """
 
     planes: list[RowPlanes]

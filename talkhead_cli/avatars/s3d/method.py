@@ -89,8 +89,8 @@ class S3D(Avatar):
     DEFORMATIONS (naive: driving signals alone; concatenated: with the mean appearance slot)."""
 
     needs_portrait = True
-    heeds = frozenset({"sync", "critic"})
-    weighs = SOLID | WHOLE | heeds | {
+    expert_losses = frozenset({"sync", "critic"})
+    loss_names = SOLID | WHOLE | expert_losses | {
         "speech", "colour", "lively", "own", "anchor", "deform", "mouth",
     }  # fmt: skip
     maps = MAPS
@@ -190,7 +190,7 @@ class S3D(Avatar):
             only = slice(p, p + 1)
             signals = portrait.signals[p]
             mouth = Mouth().to(slots.device)
-            mouth.presume(signals.landmarks[0], self.mouth_basis, self.mouth_scale,
+            mouth.init_from_picture(signals.landmarks[0], self.mouth_basis, self.mouth_scale,
                           self.mouth_rest, self.mouth_gain)  # fmt: skip
             faces.append(Face(
                 planes=[RowPlanes(level[only]) for level in planes],
@@ -211,8 +211,8 @@ class S3D(Avatar):
     def _speech_losses(self, result: StepResult) -> dict[str, Tensor]:
         signals = result.shot.signals
         told = self._mouth(signals).to_say(signals)
-        votes = self.speech.votes(signals)
-        return {"speech": F.smooth_l1_loss(votes, told.expand_as(votes))}
+        net_predictions = self.speech.net_predictions(signals)
+        return {"speech": F.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))}
 
     def _picture_losses(self, result: StepResult) -> dict[str, Tensor]:
         shot, frame, rendered = result.shot, result.frame, result.rendered
@@ -250,14 +250,14 @@ class S3D(Avatar):
         error = F.smooth_l1_loss(frame.rgb, truth, beta=0.1, reduction="none").mean(-1)
         alive = picture_masks(shot.signals, labels)[..., :2].amax(-1)
         return (
-            sync_losses(self.judges, frame.rgb, shot.signals)
-            | critic_losses(self.judges, frame.rgb, shot.signals.landmarks_px)
+            sync_losses(self.loss_networks, frame.rgb, shot.signals)
+            | critic_losses(self.loss_networks, frame.rgb, shot.signals.landmarks_px)
             | {
                 "whole": error.mean(),
                 "mouth": (error * alive).sum() / alive.sum().clamp_min(1),
                 "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
             }
-            | patch_losses(frame.rgb, truth, self.judges, "whole_")
+            | patch_losses(frame.rgb, truth, self.loss_networks, "whole_")
         )
 
     # -- parts -----------------------------------------------------------------------------
