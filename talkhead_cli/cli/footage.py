@@ -29,7 +29,7 @@ def preprocess(
     ] = "largest",
     no_audio: Annotated[
         bool,
-        typer.Option("--no-audio", help="Track pictures alone; no avatar can be trained on them."),
+        typer.Option("--no-audio", help="Track pictures alone, without training on them."),
     ] = False,
     backend: Annotated[
         list[str] | None,

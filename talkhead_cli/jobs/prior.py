@@ -56,13 +56,13 @@ def choose(
         return None
     who = space.manifest()["source"]["sha256"]
 
-    def adapted_to_start(prior: Run) -> Start:
+    def start_from(prior: Run) -> Start:
         return Start(prior, who in prior.meta()["people"].values())
 
     if wanted is not None:
-        return adapted_to_start(fitting(home, wanted, preset.method, speech))
+        return start_from(fitting(home, wanted, preset.method, speech))
     known = finished(home, preset.method)
-    found = [adapted_to_start(prior) for prior in known if _fits(prior, preset, speech)]
+    found = [start_from(prior) for prior in known if _fits(prior, preset, speech)]
     if known and not found:
         progress.note(
             f"no prior is begun from: {known[0].name}, the newest of {preset.method}, is of "
