@@ -86,8 +86,11 @@ class Avatar(nn.Module):
         cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
         n_people: int = 1,
     ) -> Self:  # fmt: skip
-        """A fresh avatar of one size for speech windows (n_steps, n_features), pictures of px."""
-        raise NotImplementedError
+        """A fresh avatar of one size for speech windows (n_steps, n_features), pictures of px; by
+        default the class is made with just these words."""
+        return cls(  # type: ignore[call-arg]  # which this base is not
+            size, n_steps=n_steps, n_features=n_features, px=px, n_people=n_people
+        )
 
     def common_state(self) -> dict[str, Tensor]:
         """What people share: the tensors that a prior consists of."""
