@@ -403,10 +403,24 @@ def make(
     return frames(), speech.sound, truth
 
 
-def main() -> None:
-    """Write OUT.mp4 and OUT.truth.npz, new speech, or both."""
-    from talkhead_cli.cli.console import native_stderr_silenced
+def film(out: Path, seconds: float = 20.0, size_px: int = 512, seed: int = 0) -> None:
+    """Write OUT.mp4 and, beside it, OUT.truth.npz."""
     from talkhead_cli.media import VideoWriter, write_wav
+
+    frames, sound, truth = make(seconds, size_px, seed)
+    truth.save(out.with_suffix(".truth.npz"))
+    with tempfile.TemporaryDirectory() as folder:
+        wav = Path(folder) / "speech.wav"
+        write_wav(wav, sound)
+        with VideoWriter(out, (size_px,) * 2, audio=wav, crf=16, preset="veryfast") as video:
+            for frame in frames:
+                video.write(frame)
+
+
+def main() -> None:
+    """Write OUT.mp4 and OUT.truth.npz, or new speech."""
+    from talkhead_cli.cli.console import native_stderr_silenced
+    from talkhead_cli.media import write_wav
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", nargs="?", type=Path, help="the video to write, OUT.mp4")
@@ -424,15 +438,7 @@ def main() -> None:
             parser.error("name the video to write, or --speech-only WAV")
         return
     with native_stderr_silenced():
-        frames, sound, truth = make(args.seconds, args.size, args.seed)
-    truth.save(args.out.with_suffix(".truth.npz"))
-    with tempfile.TemporaryDirectory() as folder:
-        wav = Path(folder) / "speech.wav"
-        write_wav(wav, sound)
-        size = (args.size, args.size)
-        with VideoWriter(args.out, size, audio=wav, crf=16, preset="veryfast") as out:
-            for frame in frames:
-                out.write(frame)
+        film(args.out, args.seconds, args.size, args.seed)
     print(args.out)
 
 

@@ -54,17 +54,8 @@ def speaker_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("skimage")
     import synthetic_speaker
 
-    from talkhead_cli.media import VideoWriter, write_wav
-
     path = tmp_path_factory.mktemp("speaker") / "speaker.mp4"
-    frames, sound, truth = synthetic_speaker.make(SECONDS, SIZE_PX, SEED)
-    truth.save(path.with_suffix(".truth.npz"))
-    wav = path.with_suffix(".wav")
-    write_wav(wav, sound)
-    size = (SIZE_PX, SIZE_PX)
-    with VideoWriter(path, size, audio=wav, crf=16, preset="veryfast") as out:
-        for frame in frames:
-            out.write(frame)
+    synthetic_speaker.film(path, SECONDS, SIZE_PX, SEED)
     return path
 
 

@@ -87,8 +87,12 @@ class Avatar(nn.Module):
         cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
         n_people: int = 1,
     ) -> Self:  # fmt: skip
-        """Return an untrained avatar for speech windows (n_steps, n_features), pictures of px."""
-        raise NotImplementedError
+        """Return an untrained avatar for speech windows (n_steps, n_features), pictures of px; by
+        default the constructor is called with these arguments."""
+        return cls(  # type: ignore[call-arg]  # subclasses take them, this base does not
+            size, n_steps=n_steps, n_features=n_features, px=px, n_people=n_people
+        )
+
 
     def common_state(self) -> dict[str, Tensor]:
         """Return the tensors that people share, which a prior consists of."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from talkhead_cli import __version__, march
-from talkhead_cli.avatars import METHODS, avatar_class
+from talkhead_cli.avatars import avatar_class, method_names
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.contracts import FPS, MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import borrowed, expert, fit, footage, looks, player, portraits, team
@@ -127,7 +127,8 @@ def _asked_for(
 ) -> tuple[Preset, Workspace]:
     """Return the preset, which must train an avatar, and the identity, which must have sound."""
     preset = presets.load(names, settings)
-    if preset.method not in METHODS:
+    avatar_class(preset.method)  # which refuses one that nobody knows
+    if preset.method not in method_names():
         raise MisuseError(
             f"preset {preset.method} draws nobody; train it with: talkhead pretrain -p "
             f"{preset.method}"
