@@ -15,7 +15,7 @@ from talkhead_cli.avatars.personal import N_EYES, Person, PersonalAvatar, eyes_t
 from talkhead_cli.blocks.loss import SOLID, solid_losses
 from talkhead_cli.blocks.mlp import Mlp, density_of
 from talkhead_cli.blocks.mouth import N_CODES
-from talkhead_cli.blocks.planes import TriPlanes, frequencies, gathered
+from talkhead_cli.blocks.planes import TriPlanes, frequencies, warped
 from talkhead_cli.blocks.rigid import below_chin, moved
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.cli.app import main
@@ -23,7 +23,7 @@ from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
 
 
 class Fifth(PersonalAvatar):  # brings the speech encoder and mouth landmarks
-    weighs = SOLID | {"speech", "colour", "relief", "rough"}  # losses that a stage can give a weight
+    loss_names = SOLID | {"speech", "colour", "relief", "rough"}  # that a stage may weight
 
     def __init__(self, size: str, *, n_steps: int, n_features: int, px: int, n_people: int) -> None:
         ear = SpeechEncoder.of_windows(n_steps, n_features, N_CODES)
@@ -70,7 +70,7 @@ class Field:  # evaluated at points x (N, 3) of frames row (N,), seen along d
         cond = torch.cat([near[0] * code[row], near[1] * eyes[row]], 1)
         pull = 0.15 * self.avatar.pull(torch.cat([frequencies(x / reach, 4), cond], 1)).tanh()
         x = torch.lerp(x + pull, moved(x, shoulders, row), below_chin(x[:, 1:2], self.chin))
-        found = self.avatar.head(torch.cat([self.avatar.planes(gathered(x, reach)), cond], 1))
+        found = self.avatar.head(torch.cat([self.avatar.planes(warped(x, reach)), cond], 1))
         return density_of(found[:, 0]), found[:, 1:].sigmoid()
 
 

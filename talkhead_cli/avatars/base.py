@@ -93,7 +93,6 @@ class Avatar(nn.Module):
             size, n_steps=n_steps, n_features=n_features, px=px, n_people=n_people
         )
 
-
     def common_state(self) -> dict[str, Tensor]:
         """Return the tensors that people share, which a prior consists of."""
         return {

@@ -65,8 +65,8 @@ def choose(
     found = [start_from(prior) for prior in known if _fits(prior, preset, speech)]
     if known and not found:
         progress.note(
-            f"no prior is begun from: {known[0].name}, the newest of {preset.method}, is of "
-            "another size or version, or hears otherwise (pretrain makes one with these presets)"
+            f"training starts without a prior: {known[0].name}, the newest of {preset.method}, has "
+            "another size, version or speech backend (pretrain makes one with these presets)"
         )
     return min(found, key=lambda start: start.knows, default=None)
 
