@@ -180,8 +180,8 @@ def _begun(
     seconds = len(clip.train) / FPS
     if knows and (share := presets.share_of_steps(preset, seconds)) < 1:
         progress.note(
-            f"{seconds:.1f} s to learn from: training for {share:.0%} of the steps, since more would "
-            "overfit (-s train.enough_s=0 takes all)"
+            f"{seconds:.1f} s to learn from: training for {share:.0%} of the steps, since more "
+            "would overfit (-s train.enough_s=0 takes all)"
         )
     stages = presets.adapted_to_start(preset, avatar.common_parts() if knows else None, seconds)
     refuse_unknown(stages.train, avatar, preset.method)
