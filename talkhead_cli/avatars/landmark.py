@@ -31,7 +31,6 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from typing_extensions import Self
 
 from talkhead_cli.avatars.base import StepResult, distance, shaped
 from talkhead_cli.avatars.personal import (
@@ -150,13 +149,6 @@ class Landmark(PersonalAvatar):
         self.density_net = Mlp(self.volume.n_out + self.ambient.n_out, widths.head, 1 + 16, 2)
         self.colour_net = Mlp(16 + 3, 32, 3, 2)
         self.torso = StyleUNet(widths.torso, 10, px=px)
-
-    @classmethod
-    def build(
-        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
-        n_people: int = 1,
-    ) -> Self:  # fmt: skip
-        return cls(size, n_steps=n_steps, n_features=n_features, px=px, n_people=n_people)
 
     def coding(self) -> GaussianCode:
         """Return the position code of points relative to the landmarks."""

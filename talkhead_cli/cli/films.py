@@ -188,6 +188,11 @@ def _table(figures: dict[str, Any]) -> None:
     ]  # fmt: skip
     for label, value in rows:
         err.print(f"  {label:26}{value}")
+    err.print(
+        "  (lips, eyes: correlation with the truth, 1 is perfect, with its 90 % interval; the "
+        "control should be near 0, spread and jitter near 1)",
+        soft_wrap=True,
+    )
 
 
 def _sync_rows(sync: dict[str, Any]) -> list[tuple[str, str]]:

@@ -187,6 +187,8 @@ def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> No
         names = list_ids(folder)
         if not names:
             report.note(f"there is no identity in {folder}; --home says where avatars live")
+        if names and not json:
+            err.print("[dim]identity\tlength\truns, newest first[/]")
         for name in names:
             space = Workspace(folder, name)
             manifest = space.manifest()
@@ -201,6 +203,7 @@ def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> No
             else:
                 told = [run + ("" if done else " (unfinished)") for run, done in runs]
                 length = f"{seconds:.1f} s" if finished else "(unfinished)"
+                length += "" if space.video.exists() or not finished else " (no footage here)"
                 answer(f"{name}\t{length}\t{', '.join(told) or 'no runs'}")
         for prior in list_runs(priors_folder(folder)):
             meta = prior.meta() if prior.is_finished else {}

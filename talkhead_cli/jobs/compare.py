@@ -8,11 +8,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from talkhead_cli import media
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs.evaluate import TAG, evaluate, refuse_stale
+from talkhead_cli.jobs.maps import side_by_side
 from talkhead_cli.store import Run, Workspace, list_runs
 from talkhead_cli.store.files import read_json, write_json
 
@@ -56,8 +55,9 @@ def compare(
     answer = {"identity": name, "protocol": first["protocol"], "table": table}
     folder.mkdir(parents=True, exist_ok=True)
     film, figures_file = folder / "side_by_side.mp4", folder / "table.json"
-    _film([runs[0].evaluation / "truth.mp4", *(r.evaluation / "render.mp4" for r in runs)],
-          runs[0].evaluation / "sound.wav", film)  # fmt: skip
+    films = {"truth": runs[0].evaluation / "truth.mp4"}
+    films |= {run.name: run.evaluation / "render.mp4" for run in runs}
+    _film(films, runs[0].evaluation / "sound.wav", film)
     write_json(figures_file, answer)
     return answer, [figures_file, film]
 
@@ -116,19 +116,20 @@ def _at(figures: Any, path: tuple[str, ...]) -> Any:
     return figures
 
 
-def _film(films: list[Path], sound: Path, out: Path) -> None:
-    """Write the films next to each other, frame by frame."""
+def _film(films: dict[str, Path], sound: Path, out: Path) -> None:
+    """Write the films next to each other, frame by frame, under their names."""
     with ExitStack() as open_films:
-        streams = [media.frames(film) for film in films]
+        streams = [media.frames(film) for film in films.values()]
         for stream in streams:  # stops ffmpeg if a film is not read to its end
             open_films.callback(stream.close)
-        pictures = zip(*streams, strict=True)
-        first = np.concatenate(next(pictures), 1)
+        rows = (dict(zip(films, row, strict=True)) for row in zip(*streams, strict=True))
+        pictures = map(side_by_side, rows)
+        first = next(pictures)
         writer = open_films.enter_context(
             media.VideoWriter(
                 out, (first.shape[1], first.shape[0]), crf=12, audio=sound, metadata=TAG
             )
         )
         writer.write(first)
-        for row in pictures:
-            writer.write(np.concatenate(row, 1))
+        for picture in pictures:
+            writer.write(picture)

@@ -421,9 +421,10 @@ def _write_films(
             for rgb in pictures:
                 film.write(rgb)
     made.append(folder / "side_by_side.mp4")
-    with media.VideoWriter(made[-1], (2 * size, size), crf=12, audio=wav, metadata=TAG) as film:
-        for pair in zip(truth, rendered, strict=True):
-            film.write(np.concatenate(pair, 1))
+    both = (2 * size, size + sheets.STRIP_PX)
+    with media.VideoWriter(made[-1], both, crf=12, audio=wav, metadata=TAG) as film:
+        for true, made_up in zip(truth, rendered, strict=True):
+            film.write(sheets.side_by_side({"truth": true, "avatar": made_up}))
     return made
 
 

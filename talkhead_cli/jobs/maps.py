@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from talkhead_cli.jobs.player import Player
 
 N_COLUMNS = 6
 MARGIN_PX, CELL_PX = 150, 192  # width of the column of names, side of a picture
+STRIP_PX = 20  # height of the names above pictures that stand side by side
 
 Pixels = NDArray[np.uint8]
 Array = NDArray[np.floating[Any]]
@@ -65,12 +67,25 @@ def sheet(lines: dict[str, list[Pixels]]) -> Pixels:
         cells = [cv2.resize(p, (CELL_PX,) * 2, interpolation=cv2.INTER_LINEAR) for p in pictures]
         margin = np.zeros((CELL_PX, MARGIN_PX, 3), np.uint8)
         for index, words in enumerate(name.split(", ")):
-            cv2.putText(
-                margin, words, (6, CELL_PX // 2 + 18 * index), cv2.FONT_HERSHEY_SIMPLEX, 0.42,
-                (255, 255, 255), 1, cv2.LINE_AA,
-            )  # fmt: skip
+            _write(margin, words, CELL_PX // 2 + 18 * index)
         drawn.append(np.concatenate([margin, *cells], 1))
     return np.concatenate(drawn, 0)
+
+
+def side_by_side(named: Mapping[str, Pixels]) -> Pixels:
+    """Set pictures (s, s, 3) next to each other, each under its name: (s + STRIP_PX, n s, 3)."""
+    columns = []
+    for name, picture in named.items():
+        strip = np.zeros((STRIP_PX, picture.shape[1], 3), np.uint8)
+        _write(strip, name, STRIP_PX - 6)
+        columns.append(np.concatenate([strip, picture], 0))
+    return np.concatenate(columns, 1)
+
+
+def _write(picture: Pixels, words: str, bottom: int) -> None:
+    """Write a line in white, `bottom` pixels from the top."""
+    font, white = cv2.FONT_HERSHEY_SIMPLEX, (255, 255, 255)
+    cv2.putText(picture, words, (6, bottom), font, 0.42, white, 1, cv2.LINE_AA)
 
 
 def _part(values: Any) -> Array:

@@ -21,6 +21,7 @@ from talkhead_cli.track.shots import THUMB, CutFinder
 
 LONG_S = 60.0  # a video twice as long or longer gets a part of this length recommended
 VIEWS = 15.0  # degrees; a larger range of head rotation scores no higher
+MANY_BLINKS = 60.0  # a minute; people blink 10 to 30 times, so more are flutter or misreadings
 
 
 def check(video: Path, progress: Progress) -> Report:
@@ -109,12 +110,15 @@ def _motion(report: Report, pieces: list[Piece]) -> None:
     minutes = sum(len(gap) for gap in gaps) / FPS / 60
     rate = blinks / max(minutes, 1e-6)
     report.figures["blinks_per_minute"] = round(rate, 2)
-    report.findings.append(Finding(
-        "blinks", "pass" if blinks else "warn", f"{rate:.0f} a minute",
-        "" if blinks else "shut eyes are never shown and will be guessed; film longer"
-    ))  # fmt: skip
+    cure = "shut eyes are never shown and will be guessed; film longer" if not blinks else ""
+    if rate > MANY_BLINKS:
+        cure = "the lids are hard to see, or flutter: light the eyes, keep the head up"
+    report.findings.append(
+        Finding("blinks", "warn" if cure else "pass", f"{rate:.0f} a minute", cure)
+    )
     report.figures["cuts"] = len(cuts)
     where = " at " + ", ".join(f"{cut / FPS:.1f} s" for cut in cuts[:5]) if cuts else ""
+    where += ", ..." if len(cuts) > 5 else ""
     report.findings.append(Finding(
         "cuts", "warn" if cuts else "pass", f"{len(cuts)} found{where}",
         "preprocess keeps the picture that shows most of the face; better film in one go"

@@ -19,6 +19,13 @@ LIMITS = {
     "level": (-40.0, -60.0), "snr": (15.0, 6.0), "clipped": (0.001, 0.02), "late": (0.06, 1.0),
     "dead": (0.1, 0.6), "moving": (6.0, 25.0),
 }  # fmt: skip
+# How a limit is written beside the value it is for.
+SHOWN = {
+    "seconds": "{:.0f} s", "head": "{:.0f} px", "found": "{:.0%}", "sharp": "{:.3f}",
+    "dark": "{:.0f}", "burnt": "{:.0%}", "turn": "{:.0f} degrees", "lips": "{:.2f}",
+    "level": "{:.0f} dBFS", "snr": "{:.0f} dB", "clipped": "{:.1%}", "late": "{:.2f} s",
+    "dead": "{:.0%}", "moving": "{:.0f}",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -84,17 +91,18 @@ class Report:
 
     def more(self, name: str, key: str, value: float, found: str, cure: str) -> None:
         """Add a finding on a value that should be high; `key` names its limits."""
-        self._add(name, key, value, found, cure, lambda limit: value < limit)
+        self._add(name, key, value, found, cure, "at least", lambda limit: value < limit)
 
     def less(self, name: str, key: str, value: float, found: str, cure: str) -> None:
         """Add a finding on a value that should be low; `key` names its limits."""
-        self._add(name, key, value, found, cure, lambda limit: value > limit)
+        self._add(name, key, value, found, cure, "at most", lambda limit: value > limit)
 
     def _add(
-        self, name: str, key: str, value: float, found: str, cure: str,
+        self, name: str, key: str, value: float, found: str, cure: str, bound: str,
         misses: Callable[[float], bool],
     ) -> None:  # fmt: skip
         warn, fail = LIMITS[key]
         verdict = "fail" if misses(fail) else "warn" if misses(warn) else "pass"
         self.figures[key] = round(float(value), 4)
+        found += f" (good: {bound} {SHOWN[key].format(warn)})"
         self.findings.append(Finding(name, verdict, found, "" if verdict == "pass" else cure))
