@@ -313,7 +313,7 @@ def test_a_step_teaches_every_part_that_learns(
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
             lost = step(Drawn(drawn), stage.weights)
         absent = set(stage.weights) - set(lost.terms)
-        assert absent <= {"whole_lpips", "critic"}, "whose judges are not here"
+        assert absent <= {"whole_lpips", "critic"}, "whose networks are not here"
         lost.loss.backward()
         for part in stage.learn:
             gradients = [p.grad for p in avatar.part(part)]
@@ -338,7 +338,7 @@ def test_the_full_size_counts_places_in_finished_pixels(clip: Footage, preset: P
         speaker = avatar.enroll(shot.portrait)
         rendered = step.marcher.march(speaker.condition(shot.signals), rays)  # type: ignore[operator]
         share = rendered.feature[:, 6].mean()
-    assert set(weights) - set(terms) <= {"whole_lpips", "critic"}, "whose judges are not here"
+    assert set(weights) - set(terms) <= {"whole_lpips", "critic"}, "whose networks are not here"
     assert all(bool(v.isfinite()) for v in terms.values())
     assert 0 < float(terms["own"]) < 0.97 * float(share), "mouth and eyes are spared"
 

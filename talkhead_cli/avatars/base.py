@@ -50,9 +50,9 @@ class Avatar(nn.Module):
     noise           scale of the noise on driving signals in training; each stage sets it
     common, own     name prefixes of the state that people share, which a prior consists of, and
                     name suffixes excluded from it
-    weighs, heeds   names of all its losses · those computed by a lip-sync expert or critic, which
-                    may be missing
-    judges          frozen networks that losses use, handed in by the job; a plain list, so that
+    loss_names, expert_losses  names of all its losses · those computed by a lip-sync expert or
+                    critic, which may be missing
+    loss_networks   frozen networks that losses use, handed in by the job; a plain list, so that
                     they are neither trained nor saved with the avatar
     needs_portrait  whether it renders unseen people from pictures (`enroll`), within `box`
     begins_with     published generators it can be built for, loaded by `borrow`

@@ -28,7 +28,7 @@ def asked(avatar: Avatar, method: str, train: Train, size: Any) -> Critic | None
 
 
 def of(avatar: Avatar) -> Critic | None:
-    """Return the critic among an avatar's judges, None without one."""
+    """Return the critic among an avatar's loss networks, None without one."""
     return next((judge for judge in avatar.loss_networks if isinstance(judge, Critic)), None)
 
 

@@ -37,7 +37,7 @@ class Judge:
         return self.prior.name
 
     def sits_by(self, avatar: Avatar, device: torch.device) -> None:
-        """Add the frozen network to the judges of an avatar in training."""
+        """Add the frozen network to the loss networks of an avatar in training."""
         avatar.loss_networks.append(self.net.sync.to(device).requires_grad_(False))
 
     def knows(self, space: Workspace) -> bool:

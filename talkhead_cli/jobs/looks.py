@@ -19,8 +19,8 @@ def seat(
     avatar: Avatar, judge: Judge | None, preset: Preset, train: Train, where: torch.device,
     progress: Progress,
 ) -> None:  # fmt: skip
-    """Add to an avatar's judges those that stages have loss weights for: the lip-sync expert, if it
-    was found, LPIPS and a picture critic."""
+    """Add to an avatar's loss networks those that stages have loss weights for: the lip-sync
+    expert, if it was found, LPIPS and a picture critic."""
     if judge is not None:
         judge.sits_by(avatar, where)
     if (eye := asked(train, progress)) is not None:

@@ -38,7 +38,7 @@ __all__ = [
     "device_name",
     "device_of",
     "intersect_box",
-    "obstacle",
+    "why_no_nerfacc",
     "picture_rays",
     "pixel_rays",
     "room_on",
