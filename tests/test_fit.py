@@ -405,7 +405,7 @@ def test_a_step_that_is_recorded_waits_for_nobody(
     drawn = Drawn([repacked(shot, (t.to("meta") for t in unpacked(shot)))])
     monkeypatch.setattr(march.FusedMarcher, "_laid", laid)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda t: t.device.type == "meta"))
-    monkeypatch.setattr("talkhead_cli.blocks.planes.triton_obstacle", lambda: "there is none")
+    monkeypatch.setattr("talkhead_cli.blocks.planes.why_no_triton", lambda: "there is none")
     halves = torch.autocast  # which knows no such device
     monkeypatch.setattr(
         torch, "autocast",
