@@ -23,6 +23,7 @@ from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.prior import Start
 from talkhead_cli.jobs.step import refuse_unknown
+from talkhead_cli.jobs.threads import Threads
 from talkhead_cli.store import Run, Workspace, list_runs
 
 N_PORTRAITS = 4  # of a new person, for `Avatar.meet` after a prior
@@ -70,7 +71,8 @@ def finetune(
     if not fresh:
         preset = _as_begun(run, preset, asked, progress)
     chief = team.is_chief(devices, nodes)
-    with space.locked() if chief else nullcontext():
+    alone = where.type == "cpu" and devices == nodes == 1
+    with space.locked() if chief else nullcontext(), Threads(progress, wanted=alone) as threads:
         fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         fabric.barrier()
         if not fresh and _is_finished(run, preset, space, start, seed, progress):
@@ -104,7 +106,7 @@ def finetune(
         set_up = time.monotonic() - began
         place = fit.fit(
             stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
-            stop_after=stop_after,
+            stop_after=stop_after, threads=threads,
         )  # fmt: skip
         if not chief:
             return run

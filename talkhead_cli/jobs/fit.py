@@ -33,6 +33,7 @@ from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset, Stage
 from talkhead_cli.jobs.step import Drawn, Lost, Step
+from talkhead_cli.jobs.threads import Threads
 from talkhead_cli.store import Run
 
 SAVE_EVERY_S = 20.0
@@ -67,13 +68,15 @@ def fit(
     *,
     seed: int = 0,
     stop_after: Callable[[Place], bool] | None = None,
+    threads: Threads | None = None,
 ) -> Place:
     """Train through the preset's stages, resuming from the run's last save if there is one.
 
     At the end the avatar holds the averaged weights.  An interrupt takes effect between two steps,
     after a save; of several processes only the chief (rank 0) handles it, and without the chief
     the others end.
-    `stop_after` ends the loop early, as an interrupt would (tests).
+    `stop_after` ends the loop early, as an interrupt would (tests).  `threads` adapts to the CPU's
+    load between steps.
     """
     people = [_near(person, fabric.device) for person in people]
     place, held = Place(), run.resume_state()
@@ -81,6 +84,7 @@ def fit(
         preset, Step(avatar, marcher), Average(avatar, preset.train.ema), people, run, fabric,
         progress, writer=_log_writer(run, progress) if fabric.is_global_zero else None,
         rng=torch.Generator().manual_seed(seed), seed=seed, clock=_Clock(),
+        threads=threads,
     )  # fmt: skip
     if held is not None:
         try:
@@ -161,6 +165,7 @@ class _Job:
     rng: torch.Generator
     seed: int
     clock: _Clock
+    threads: Threads | None
 
 
 class _StageLoop:
@@ -251,6 +256,8 @@ class _StageLoop:
                 for key, value in losses.items():
                     self.job.writer.add_scalar(f"{self.name}/{key}", value, place.total)
             self.job.progress.advance(1, **_shown(losses))
+            if self.job.threads is not None:
+                self.job.threads.adapt()
             stopped = stop(place)
             if stopped or self.job.clock.save_is_due():
                 if not self._last_loss_is_finite(place, good):

@@ -22,6 +22,7 @@ from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.preset import Preset, Train
 from talkhead_cli.jobs.prior import speech_facts
 from talkhead_cli.jobs.step import refuse_unknown
+from talkhead_cli.jobs.threads import Threads
 from talkhead_cli.store import Run, Workspace, priors_folder
 from talkhead_cli.store.files import digest
 
@@ -66,9 +67,7 @@ def pretrain(
             f"{preset.avatar.generator}"
         )
     stages = preset.pretrain
-    finetunes_speech = (
-        "speech" in preset.train.stages
-    )  # fine-tuning trains on the person's own pictures
+    finetunes_speech = "speech" in preset.train.stages  # else a person only enrolls
     out = out or ("prior" if finetunes_speech else preset.method)
     prior = Run.named(priors_folder(home), out)
     chief = team.is_chief(devices, nodes)
@@ -185,10 +184,11 @@ def _train(
     for clip, own in zip(clips, rows, strict=True):
         avatar.calibrate(clip.signals[own].to(where), clip.mesh.to(where), aabb.to(where))
     set_up = time.monotonic() - began
-    place = fit.fit(
-        preset.model_copy(update={"train": stages}), avatar, marcher, clips, prior, fabric,
-        progress, seed=seed, stop_after=stop_after,
-    )  # fmt: skip
+    with Threads(progress, wanted=where.type == "cpu" and fabric.world_size == 1) as threads:
+        place = fit.fit(
+            preset.model_copy(update={"train": stages}), avatar, marcher, clips, prior, fabric,
+            progress, seed=seed, stop_after=stop_after, threads=threads,
+        )  # fmt: skip
     if place.stage < len(stages.stages) or not fabric.is_global_zero:
         return
     prior.save_weights(avatar.common_state())
