@@ -17,7 +17,7 @@ from talkhead_cli.media import Part
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import sha256_of
 from talkhead_cli.track.crop import Crop
-from talkhead_cli.track.face import CHIN, EYES, FACE_OVAL, TOP
+from talkhead_cli.track.face import CHIN, EYES, FACE_OVAL, MESH_TO_68, TOP
 from talkhead_cli.track.shots import Takes
 from talkhead_cli.track.zoom import STILL
 
@@ -25,9 +25,17 @@ NOSE, MOUTH_CORNERS = 2, (61, 291)  # mesh points; NOSE is where the nose meets 
 # How far the mask reaches below the jaw, times nose to chin: it must cover the chin of the video
 # and the avatar's, whichever hangs lower.
 BELOW_CHIN = 0.3
+LIPS = 1.5  # times as large as the outline of the lips is what is always pasted
 LIDS = (0.7, 0.5)  # half axes of the ellipse that is pasted around an eye, in eye widths
-FEATHER = 0.035  # standard deviation of the mask's blur, face heights
 MASK_PX = 160  # side that masks are drawn at; being blurred, they can be enlarged
+# In face heights: blur of the masks; blur before the avatar is compared with the video, and reach
+# and blur of where they differ.
+FEATHER, SAME_BLUR, REACH, CHANGED_BLUR = 0.035, 0.02, 0.09, 0.04
+# Of 255: up to the first, avatar and video show the same; from the second on, the avatar counts.
+SAME, OTHER = 8.0, 24.0
+FADE = 0.85  # share of the last frame's difference that lasts, so that the paste does not flicker
+
+Mask = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
@@ -99,56 +107,89 @@ class Original:
     ) -> Iterator[NDArray[np.uint8]]:
         """Yield source frames (h, w, 3) in the order of `rows`, each with its face (s, s, 3).
 
-        Only the region from the nose to below the chin is pasted and, with `eyes`, the eyes; all
-        else stays as filmed."""
+        The mouth is always pasted and, with `eyes`, the eyes; the rest of the lower face, down to
+        below the chin, where the avatar shows another face than the video.  All else stays as
+        filmed."""
         whole = (0, 0, *self.size)
         zooms = {}
         for begin, end, zoom in self.takes.spans(0, len(self.found)):
             zooms.update(dict.fromkeys(range(begin, end), zoom))
-        film = self.part.played(rows, crop=whole, size=self.size)
+        film, changed = self.part.played(rows, crop=whole, size=self.size), None
         for frame, row, face in zip(film, rows.tolist(), faces, strict=True):
-            if self.found[row]:
-                square = self.crop.zoomed(zooms.get(row, STILL), self.filmed)
-                _paste(frame, face, face_mask(self.mesh[row], eyes=eyes), square)
+            if not self.found[row]:
+                changed = None
+                yield frame
+                continue
+            x, y, width, height = self.crop.zoomed(zooms.get(row, STILL), self.filmed)
+            under = frame[y : y + height, x : x + width]
+            seen = np.full((height, width, 3), 0, np.uint8)  # `size` may have dropped a row
+            seen[: under.shape[0], : under.shape[1]] = under
+            mesh = self.mesh[row]
+            now = difference(face, seen, _height(mesh))
+            changed = now if changed is None else np.maximum(now, FADE * changed)
+            always, maybe = face_masks(mesh, eyes=eyes)
+            share = np.maximum(always, maybe * cv2.resize(changed, (MASK_PX, MASK_PX)))
+            under[:] = _blended(seen, face, share)[: under.shape[0], : under.shape[1]]
             yield frame
 
 
-def face_mask(mesh: NDArray[np.float32], *, eyes: bool) -> NDArray[np.float32]:
-    """Return the blend mask (MASK_PX, MASK_PX) in [0, 1], soft at its edge, of a mesh (478, 2) in
-    fractions of the crop's side."""
+def face_masks(mesh: Mask, *, eyes: bool) -> tuple[Mask, Mask]:
+    """Return masks (MASK_PX, MASK_PX) in [0, 1], soft at their edges, of a mesh (478, 2) in
+    fractions of the crop's side: of what is always pasted, and of the whole lower face."""
     nose, oval = mesh[NOSE], mesh[FACE_OVAL]
     cheeks = oval[oval[:, 1] > nose[1]]
     jaw = oval[oval[:, 1] > mesh[MOUTH_CORNERS, 1].mean()]
-    outlines = [np.concatenate([cheeks, jaw + BELOW_CHIN * (mesh[CHIN] - nose)])]
+    lower = np.concatenate([cheeks, jaw + BELOW_CHIN * (mesh[CHIN] - nose)])
+    lips = mesh[MESH_TO_68[48:60]]
+    always = [lips.mean(0) + LIPS * (lips - lips.mean(0))]
     if eyes:
-        outlines += [_round_eye(*mesh[list(corners)]) for *corners, _, _ in EYES]
+        always += [_round_eye(*mesh[list(corners)]) for *corners, _, _ in EYES]
+    blur = FEATHER * _height(mesh)
+    return _filled(always, blur), _filled([lower], blur)
+
+
+def difference(face: NDArray[np.uint8], seen: NDArray[np.uint8], height: float) -> Mask:
+    """Return where an avatar's face (s, s, 3) differs from the video's square (h, h, 3), (s, s) in
+    [0, 1]; `height`: of the face, in fractions of the side."""
+    side = face.shape[1::-1]
+    small = cv2.resize(seen, side, interpolation=cv2.INTER_AREA).astype(np.float32)
+    px = height * len(face)
+    off = np.abs(cv2.GaussianBlur(face - small, (0, 0), SAME_BLUR * px)).max(-1)
+    reach = np.ones((max(1, round(REACH * px)),) * 2, np.uint8)
+    off = cv2.GaussianBlur(cv2.dilate(off, reach), (0, 0), CHANGED_BLUR * px)
+    share = np.clip((off - SAME) / (OTHER - SAME), 0, 1)
+    smooth: Mask = share * share * (3 - 2 * share)
+    return smooth
+
+
+def _height(mesh: Mask) -> float:
+    return float(np.linalg.norm(mesh[TOP] - mesh[CHIN]))
+
+
+def _filled(outlines: list[Mask], blur: float) -> Mask:
+    """Return the mask of convex outlines (n, 2); everything in fractions of the side."""
     mask = np.zeros((MASK_PX, MASK_PX), np.float32)
     for outline in outlines:
         hull = cv2.convexHull((outline * MASK_PX * 16).round().astype(np.int32))
         cv2.fillConvexPoly(mask, hull, 1.0, lineType=cv2.LINE_8, shift=4)
-    height = float(np.linalg.norm(mesh[TOP] - mesh[CHIN])) * MASK_PX
-    soft: NDArray[np.float32] = cv2.GaussianBlur(mask, (0, 0), FEATHER * height)
+    soft: Mask = cv2.GaussianBlur(mask, (0, 0), blur * MASK_PX)
     return soft
 
 
-def _round_eye(outer: NDArray[np.float32], inner: NDArray[np.float32]) -> NDArray[np.float32]:
+def _round_eye(outer: Mask, inner: Mask) -> Mask:
     """Return an ellipse (n, 2) around an eye that covers its lids, shut or open."""
     along = (inner - outer) * LIDS[0]
     across = np.array([-along[1], along[0]]) * (LIDS[1] / LIDS[0])
     at = np.linspace(0, 2 * np.pi, 24)[:, None]
-    ring: NDArray[np.float32] = (outer + inner) / 2 + np.cos(at) * along + np.sin(at) * across
+    ring: Mask = (outer + inner) / 2 + np.cos(at) * along + np.sin(at) * across
     return ring
 
 
-def _paste(
-    frame: NDArray[np.uint8], face: NDArray[np.uint8], mask: NDArray[np.float32],
-    square: tuple[int, int, int, int],
-) -> None:  # fmt: skip
-    """Blend a face over the square (x, y, w, h) of a frame, in place."""
-    x, y, width, height = square
-    how = cv2.INTER_AREA if width < len(face) else cv2.INTER_CUBIC
-    over = cv2.resize(face, (width, height), interpolation=how).astype(np.float32)
-    share = cv2.resize(mask, (width, height), interpolation=cv2.INTER_LINEAR)[..., None]
-    under = frame[y : y + height, x : x + width]  # `size` may have dropped a last row or column
-    within = slice(under.shape[0]), slice(under.shape[1])
-    under[:] = (under + share[within] * (over[within] - under)).round().astype(np.uint8)
+def _blended(seen: NDArray[np.uint8], face: NDArray[np.uint8], share: Mask) -> NDArray[np.uint8]:
+    """Return the square (h, h, 3) with so much of the face (s, s, 3) as the share says."""
+    side = seen.shape[1::-1]
+    how = cv2.INTER_AREA if side[0] < len(face) else cv2.INTER_CUBIC
+    over = cv2.resize(face, side, interpolation=how).astype(np.float32)
+    weight = cv2.resize(share, side, interpolation=cv2.INTER_LINEAR)[..., None]
+    mixed: NDArray[np.uint8] = (seen + weight * (over - seen)).round().clip(0, 255).astype(np.uint8)
+    return mixed
