@@ -49,8 +49,8 @@ def _acted(home: Path, films: Path, pair: tuple[str, str]) -> str | None:
     if (home / name / "manifest.json").exists():
         return name
     run = finetune(
-        home, face, SilentProgress(), names=PRESETS, prior="none", device="cpu", run_name="acts",
-        settings=[f"train.scale={SCALE}", "data.holdout=0"],
+        home, face, SilentProgress(), preset_names=PRESETS, prior="none", device="cpu",
+        run_name="acts", settings=[f"train.scale={SCALE}", "data.holdout=0"],
     )  # fmt: skip
     show = player.load(run, torch.device("cpu"))
     assert isinstance(show.avatar, LokiTalk)

@@ -259,7 +259,7 @@ def train(
     """Train with a share of the preset's steps; return run and steps, seconds, rays per stage."""
     clock = _Clock()
     run = finetune.finetune(
-        home, name, clock, names=presets, settings=[f"train.scale={scale}"],
+        home, name, clock, preset_names=presets, settings=[f"train.scale={scale}"],
         run_name=f"curve-{scale:g}", device=device, seed=seed, fresh=True,
         prior="none",
     )  # fmt: skip

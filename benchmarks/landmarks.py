@@ -241,7 +241,7 @@ def coding(home: Path, names: Sequence[str], seeds: int, scale: float) -> dict[s
             for seed in range(seeds):
                 with _drawn_by(kind):
                     run = finetune(
-                        home, name, SilentProgress(), names=["landmark", "tiny"],
+                        home, name, SilentProgress(), preset_names=["landmark", "tiny"],
                         settings=[f"train.scale={scale}", "train.stages.torso.steps=0",
                                   "train.stages.eyes.steps=0"],
                         run_name=f"coding-{label}-{seed}", device="cpu", seed=seed, fresh=True,

@@ -112,7 +112,7 @@ def _fields_of(home: Path, name: str, folder: Path, scale: float) -> dict[str, A
         def made(kind: type[LokiField] = kind, settings: list[str] = settings) -> dict[str, Any]:
             with mock.patch("talkhead_cli.avatars.lokitalk.method.LokiField", kind):
                 run = finetune(
-                    home, name, SilentProgress(), names=PRESETS,
+                    home, name, SilentProgress(), preset_names=PRESETS,
                     settings=[f"train.scale={scale}", *settings], run_name="ablation",
                     device="cpu", fresh=True, prior="none",
                 )  # fmt: skip
@@ -209,8 +209,9 @@ def _begun_without(
         ) -> dict[str, Any]:
             with _left_out(part), contextlib.nullcontext() if met else others_worth._unmet():
                 finetune(
-                    home, name, SilentProgress(), names=PRESETS, settings=settings, run_name=label,
-                    prior=_named(part if met else WITHOUT[0]), device="cpu", fresh=True,
+                    home, name, SilentProgress(), preset_names=PRESETS, settings=settings,
+                    run_name=label, prior=_named(part if met else WITHOUT[0]), device="cpu",
+                    fresh=True,
                 )  # fmt: skip
                 return others_worth.score(home, name, label)
 

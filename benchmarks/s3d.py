@@ -198,7 +198,7 @@ def _pretrained(home: Path, others: Sequence[str], name: str, scale: float, *mor
 
 def _scored(home: Path, name: str, prior: Run) -> dict[str, Any]:
     run = finetune(
-        home, name, SilentProgress(), names=PRESETS, prior=prior.name, device="cpu",
+        home, name, SilentProgress(), preset_names=PRESETS, prior=prior.name, device="cpu",
         run_name=f"s3d-from-{prior.name}", fresh=True,
     )  # fmt: skip
     figures, _ = evaluate(home, name, SilentProgress(), run_name=run.name, device="cpu")

@@ -151,7 +151,7 @@ def heads(
         rows: dict[str, Any] = {}
         for start, begun in (("none", "none"), ("others", "heads")):
             run = finetune(
-                home, name, quiet, names=PRESETS, settings=[f"train.scale={scale}"],
+                home, name, quiet, preset_names=PRESETS, settings=[f"train.scale={scale}"],
                 run_name=f"head-{start}", prior=begun, device="cpu",
             )  # fmt: skip
             figures, _ = evaluate(home, name, quiet, run_name=run.name, device="cpu")
@@ -185,7 +185,7 @@ def tokens(home: Path, names: Sequence[str], scale: float) -> dict[str, Any]:
         }.items():
             with _built_by(kind):
                 run = finetune(
-                    home, name, SilentProgress(), names=["talk3d", "tiny"],
+                    home, name, SilentProgress(), preset_names=["talk3d", "tiny"],
                     settings=[f"train.scale={scale}"], run_name="ablation", device="cpu",
                     fresh=True, prior="none",
                 )  # fmt: skip

@@ -87,7 +87,7 @@ def heard(
                     settings = [f"train.stages.{stage}.steps=0" for stage in FIELD_STAGES]
                     settings += [f"data.train_s={length:g}", "train.enough_s=0"]
                     run = finetune(
-                        home, name, SilentProgress(), names=PRESETS, settings=settings,
+                        home, name, SilentProgress(), preset_names=PRESETS, settings=settings,
                         run_name=f"heard-{start}", prior=begun, device="cpu", fresh=True,
                     )  # fmt: skip
                     row[start] = _opening(home, name, run)
@@ -137,7 +137,7 @@ def _row(
     settings = [f"train.scale={scale}", f"data.train_s={length:g}", "train.enough_s=0"]
     with _unmet() if start == STARTS[2] else contextlib.nullcontext():
         run = finetune(
-            home, name, SilentProgress(), names=PRESETS, settings=settings, run_name=label,
+            home, name, SilentProgress(), preset_names=PRESETS, settings=settings, run_name=label,
             prior="none" if start == STARTS[0] else prior, device="cpu", seed=seed, fresh=True,
         )  # fmt: skip
     row = {"name": name, "start": start, "train_s": length, "scale": scale, "seed": seed,

@@ -32,7 +32,7 @@ def pipeline(
     """Return the film of the person in `video` saying `speech`, and the held-out figures."""
     home = folder / "avatars"
     person = preprocess(video, home, progress)
-    finetune(home, person.id, progress, names=presets, settings=settings)
+    finetune(home, person.id, progress, preset_names=presets, settings=settings)
     film, *_ = render(home, person.id, speech, progress, out=folder / f"{person.id}-says.mp4")
     figures, _ = evaluate(home, person.id, progress)
     return film, figures

@@ -385,7 +385,7 @@ def test_training_goes_through_finding_and_tuning(
         steps = {"speech": 2, "invert": 2, "tune": 1, "still": 1}.get(name, 0)
         few = {"steps": steps, "n_points": 1000, "n_frames": 1}
         settings += [f"train.stages.{name}.{key}={value}" for key, value in few.items()]
-    words = {"names": ["talk3d", "eg3d"], "settings": settings, "device": "cpu"}
+    words = {"preset_names": ["talk3d", "eg3d"], "settings": settings, "device": "cpu"}
     with pytest.raises(TalkheadError, match="models import eg3d-fixed"):
         finetune(home, "speaker", SilentProgress(), **words)  # type: ignore[arg-type]
     borrowed.take_in("eg3d-fixed", published)
@@ -402,7 +402,7 @@ def test_training_goes_through_finding_and_tuning(
     with pytest.raises(MisuseError, match="teaches a generator of its own"):
         pretrain(home, ["speaker"], "p", SilentProgress(), preset_names=["talk3d", "eg3d"])
     with pytest.raises(MisuseError, match="does not begin with a generator"):
-        finetune(home, "speaker", SilentProgress(), names=["lokitalk"], device="cpu",
+        finetune(home, "speaker", SilentProgress(), preset_names=["lokitalk"], device="cpu",
                  settings=["avatar.generator=eg3d"])  # fmt: skip
     with pytest.raises(MisuseError, match="goes with size full"):
         presets.load(["talk3d", "eg3d", "tiny"])

@@ -106,8 +106,8 @@ def test_nobody_waits_for_a_recorded_step(
 
     def trained(name: str) -> tuple[dict[str, Tensor], list[float]]:
         progress = Losses()
-        run = finetune(home, "speaker", progress, names=PRESETS, settings=settings, device="cpu",
-                       run_name=name)  # fmt: skip
+        run = finetune(home, "speaker", progress, preset_names=PRESETS, settings=settings,
+                       device="cpu", run_name=name)  # fmt: skip
         return run.weights(), progress.told
 
     plain, told = trained("plain")
@@ -146,7 +146,7 @@ def test_training_bears_half_precision(
     losses = {}
     for precision in ("32-true", "bf16-mixed"):
         monkeypatch.setitem(team.PRECISION, "cpu", precision)
-        run = finetune(home, "speaker", SilentProgress(), names=[method, "tiny"],
+        run = finetune(home, "speaker", SilentProgress(), preset_names=[method, "tiny"],
                        settings=settings, device="cpu", run_name=precision)  # fmt: skip
         losses[precision] = run.meta()["figures"]["loss"]
         assert all(w.dtype != torch.bfloat16 for w in run.weights().values())
@@ -174,7 +174,7 @@ def test_a_run_keeps_the_presets_that_it_was_begun_with(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same words may mean another preset after an upgrade."""
-    words = {"names": PRESETS, "settings": SHORT, "device": "cpu", "run_name": "old"}
+    words = {"preset_names": PRESETS, "settings": SHORT, "device": "cpu", "run_name": "old"}
     finetune(home, "speaker", SilentProgress(), **words, stop_after=lambda p: p.total >= 5)
     as_they_were = presets.load
 
@@ -197,9 +197,11 @@ def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path)
     train(home)
     assert by_default and (run.root / "avatar.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(TalkheadError, match="--fresh"):
-        finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=["train.scale=0.5"])
+        finetune(
+            home, "speaker", SilentProgress(), preset_names=PRESETS, settings=["train.scale=0.5"]
+        )
     with pytest.raises(TalkheadError, match="begun with --seed 0"):
-        finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT, seed=1)
+        finetune(home, "speaker", SilentProgress(), preset_names=PRESETS, settings=SHORT, seed=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -218,7 +220,9 @@ def test_an_interruption_is_heard_between_steps_and_saves(home: Path, number: in
     before = signal.signal(number, stop)
     try:
         with pytest.raises(KeyboardInterrupt):
-            finetune(home, "speaker", Impatient(), names=PRESETS, settings=SHORT, device="cpu")
+            finetune(
+                home, "speaker", Impatient(), preset_names=PRESETS, settings=SHORT, device="cpu"
+            )
         assert signal.getsignal(number) is stop
     finally:
         signal.signal(number, before)
@@ -240,8 +244,8 @@ def test_nothing_is_lost_by_a_command_that_is_refused(home: Path) -> None:
         (misspelt, "no 'voluem' among its learn; known: deform"),
     ):
         with pytest.raises(MisuseError, match=why):
-            finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=[*SHORT, *settings],
-                     fresh=True)  # fmt: skip
+            finetune(home, "speaker", SilentProgress(), preset_names=PRESETS,
+                     settings=[*SHORT, *settings], fresh=True)  # fmt: skip
     assert before == {f.name: f.stat().st_mtime_ns for f in root.rglob("*") if f.is_file()}
 
 
@@ -252,7 +256,9 @@ def test_a_runs_name_never_leads_out_of_its_folder(home: Path, name: str) -> Non
             Run.named(home, name)
         return
     with pytest.raises(MisuseError, match="cannot be the name"):
-        finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT, run_name=name)
+        finetune(
+            home, "speaker", SilentProgress(), preset_names=PRESETS, settings=SHORT, run_name=name
+        )
     assert not (home.parent / "x").exists()
 
 
@@ -275,19 +281,19 @@ def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(
 ) -> None:
     progress = SilentProgress()
     poison(monkeypatch, {45})
-    run = finetune(home, "speaker", progress, names=PRESETS, settings=SHORT, run_name="once")
+    run = finetune(home, "speaker", progress, preset_names=PRESETS, settings=SHORT, run_name="once")
     assert run.is_finished and any("not a number" in note for note in progress.notes)
     assert all(bool(torch.isfinite(w).all()) for w in run.weights().values())
 
     poison(monkeypatch, range(45, 10_000))
     with pytest.raises(TalkheadError, match="rates"):
-        finetune(home, "speaker", progress, names=PRESETS, settings=SHORT, run_name="always")
+        finetune(home, "speaker", progress, preset_names=PRESETS, settings=SHORT, run_name="always")
 
 
 def test_a_loss_that_is_not_a_number_right_after_a_resume_is_borne(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    names = {"names": PRESETS, "settings": SHORT, "run_name": "resumed"}
+    names = {"preset_names": PRESETS, "settings": SHORT, "run_name": "resumed"}
     finetune(home, "speaker", SilentProgress(), **names, stop_after=lambda p: p.total >= 47)
     poison(monkeypatch, {1})
     progress = SilentProgress()
@@ -327,7 +333,7 @@ def test_draws_follow_the_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
             seen.append(place.figures["loss"])
             return place.total >= 2
 
-        finetune(home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT,
+        finetune(home, "speaker", SilentProgress(), preset_names=PRESETS, settings=SHORT,
                  run_name=f"run{index}", seed=seed, stop_after=watch)  # fmt: skip
         first.append(losses)
     assert first[0] == first[1] != first[2]
@@ -372,7 +378,7 @@ def test_training_lowers_the_colour_loss(home: Path) -> None:
 
     only = [f"train.stages.{name}.steps=0" for name in ("speech_all", "detail", "lips", "eyes")]
     finetune(
-        home, "speaker", SilentProgress(), names=PRESETS,
+        home, "speaker", SilentProgress(), preset_names=PRESETS,
         settings=[*SHORT, *only, "train.stages.shape.steps=90"], stop_after=watch,
     )  # fmt: skip
     assert len(seen) == 90 and sum(seen[-8:]) < 0.4 * sum(seen[:8])

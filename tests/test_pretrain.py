@@ -53,7 +53,9 @@ def make(home: Path, out: str = "crowd", **options: object) -> tuple[Run, Silent
 
 def begin(home: Path, name: str = "new", **options: object) -> tuple[Run, SilentProgress]:
     progress = SilentProgress()
-    run = finetune(home, name, progress, names=PRESETS, settings=ONE_LOOK, device="cpu", **options)  # type: ignore[arg-type]
+    run = finetune(
+        home, name, progress, preset_names=PRESETS, settings=ONE_LOOK, device="cpu", **options
+    )  # type: ignore[arg-type]
     return run, progress
 
 

@@ -31,7 +31,7 @@ SETTINGS = [
 @pytest.fixture
 def train(speaker_home: Path, tmp_path: Path) -> Callable[[], Run]:
     home = Path(shutil.copytree(speaker_home, tmp_path / "home"))
-    return lambda: finetune(home, "speaker", SilentProgress(), names=["lokitalk", "tiny"],
+    return lambda: finetune(home, "speaker", SilentProgress(), preset_names=["lokitalk", "tiny"],
                             settings=SETTINGS, device="cpu", fresh=True)  # fmt: skip
 
 

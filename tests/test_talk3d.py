@@ -203,10 +203,10 @@ def test_a_person_is_found_in_a_prior_and_goes_on_after_a_kill(
     for run_name, kills in (("whole", ()), ("cut", (8, 11, 14))):  # invert, tune, speak
         for kill in kills:
             finetune(
-                tmp_path, "new", SilentProgress(), names=names, settings=settings,
+                tmp_path, "new", SilentProgress(), preset_names=names, settings=settings,
                 run_name=run_name, device="cpu", stop_after=lambda p, k=kill: p.total >= k,
             )  # fmt: skip
-        run = finetune(tmp_path, "new", SilentProgress(), names=names, settings=settings,
+        run = finetune(tmp_path, "new", SilentProgress(), preset_names=names, settings=settings,
                        run_name=run_name, device="cpu")  # fmt: skip
         assert run.meta()["steps"] == 18 and run.meta()["prior"]["name"] == "heads"
         weights[run_name] = run.weights()
@@ -282,7 +282,7 @@ def test_what_is_marched_small_comes_out_whole_in_films_and_in_training(
     shutil.copytree(speaker_home / "speaker", tmp_path / "speaker")
     quick = [f"train.stages.{stage}.steps=3" for stage in presets.load(["talk3d"]).train.stages]
     run = finetune(
-        tmp_path, "speaker", SilentProgress(), names=["talk3d", "tiny"],
+        tmp_path, "speaker", SilentProgress(), preset_names=["talk3d", "tiny"],
         settings=[f"data.size_px={PX}", "march.resolution=16", *quick], device="cpu",
     )  # fmt: skip
     show = player.load(run, torch.device("cpu"))

@@ -27,6 +27,12 @@ PRESETS = ["lokitalk", "tiny"]
 
 def train(home: Path, **options: object) -> dict[str, torch.Tensor]:
     run = finetune(
-        home, "speaker", SilentProgress(), names=PRESETS, settings=SHORT, device="cpu", **options
+        home,
+        "speaker",
+        SilentProgress(),
+        preset_names=PRESETS,
+        settings=SHORT,
+        device="cpu",
+        **options,
     )
     return run.weights() if run.is_finished else {}

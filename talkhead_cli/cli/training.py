@@ -59,7 +59,7 @@ def finetune(
 
         made = team.run(
             job, home_folder(home), name, progress=report, devices=devices, nodes=nodes,
-            names=preset or ["lokitalk"],
+            preset_names=preset or ["lokitalk"],
             settings=[*(setting or []), *refined(preset or [], refine)], run_name=run,
             prior=prior, device=device, seed=seed, fresh=fresh,
         )  # fmt: skip

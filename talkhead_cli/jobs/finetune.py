@@ -34,7 +34,7 @@ def finetune(
     name: str,
     progress: Progress,
     *,
-    names: Sequence[str] = ("lokitalk",),
+    preset_names: Sequence[str] = ("lokitalk",),
     settings: Sequence[str] = (),
     run_name: str | None = None,
     prior: str | None = None,
@@ -45,14 +45,14 @@ def finetune(
     nodes: int = 1,
     stop_after: Callable[[fit.Place], bool] | None = None,
 ) -> Run:
-    """Train the preset made of `names` and `settings` on identity `name`.
+    """Train the preset made of `preset_names` and `settings` on identity `name`.
 
     prior: name of the prior to start from; by default the newest that fits, if there is one; "none"
     starts from nothing.  This is one of `devices` processes on each of `nodes` machines, if there
     are several (`team.run`).
     An interrupted run resumes from its last save; a finished one is left as it is.
     """
-    preset, space = _asked_for(home, name, names, settings)
+    preset, space = _asked_for(home, name, preset_names, settings)
     where = march.device_of(device)
     hears = priors.speech_facts(space, preset)
     if preset.avatar.generator is not None:
@@ -62,12 +62,14 @@ def finetune(
             )
         prior = "none"
     if prior is None:
-        prior = _prior_by_default(home, space, preset, run_name, names, settings, hears, fresh)
+        prior = _prior_by_default(
+            home, space, preset, run_name, preset_names, settings, hears, fresh
+        )
     elif prior == "none" and avatar_class(preset.method).needs_portrait:
         raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
     start = priors.choose(home, prior, preset, space, hears, progress)
-    run = Run.named(space.runs, run_name or _run_name(names, settings, start))
-    asked = {"presets": list(names), "settings": list(settings)}
+    run = Run.named(space.runs, run_name or _run_name(preset_names, settings, start))
+    asked = {"presets": list(preset_names), "settings": list(settings)}
     if not fresh:
         preset = _as_begun(run, preset, asked, progress)
     chief = team.is_chief(devices, nodes)
@@ -125,10 +127,10 @@ def finetune(
 
 
 def _asked_for(
-    home: Path, name: str, names: Sequence[str], settings: Sequence[str]
+    home: Path, name: str, preset_names: Sequence[str], settings: Sequence[str]
 ) -> tuple[Preset, Workspace]:
     """Return the preset, which must train an avatar, and the identity, which must have sound."""
-    preset = presets.load(names, settings)
+    preset = presets.load(preset_names, settings)
     avatar_class(preset.method)  # which refuses one that nobody knows
     if preset.method not in method_names():
         raise MisuseError(
@@ -146,13 +148,13 @@ def _asked_for(
 
 
 def _prior_by_default(
-    home: Path, space: Workspace, preset: Preset, run_name: str | None, names: Sequence[str],
+    home: Path, space: Workspace, preset: Preset, run_name: str | None, preset_names: Sequence[str],
     settings: Sequence[str], hears: dict[str, Any], fresh: bool,
 ) -> str | None:  # fmt: skip
     """Return the prior of the run to continue, if there is one; else, for a method that cannot do
     without a prior, the newest that fits; else None, which leaves the choice to `priors.choose`."""
     if not fresh:
-        named = run_name or presets.run_name(names, settings)
+        named = run_name or presets.run_name(preset_names, settings)
         begun = priors.begun(list_runs(space.runs), named, exactly=run_name is not None)
         if begun is not None:
             return begun
@@ -231,18 +233,18 @@ def _finish(
     shutil.copyfile(space.plate_file, run.plate_file)
 
 
-def refined(names: Sequence[str], steps: int | None) -> list[str]:
+def refined(preset_names: Sequence[str], steps: int | None) -> list[str]:
     """Return the setting that `--refine` stands for."""
     if steps is None:
         return []
-    if not names or "refine" not in presets.load(names).train.stages:
+    if not preset_names or "refine" not in presets.load(preset_names).train.stages:
         raise MisuseError("--refine goes with a preset that enrolls people from pictures: -p s3d")
     return [f"train.stages.refine.steps={steps}"]
 
 
-def _run_name(names: Sequence[str], settings: Sequence[str], start: Start | None) -> str:
+def _run_name(preset_names: Sequence[str], settings: Sequence[str], start: Start | None) -> str:
     """Return the default name of a run: its presets, and the prior it starts from."""
-    own = presets.run_name(names, settings)
+    own = presets.run_name(preset_names, settings)
     return own if start is None else f"{own}+from-{start.prior.name}"
 
 
