@@ -159,6 +159,7 @@ class Oracle:
         self.preset = presets.load(["lokitalk", "tiny"], ["data.size_px=128"])
         space = Workspace.open(home, "speaker")
         self.clip = footage.load(space, self.preset.data, SilentProgress())
+        self.stats = self.clip.stats
         self.frame_of = {key(window): i for i, window in enumerate(self.clip.signals.audio)}
         self.spoiled = spoiled
 

@@ -168,12 +168,13 @@ def test_a_package_s_method_that_cannot_be_had_is_refused(packages: Path) -> Non
 def test_a_preset_cannot_name_a_module(packages: Path, home: Path, method: str) -> None:
     marker = install(packages, "evil", "from talkhead_cli.avatars.lokitalk import LokiTalk as Evil")
     preset = packages / "mine.yaml"
-    preset.write_text(PRESET.read_text().replace("method: fifth", f'method: "{method}"'))
+    text = PRESET.read_text().replace("method: fifth", f'method: "{method}"')
+    stages = text[text.index("train:") :].removeprefix("train:")
+    preset.write_text(f"{text}\npretrain:{stages}")
     for job in (["finetune", "--id", "speaker"], ["pretrain", "--ids", "speaker,speaker"]):
         refused = talkhead(*job, "-p", preset, "--home", home)
         assert refused.exit_code == 2 and not marker.exists()
-        if job[0] == "finetune":
-            assert f"unknown method '{method}'; known: landmark, lokitalk, s3d" in refused.stderr
+        assert f"unknown method '{method}'; known: landmark, lokitalk, s3d" in refused.stderr
     assert not (home / "speaker/runs/mine").exists()
 
 

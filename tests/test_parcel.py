@@ -174,7 +174,7 @@ def test_what_is_no_parcel_is_said_in_a_sentence(parcel: Path, tmp_path: Path) -
 def test_an_archive_of_another_kind_is_refused(space: Workspace, tmp_path: Path) -> None:
     for name in (
         "avatar.talkhed",
-        "avatar.tar",
+        "avatar.7z",
     ):  # nor is footage written where an avatar was meant
         asked = talkhead("export", "--id", space.id, "-o", tmp_path / name, "--home",
                          space.root.parent)  # fmt: skip

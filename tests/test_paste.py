@@ -145,6 +145,9 @@ def test_a_frame_too_few_is_no_film(film: Path, a_face: np.ndarray) -> None:
     whole = original(film, a_face / 512, np.ones(N, bool), Takes([Take(0, N, STILL)]))
     with pytest.raises(ValueError, match="zip"):
         list(whole.with_faces(np.arange(5), iter([np.zeros((8, 8, 3), np.uint8)]), eyes=False))
+    with pytest.raises(TalkheadError, match="ends before the frames"):
+        faces = iter([np.zeros((8, 8, 3), np.uint8)] * (N + 1))
+        list(whole.with_faces(np.minimum(np.arange(N + 1), N), faces, eyes=False))
 
 
 def test_what_the_film_cannot_have_is_said(film: Path, a_face: np.ndarray) -> None:

@@ -40,7 +40,7 @@ def register(method: str, kind: type[Avatar]) -> None:
 
 def method_names() -> list[str]:
     """Return the methods that render people: built-in, from installed packages, and registered."""
-    installed = (point.name for point in entry_points(group=GROUP))
+    installed = (p.name for p in entry_points(group=GROUP) if _NAME.fullmatch(p.name))
     return sorted(({*_registered, *installed} - LEARNERS.keys()) | METHODS.keys())
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -38,7 +39,7 @@ def export(
                 raise MisuseError(
                     f"a dataset is of footage, not of a run; --run goes with -o NAME{SUFFIX}"
                 )
-            if out.suffix[1:].isalpha():
+            if re.search("[A-Za-z]", out.suffix):
                 raise MisuseError(
                     f"-o {out} is neither NAME{SUFFIX}, for an avatar in one file, nor a folder "
                     "(a name without a suffix), for its footage as a dataset"

@@ -62,7 +62,7 @@ def render(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Render the avatar speaking any audio: the square crop, 25 frames/s, with the sound."""
+    """Render the avatar speaking any audio: 25 frames/s, with the sound."""
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
         from talkhead_cli.jobs.render import RenderOptions, render_picture

@@ -55,8 +55,8 @@ def compare(
     answer = {"identity": name, "protocol": first["protocol"], "table": table}
     folder.mkdir(parents=True, exist_ok=True)
     film, figures_file = folder / "side_by_side.mp4", folder / "table.json"
-    films = {"truth": runs[0].evaluation / "truth.mp4"}
-    films |= {run.name: run.evaluation / "render.mp4" for run in runs}
+    films = [("truth", runs[0].evaluation / "truth.mp4")]
+    films += [(run.name, run.evaluation / "render.mp4") for run in runs]
     _film(films, runs[0].evaluation / "sound.wav", film)
     write_json(figures_file, answer)
     return answer, [figures_file, film]
@@ -116,14 +116,15 @@ def _at(figures: Any, path: tuple[str, ...]) -> Any:
     return figures
 
 
-def _film(films: dict[str, Path], sound: Path, out: Path) -> None:
+def _film(films: list[tuple[str, Path]], sound: Path, out: Path) -> None:
     """Write the films next to each other, frame by frame, under their names."""
     with ExitStack() as open_films:
-        streams = [media.frames(film) for film in films.values()]
+        streams = [media.frames(film) for _, film in films]
         for stream in streams:  # stops ffmpeg if a film is not read to its end
             open_films.callback(stream.close)
-        rows = (dict(zip(films, row, strict=True)) for row in zip(*streams, strict=True))
-        pictures = map(side_by_side, rows)
+        names = [name for name, _ in films]
+        pictures = (side_by_side(list(zip(names, row, strict=True)))
+                    for row in zip(*streams, strict=True))  # fmt: skip
         first = next(pictures)
         writer = open_films.enter_context(
             media.VideoWriter(

@@ -74,7 +74,7 @@ def evaluate(
         progress.note(
             f"the prior of run '{run.name}' was trained on '{name}': these figures are too good"
         )
-    clip = footage.load(space, show.preset.data, progress)
+    clip = footage.load(space, show.preset.data, progress, stats=show.stats)
     if len(clip.held) < 2 * BLOCK:
         raise TalkheadError("fewer than a second of held-out frames has a face; nothing to score")
     judge = expert.newest(home, run.meta()["speech"])
@@ -424,7 +424,7 @@ def _write_films(
     both = (2 * size, size + sheets.STRIP_PX)
     with media.VideoWriter(made[-1], both, crf=12, audio=wav, metadata=TAG) as film:
         for true, made_up in zip(truth, rendered, strict=True):
-            film.write(sheets.side_by_side({"truth": true, "avatar": made_up}))
+            film.write(sheets.side_by_side([("truth", true), ("avatar", made_up)]))
     return made
 
 

@@ -211,8 +211,9 @@ def split_rows(
 
 
 def load(
-    space: Workspace, data: Data, progress: Progress, *, person: int = 0, pictures: bool = True
-) -> Footage:
+    space: Workspace, data: Data, progress: Progress, *, person: int = 0, pictures: bool = True,
+    stats: SpeechStats | None = None,
+) -> Footage:  # fmt: skip
     """Read a workspace at the preset's picture size; caches pixels on first use.
 
     person: number of the person, for its rows, where there are several · pictures: False skips
@@ -228,7 +229,8 @@ def load(
             f"'{space.id}' has only {len(train) / FPS:.1f} s with a face to learn from; at least "
             "2 s are needed"
         )
-    stats = SpeechStats.of(stream, rate_hz, heard[: int(train[-1]) + 1].numpy())
+    if stats is None:
+        stats = SpeechStats.of(stream, rate_hz, heard[: int(train[-1]) + 1].numpy())
     signals = make_signals(tracks, stream, stats, data)
     n_seen = n_frames if pictures else 0
     return Footage(

@@ -152,11 +152,10 @@ def _pooled(
     Return those that are not done because a killed process broke the pool."""
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(n_jobs, mp_context=context, max_tasks_per_child=1)
-    waiting: dict[Future[Outcome], int] = {
-        pool.submit(one, videos[i], home, options): i for i in wanted
-    }
+    waiting: dict[Future[Outcome], int] = {}
     left = []
     try:
+        waiting |= {pool.submit(one, videos[i], home, options): i for i in wanted}
         while waiting:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
@@ -166,9 +165,9 @@ def _pooled(
                 else:
                     ended(index, future.result())
     except BaseException:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for child in multiprocessing.active_children():  # which would finish their films first
-            child.terminate()
+        for worker in list((pool._processes or {}).values()):  # else they finish their videos
+            worker.terminate()
+        pool.shutdown(cancel_futures=True)
         raise
     pool.shutdown()
     return sorted(left)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from talkhead_cli.jobs.player import Player
 
 N_COLUMNS = 6
 MARGIN_PX, CELL_PX = 150, 192  # width of the column of names, side of a picture
+TEXT_SCALE = 0.42
 STRIP_PX = 20  # height of the names above pictures that stand side by side
 
 Pixels = NDArray[np.uint8]
@@ -72,10 +73,10 @@ def sheet(lines: dict[str, list[Pixels]]) -> Pixels:
     return np.concatenate(drawn, 0)
 
 
-def side_by_side(named: Mapping[str, Pixels]) -> Pixels:
+def side_by_side(named: Sequence[tuple[str, Pixels]]) -> Pixels:
     """Set pictures (s, s, 3) next to each other, each under its name: (s + STRIP_PX, n s, 3)."""
     columns = []
-    for name, picture in named.items():
+    for name, picture in named:
         strip = np.zeros((STRIP_PX, picture.shape[1], 3), np.uint8)
         _write(strip, name, STRIP_PX - 6)
         columns.append(np.concatenate([strip, picture], 0))
@@ -83,9 +84,11 @@ def side_by_side(named: Mapping[str, Pixels]) -> Pixels:
 
 
 def _write(picture: Pixels, words: str, bottom: int) -> None:
-    """Write a line in white, `bottom` pixels from the top."""
-    font, white = cv2.FONT_HERSHEY_SIMPLEX, (255, 255, 255)
-    cv2.putText(picture, words, (6, bottom), font, 0.42, white, 1, cv2.LINE_AA)
+    """Write a line in white, `bottom` pixels from the top, as small as its length asks for."""
+    font, white, room = cv2.FONT_HERSHEY_SIMPLEX, (255, 255, 255), picture.shape[1] - 8
+    (width, _), _ = cv2.getTextSize(words, font, TEXT_SCALE, 1)
+    scale = TEXT_SCALE * min(1.0, room / max(1, width))
+    cv2.putText(picture, words, (4, bottom), font, scale, white, 1, cv2.LINE_AA)
 
 
 def _part(values: Any) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from talkhead_cli.store.files import sha256_of
 from talkhead_cli.track.crop import Crop
 from talkhead_cli.track.face import CHIN, EYES, FACE_OVAL, MESH_TO_68, TOP
 from talkhead_cli.track.shots import Takes
-from talkhead_cli.track.zoom import STILL
+from talkhead_cli.track.zoom import STILL, Zoom
 
 NOSE, MOUTH_CORNERS = 2, (61, 291)  # mesh points; NOSE is where the nose meets the lip
 # How far the mask reaches below the jaw, times nose to chin: it must cover the chin of the video
@@ -114,23 +115,37 @@ class Original:
         zooms = {}
         for begin, end, zoom in self.takes.spans(0, len(self.found)):
             zooms.update(dict.fromkeys(range(begin, end), zoom))
-        film, changed = self.part.played(rows, crop=whole, size=self.size), None
-        for frame, row, face in zip(film, rows.tolist(), faces, strict=True):
-            if not self.found[row]:
-                changed = None
+        changed: Mask | None = None
+        with closing(self.part.played(rows, crop=whole, size=self.size)) as film:
+            for row, face in zip(rows.tolist(), faces, strict=True):
+                frame = next(film, None)
+                if frame is None:
+                    raise TalkheadError(
+                        f"{self.part.path.name} ends before the frames that were tracked in it; "
+                        "preprocess it again"
+                    )
+                changed = self._pasted(frame, row, face, zooms.get(row, STILL), changed, eyes)
                 yield frame
-                continue
-            x, y, width, height = self.crop.zoomed(zooms.get(row, STILL), self.filmed)
-            under = frame[y : y + height, x : x + width]
-            seen = np.full((height, width, 3), 0, np.uint8)  # `size` may have dropped a row
-            seen[: under.shape[0], : under.shape[1]] = under
-            mesh = self.mesh[row]
-            now = difference(face, seen, _height(mesh))
-            changed = now if changed is None else np.maximum(now, FADE * changed)
-            always, maybe = face_masks(mesh, eyes=eyes)
-            share = np.maximum(always, maybe * cv2.resize(changed, (MASK_PX, MASK_PX)))
-            under[:] = _blended(seen, face, share)[: under.shape[0], : under.shape[1]]
-            yield frame
+
+    def _pasted(
+        self, frame: NDArray[np.uint8], row: int, face: NDArray[np.uint8], zoom: Zoom,
+        changed: Mask | None, eyes: bool,
+    ) -> Mask | None:  # fmt: skip
+        """Paste a face into a frame, in place; return where it differs, given that of the frame
+        before, or None without a face."""
+        if not self.found[row]:
+            return None
+        x, y, width, height = self.crop.zoomed(zoom, self.filmed)
+        under = frame[y : y + height, x : x + width]
+        seen = np.zeros((height, width, 3), np.uint8)  # `size` may have dropped a row or column
+        seen[: under.shape[0], : under.shape[1]] = under
+        mesh = self.mesh[row]
+        now = difference(face, seen, _height(mesh))
+        changed = now if changed is None else np.maximum(now, FADE * changed)
+        always, maybe = face_masks(mesh, eyes=eyes)
+        share = np.maximum(always, maybe * cv2.resize(changed, (MASK_PX, MASK_PX)))
+        under[:] = _blended(seen, face, share)[: under.shape[0], : under.shape[1]]
+        return changed
 
 
 def face_masks(mesh: Mask, *, eyes: bool) -> tuple[Mask, Mask]:

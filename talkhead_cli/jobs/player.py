@@ -189,7 +189,7 @@ def open_views(
 
 def novel(poses: Tensor, known: Tensor, n: int) -> list[int]:
     """Choose at most n rows of `poses` (T, K) that are not in `known` (M, K), the furthest first,
-    until all that are left lie within NEWS of a known or chosen one."""
+    until all that are left lie within NEW_POSE_DISTANCE of a known or chosen one."""
     away = torch.cdist(poses, known).amin(1)
     rows: list[int] = []
     while len(rows) < n and float(away.max()) > NEW_POSE_DISTANCE:

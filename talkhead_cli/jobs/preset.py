@@ -22,6 +22,9 @@ class _Strict(BaseModel):
     )
 
 
+MAX_HOLDOUT = 0.25  # more is never held out, see `footage.split`
+
+
 class Data(_Strict):
     """Data options.  size_px: side of training and rendered pictures · holdout: share of the usable
     frames that is held out (1/11 as in the literature; at least 4 s, at most a quarter; 0: none)
@@ -29,7 +32,7 @@ class Data(_Strict):
     · window: length of the speech window around a frame, in steps of 10 ms."""
 
     size_px: Annotated[int, Field(ge=32, le=1024, multiple_of=8)] = 512
-    holdout: Annotated[float, Field(ge=0, le=0.25)] = 1 / 11
+    holdout: Annotated[float, Field(ge=0, le=MAX_HOLDOUT)] = 1 / 11
     train_s: Annotated[float, Field(ge=0)] = 0.0
     window: Annotated[int, Field(ge=5, le=201)] = 33
 
@@ -296,7 +299,11 @@ def _stages(layer: dict[str, Any], part: str) -> dict[str, Any]:
 def from_yaml(text: str) -> Preset:
     """Parse the preset that a run was saved with."""
     try:
-        return validate(yaml.safe_load(text))
+        values = yaml.safe_load(text)
+        data = values.get("data") if isinstance(values, dict) else None
+        if isinstance(data, dict) and isinstance(data.get("holdout"), float):
+            data["holdout"] = min(data["holdout"], MAX_HOLDOUT)  # which older versions allowed
+        return validate(values)
     except (yaml.YAMLError, MisuseError) as error:
         raise TalkheadError(
             f"the run's preset.yaml is damaged or of another version ({error}); train the run "

@@ -15,6 +15,7 @@ import torch
 from lightning_fabric import Fabric
 
 from talkhead_cli import __version__, march
+from talkhead_cli.avatars import avatar_class
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import expert, fit, footage, looks, player, team
 from talkhead_cli.jobs import preset as presets
@@ -53,6 +54,7 @@ def pretrain(
     processes on each of `nodes` machines, if there are several (`team.run`).
     """
     preset = presets.load(preset_names, settings)
+    avatar_class(preset.method)  # refuses an unknown method before anything is read
     for setting in settings:
         if setting.startswith("train."):
             raise MisuseError(f"-s {setting} is read by finetune; say pre{setting}")

@@ -15,6 +15,7 @@ from talkhead_cli.contracts import (
     FPS,
     SAMPLES_PER_FRAME,
     Progress,
+    TalkheadError,
     UnfitError,
     followed,
 )
@@ -234,7 +235,7 @@ class Stages:
             samples = np.zeros(n_samples, np.float32)
         heard = voice.heard(samples, n_frames)
         if with_audio and not heard.any():
-            raise UnfitError(
+            raise TalkheadError(
                 f"nothing is heard of {self.video.name} while its picture lasts"
                 + (f", when its sound is moved by {offset_s:g} s" if offset_s else "")
                 + "; give another part of it, or another --offset"

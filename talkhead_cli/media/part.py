@@ -13,9 +13,11 @@ from numpy.typing import NDArray
 
 from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME
 from talkhead_cli.media.audio import Samples, sound
+from talkhead_cli.media.ffmpeg import probe
 from talkhead_cli.media.video import Picture, frames
 
 BACKWARDS = 16  # frames decoded forwards and buffered at a time for backward playback
+MAX_HELD_BYTES = 2**29  # where a file has no index, and every block costs a decode from its start
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class Part:
         if not len(rows):
             return
         step = np.diff(rows)
+        held_at_once = BACKWARDS
+        if (step < 0).any() and not (about := probe(self.path)).has_index:
+            # each block is decoded from the beginning of the file
+            width, height = options.get("size") or (about.width, about.height)
+            held_at_once = max(BACKWARDS, MAX_HELD_BYTES // (3 * width * height))
         for run in np.split(rows, np.flatnonzero(step[1:] != step[:-1]) + 2):
             first, n = int(run[0]), len(run)
             if n == 1 or run[1] == first + 1:
@@ -49,8 +56,8 @@ class Part:
                 continue
             if run[1] != first - 1:
                 raise ValueError(f"rows {run[:3]} ... are not one after the other")
-            for begin in range(0, n, BACKWARDS):
-                block = run[begin : begin + BACKWARDS]
+            for begin in range(0, n, held_at_once):
+                block = run[begin : begin + held_at_once]
                 held = list(self.frames(first=int(block[-1]), n_frames=len(block), **options))
                 yield from reversed(held)
 
