@@ -13,7 +13,7 @@ import pytest
 
 from talkhead_cli import media
 from talkhead_cli.contracts import MisuseError, TalkheadError
-from talkhead_cli.jobs.paste import MASK_PX, Original, difference, face_masks
+from talkhead_cli.jobs.paste import MASK_PX, Original, difference, face_masks, stand_ins
 from talkhead_cli.jobs.render import RenderOptions, _refuse_contradictions
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.track.crop import Crop
@@ -95,7 +95,8 @@ def test_a_film_is_not_played_in_leaps(film: Path) -> None:
 
 def original(film: Path, mesh: np.ndarray, found: np.ndarray, takes: Takes) -> Original:
     meshes = np.repeat(mesh[None].astype(np.float32), N, 0)
-    return Original(media.Part(film), SIZE, Crop(30, 10, 40), takes, meshes, found)
+    stands = np.where(found, np.arange(N), -1)
+    return Original(media.Part(film), SIZE, Crop(30, 10, 40), takes, meshes, stands)
 
 
 def test_all_but_the_face_is_the_film_s_own(film: Path, a_face: np.ndarray) -> None:
@@ -156,8 +157,20 @@ def test_what_the_film_cannot_have_is_said(film: Path, a_face: np.ndarray) -> No
     assert not list(whole.warnings(np.arange(N), 40))
     assert "softer" in "".join(whole.warnings(np.arange(5), 20))
     assert "backwards" in "".join(whole.warnings(np.arange(N + 1) % N, 40))
-    whole.found[3:5] = False
-    assert "in 2 of the frames" in "".join(whole.warnings(np.arange(10), 40))
+    whole.stands[3:5] = -1
+    assert "2 of the frames" in "".join(whole.warnings(np.arange(10), 40))
+
+
+def test_frames_at_a_cut_take_their_neighbour_s_face() -> None:
+    """Trackers leave out the first and the last frame of a shot, which show the face, too."""
+    found = np.zeros(20, bool)
+    found[[*range(8), *range(11, 15)]] = True
+    found[12] = False
+    takes = Takes([Take(0, 8, STILL), Take(11, 15, STILL)])
+    stands = stand_ins(found, takes)
+    want = [*range(8), 7, -1, 11, 11, -1, 13, 14, 14, -1, -1, -1, -1]
+    assert stands.tolist() == want
+    assert stand_ins(np.ones(3, bool), Takes([Take(0, 3, STILL)])).tolist() == [0, 1, 2]
 
 
 def run_of(space: Workspace, **meta: Any) -> Run:
@@ -173,7 +186,7 @@ def test_it_must_be_the_film_and_the_track_that_the_run_learnt_from(
     space = Workspace.open(home, "speaker")
     copy = Path(shutil.copy(speaker_clip, tmp_path / "renamed.mp4"))
     found = Original.of(space, run_of(space), copy)
-    assert found.size == (512, 512) and len(found.found) == len(found.mesh)
+    assert found.size == (512, 512) and len(found.stands) == len(found.mesh)
     with pytest.raises(TalkheadError, match="another file"):
         Original.of(space, run_of(space), film)
     with pytest.raises(MisuseError, match="no such file"):

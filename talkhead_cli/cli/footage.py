@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as jsonlib
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -250,6 +251,8 @@ def remove(
             raise MisuseError("say what goes: an identity, with or without --run, or --prior NAME")
 
         def sure(what: Path | str) -> None:
+            if not yes and not sys.stdin.isatty():
+                raise MisuseError(f"pass --yes to delete {what} without being asked")
             if not yes and not typer.confirm(f"Delete {what}?", err=True):
                 raise typer.Exit(1)
 

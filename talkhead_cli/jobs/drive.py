@@ -20,6 +20,7 @@ from talkhead_cli.jobs.footage import head_camera
 
 Array = NDArray[np.floating[Any]]
 
+POSES, EYES = ("pose", "body"), ("eye", "gaze", "brow")  # arrays of footage, by what they drive
 TURN = 10  # frames over which a replay slows down before it reverses
 MAX_ANGLE_DEG = 45.0
 ORBIT_DEG, ORBIT_S = 30.0, 8.0  # swing of the camera to either side, and its period
@@ -87,13 +88,13 @@ def make(
     pitch_deg: float = 0.0,
     orbit: bool = False,
     seed: int = 0,
-    as_filmed: bool = False,
+    as_filmed: NDArray[np.int64] | None = None,
 ) -> Drive:
     """Build the drive of a video of n_frames.
 
     footage: arrays of a run's drive.npz · pose: footage, still, auto or a file · blink: footage,
     auto, none or a file · orbit: swing ORBIT_DEG to either side with period ORBIT_S · as_filmed:
-    replay every row from row 0 on, also those without a face, to paste the frames into the source
+    replay these rows (T,) of the footage from the first on, for a video that has so many frames
     """
     furthest = abs(yaw_deg) + (ORBIT_DEG if orbit else 0)
     if not max(furthest, abs(pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
@@ -101,10 +102,13 @@ def make(
             f"--yaw and --pitch must lie within {MAX_ANGLE_DEG:.0f} degrees, --yaw within "
             f"{MAX_ANGLE_DEG - ORBIT_DEG:.0f} beside --orbit"
         )
-    n_rows = len(footage["usable"])
-    first, last = (0, n_rows - 1) if as_filmed else longest_run(footage["usable"])
-    clip = {k: footage[k][first : last + 1] for k in ("pose", "body", "eye", "gaze", "brow")}
-    replay = (triangle_replay if as_filmed else eased_replay)(last - first + 1)
+    if as_filmed is None:
+        first, last = longest_run(footage["usable"])
+    else:
+        footage = footage | {k: footage[k][as_filmed] for k in (*POSES, *EYES)}
+        first, last = 0, len(as_filmed) - 1
+    clip = {k: footage[k][first : last + 1] for k in (*POSES, *EYES)}
+    replay = (eased_replay if as_filmed is None else triangle_replay)(last - first + 1)
     middle = {k: np.median(v, axis=0) for k, v in clip.items()}
 
     def from_footage(frames: NDArray[Any]) -> tuple[Array, Array]:

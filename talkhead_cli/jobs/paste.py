@@ -43,8 +43,8 @@ Mask = NDArray[np.float32]
 class Original:
     """The source video of a clip, at full size, and the location of the face in each frame.
 
-    filmed (w, h) in pixels · mesh (T, 478, 2) as fractions of the crop's side · found (T,) whether
-    a face was tracked; frames without one are left unchanged
+    filmed (w, h) in pixels · mesh (T, 478, 2) as fractions of the crop's side · stands (T,) the
+    tracked row whose face is pasted into each frame, -1 for none: usually its own
     """
 
     part: Part
@@ -52,17 +52,21 @@ class Original:
     crop: Crop
     takes: Takes
     mesh: NDArray[np.float32]
-    found: NDArray[np.bool_]
+    stands: NDArray[np.int64]
 
     @classmethod
     def of(cls, space: Workspace, run: Run, film: Path) -> Original:
         """Open `film`, the source video of `space`; TalkheadError if it is another file, or if
         `run` was trained on another tracking of it."""
-        space.refuse_without_footage("paste into the film it came from")
+        if not space.video.exists():
+            raise TalkheadError(
+                f"'{space.id}' is here without its footage, as an imported avatar is; run first: "
+                f"talkhead preprocess {film.name} --id {space.id}"
+            )
         known = space.manifest()
         source = known["source"]
         if not film.is_file():
-            raise MisuseError(f"--into {film}: there is no such file")
+            raise MisuseError(f"--into {film}: there is no such file; give the video itself")
         if known.get("dataset") is not None or sha256_of(film) != source["sha256"]:
             raise TalkheadError(
                 f"--into takes the very film that '{space.id}' was preprocessed from "
@@ -74,11 +78,11 @@ class Original:
                 "now, and its face would be out of place; train it again"
             )
         about, tracks = media.probe(film), space.load("tracks")
+        takes = Takes.from_array(space.load("shots")["takes"])
         return cls(
             Part(film, *source.get("part", [source["first_frame"], None])),
             (about.width, about.height),
-            Crop(**known["crop"]), Takes.from_array(space.load("shots")["takes"]),
-            tracks["mesh_px"], tracks["found"],
+            Crop(**known["crop"]), takes, tracks["mesh_px"], stand_ins(tracks["found"], takes),
         )  # fmt: skip
 
     @property
@@ -94,14 +98,17 @@ class Original:
                 f"the head's square is {self.crop.side} px in the film, and the avatar draws it at "
                 f"{side_px}: the mouth is softer than what is round it"
             )
-        if len(rows) > len(self.found):
+        if len(rows) > len(self.stands):
             yield (
-                f"the speech is longer than the film ({len(self.found) / FPS:.1f} s), which is "
-                "played backwards and forwards again"
+                f"the speech is longer than what was preprocessed of the film "
+                f"({len(self.stands) / FPS:.1f} s), which is played backwards and forwards again"
             )
-        n_lost = int((~self.found[rows]).sum())
+        n_lost = int((self.stands[rows] < 0).sum())
         if n_lost:
-            yield f"no face was tracked in {n_lost} of the frames: they stay as they were filmed"
+            yield (
+                f"{n_lost} of the frames show no face that was tracked, or belong to shots that "
+                "were left out: they stay as they were filmed, old mouth and all"
+            )
 
     def with_faces(
         self, rows: NDArray[np.integer[Any]], faces: Iterable[NDArray[np.uint8]], *, eyes: bool
@@ -113,7 +120,7 @@ class Original:
         filmed."""
         whole = (0, 0, *self.size)
         zooms = {}
-        for begin, end, zoom in self.takes.spans(0, len(self.found)):
+        for begin, end, zoom in self.takes.spans(0, len(self.stands)):
             zooms.update(dict.fromkeys(range(begin, end), zoom))
         changed: Mask | None = None
         with closing(self.part.played(rows, crop=whole, size=self.size)) as film:
@@ -133,19 +140,30 @@ class Original:
     ) -> Mask | None:  # fmt: skip
         """Paste a face into a frame, in place; return where it differs, given that of the frame
         before, or None without a face."""
-        if not self.found[row]:
+        if self.stands[row] < 0:
             return None
         x, y, width, height = self.crop.zoomed(zoom, self.filmed)
         under = frame[y : y + height, x : x + width]
         seen = np.zeros((height, width, 3), np.uint8)  # `size` may have dropped a row or column
         seen[: under.shape[0], : under.shape[1]] = under
-        mesh = self.mesh[row]
+        mesh = self.mesh[self.stands[row]]
         now = difference(face, seen, _height(mesh))
         changed = now if changed is None else np.maximum(now, FADE * changed)
         always, maybe = face_masks(mesh, eyes=eyes)
         share = np.maximum(always, maybe * cv2.resize(changed, (MASK_PX, MASK_PX)))
         under[:] = _blended(seen, face, share)[: under.shape[0], : under.shape[1]]
         return changed
+
+
+def stand_ins(found: NDArray[np.bool_], takes: Takes) -> NDArray[np.int64]:
+    """Return for each row (T,) the row whose face stands for it: itself where one was found, else
+    the neighbour's at the cuts that bound a take, whose frames trackers leave out, else -1."""
+    stands = np.where(found, np.arange(len(found)), -1)
+    for first, end, _ in takes:
+        for edge, inner in ((first - 1, first), (end, end - 1)):
+            if 0 <= edge < len(found) and stands[edge] < 0 and found[inner]:
+                stands[edge] = inner
+    return stands
 
 
 def face_masks(mesh: Mask, *, eyes: bool) -> tuple[Mask, Mask]:

@@ -60,7 +60,6 @@ def render(
     synthetic and record what it was made from.
     """
     options = options or RenderOptions()
-    options = replace(options, as_filmed=options.into is not None)
     began = time.monotonic()
     space = Workspace.open(home, name)
     run, by_default = player.pick_run(space, run_name)
@@ -72,6 +71,8 @@ def render(
     backdrop = _background(options.background)
     _name_old_footage(space, run, progress)
     original = None if options.into is None else Original.of(space, run, options.into)
+    if original is not None:
+        options = replace(options, as_filmed=original.stands.clip(0))
     script.check_motion(run, options)
     show = player.load(run, march.device_of(device))
     progress.note(f"marching: {show.note}")
@@ -82,7 +83,8 @@ def render(
     files.film.parent.mkdir(parents=True, exist_ok=True)
     with script.open_script(show, speech, options, progress) as film_script:
         n_frames = film_script.n_frames
-        if beyond := drive.beyond(run.drive(), film_script.drive, n_frames):
+        beyond = drive.beyond(run.drive(), film_script.drive, n_frames)
+        if beyond and original is None:
             progress.note(f"{beyond}; such views are guesses and may look wrong")
         if options.pose not in script.poses_in_grid(show) or film_script.drive.moves_camera:
             progress.stage("new views", None)
@@ -91,7 +93,12 @@ def render(
         progress.stage("render", n_frames)
         n_empty = shoot.film(film_script, progress)
     if n_empty:
-        progress.note(f"nobody is seen in {n_empty} of {n_frames} frames: poses lead out of them")
+        why = (
+            "the run has learnt too little"
+            if options.pose == "footage"
+            else "poses lead out of them"
+        )
+        progress.note(f"nobody is seen in {n_empty} of {n_frames} frames: {why}")
     seconds = time.monotonic() - began
     write_json(files.sidecar, {
         "synthetic": True, **tags,
@@ -100,7 +107,8 @@ def render(
         "run_meta": {k: show.run.meta().get(k)
                      for k in ("version", "steps", "source", "torch", "generator")},
         "consent": show.run.meta().get("consent", []),
-        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
+        "options": {k: str(v) if isinstance(v, Path) else v
+                    for k, v in vars(options).items() if k != "as_filmed"},
         "frames": n_frames, "fps": FPS, "size_px": show.preset.data.size_px,
         "film_px": shoot.size_px,
         "depth_unit_face_heights": DEPTH_UNIT if files.depth else None,
@@ -175,7 +183,7 @@ class _Shoot:
                 rows = film_script.drive.rows(np.arange(film_script.n_frames)).astype(int)
                 for warning in self.original.warnings(rows, side):
                     progress.note(warning)
-                eyes = options.blink != "footage" or film_script.lids_of_track
+                eyes = options.blink != "footage"
                 pictures = self.original.with_faces(rows, pictures, eyes=eyes)
             for picture in pictures:
                 film.write(picture)
@@ -249,6 +257,11 @@ def _name_old_footage(space: Workspace, run: Run, progress: Progress) -> None:
         progress.note(
             f"run '{run.name}' was trained on other footage ({own.get('name')}) than '{space.id}' "
             f"holds now ({now.get('name')})"
+        )
+    elif space.video.exists() and run.meta().get("footage") != space.fingerprint:
+        progress.note(
+            f"run '{run.name}' was trained on an earlier preprocessing of '{space.id}'; it still "
+            "films as it did"
         )
 
 

@@ -43,7 +43,8 @@ OWN_STATS_S = 5.0  # speech with less sound than this is standardised by the foo
 class MotionOptions:
     """Motion options: the values of `--pose`, `--blink`, `--yaw` and so on.
 
-    as_filmed  replay every row of the footage in order, to paste the faces back into it
+    as_filmed  (T,) rows of the footage to replay in order, one for each frame of the video that the
+               faces are pasted back into
     """
 
     pose: str = "footage"
@@ -53,7 +54,7 @@ class MotionOptions:
     orbit: bool = False
     seed: int = 0
     landmarks: Path | None = None
-    as_filmed: bool = False
+    as_filmed: NDArray[np.int64] | None = None
 
 
 M = TypeVar("M", bound=MotionOptions)
@@ -174,7 +175,7 @@ def open_script(
         )  # fmt: skip
         track = _track(show, moves.landmarks, n_frames)
         # eye openness of a landmark track is used only if --blink is at its default
-        lids = moves.blink == "footage"
+        lids = moves.blink == "footage" and moves.as_filmed is None
         yield Script(show, pcm, ear, stats, drive, n_frames, track, lids)
 
 
