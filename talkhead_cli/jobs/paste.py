@@ -131,7 +131,8 @@ class Original:
                         f"{self.part.path.name} ends before the frames that were tracked in it; "
                         "preprocess it again"
                     )
-                changed = self._pasted(frame, row, face, zooms.get(row, STILL), changed, eyes)
+                zoom = zooms.get(int(self.stands[row]), STILL)  # at cuts, of the frame beside
+                changed = self._pasted(frame, row, face, zoom, changed, eyes)
                 yield frame
 
     def _pasted(
