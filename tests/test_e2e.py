@@ -212,7 +212,10 @@ def test_runs_stand_side_by_side(home: Path) -> None:
         assert rows["PSNR, full (dB)"][run] == alone["picture"]["full"]["psnr_db"]
         assert (alone["pasted"] is None) == (not run.startswith("landmark"))
     frames = frames_of(film).astype(int)
-    assert frames.shape[1:] == (64, 64 * (1 + len(runs)), 3)
+    strip = maps.STRIP_PX
+    assert frames.shape[1:] == (64 + strip, 64 * (1 + len(runs)), 3)
+    assert all((name > 60).any() for name in np.split(frames[0, :strip], 1 + len(runs), 1))
+    frames = frames[:, strip:]
     assert len(frames) == answer["figures"]["protocol"]["n_frames"]
     assert media.probe(film).has_audio
     scored = {run: home / "speaker/runs" / run / "evaluate" for run in runs}
