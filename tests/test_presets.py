@@ -260,3 +260,21 @@ def test_an_overlay_serves_every_method_and_passes_over_stages_it_has_not_got() 
     assert set(preset.read_layer("tiny")["train"]["stages"]) <= known, "for nobody"
     with pytest.raises(MisuseError, match=r"train\.stages\.torso"):
         preset.load(["lokitalk"], ["train.stages.torso.steps=3"])
+
+
+def test_a_stored_preset_that_held_out_more_than_is_ever_held_out_is_read() -> None:
+    """Older versions took up to a half, and held out a quarter of it."""
+    text = preset.load(["lokitalk", "tiny"]).to_yaml()
+    old = preset.from_yaml(text.replace(f"holdout: {1 / 11}", "holdout: 0.4"))
+    assert old.data.holdout == preset.MAX_HOLDOUT
+    with pytest.raises(MisuseError, match="data.holdout"):
+        preset.load(["lokitalk"], ["data.holdout=0.4"])
+
+
+def test_presets_that_differ_are_told_by_their_keys() -> None:
+    one = preset.load(["lokitalk", "tiny"])
+    other = preset.load(["lokitalk", "tiny"], ["train.scale=0.1", "march.n_close=4"])
+    assert preset.differences(one, one) == ""
+    told = preset.differences(one, other)
+    assert "train.scale=1.0, not 0.1" in told and "march.n_close=10, not 4" in told
+    assert preset.differences(one, other, at_most=1).endswith(" ...")

@@ -268,8 +268,8 @@ def test_where_locks_cannot_be_had_files_are_written_all_the_same(
     with atomic(tmp_path / "a") as part:
         part.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    with held(tmp_path / ".lock", "alice"):
-        pass
+    with pytest.warns(UserWarning, match="run no second .* 'alice'"), held(tmp_path / "l", "alice"):
+        assert (tmp_path / "l").exists()
 
 
 def test_files_have_the_rights_that_the_user_s_mask_leaves(tmp_path: Path) -> None:

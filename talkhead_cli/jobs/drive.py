@@ -191,13 +191,13 @@ def eased_replay(n: int) -> Callable[[NDArray[Any]], Array]:
     Within TURN frames of an end a parabola replaces the corner of the triangle wave, so that the
     motion slows to a stop before it reverses.
     """
-    last = n - 1
+    last, triangle = n - 1, triangle_replay(n)
 
     def place(frames: NDArray[Any]) -> Array:
+        at = triangle(frames)
         if last <= 0:
-            return np.zeros(len(frames))
+            return at
         turn = min(TURN, last / 2)
-        at = np.abs((np.asarray(frames, float) + last) % (2 * last) - last)
 
         def eased(distance: Array) -> Array:
             return np.where(distance < turn, distance**2 / (2 * turn) + turn / 2, distance)

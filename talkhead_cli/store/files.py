@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import tempfile
+import warnings
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -81,8 +82,12 @@ def held(lock: Path, what: str) -> Iterator[None]:
             raise TalkheadError(
                 f"another talkhead is working on '{what}'; wait until it has ended"
             ) from error
-        except OSError:  # a mount without locks, where nobody can be told to wait
-            pass
+        except OSError as error:  # a mount without locks, where nobody can be told to wait
+            warnings.warn(
+                f"{lock.parent} cannot be locked ({error.strerror}): run no second talkhead job on "
+                f"'{what}' meanwhile",
+                stacklevel=2,
+            )
         yield
 
 
