@@ -64,7 +64,9 @@ def _views(home: Path, name: str, run_name: str, sheets: Path) -> dict[str, Any]
     found: dict[str, Any] = {}
     strips = []
     for yaw, pitch in VIEWS:
-        made = drives.make(run.drive(), len(rows), yaw_deg=yaw, pitch_deg=pitch)
+        made = drives.make(
+            run.drive(), len(rows), drives.MotionOptions(yaw_deg=yaw, pitch_deg=pitch)
+        )
         seen = clip.signals[rows]
         camera = made.camera(seen.pose.numpy(), clip.size_px, np.zeros(len(rows)))
         seen = seen.with_(camera=camera)

@@ -104,6 +104,13 @@ def free_gb() -> float:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
 
 
+def n_cores() -> int:
+    """Return the number of CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def _alone(index: Any, n: int) -> slice:
     """The slice that holds item `index` of n, counted from the end if negative."""
     first = range(n)[int(index)]

@@ -35,6 +35,12 @@ def footage() -> dict[str, NDArray[Any]]:
     }
 
 
+def drive_of(
+    footage: dict[str, NDArray[Any]], n_frames: int, as_filmed: Any = None, **moves: Any
+) -> drive.Drive:
+    return drive.make(footage, n_frames, drive.MotionOptions(**moves), as_filmed=as_filmed)
+
+
 # ---------------------------------------------------------------- there and back
 
 
@@ -85,11 +91,11 @@ def test_as_filmed_the_rows_that_are_named_are_replayed(footage: dict[str, np.nd
     frames = np.arange(len(footage["pose"]))
     rows = frames.copy()
     rows[30] = 29
-    made = drive.make(footage, 2 * len(frames), as_filmed=rows)
+    made = drive_of(footage, 2 * len(frames), as_filmed=rows)
     np.testing.assert_array_equal(made.rows(frames), frames)
     np.testing.assert_allclose(made.pose(frames)[0], footage["pose"][rows], atol=1e-6)
     np.testing.assert_allclose(made.eyes(frames)[0], footage["eye"][rows], atol=1e-6)
-    assert drive.make(footage, 60).rows(frames).min() > 11
+    assert drive_of(footage, 60).rows(frames).min() > 11
 
 
 def test_between_is_linear_and_holds_the_end() -> None:
@@ -136,7 +142,7 @@ def test_a_short_film_gets_a_track_of_its_length(n: int) -> None:
 
 
 def test_footage_pose_stays_within_the_usable_stretch(footage: dict[str, NDArray[Any]]) -> None:
-    poses, bodies = drive.make(footage, 300).pose(np.arange(300))
+    poses, bodies = drive_of(footage, 300).pose(np.arange(300))
     assert poses.shape == (300, 6) and bodies.shape == (300, 4)
     used = footage["pose"][12:]
     assert (poses >= used.min(0) - 1e-6).all() and (poses <= used.max(0) + 1e-6).all()
@@ -149,7 +155,7 @@ def test_footage_pose_stays_within_the_usable_stretch(footage: dict[str, NDArray
 def test_a_frame_does_not_depend_on_its_batch(
     footage: dict[str, NDArray[Any]], pose: str, blink: str
 ) -> None:
-    made = drive.make(footage, 120, pose=pose, blink=blink, seed=3)
+    made = drive_of(footage, 120, pose=pose, blink=blink, seed=3)
     frames = np.arange(120)
     whole = [*made.pose(frames), *made.eyes(frames)]
     for part in (np.array([7]), np.array([119, 0]), np.arange(40, 55)):
@@ -158,7 +164,7 @@ def test_a_frame_does_not_depend_on_its_batch(
 
 
 def test_still_pose_is_the_constant_median(footage: dict[str, NDArray[Any]]) -> None:
-    poses, bodies = drive.make(footage, 50, pose="still").pose(np.arange(50))
+    poses, bodies = drive_of(footage, 50, pose="still").pose(np.arange(50))
     assert (poses == poses[0]).all() and (bodies == bodies[0]).all()
     np.testing.assert_allclose(poses[0], np.median(footage["pose"][12:], axis=0))
 
@@ -167,15 +173,15 @@ def test_a_head_sways_a_little_begins_at_rest_and_follows_the_seed(
     footage: dict[str, NDArray[Any]],
 ) -> None:
     n = 25 * 120
-    made = [drive.make(footage, n, pose="auto", seed=s).pose(np.arange(n)) for s in (1, 1, 2)]
+    made = [drive_of(footage, n, pose="auto", seed=s).pose(np.arange(n)) for s in (1, 1, 2)]
     (pose, body), (again, _), (other, _) = made
     assert np.array_equal(pose, again) and not np.allclose(pose, other)
-    rest = drive.make(footage, n, pose="still").pose(np.arange(1))[0][0]
+    rest = drive_of(footage, n, pose="still").pose(np.arange(1))[0][0]
     assert np.allclose(pose[0, 3:], rest[3:]) and np.ptp(body, axis=0).max() == 0
     turn = (Rotation.from_rotvec(pose[:, :3]) * Rotation.from_rotvec(rest[:3]).inv()).as_rotvec()
     assert np.abs(turn[0]).max() < 1e-6 and 1.0 < np.degrees(np.abs(turn).max()) < 15
     assert np.degrees(np.abs(np.diff(turn, axis=0)).max()) < 1.2, "no faster than heads turn"
-    part = drive.make(footage, n, pose="auto", seed=1).pose(np.arange(700, 720))[0]
+    part = drive_of(footage, n, pose="auto", seed=1).pose(np.arange(700, 720))[0]
     assert np.allclose(part, pose[700:720])
     assert np.degrees(np.abs(turn.mean(0)).max()) < 1.5, "it sways round its rest"
 
@@ -183,12 +189,12 @@ def test_a_head_sways_a_little_begins_at_rest_and_follows_the_seed(
 def test_eyes_are_footage_awake_or_blinking(footage: dict[str, NDArray[Any]]) -> None:
     frames = np.arange(250)
     awake = np.median(footage["eye"][12:], axis=0)
-    none = drive.make(footage, 250, blink="none").eyes(frames)[0]
+    none = drive_of(footage, 250, blink="none").eyes(frames)[0]
     np.testing.assert_allclose(none, np.tile(awake, (250, 1)))
-    auto = drive.make(footage, 250, blink="auto", seed=5).eyes(frames)[0]
+    auto = drive_of(footage, 250, blink="auto", seed=5).eyes(frames)[0]
     np.testing.assert_allclose(auto, drive.blink_track(250, 5)[:, None] * awake)
     assert auto.min() == 0
-    replayed = drive.make(footage, 250).eyes(frames)[0]
+    replayed = drive_of(footage, 250).eyes(frames)[0]
     assert (replayed != none).any() and replayed.shape == (250, 2)
 
 
@@ -197,7 +203,7 @@ def test_blinks_of_a_file_are_held_at_its_end(
 ) -> None:
     path = tmp_path / "eyes.txt"
     path.write_text("1\n0.5\n0\n")
-    eye = drive.make(footage, 5, blink=str(path)).eyes(np.arange(5))[0]
+    eye = drive_of(footage, 5, blink=str(path)).eyes(np.arange(5))[0]
     np.testing.assert_allclose(eye, np.repeat([1, 0.5, 0, 0, 0], 2).reshape(5, 2))
 
 
@@ -207,13 +213,13 @@ def test_pose_of_a_file_is_played_as_it_is(
     given = np.random.default_rng(0).normal(0, 0.1, (40, 6))
     np.save(tmp_path / "pose.npy", given)
     with pytest.raises(TalkheadError, match="face heights from the camera"):
-        drive.make(footage, 40, pose=str(tmp_path / "pose.npy"))
+        drive_of(footage, 40, pose=str(tmp_path / "pose.npy"))
     given[:, 5] += 4
     np.save(tmp_path / "pose.npy", given)
-    poses, bodies = drive.make(footage, 40, pose=str(tmp_path / "pose.npy")).pose(np.arange(40))
+    poses, bodies = drive_of(footage, 40, pose=str(tmp_path / "pose.npy")).pose(np.arange(40))
     np.testing.assert_allclose(poses, given)
     np.testing.assert_allclose(bodies, np.tile(np.median(footage["body"][12:], 0), (40, 1)))
-    longer = drive.make(footage, 100, pose=str(tmp_path / "pose.npy")).pose(np.arange(100))[0]
+    longer = drive_of(footage, 100, pose=str(tmp_path / "pose.npy")).pose(np.arange(100))[0]
     np.testing.assert_allclose(longer[:40], given)
     np.testing.assert_allclose(longer[39:79], given[::-1], err_msg="there and back")
 
@@ -223,16 +229,16 @@ def test_angles_beyond_the_limit_are_misuse(
     footage: dict[str, NDArray[Any]], angle: dict[str, float]
 ) -> None:
     with pytest.raises(MisuseError, match="45 degrees"):
-        drive.make(footage, 5, **angle)  # type: ignore[arg-type]
+        drive_of(footage, 5, **angle)
 
 
 @pytest.mark.parametrize(("option", "axis"), [("yaw_deg", 1), ("pitch_deg", 0)])
 def test_the_camera_circles_the_head(
     footage: dict[str, NDArray[Any]], option: str, axis: int
 ) -> None:
-    pose = drive.make(footage, 5).pose(np.arange(5))[0]
-    straight = drive.make(footage, 5).camera(pose, 128, np.arange(5))
-    made = drive.make(footage, 5, **{option: 30.0})  # type: ignore[arg-type]
+    pose = drive_of(footage, 5).pose(np.arange(5))[0]
+    straight = drive_of(footage, 5).camera(pose, 128, np.arange(5))
+    made = drive_of(footage, 5, **{option: 30.0})
     turned = made.camera(pose, 128, np.arange(5))
     here, there = straight.c2w.numpy()[:, :3], turned.c2w.numpy()[:, :3]
     around = np.einsum("tij,tkj->tik", there[..., :3], here[..., :3])
@@ -248,12 +254,12 @@ def test_the_camera_circles_the_head(
 def test_the_camera_swings_to_either_side_and_back(footage: dict[str, NDArray[Any]]) -> None:
     frames = np.array([0, 50, 100, 150, 200])  # eight seconds, by quarters
     pose = np.tile(footage["pose"][12].astype(np.float32), (5, 1))
-    straight = drive.make(footage, 201).camera(pose, 128, frames).c2w.numpy()[:, :3, :3]
-    swung = drive.make(footage, 201, orbit=True).camera(pose, 128, frames).c2w.numpy()[:, :3, :3]
+    straight = drive_of(footage, 201).camera(pose, 128, frames).c2w.numpy()[:, :3, :3]
+    swung = drive_of(footage, 201, orbit=True).camera(pose, 128, frames).c2w.numpy()[:, :3, :3]
     around = Rotation.from_matrix(np.einsum("tij,tkj->tik", swung, straight))
     np.testing.assert_allclose(around.as_rotvec(degrees=True)[:, 1], [0, 30, 0, -30, 0], atol=1e-3)
     with pytest.raises(MisuseError, match="within 15 beside --orbit"):
-        drive.make(footage, 5, orbit=True, yaw_deg=16.0)
+        drive_of(footage, 5, orbit=True, yaw_deg=16.0)
 
 
 @pytest.mark.parametrize("n_frames", [3, 150, 2301, 4601])
@@ -261,18 +267,18 @@ def test_some_frames_tell_all_views_of_a_swing(
     footage: dict[str, NDArray[Any]], n_frames: int
 ) -> None:
     """2301 frames: every hundredth looks straight ahead."""
-    made = drive.make(footage, n_frames, orbit=True)
+    made = drive_of(footage, n_frames, orbit=True)
     at = made.sample_frames(24, n_frames)
     assert len(at) <= 24 and at.min() == 0 and at.max() <= n_frames - 1
     swing = np.sin(2 * np.pi * at / 200)
     whole = np.sin(2 * np.pi * np.arange(n_frames) / 200)
     assert swing.max() > whole.max() - 0.05 and swing.min() < whole.min() + 0.05
-    plain = drive.make(footage, n_frames, yaw_deg=5).sample_frames(24, n_frames)
+    plain = drive_of(footage, n_frames, yaw_deg=5).sample_frames(24, n_frames)
     assert plain.tolist() == np.unique(np.linspace(0, n_frames - 1, 24).astype(int)).tolist()
 
 
 def test_the_camera_sees_the_head_where_the_pose_says(footage: dict[str, NDArray[Any]]) -> None:
-    made = drive.make(footage, 5)
+    made = drive_of(footage, 5)
     pose = made.pose(np.arange(5))[0]
     camera = made.camera(pose, 256, np.arange(5))
     world = np.linalg.inv(camera.c2w.numpy().astype(float))
@@ -329,7 +335,7 @@ def test_openness_beyond_shut_and_open_is_refused(
 ) -> None:
     (tmp_path / "eyes.txt").write_text("1\n3\n-1\n")
     with pytest.raises(TalkheadError, match="from 0 .shut. to 1 .open., not from -1 to 3"):
-        drive.make(footage, 3, blink=str(tmp_path / "eyes.txt"))
+        drive_of(footage, 3, blink=str(tmp_path / "eyes.txt"))
 
 
 @pytest.mark.filterwarnings("ignore:loadtxt")
@@ -344,14 +350,14 @@ def test_an_unknown_word_is_taken_for_a_file_that_is_not_there(
     footage: dict[str, NDArray[Any]], word: str
 ) -> None:
     with pytest.raises(TalkheadError, match="no known word"):
-        drive.make(footage, 5, pose=word)
+        drive_of(footage, 5, pose=word)
 
 
 def test_views_that_nobody_filmed_are_named(
     footage: dict[str, NDArray[Any]], tmp_path: Path
 ) -> None:
     def said(n: int = 50, **wishes: Any) -> str:
-        return drive.beyond(footage, drive.make(footage, n, **wishes), n)
+        return drive.beyond(footage, drive_of(footage, n, **wishes), n)
 
     for usual in ({}, {"pose": "still"}, {"pose": "auto"}, {"yaw_deg": 10.0}):
         assert not said(**usual)

@@ -21,6 +21,7 @@ from talkhead_cli.contracts import SilentProgress, TalkheadError, unpacked
 from talkhead_cli.jobs import landmark_track, maps, player, script
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import render as render_job
+from talkhead_cli.jobs.drive import MotionOptions
 from talkhead_cli.media.ffmpeg import executable
 from talkhead_cli.store import Run, Workspace
 
@@ -428,6 +429,17 @@ def test_films_take_the_place_of_our_own_alone(home: Path, speech: Path, tmp_pat
     photo.unlink()
     for _ in range(2):
         assert ok("landmarks", *said, "--audio", short, "-o", track) == [track, photo]
+    photo.write_bytes(b"a photo of mine")
+    refused = talkhead("landmarks", *said, "--audio", short, "-o", track)
+    assert refused.exit_code == 2 and "face.png is there already" in refused.stderr
+    # a render that was killed after its film, before the record of it, can be repeated; a depth
+    # film that is none of its own stays
+    made[0].with_name("plain.webm.json").unlink()
+    ok("render", *said, "--audio", short, "-o", made[0])
+    depth = tmp_path / "plain.depth.mkv"
+    depth.write_bytes(b"a film of mine")
+    refused = talkhead("render", *said, "--audio", short, "-o", made[0], "--depth")
+    assert refused.exit_code == 2 and "plain.depth.mkv is there already" in refused.stderr
     far = tmp_path / "far.csv"
     far.write_text("0,0,0,0,0,900\n")
     lost = talkhead("render", *said, "--audio", short, "--pose", far, "-o", tmp_path / "far.mp4")
@@ -486,7 +498,7 @@ def test_frames_heard_alone_and_lids_that_an_option_or_a_track_moves(
     at = np.array([3, 40])
     eyes = []
     for blink in ("footage", "none"):
-        moves = script.MotionOptions(pose="still", blink=blink, landmarks=track)
+        moves = MotionOptions(pose="still", blink=blink, landmarks=track)
         with script.open_script(show, speech, moves, SilentProgress()) as film:
             alone, together = film.scattered(at), film.signals(np.arange(50))[torch.from_numpy(at)]
             for one, other in zip(unpacked(alone), unpacked(together), strict=True):
@@ -550,10 +562,20 @@ def test_one_picture_speaks(home: Path, face: Path, speech: Path, tmp_path: Path
 
 
 def test_a_picture_is_refused_in_one_sentence(
-    home: Path, face: Path, speech: Path, tmp_path: Path
+    home: Path, face: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "never.mp4"
     empty = tmp_path / "empty"
+    with monkeypatch.context() as patch:
+        patch.setattr(render_job, "enroll", lambda *_, **__: pytest.fail("enrolled first"))
+        for words in (
+            ["--pose", "nowhere.csv"], ["--background", "green"], ["--yaw", "90"],
+            ["--alpha"], ["--landmarks", speech], ["--blink", "often"],
+        ):  # fmt: skip
+            result = talkhead("render", "--home", home, "--image", face, "--audio", speech, "-o",
+                              out, *words)  # fmt: skip
+            assert result.exit_code in (1, 2) and "enrolled first" not in str(result.exception)
+            assert len([w for w in result.stderr.splitlines() if w.startswith("error:")]) == 1
     for words, code, why in (
         (["--image", face, "--id", "speaker"], 2, "one of them"),
         ([], 2, "one of them"),

@@ -16,6 +16,7 @@ import torch
 
 from talkhead_cli import media
 from talkhead_cli.contracts import Frame, Signals, SilentProgress, TalkheadError
+from talkhead_cli.jobs import compare as compare_job
 from talkhead_cli.jobs import evaluate as job
 from talkhead_cli.jobs import footage, maps
 from talkhead_cli.jobs import preset as presets
@@ -131,6 +132,25 @@ def test_controls_are_three_different_stretches(n_heard: int) -> None:
     starts = found[:, 0].sort().values
     assert (starts.diff() >= min(job.BLOCK, n_heard // 3)).all()
     assert ((found.diff(dim=1) == 1) | (found[:, 1:] == 0)).all(), "sound as it was said"
+
+
+@pytest.mark.parametrize(("word", "name"), [
+    ("lokitalk+tiny", "lokitalk+tiny"),
+    ("lokitalk", "lokitalk+tiny+from-crowd"),
+    ("lokitalk+tiny+from", "lokitalk+tiny+from-crowd"),
+    ("land", "landmark+tiny+from-crowd"),
+    ("look", "look2"),
+    ("lok", "lokitalk+tiny+from-crowd"),
+])  # fmt: skip
+def test_the_beginning_of_a_run_s_name_is_enough(tmp_path: Path, word: str, name: str) -> None:
+    """Of several such runs the newest is meant; a whole name means that run alone."""
+    space = Workspace(tmp_path, "speaker")
+    names = ("lokitalk+tiny", "lokitalk+tiny+from-crowd", "landmark+tiny+from-crowd", "look2")
+    for age, run in enumerate(names):
+        Run.named(space.runs, run).write_meta(finished=True, finished_at=float(age))
+    assert compare_job._run(space, word).name == name
+    with pytest.raises(TalkheadError, match="no finished run 'tiny'; it has: look2, landmark"):
+        compare_job._run(space, "tiny")
 
 
 def test_figures_of_other_footage_are_not_compared(speaker_home: Path, tmp_path: Path) -> None:

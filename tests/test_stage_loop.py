@@ -3,6 +3,7 @@ restores; watched from outside while the speaker is trained."""
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,10 +30,14 @@ SETTINGS = [
 
 
 @pytest.fixture
-def train(speaker_home: Path, tmp_path: Path) -> Callable[[], Run]:
+def train(speaker_home: Path, tmp_path: Path) -> Callable[..., Run]:
     home = Path(shutil.copytree(speaker_home, tmp_path / "home"))
-    return lambda: finetune(home, "speaker", SilentProgress(), preset_names=["lokitalk", "tiny"],
-                            settings=SETTINGS, device="cpu", fresh=True)  # fmt: skip
+
+    def trained(*, fresh: bool = True, **options: Any) -> Run:
+        return finetune(home, "speaker", SilentProgress(), preset_names=["lokitalk", "tiny"],
+                        settings=SETTINGS, device="cpu", fresh=fresh, **options)  # fmt: skip
+
+    return trained
 
 
 def watched(monkeypatch: pytest.MonkeyPatch, kind: Any, name: str, told: Callable[..., Any]) -> Any:
@@ -48,7 +53,7 @@ def watched(monkeypatch: pytest.MonkeyPatch, kind: Any, name: str, told: Callabl
 
 
 def test_rates_rise_fall_and_a_frozen_grid_is_left_alone(
-    train: Callable[[], Run], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = {"stage": ""}
     rates: dict[str, list[float]] = defaultdict(list)
@@ -77,7 +82,7 @@ def test_rates_rise_fall_and_a_frozen_grid_is_left_alone(
 
 
 def test_training_saves_as_often_as_the_clock_says(
-    train: Callable[[], Run], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
     watched(monkeypatch, Run, "save_resume", lambda _, state: saved.append(state["place"]["total"]))
@@ -90,7 +95,7 @@ def test_training_saves_as_often_as_the_clock_says(
 
 
 def test_going_back_restores_all_that_learns(
-    train: Callable[[], Run], monkeypatch: pytest.MonkeyPatch
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A loss that is no number in step 31 of `shape`: weights and moments are those of step 20 of
     it again, averages begin anew, rates are half."""
@@ -136,3 +141,38 @@ def test_going_back_restores_all_that_learns(
     assert told["before"] == dict.fromkeys(("weights", "moments", "average"), True)
     assert told["after"] == dict.fromkeys(("weights", "moments", "average"), False)
     assert told["step"] == 20 and told["halved"]
+
+
+def test_going_back_twice_goes_back_to_the_same_state_more_slowly(
+    train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a resume there is no newer state for a while: it must survive what is learnt from it,
+    and a second NaN finds the rates halved already."""
+    train(stop_after=lambda place: place.stage == 2 and place.step == 3)
+    calls, honest = {"n": 0}, Step.forward
+
+    def sick(self: Step, *args: Any) -> Lost:
+        calls["n"] += 1
+        lost = honest(self, *args)
+        return lost._replace(loss=lost.loss * float("nan")) if calls["n"] in (4, 8) else lost
+
+    monkeypatch.setattr(Step, "forward", sick)
+    seen: list[dict[str, Any]] = []
+    roll_back = fit._StageLoop._roll_back
+
+    def spied(loop: Any, place: fit.Place, good: Any) -> None:
+        roll_back(loop, place, good)
+        state = copy.deepcopy(loop._state())
+        seen.append({
+            "step": place.step, "module": state["module"],
+            "moments": {n: s["exp_avg"] for n, s in state["optimizer"]["state"].items()},
+            "rates": [group["rate"] for group in loop.optimizer.param_groups],
+        })  # fmt: skip
+
+    monkeypatch.setattr(fit._StageLoop, "_roll_back", spied)
+    train(fresh=False)
+    one, other = seen
+    assert one["step"] == other["step"] == 3 and one["moments"]
+    for kind in ("module", "moments"):
+        assert all(torch.equal(value, other[kind][name]) for name, value in one[kind].items()), kind
+    assert other["rates"] == [0.5 * rate for rate in one["rates"]]

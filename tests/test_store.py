@@ -14,13 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL.Image
 import pytest
 import torch
 from conftest import ROOT
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import MisuseError, TalkheadError
-from talkhead_cli.store import Run, Workspace, check_id, home_folder, list_ids, list_runs
+from talkhead_cli.store import (
+    Run,
+    Workspace,
+    check_id,
+    home_folder,
+    list_ids,
+    list_runs,
+)
+from talkhead_cli.store import pictures as picture_files
 from talkhead_cli.store.files import (
     atomic,
     digest,
@@ -479,6 +488,44 @@ def test_meta_and_preset_and_drive_of_a_run(run: Run) -> None:
     run.clear()
     assert not run.root.exists()
     run.clear()  # twice does no harm
+
+
+@pytest.mark.parametrize("content", ["5", "[]", '"finished"', "{"])
+def test_a_damaged_run_is_listed_as_unfinished_and_named_when_opened(
+    run: Run, content: str
+) -> None:
+    run.write_meta(finished=True)
+    (run.root / "meta.json").write_text(content)
+    assert [r.name for r in list_runs(run.root.parent)] == [run.name] and not run.is_finished
+    with pytest.raises(TalkheadError, match="meta.json is damaged"):
+        run.meta()
+
+
+def test_pictures_are_written_whole_and_say_what_made_them(tmp_path: Path) -> None:
+    rgb = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    path = tmp_path / "new" / "picture.png"
+    picture_files.write_png(path, rgb, software="a test")
+    np.testing.assert_array_equal(picture_files.read_picture(path, cure="-"), rgb)
+    assert picture_files.software_of(path) == "a test"
+    picture_files.write_png(path, rgb)
+    assert picture_files.software_of(path) == "" and list(path.parent.iterdir()) == [path]
+    path.write_bytes(path.read_bytes()[:60])
+    assert picture_files.software_of(path) == "" == picture_files.software_of(tmp_path / "none.png")
+    for missing in (path, tmp_path / "none.png"):
+        with pytest.raises(TalkheadError, match="missing or damaged; draw it again"):
+            picture_files.read_picture(missing, cure="draw it again")
+
+
+def test_a_disk_that_fills_up_in_a_picture_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(PIL.Image.Image, "save", full)
+    with pytest.raises(TalkheadError, match="disk is full while writing plate.png"):
+        picture_files.write_png(tmp_path / "plate.png", np.zeros((4, 4, 3), np.uint8))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_runs_are_listed_newest_finished_first(tmp_path: Path) -> None:

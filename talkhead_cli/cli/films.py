@@ -116,8 +116,8 @@ def landmarks(
 ) -> None:
     """Predict landmarks from speech, to view, edit, and use with render --landmarks."""
     with speaking(verbose) as report:
+        from talkhead_cli.jobs.drive import MotionOptions
         from talkhead_cli.jobs.landmarks import landmarks as job
-        from talkhead_cli.jobs.script import MotionOptions
         from talkhead_cli.store import home_folder
 
         paths = job(

@@ -37,8 +37,8 @@ def compare(
 ) -> tuple[dict[str, Any], list[Path]]:
     """Return a table of the figures of several runs, and the paths of table and film.
 
-    wanted: names of runs, or of presets whose newest run is taken.  A run that was evaluated
-    after it was trained is not evaluated again.
+    wanted: names of runs, or their beginnings, for which the newest such run is taken.  A run
+    that was evaluated after it was trained is not evaluated again.
     """
     space = Workspace.open(home, name)
     runs = list({run.name: run for run in (_run(space, word) for word in wanted)}.values())
@@ -63,14 +63,14 @@ def compare(
 
 
 def _run(space: Workspace, word: str) -> Run:
-    """Return the finished run of that name, else the newest whose first preset it is."""
+    """Return the finished run of that name, else the newest whose name begins with that word, if
+    possible with whole parts of the name (lokitalk+tiny)."""
     runs = [r for r in list_runs(space.runs) if r.is_finished]
-    for run in runs:
-        if run.name == word:
-            return run
-    for run in runs:
-        if run.name.split("+")[0] == word:
-            return run
+    exact = [r for r in runs if r.name == word]
+    parts = [r for r in runs if r.name.startswith(f"{word}+")]
+    letters = [r for r in runs if r.name.startswith(word)]
+    if found := exact or parts or letters:
+        return found[0]
     raise TalkheadError(
         f"'{space.id}' has no finished run '{word}'; it has: "
         f"{', '.join(r.name for r in runs) or 'none'}"

@@ -5,9 +5,10 @@ Every value is a function of the frame number alone, so that frames can be rende
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,32 @@ N_LOOKED_AT = 200  # frames of a film that tell
 NEAREST = 1.0  # face heights from the camera: nearer, and it is within the hair
 EYE_ROOM = 0.5  # that tracked openness may lie beyond 0 and 1
 BLINK_SHAPE = np.array([0.75, 0.35, 0.05, 0.0, 0.15, 0.4, 0.7, 0.9])
+
+
+# Footage of a single frame, straight ahead, on which options can be tried out.
+MOTIONLESS: Mapping[str, NDArray[Any]] = MappingProxyType({
+    "pose": np.array([[0.0, 0, 0, 0, 0, 5]]), "body": np.zeros((1, 4)), "k": np.eye(3),
+    "eye": np.ones((1, 2)), "gaze": np.zeros((1, 2)), "brow": np.zeros((1, 2)),
+    "usable": np.array([True]),
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class MotionOptions:
+    """What moves the person and the camera, beside speech.
+
+    pose: footage, still, auto or a file · blink: footage, auto, none or a file · orbit: swing the
+    camera ORBIT_DEG to either side with period ORBIT_S · landmarks: track to use instead of what
+    the speech predicts
+    """
+
+    pose: str = "footage"
+    blink: str = "footage"
+    yaw_deg: float = 0.0
+    pitch_deg: float = 0.0
+    orbit: bool = False
+    seed: int = 0
+    landmarks: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -79,25 +106,19 @@ class Drive:
 
 
 def make(
-    footage: dict[str, NDArray[Any]],
+    footage: Mapping[str, NDArray[Any]],
     n_frames: int,
+    moves: MotionOptions,
     *,
-    pose: str = "footage",
-    blink: str = "footage",
-    yaw_deg: float = 0.0,
-    pitch_deg: float = 0.0,
-    orbit: bool = False,
-    seed: int = 0,
     as_filmed: NDArray[np.int64] | None = None,
 ) -> Drive:
     """Build the drive of a video of n_frames.
 
-    footage: arrays of a run's drive.npz · pose: footage, still, auto or a file · blink: footage,
-    auto, none or a file · orbit: swing ORBIT_DEG to either side with period ORBIT_S · as_filmed:
-    replay these rows (T,) of the footage from the first on, for a video that has so many frames
+    footage: arrays of a run's drive.npz · as_filmed: replay these rows (T,) of the footage from the
+    first on, for a video that has so many frames
     """
-    furthest = abs(yaw_deg) + (ORBIT_DEG if orbit else 0)
-    if not max(furthest, abs(pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
+    furthest = abs(moves.yaw_deg) + (ORBIT_DEG if moves.orbit else 0)
+    if not max(furthest, abs(moves.pitch_deg)) <= MAX_ANGLE_DEG:  # nan is refused too
         raise MisuseError(
             f"--yaw and --pitch must lie within {MAX_ANGLE_DEG:.0f} degrees, --yaw within "
             f"{MAX_ANGLE_DEG - ORBIT_DEG:.0f} beside --orbit"
@@ -105,7 +126,7 @@ def make(
     if as_filmed is None:
         first, last = longest_run(footage["usable"])
     else:
-        footage = footage | {k: footage[k][as_filmed] for k in (*POSES, *EYES)}
+        footage = {**footage} | {k: footage[k][as_filmed] for k in (*POSES, *EYES)}
         first, last = 0, len(as_filmed) - 1
     clip = {k: footage[k][first : last + 1] for k in (*POSES, *EYES)}
     replay = (eased_replay if as_filmed is None else triangle_replay)(last - first + 1)
@@ -119,20 +140,22 @@ def make(
         tile = (len(frames), 1)
         return np.tile(middle["pose"], tile), np.tile(middle["body"], tile)
 
-    moves: Callable[[NDArray[Any]], tuple[Array, Array]]
-    if pose == "footage":
-        moves = from_footage
-    elif pose == "still":
-        moves = still
-    elif pose == "auto":
-        moves = _sway(middle["pose"], middle["body"], seed)
+    pose: Callable[[NDArray[Any]], tuple[Array, Array]]
+    if moves.pose == "footage":
+        pose = from_footage
+    elif moves.pose == "still":
+        pose = still
+    elif moves.pose == "auto":
+        pose = _sway(middle["pose"], middle["body"], moves.seed)
     else:
-        moves = _pose_file(Path(pose), middle["body"])
+        pose = _pose_file(Path(moves.pose), middle["body"])
 
-    looks = replay if pose == "footage" else None
-    eyes = _eyes(blink, clip, middle, replay, looks, n_frames, seed)
+    looks = replay if moves.pose == "footage" else None
+    eyes = _eyes(moves.blink, clip, middle, replay, looks, n_frames, moves.seed)
     k = torch.from_numpy(footage["k"])
-    return Drive(moves, eyes, k, lambda at: first + replay(at), yaw_deg, pitch_deg, orbit)
+    return Drive(
+        pose, eyes, k, lambda at: first + replay(at), moves.yaw_deg, moves.pitch_deg, moves.orbit
+    )
 
 
 def beyond(footage: dict[str, NDArray[Any]], drive: Drive, n_frames: int) -> str:

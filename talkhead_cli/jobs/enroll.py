@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 
@@ -19,10 +18,12 @@ from talkhead_cli.jobs import drive as drives
 from talkhead_cli.jobs import photo, player, portraits
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
+from talkhead_cli.jobs.drive import MotionOptions
 from talkhead_cli.jobs.photo import Photo
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Run, Workspace, check_id
-from talkhead_cli.store.files import atomic, sha256_of
+from talkhead_cli.store.files import sha256_of
+from talkhead_cli.store.pictures import write_png
 
 SIDES_DEG = (-14.0, -5.0, 5.0, 14.0)  # yaw of the views that seed the occupancy grid
 
@@ -58,8 +59,7 @@ def enroll(
         photo.portrait_of(image, preset.data.size_px, progress, which_face=which_face)
         for image in images
     ]
-    name = re.sub(r"[^A-Za-z0-9_-]+", "-", images[0].stem).strip("-_")[:64]
-    space = Workspace(home, check_id(name or "person"))
+    space = Workspace(home, id_of(images))
     if space.exists():
         raise TalkheadError(f"there is somebody '{space.id}' already; rename the picture")
     run = Run.named(space.runs, f"{method}+from-{start.name}")
@@ -79,12 +79,17 @@ def enroll(
     return space, run
 
 
+def id_of(images: Sequence[Path]) -> str:
+    """Return the id of the person in pictures: the first one's file name, as far as it can be."""
+    name = re.sub(r"[^A-Za-z0-9_-]+", "-", images[0].stem).strip("-_")[:64]
+    return check_id(name or "person")
+
+
 def _keep(run: Run, seen: Sequence[Photo], start: Run) -> None:
     """Save the portrait, the background and a drive of a single frame."""
     main, signals = seen[0], seen[0].portrait.signals
     run.save_portrait(portraits.to_arrays(portraits.joined([one.portrait for one in seen])))
-    with atomic(run.plate_file) as part:
-        cv2.imwrite(str(part), main.plate[..., ::-1])
+    write_png(run.plate_file, main.plate)
     run.save_drive({
         **{key: getattr(signals, key).numpy() for key in player.DRIVEN},
         "k": main.k, "usable": np.array([True]), **start.drive(),
@@ -105,7 +110,7 @@ def _build(
     speaker = player.person(avatar, run, where)
     rows = player.mouthing(speaker, signals, len(SIDES_DEG))
     cameras = [
-        drives.make(run.drive(), 1, pose="still", yaw_deg=yaw)
+        drives.make(run.drive(), 1, MotionOptions(pose="still", yaw_deg=yaw))
         .camera(signals.pose.numpy(), preset.data.size_px, np.zeros(1)) for yaw in SIDES_DEG
     ]  # fmt: skip
     player.rebuild_from_views(speaker, marcher, rows.with_(camera=_together(cameras)), where)

@@ -147,18 +147,13 @@ def _film(
     only, the seconds spent and the number of field points."""
     pictures, heads, n_points, began = [], [], 0, time.perf_counter()
     for frame, points in show.pictures(signals):
-        pictures.append(_as_bytes(frame.rgb))
+        pictures.append(player.to_bytes(frame.rgb))
         if "head" in frame.parts:
-            heads.append(_as_bytes(frame.parts["head"]))
+            heads.append(player.to_bytes(frame.parts["head"]))
         n_points += points
         progress.advance()
     seconds = time.perf_counter() - began
     return np.stack(pictures), np.stack(heads) if heads else None, seconds, n_points
-
-
-def _as_bytes(rgb: torch.Tensor) -> NDArray[np.uint8]:
-    picture: NDArray[np.uint8] = (rgb[0].float().clamp(0, 1).cpu() * 255).round().byte().numpy()
-    return picture
 
 
 def _measure(pictures: NDArray[np.uint8], progress: Progress) -> Measured:

@@ -33,6 +33,7 @@ from talkhead_cli.jobs import player
 from talkhead_cli.jobs.footage import STORED_PX, head_camera, split_rows
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.parcel import pack
+from talkhead_cli.store.pictures import read_picture
 from talkhead_cli.track import face, voice
 from talkhead_cli.track.face import MESH_TO_68
 
@@ -98,7 +99,10 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
     shutil.copyfile(space.video, out / f"{space.id}.mp4")
     shutil.copyfile(space.audio, out / "aud.wav")
     seen = _Straight(tracks["k"], size)
-    plate = cv2.resize(_read(space.plate_file), (size, size), interpolation=cv2.INTER_AREA)
+    plate = cv2.resize(
+        read_picture(space.plate_file, cure="run preprocess again")[..., ::-1], (size, size),
+        interpolation=cv2.INTER_AREA,
+    )  # fmt: skip
     plate = seen.picture(plate)
     _save(out / "bc.jpg", plate)
     features = speech_features(voice.features(media.sound(space.audio)), n_frames)
@@ -265,13 +269,6 @@ def _grown(labels: NDArray[np.uint8], size: int) -> NDArray[np.float32]:
 
 def _bytes(picture: NDArray[Any]) -> NDArray[np.uint8]:
     return picture.round().clip(0, 255).astype(np.uint8)
-
-
-def _read(path: Path) -> NDArray[np.uint8]:
-    picture = cv2.imread(str(path))
-    if picture is None:
-        raise TalkheadError(f"{path} is missing or damaged; run preprocess again")
-    return np.asarray(picture, np.uint8)
 
 
 def _save(path: Path, bgr: NDArray[np.uint8]) -> None:

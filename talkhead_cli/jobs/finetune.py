@@ -87,8 +87,8 @@ def finetune(
         with fabric.rank_zero_first():  # the first process caches the pixels
             clip = footage.load(space, preset.data, progress)
         avatar, marcher, stages = _begun(preset, name, clip, start, fabric.device, progress)
-        judge = expert.asked(home, preset.method, preset.train, hears, progress)
-        looks.seat(avatar, judge, preset, preset.train, fabric.device, progress)
+        judge = expert.asked(home, preset.method, stages.train, hears, progress)
+        looks.seat(avatar, judge, stages, stages.train, fabric.device, progress)
         if chief:  # from here on nothing can be refused
             if fresh:
                 run.clear()

@@ -406,7 +406,10 @@ class _StageLoop:
                 f"training of stage '{self.name}' keeps producing NaN; lower the stage's rates, "
                 f"for example -s train.stages.{self.name}.rates.{self.stage.learn[0]}=0.001"
             )
-        state, step = good
+        good_state, step = good
+        for group in good_state["optimizer"]["param_groups"]:
+            group["rate"] *= 0.5  # a further NaN finds them halved
+        state = copy.deepcopy(good_state)  # the optimiser goes on to write into what it loads
         self.job.module.load_state_dict(state["module"])
         self.optimizer.load_state_dict(state["optimizer"])
         self._pending_losses = None
@@ -417,8 +420,6 @@ class _StageLoop:
         if self.critic is not None:
             self.critic.load(state["critic"])
         self.job.average.restart(self.avatar)
-        for group in self.optimizer.param_groups:
-            group["rate"] *= 0.5
         self.job.progress.note(
             f"a loss was not a number at step {place.step} of '{self.name}'; back to step {step} "
             "at half the rates"

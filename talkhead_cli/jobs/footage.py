@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import cv2
@@ -28,6 +29,7 @@ from talkhead_cli.contracts import (
 )
 from talkhead_cli.jobs.preset import Data
 from talkhead_cli.store import Workspace
+from talkhead_cli.store.pictures import read_picture
 from talkhead_cli.track import voice
 from talkhead_cli.track.face import MESH_TO_68, lip_aperture
 
@@ -323,13 +325,11 @@ def box_of(camera: Camera) -> Tensor:
     return torch.tensor([*low.tolist(), NEAR_Z, *high.tolist(), FAR_Z])
 
 
-def read_plate(path: Any, size_px: int) -> Tensor:
+def read_plate(path: Path, size_px: int) -> Tensor:
     """Read the background (s, s, 3) in [0, 1]."""
-    picture = cv2.imread(str(path))
-    if picture is None:
-        raise TalkheadError(f"{path} is missing or damaged; run preprocess again")
+    picture = read_picture(path, cure="run preprocess again")
     small = cv2.resize(picture, (size_px, size_px), interpolation=cv2.INTER_AREA)
-    return torch.from_numpy(small[..., ::-1].astype(np.float32) / 255)
+    return torch.from_numpy(small.astype(np.float32) / 255)
 
 
 def _pictures(

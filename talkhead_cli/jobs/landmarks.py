@@ -12,11 +12,11 @@ from numpy.typing import NDArray
 from talkhead_cli import march
 from talkhead_cli.contracts import FPS, MisuseError, Progress, Signals, TalkheadError
 from talkhead_cli.jobs import landmark_track, player, script
+from talkhead_cli.jobs.drive import MotionOptions
 from talkhead_cli.jobs.landmark_track import LandmarkTrack
 from talkhead_cli.jobs.player import Player
-from talkhead_cli.jobs.script import MotionOptions
 from talkhead_cli.store import Workspace
-from talkhead_cli.store.files import atomic
+from talkhead_cli.store.pictures import software_of, write_png
 
 MAX_GAIN = 5.0
 N_SHOWN, SHOWN_PX, CURVE_PX = 8, 256, 128
@@ -24,6 +24,7 @@ N_SHOWN, SHOWN_PX, CURVE_PX = 8, 256, 128
 LINES = ((0, 17), (17, 22), (22, 27), (27, 31), (31, 36), (36, 42), (42, 48), (48, 60), (60, 68))
 CLOSED = 36
 INK, PAPER = (80, 255, 80), 24
+SOFTWARE = "talkhead landmarks"  # in the pictures, which are known by it
 
 
 def landmarks(
@@ -81,32 +82,38 @@ def landmarks(
                 )))  # fmt: skip
                 progress.advance()
             made.append(out.with_suffix(".png"))
-            _save(made[-1], np.concatenate([np.concatenate(tiles, 1), _curve(track, shown)], 0))
+            sheet = np.concatenate([np.concatenate(tiles, 1), _curve(track, shown)], 0)
+            write_png(made[-1], sheet, software=SOFTWARE)
     return made
 
 
 def _refuse_foreign(out: Path, picture: bool) -> None:
-    """Raise MisuseError if an output exists, unless `out` is a landmark track already."""
+    """Raise MisuseError if an output exists that `landmarks` did not write."""
     shown = out.with_suffix(".png")
-    if out.exists():
-        try:
-            landmark_track.read(out)
-            return
-        except TalkheadError:
-            pass
-    for path in (out, shown) if picture else (out,):
-        if path.exists():
-            raise MisuseError(
-                f"{path} is there already, and was not made by talkhead landmarks; give another "
-                "-o, or move it away"
-            )
+    foreign = [out] if out.exists() and not _is_track(out) else []
+    if picture and shown.exists() and software_of(shown) != SOFTWARE:
+        foreign.append(shown)
+    if foreign:
+        raise MisuseError(
+            f"{foreign[0]} is there already, and was not made by talkhead landmarks; give another "
+            "-o, or move it away"
+        )
+
+
+def _is_track(path: Path) -> bool:
+    try:
+        landmark_track.read(path)
+    except TalkheadError:
+        return False
+    return True
 
 
 def _drawn(show: Player, signals: Signals) -> NDArray[np.uint8]:
     """Render one frame (SHOWN_PX, SHOWN_PX, 3) and draw its landmarks over it."""
     frame, _ = next(show.pictures(signals))
-    rgb = (frame.rgb[0].float().clamp(0, 1).cpu().numpy() * 255).astype(np.uint8)
-    canvas = cv2.resize(rgb, (SHOWN_PX, SHOWN_PX), interpolation=cv2.INTER_CUBIC)
+    canvas = cv2.resize(
+        player.eight_bits(frame), (SHOWN_PX, SHOWN_PX), interpolation=cv2.INTER_CUBIC
+    )
     camera = signals.camera.resized(SHOWN_PX)
     c2w, k = camera.c2w[0].numpy(), camera.k[0].numpy()
     seen = (signals.landmarks[0].numpy() - c2w[:3, 3]) @ c2w[:3, :3] @ k.T
@@ -134,10 +141,3 @@ def _curve(track: LandmarkTrack, shown: NDArray[Any]) -> NDArray[np.uint8]:
         text = f"{frame / FPS:.2f} s"
         cv2.putText(canvas, text, where, cv2.FONT_HERSHEY_PLAIN, 0.9, (200,) * 3, 1, cv2.LINE_AA)
     return canvas
-
-
-def _save(path: Path, rgb: NDArray[np.uint8]) -> None:
-    done, png = cv2.imencode(".png", rgb[..., ::-1])
-    assert done
-    with atomic(path) as part:
-        part.write_bytes(png.tobytes())

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import multiprocessing
-import os
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -25,6 +24,7 @@ from talkhead_cli.contracts import (
     SilentProgress,
     TalkheadError,
     free_gb,
+    n_cores,
 )
 
 VIDEOS = frozenset([
@@ -205,7 +205,7 @@ def _by_ray(
             except ray.exceptions.RayError as error:
                 cause = getattr(error, "cause", None) or error
                 if isinstance(cause, MisuseError):  # the command is wrong for every video
-                    raise MisuseError(str(cause)) from error
+                    raise cause from error
                 outcome = Outcome(str(videos[index]), _id_or_nothing(videos[index]))
                 outcome.error = (
                     f"its worker failed ({type(cause).__name__}); is talkhead {__version__} "
@@ -227,4 +227,4 @@ def _id_or_nothing(video: Path) -> str:
 
 def _bearable() -> int:
     """Return how many jobs at a time the CPU cores and free memory allow."""
-    return max(1, min(os.cpu_count() or 1, int(free_gb() / GB_PER_JOB)))
+    return max(1, min(n_cores(), int(free_gb() / GB_PER_JOB)))

@@ -10,8 +10,9 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import Signals, TalkheadError
-from talkhead_cli.jobs.player import Player
+from talkhead_cli.contracts import Signals
+from talkhead_cli.jobs.player import Player, to_bytes
+from talkhead_cli.store.pictures import write_png
 
 N_COLUMNS = 6
 MARGIN_PX, CELL_PX = 150, 192  # width of the column of names, side of a picture
@@ -31,7 +32,7 @@ def draw(show: Player, signals: Signals, truth: Pixels, path: Path) -> Path:
     frames = [frame for frame, _ in show.pictures(signals[at])]
     lines = {
         "truth": [truth[i] for i in at],
-        "rendered": [_bytes(frame.rgb[0].float().cpu().numpy()) for frame in frames],
+        "rendered": [to_bytes(frame.rgb) for frame in frames],
         "depth, near is bright": shaded([_part(frame.depth) for frame in frames]),
     }
     for part, names in show.avatar.maps.items():
@@ -39,9 +40,7 @@ def draw(show: Player, signals: Signals, truth: Pixels, path: Path) -> Path:
             values = [frame.parts[part][0, ..., channel].float().cpu().numpy() for frame in frames]
             top = max(float(value.max()) for value in values)
             lines[f"{name}, up to {top:.2g}"] = [heat(value / max(top, 1e-9)) for value in values]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not cv2.imwrite(str(path), sheet(lines)[..., ::-1]):
-        raise TalkheadError(f"{path} cannot be written; is the disk full?")
+    write_png(path, sheet(lines))
     return path
 
 

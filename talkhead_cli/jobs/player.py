@@ -283,10 +283,16 @@ def _one_ahead(
 
 def eight_bits(frame: Frame, alpha: bool = False) -> NDArray[np.uint8]:
     """Return one picture for a film: (H, W, 3) or, with straight alpha, (H, W, 4) uint8."""
-    rgb, opacity = frame.rgb[0].float(), frame.alpha[0].float()
+    rgb = frame.rgb.float()
     if alpha:
+        opacity = frame.alpha.float()
         rgb = torch.cat([rgb / opacity.clamp_min(1e-3), opacity], -1)
-    return (rgb.clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
+    return to_bytes(rgb)
+
+
+def to_bytes(picture: Tensor) -> NDArray[np.uint8]:
+    """Convert a picture (1, H, W, C) in [0, 1] to (H, W, C) uint8."""
+    return (picture[0].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
 def pick_run(space: Workspace, name: str | None) -> tuple[Run, bool]:

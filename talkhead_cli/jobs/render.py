@@ -6,7 +6,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from torch import Tensor
 from talkhead_cli import __version__, march, media
 from talkhead_cli.contracts import FPS, Frame, MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import drive, photo, player, script
-from talkhead_cli.jobs.enroll import enroll
+from talkhead_cli.jobs.drive import MotionOptions
+from talkhead_cli.jobs.enroll import enroll, id_of
 from talkhead_cli.jobs.paste import Original
 from talkhead_cli.jobs.player import Player
-from talkhead_cli.jobs.script import MotionOptions, Script
+from talkhead_cli.jobs.script import Script
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import read_json, sha256_of, write_json
 
@@ -66,14 +67,10 @@ def render(
     if by_default:
         progress.note(f"run: {run.name}")
     script.require_audio_track(speech)
-    _refuse_contradictions(options)
-    files = _Files.of(name, speech, out, options)
-    backdrop = _background(options.background)
+    files, backdrop = _refuse_unfit(options, name, speech, out)
     _name_old_footage(space, run, progress)
     original = None if options.into is None else Original.of(space, run, options.into)
-    if original is not None:
-        options = replace(options, as_filmed=original.stands.clip(0))
-    script.check_motion(run, options)
+    as_filmed = None if original is None else original.stands.clip(0)
     show = player.load(run, march.device_of(device))
     progress.note(f"marching: {show.note}")
     options = script.with_available_motion(show, options, progress)
@@ -81,7 +78,7 @@ def render(
     tags = _marks(space, show, speech)
     shoot = _Shoot(show, options, plate, original, speech, files, tags)
     files.film.parent.mkdir(parents=True, exist_ok=True)
-    with script.open_script(show, speech, options, progress) as film_script:
+    with script.open_script(show, speech, options, progress, as_filmed=as_filmed) as film_script:
         n_frames = film_script.n_frames
         beyond = drive.beyond(run.drive(), film_script.drive, n_frames)
         if beyond and original is None:
@@ -107,8 +104,7 @@ def render(
         "run_meta": {k: show.run.meta().get(k)
                      for k in ("version", "steps", "source", "torch", "generator")},
         "consent": show.run.meta().get("consent", []),
-        "options": {k: str(v) if isinstance(v, Path) else v
-                    for k, v in vars(options).items() if k != "as_filmed"},
+        "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "frames": n_frames, "fps": FPS, "size_px": show.preset.data.size_px,
         "film_px": shoot.size_px,
         "depth_unit_face_heights": DEPTH_UNIT if files.depth else None,
@@ -204,6 +200,8 @@ def render_picture(
 ) -> list[Path]:  # fmt: skip
     """Render the person of some pictures speaking `speech`; keep only the files of the render."""
     script.require_audio_track(speech)
+    options = options or RenderOptions()
+    _refuse_unfit(options, id_of(images), speech, out)  # before the pictures are enrolled
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         space, run = enroll(
             images, priors_home, Path(folder), preset_names, progress, prior=prior,
@@ -213,6 +211,18 @@ def render_picture(
             Path(folder), space.id, speech, progress, out=out, run_name=run.name, options=options,
             device=device,
         )  # fmt: skip
+
+
+def _refuse_unfit(
+    options: RenderOptions, name: str, speech: Path, out: Path | None
+) -> tuple[_Files, NDArray[np.uint8] | None]:
+    """Raise MisuseError or TalkheadError for options that cannot be met; return the files to write
+    and the background, None if it is the plate."""
+    _refuse_contradictions(options)
+    files = _Files.of(name, speech, out, options)
+    backdrop = _background(options.background)
+    script.check_motion(options)
+    return files, backdrop
 
 
 def _refuse_contradictions(options: RenderOptions) -> None:
@@ -235,19 +245,31 @@ def _refuse_contradictions(options: RenderOptions) -> None:
 
 
 def _refuse_foreign(sidecar: Path, films: Sequence[Path]) -> None:
-    """Raise MisuseError if an output path exists and was not written by a render, which leaves a
-    sidecar JSON with a "talkhead" key."""
+    """Raise MisuseError if an output path exists and was not written by a render."""
+    foreign = [film for film in films if film.exists() and not _is_synthetic(film)]
+    if sidecar.exists() and not _is_sidecar(sidecar):
+        foreign.append(sidecar)
+    if foreign:
+        raise MisuseError(
+            f"{foreign[0]} is there already, and was not made by talkhead render; give another -o, "
+            "or move it away"
+        )
+
+
+def _is_synthetic(film: Path) -> bool:
+    """Return whether a file is a film with the mark that renders leave in its metadata."""
     try:
-        record = read_json(sidecar)
-    except (FileNotFoundError, TalkheadError):
-        record = None
-    ours = isinstance(record, dict) and "talkhead" in record
-    for path in (*films, sidecar):
-        if path.exists() and not ours:
-            raise MisuseError(
-                f"{path} is there already, and was not made by talkhead render; give another -o, "
-                "or move it away"
-            )
+        return media.probe(film).is_synthetic
+    except TalkheadError:
+        return False
+
+
+def _is_sidecar(path: Path) -> bool:
+    try:
+        record = read_json(path)
+    except TalkheadError:
+        return False
+    return isinstance(record, dict) and "talkhead" in record
 
 
 def _name_old_footage(space: Workspace, run: Run, progress: Progress) -> None:

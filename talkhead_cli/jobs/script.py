@@ -27,34 +27,16 @@ from talkhead_cli.contracts import (
 from talkhead_cli.jobs import backends, landmark_track, player
 from talkhead_cli.jobs import drive as drives
 from talkhead_cli.jobs.backends import Voice
+from talkhead_cli.jobs.drive import MotionOptions
 from talkhead_cli.jobs.footage import SpeechStats
 from talkhead_cli.jobs.landmark_track import LandmarkTrack
 from talkhead_cli.jobs.player import Player
-from talkhead_cli.store import Run
 from talkhead_cli.track import voice
 
 PCM_SCALE = 1 / 32768
 STATS_S = 60  # seconds of audio that are read at once
 CHUNK = 48  # frames per call of `listen`; a multiple of a GPU's batch (`player.MAX_ROWS`)
 OWN_STATS_S = 5.0  # speech with less sound than this is standardised by the footage's statistics
-
-
-@dataclass(frozen=True)
-class MotionOptions:
-    """Motion options: the values of `--pose`, `--blink`, `--yaw` and so on.
-
-    as_filmed  (T,) rows of the footage to replay in order, one for each frame of the video that the
-               faces are pasted back into
-    """
-
-    pose: str = "footage"
-    blink: str = "footage"
-    yaw_deg: float = 0.0
-    pitch_deg: float = 0.0
-    orbit: bool = False
-    seed: int = 0
-    landmarks: Path | None = None
-    as_filmed: NDArray[np.int64] | None = None
 
 
 M = TypeVar("M", bound=MotionOptions)
@@ -71,12 +53,7 @@ class Script:
     drive: drives.Drive
     n_frames: int
     track: LandmarkTrack | None
-    lids_tracked: bool  # eye openness comes from `track`, if it has any
-
-    @property
-    def lids_of_track(self) -> bool:
-        """Whether eyes are as open as the landmark track says, and not as in the footage."""
-        return self.lids_tracked and self.track is not None and self.track.eye is not None
+    lids: NDArray[np.float32] | None  # (n, 2) eye openness of `track`, if it overrules the drive
 
     def signals(self, frames: NDArray[Any]) -> Signals:
         """Return the signals of frames (n,) after `listen`.  The `avatar.past` frames before the
@@ -93,9 +70,8 @@ class Script:
         )
         pose, body = self.drive.pose(frames)
         eye, gaze, brow = self.drive.eyes(frames)
-        if self.lids_of_track:
-            assert self.track is not None and self.track.eye is not None
-            eye = self.track.eye[np.minimum(frames, len(self.track) - 1)]
+        if self.lids is not None:
+            eye = self.lids[np.minimum(frames, len(self.lids) - 1)]
         heard = self.stats.windows(stream, frames - low, window)
         driven = {"pose": pose, "body": body, "eye": eye, "gaze": gaze, "brow": brow}
         signals = player.still_signals(
@@ -131,15 +107,14 @@ def with_available_motion(show: Player, moves: M, progress: Progress) -> M:
     if instead:
         what = " and ".join({"pose": "head", "blink": "lids"}[k] for k in instead)
         progress.note(f"one picture has no motion to replay: {what} move by --seed")
-    return replace(moves, **instead)  # type: ignore[arg-type]
+    return replace(
+        moves, pose=instead.get("pose", moves.pose), blink=instead.get("blink", moves.blink)
+    )
 
 
-def check_motion(run: Run, moves: MotionOptions) -> None:
+def check_motion(moves: MotionOptions) -> None:
     """Raise MisuseError or TalkheadError for motion options that cannot be met, before loading."""
-    drives.make(
-        run.drive(), 1, pose=moves.pose, blink=moves.blink, yaw_deg=moves.yaw_deg,
-        pitch_deg=moves.pitch_deg, orbit=moves.orbit,
-    )  # fmt: skip
+    drives.make(drives.MOTIONLESS, 1, moves)
     if moves.landmarks is not None:
         landmark_track.read(moves.landmarks)
 
@@ -153,9 +128,14 @@ def poses_in_grid(show: Player) -> tuple[str, ...]:
 
 @contextmanager
 def open_script(
-    show: Player, speech: Path, moves: MotionOptions, progress: Progress
-) -> Iterator[Script]:
-    """Yield the script of a video of `speech` (any file with sound), in constant memory."""
+    show: Player, speech: Path, moves: MotionOptions, progress: Progress, *,
+    as_filmed: NDArray[np.int64] | None = None,
+) -> Iterator[Script]:  # fmt: skip
+    """Yield the script of a video of `speech` (any file with sound), in constant memory.
+
+    as_filmed: (T,) rows of the footage to replay in order, one for each frame of the video that the
+    faces are pasted back into
+    """
     require_audio_track(speech)
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         raw = Path(folder) / "speech.s16"
@@ -168,14 +148,10 @@ def open_script(
         stats, silent = speech_stats(pcm, ear, show.stats)
         if silent:
             progress.note("the speech file is silent: the mouth will stay at rest")
-        drive = drives.make(
-            show.run.drive(), n_frames, pose=moves.pose, blink=moves.blink,
-            yaw_deg=moves.yaw_deg, pitch_deg=moves.pitch_deg, orbit=moves.orbit,
-            seed=moves.seed, as_filmed=moves.as_filmed,
-        )  # fmt: skip
+        drive = drives.make(show.run.drive(), n_frames, moves, as_filmed=as_filmed)
         track = _track(show, moves.landmarks, n_frames)
-        # eye openness of a landmark track is used only if --blink is at its default
-        lids = moves.blink == "footage" and moves.as_filmed is None
+        own_eyes = moves.blink != "footage" or as_filmed is not None
+        lids = None if track is None or own_eyes else track.eye
         yield Script(show, pcm, ear, stats, drive, n_frames, track, lids)
 
 

@@ -23,7 +23,8 @@ from talkhead_cli.jobs import backends
 from talkhead_cli.jobs.backends import Chosen
 from talkhead_cli.media import Part
 from talkhead_cli.store import Workspace
-from talkhead_cli.store.files import atomic, digest
+from talkhead_cli.store.files import digest
+from talkhead_cli.store.pictures import write_png
 from talkhead_cli.track import face, lipsync, matte, pose, voice
 from talkhead_cli.track.captions import CaptionFinder
 from talkhead_cli.track.crop import Crop, choose_crop
@@ -352,8 +353,7 @@ class Stages:
                 f"the background moves (by {background_change:.0f} of 255); films show it still, "
                 "as it is on average (render --background gives them another)"
             )
-        with atomic(self.space.plate_file) as part:
-            cv2.imwrite(str(part), plate[..., ::-1])
+        write_png(self.space.plate_file, plate)
 
     def _mesh_in_crop(self, faces: face.Faces, crop: Crop) -> NDArray[np.float32]:
         """Return the mesh (T, 478, 2) in fractions of the crop's side."""

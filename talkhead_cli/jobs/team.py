@@ -23,7 +23,13 @@ import torch
 from lightning_fabric import Fabric
 from lightning_fabric.strategies import DDPStrategy
 
-from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
+from talkhead_cli.contracts import (
+    MisuseError,
+    Progress,
+    SilentProgress,
+    TalkheadError,
+    n_cores,
+)
 from talkhead_cli.jobs import interrupt
 
 Precision = Literal["16-mixed", "bf16-mixed", "32-true"]
@@ -97,7 +103,7 @@ def fabric(device: torch.device, precision: Precision, devices: int, nodes: int)
             f"--devices {devices} are asked for, {torch.cuda.device_count()} GPUs are here"
         )
     if device.type == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // devices))
+        torch.set_num_threads(max(1, n_cores() // devices))
     made = Fabric(
         accelerator=device.type, devices=devices, num_nodes=nodes, precision=precision,
         # Parameters may be unused: a step may sample no point of the shoulders, say.  Buffers:

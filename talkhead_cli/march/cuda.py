@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ..contracts import Field, Need, RayBundle, Rendered, free_gb
+from ..contracts import Field, Need, RayBundle, Rendered, free_gb, n_cores
 from .dense import first_sample
 from .packed import Packed, PackedMarcher, ask, first_distance, pack
 from .rays import intersect_box
@@ -167,7 +167,7 @@ def compilers(free: float, n_cores: int) -> int:
 def _make_way() -> None:
     """Set MAX_JOBS, CUDA_HOME, PATH (for ninja and the toolkit) and CPLUS_INCLUDE_PATH (for headers
     installed by pip), before torch reads them."""
-    os.environ.setdefault("MAX_JOBS", str(compilers(free_gb(), os.cpu_count() or 1)))
+    os.environ.setdefault("MAX_JOBS", str(compilers(free_gb(), n_cores())))
     places = [sysconfig.get_path("scripts")]  # ninja, even if the environment is not activated
     if (home := _toolkit()) is not None:
         os.environ.setdefault("CUDA_HOME", str(home))

@@ -51,10 +51,14 @@ class Run:
         return held(self.root.with_name(f".{self.name}.lock"), self.name)
 
     def meta(self) -> dict[str, Any]:
+        path = self.root / "meta.json"
         try:
-            return dict(read_json(self.root / "meta.json"))
+            found = read_json(path)
         except FileNotFoundError:
             return {}
+        if not isinstance(found, dict):
+            raise TalkheadError(f"{path} is damaged; {CURE}")
+        return found
 
     @property
     def is_finished(self) -> bool:
