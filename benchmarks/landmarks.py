@@ -128,7 +128,7 @@ def _fit_speech(
         avatar.take_common(prior.common_state())
     clips = [replace(c, signals=c.signals.with_(person=torch.full_like(c.signals.person, i)))
              for i, c in enumerate(clips)]  # fmt: skip
-    rows = [c.signals[c.train[c.heard[c.train]]] for c in clips]
+    rows = [c.signals[c.speaking] for c in clips]
     if len(rows) > 1:
         avatar.survey(rows)
     for clip, signals in zip(clips, rows, strict=True):

@@ -134,7 +134,7 @@ def ears(home: Path, everybody: Sequence[str], groups: Sequence[Sequence[str]]) 
 def _judged(judge: expert.Judge, home: Path, name: str) -> dict[str, Any]:
     data = presets.load(["expert", "tiny"]).data.model_copy(update={"holdout": 0.0})
     clip = footage.load(Workspace.open(home, name), data, SilentProgress())
-    rows = clip.train[clip.heard[clip.train]]
+    rows = clip.speaking
     last = len(clip.signals) - 1
     n = int(PIECE_S * 25)
     misses, offsets = [], []

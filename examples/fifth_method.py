@@ -33,7 +33,7 @@ class Fifth(PersonalAvatar):  # brings the speech encoder and mouth landmarks
         self.head = Mlp(self.planes.n_out + N_CODES + N_EYES, 48, 1 + 3)
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:  # names for a stage's `learn`
-        return {"rest": [self.planes, self.head], "pull": [self.pull]}
+        return super().modules_of_parts() | {"rest": [self.planes, self.head], "pull": [self.pull]}
 
     def condition(self, signals: Signals) -> "Field":  # once per T frames, before any ray
         mouth, shoulders = self.person(signals).mouth, self.shoulders(signals)

@@ -208,6 +208,24 @@ def test_ridge_finds_a_linear_map_and_shrinks() -> None:
     assert shrunk.norm() < 0.2 * truth.norm()
 
 
+@pytest.mark.parametrize("n", [5, 12, 40])
+def test_both_forms_of_the_ridge_are_one(n: int) -> None:
+    """More rows than columns, as many, and fewer: the normal equations hold."""
+    x, y = torch.randn(n, 12, dtype=torch.float64), torch.randn(n, 3, dtype=torch.float64)
+    weight, bias = ridge_map(x, y, 0.3)
+    off = x @ weight + bias - y
+    assert off.mean(0).abs().max() < 1e-9
+    assert torch.allclose((x - x.mean(0)).T @ off, -0.3 * weight, atol=1e-9)
+
+
+def test_block_validation_of_few_rows_still_compares() -> None:
+    """With less than a second of rows, gaps as long as those of more would leave a fold nothing."""
+    torch.manual_seed(0)
+    x, noise = torch.randn(30, 20), torch.randn(30, 1)
+    ridge, guess = ridge_by_blocks(x, noise, (1e-2, 1e5))
+    assert ridge == 1e5 and guess.isfinite().all()
+
+
 def test_block_validation_prefers_shrinking_when_there_is_nothing_to_learn() -> None:
     torch.manual_seed(0)
     x, noise = torch.randn(150, 80), torch.randn(150, 1)

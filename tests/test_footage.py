@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from trainings import PRESETS, SHORT, train
@@ -15,8 +16,9 @@ from talkhead_cli.contracts import (
     repacked,
     unpacked,
 )
-from talkhead_cli.jobs import footage, shots
+from talkhead_cli.jobs import fit, footage, shots
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.pixels import DevicePixels, DiskPixels
 from talkhead_cli.march import picture_rays
 from talkhead_cli.store import Workspace
 
@@ -48,7 +50,7 @@ def test_shots_drawn_from_memory_are_those_drawn_from_the_disk(speaker_home: Pat
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     aabb = footage.box_of(clip.signals.camera[clip.train])
     near = clip.on(torch.device("cpu"))
-    assert near.near is not None
+    assert isinstance(clip.pixels, DiskPixels) and isinstance(near.pixels, DevicePixels)
     whole = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 2})
     for stage in (*preset.train.stages.values(), whole):
         found = [
@@ -57,7 +59,7 @@ def test_shots_drawn_from_memory_are_those_drawn_from_the_disk(speaker_home: Pat
         ]
         assert len(found[0]) > 10
         for a, b in zip(*found, strict=True):
-            assert a.dtype == b.dtype and torch.equal(a, b)
+            assert a.dtype == b.dtype and torch.allclose(a, b, atol=1e-6)
 
 
 def test_what_is_unpacked_is_repacked(speaker_home: Path) -> None:
@@ -71,6 +73,35 @@ def test_what_is_unpacked_is_repacked(speaker_home: Path) -> None:
     assert twice.signals.camera.size_px == shot.signals.camera.size_px
     assert torch.equal(twice.target, 2 * shot.target)  # type: ignore[operator]
     assert all(torch.equal(a, 2 * b) for a, b in zip(*map(unpacked, (twice, shot)), strict=True))
+
+
+@pytest.mark.parametrize("size", [32, 64, 128])
+def test_labels_between_stored_ones_are_interpolated(size: int) -> None:
+    """A ramp of labels 64 px wide stays a ramp at any size of picture, up to half a label from the
+    edges; at its own size it is read as it is."""
+    ramp = np.tile(np.arange(64, dtype=np.uint8), (64, 1))
+    labels = np.stack([ramp, ramp.T, *[np.zeros((64, 64), np.uint8)] * 4])[None]
+    pictures = np.zeros((1, size, size, 3), np.uint8)
+    disk = DiskPixels(pictures, labels)
+    line, column = (part.flatten() for part in torch.meshgrid(
+        torch.arange(size), torch.arange(size), indexing="ij"))  # fmt: skip
+    row = torch.zeros(len(line), dtype=torch.long)
+    along, down = (((p + 0.5) * 64 / size - 0.5).clamp(0, 63) for p in (column, line))
+    for pixels in (disk, DevicePixels.of(disk, torch.device("cpu"))):
+        for found in (pixels.at(row, line, column)[1], pixels.whole(row[:1])[1]):
+            assert torch.allclose(255 * found[:, 0], along, atol=1e-3)
+            assert torch.allclose(255 * found[:, 1], down, atol=1e-3)
+
+
+def test_footage_goes_to_the_gpu_as_far_as_half_of_it_goes(
+    speaker_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many people there are: training needs the other half."""
+    clip = footage.load(Workspace.open(speaker_home, "speaker"), presets.load(PRESETS, SHORT).data,
+                        SilentProgress())  # fmt: skip
+    monkeypatch.setattr(fit.march, "room_on", lambda _: 5 * clip.n_bytes)
+    sent = fit._brought_near([clip] * 6, torch.device("cpu"))
+    assert [isinstance(c.pixels, DevicePixels) for c in sent] == [True] * 2 + [False] * 4
 
 
 def test_shots_know_their_truth(speaker_home: Path) -> None:
@@ -93,10 +124,8 @@ def test_shots_know_their_truth(speaker_home: Path) -> None:
     x, y = whole.rays.pixel.long().unbind(1)
     truth = torch.from_numpy(clip.pictures[frame.numpy(), y.numpy(), x.numpy()]).float() / 255
     assert torch.equal(truth, whole.target)
-    at = ((p + 0.5) * clip.labels.shape[-1] / clip.size_px for p in (y, x))
-    line, column = (p.long().numpy() for p in at)
-    labels = torch.from_numpy(clip.labels[frame.numpy(), :, line, column]).float() / 255
-    assert torch.equal(labels, whole.labels)
+    _, one_by_one = clip.pixels.at(frame, y, x)
+    assert torch.allclose(one_by_one, whole.labels, atol=1e-6)
     assert whole.plate is not None and torch.equal(whole.plate, clip.plate[y, x])
     patch = shots.draw(clip, preset.train.stages["lips"], 2048, aabb, rng)
     assert patch.rays is not None and patch.rays.layout is not None

@@ -20,10 +20,11 @@ from talkhead_cli.blocks.modulated import ModulatedConv
 from talkhead_cli.blocks.rigid import shoulders_in_picture
 from talkhead_cli.blocks.speech import SpeechTransformer
 from talkhead_cli.blocks.style_unet import StyleUNet, haar, unhaar
-from talkhead_cli.contracts import Camera, Signals, SilentProgress
-from talkhead_cli.jobs import footage
+from talkhead_cli.contracts import Camera, MisuseError, Signals, SilentProgress
+from talkhead_cli.jobs import footage, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.step import Drawn, Step
 from talkhead_cli.store import Workspace
 
 PX = 64
@@ -364,6 +365,43 @@ def test_whole_pictures_have_a_torso_and_patches_a_head(clip: Footage, avatar: L
     hidden = whole.parts["head_alpha"] > 0.5
     assert bool(torch.isfinite(whole.depth[hidden]).all())
     assert bool(torch.isinf(whole.depth[~hidden]).all())
+
+
+def test_a_field_that_does_not_learn_is_marched_without_gradients(
+    clip: Footage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What shoulders learn does not depend on it; the other stages' gradients reach the field."""
+    preset = presets.load(["landmark", "tiny"], [f"data.size_px={PX}"])
+    avatar = Landmark.build("tiny", **hearing(clip.signals), px=PX)
+    box = footage.box_of(clip.signals.camera[clip.train])
+    avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
+    marcher, _ = march.build(preset.march, box, "cpu")
+    marched, honest = [], type(marcher).march
+
+    def spied(*args: Any) -> Any:
+        marched.append(torch.is_grad_enabled())
+        return honest(*args)
+
+    monkeypatch.setattr(type(marcher), "march", spied)
+    step = Step(avatar, marcher).train()
+    for name, expected in (("shape", True), ("torso", False)):
+        stage = preset.train.stages[name]
+        learning = {id(p) for part in stage.learn for p in avatar.part(part)}
+        for parameter in avatar.parameters():
+            parameter.requires_grad_(id(parameter) in learning)
+        shot = shots.draw(clip, stage, 256, box, torch.Generator().manual_seed(0))
+        step(Drawn([shot]), stage.weights).loss.backward()
+        assert marched.pop() is expected
+        assert any(p.grad is not None and p.grad.any() for p in avatar.part(stage.learn[0]))
+        avatar.zero_grad()
+
+
+@pytest.mark.parametrize("px", [72, 360])
+def test_sizes_that_cannot_be_halved_often_enough_are_refused(px: int) -> None:
+    """Four levels halve a picture four times, three levels three times."""
+    with pytest.raises(MisuseError, match="data.size_px must be a multiple of 16"):
+        Landmark("full", n_steps=33, n_features=8, px=px)
+    Landmark("tiny", n_steps=33, n_features=8, px=px)
 
 
 def test_half_precision_draws_the_same_heads(clip: Footage, avatar: Landmark) -> None:

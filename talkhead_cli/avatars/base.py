@@ -54,6 +54,7 @@ class Avatar(nn.Module):
                     critic, which may be missing
     loss_networks   frozen networks that losses use, handed in by the job; a plain list, so that
                     they are neither trained nor saved with the avatar
+    composing       names of the parts that only `compose` uses
     needs_portrait  whether it renders unseen people from pictures (`enroll`), within `box`
     begins_with     published generators it can be built for, loaded by `borrow`
     past            preceding rows that `listen` needs for a row to match the whole-clip result
@@ -73,6 +74,7 @@ class Avatar(nn.Module):
     loss_names: frozenset[str] = frozenset()
     expert_losses: frozenset[str] = frozenset()
     begins_with: frozenset[str] = frozenset()
+    composing: frozenset[str] = frozenset()
     needs_portrait = False
     has_kernel = False
     box: tuple[float, ...] | None = None
@@ -180,13 +182,22 @@ class Avatar(nn.Module):
         """Return unweighted scalar losses by name, out of `loss_names`; stages set the weights."""
         raise NotImplementedError
 
-    def part(self, name: str) -> list[nn.Parameter]:
-        """Return the parameters of a named part, for the stage's `learn` and `rates`."""
+    def modules_of_parts(self) -> dict[str, list[nn.Module]]:
+        """Return the modules of each part that a stage can `learn`, by the part's name."""
         raise NotImplementedError
 
     def parts(self) -> list[str]:
-        """Return the names that `part` accepts."""
-        raise NotImplementedError
+        """Return the names of the parts."""
+        return list(self.modules_of_parts())
+
+    def part(self, name: str) -> list[nn.Parameter]:
+        """Return the parameters of a part."""
+        return [p for module in self.modules_of_parts()[name] for p in module.parameters()]
+
+    def field_learns(self) -> bool:
+        """Return whether any parameter is being trained that rays or the field depend on."""
+        names = (name for name in self.parts() if name not in self.composing)
+        return any(p.requires_grad for name in names for p in self.part(name))
 
 
 def averaged(found: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.avatars.base import Avatar, StepResult
+from talkhead_cli.avatars.base import Avatar, StepResult, averaged
 from talkhead_cli.blocks.sync import SyncExpert, agreement, lip_boxes, lip_crops, runs_of
 from talkhead_cli.contracts import Signals
 
@@ -58,7 +58,7 @@ class Expert(Avatar):
         return self.sync.seen(runs), self.sync.heard(audio[middle]), middle
 
     def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
-        terms: dict[str, list[Tensor]] = {}
+        found = []
         for result in results:
             shot = result.shot
             assert shot.target is not None, "the expert's stages show their rows"
@@ -67,17 +67,13 @@ class Expert(Avatar):
             seen, heard, middle = self.embedded(crops, rows.audio, rows.moment)
             if not len(middle):  # this person has no five consecutive rows
                 continue
-            for name, value in agreement(seen, heard, rows.moment[middle]).items():
-                terms.setdefault(name, []).append(value)
-        if not terms:
+            found.append(agreement(seen, heard, rows.moment[middle]))
+        if not found:
             return {"contrast": 0 * self.sync.heard(results[0].shot.signals.audio[:1]).sum()}
-        return {name: torch.stack(values).mean() for name, values in terms.items()}
+        return averaged(found)
 
-    def part(self, name: str) -> list[nn.Parameter]:
-        return list({"sync": self.sync}[name].parameters())
-
-    def parts(self) -> list[str]:
-        return ["sync"]
+    def modules_of_parts(self) -> dict[str, list[nn.Module]]:
+        return {"sync": [self.sync]}
 
 
 def _varied(pictures: Tensor, boxes: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.rigid import moved, shoulders_in_picture
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_map
 from talkhead_cli.blocks.style_unet import StyleUNet
-from talkhead_cli.contracts import N_LANDMARKS, Frame, RayBundle, Rendered, Signals
+from talkhead_cli.contracts import N_LANDMARKS, Frame, MisuseError, RayBundle, Rendered, Signals
 
 UPPER = torch.tensor([i for i in range(N_LANDMARKS) if i not in MOUTH.tolist()])
 UPPER_RIDGE = 0.01  # ridge strength per row
@@ -126,6 +126,7 @@ class Landmark(PersonalAvatar):
     """The avatar of the landmark method."""
 
     own = (".styles",)
+    composing = frozenset({"torso"})
     loss_names = SOLID | PATCH | WHOLE | {"speech", "colour", "relief", "rough", "still"}
     maps = MappingProxyType({"ambient": ("ambient coordinates",)})
 
@@ -138,6 +139,10 @@ class Landmark(PersonalAvatar):
             SpeechEncoder.of_sequences(n_steps, n_features, N_CODES, n_people=n_people),
         )
         widths = SIZES[size]
+        if px % (coarsest := 2 ** len(widths.torso)):
+            raise MisuseError(
+                f"data.size_px must be a multiple of {coarsest} for preset landmark, not {px}"
+            )
         self.px = px
         self.past = self.speech.past
         self.shading = Shading()
@@ -219,7 +224,7 @@ class Landmark(PersonalAvatar):
             "rough": self.volume.roughness() + self.ambient.roughness(),
             "still": (rendered.feature[:, AMBIENT] * (1 - alive)).mean(),
         }
-        if rays.layout is not None:
+        if rays.layout is not None and frame.rgb is over:
             losses |= patch_losses(over, target.view(*rays.layout, 3), self.loss_networks)
         if frame.rgb is not over:  # whole pictures: the torso network ran
             picture = shot.target.view(*frame.rgb.shape)
@@ -233,6 +238,7 @@ class Landmark(PersonalAvatar):
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:
         return {
+            **super().modules_of_parts(),
             "volume": [self.volume, self.ambient],
             "coding": [self.code],
             "static": [self.to_ambient, self.ambient_net, self.density_net, self.colour_net,

@@ -227,20 +227,7 @@ class PersonalAvatar(Avatar):
     # -- parts -----------------------------------------------------------------------------
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:
-        """Return the method's own parts; the base class adds speech and pose."""
-        raise NotImplementedError
-
-    def _parts(self) -> dict[str, list[nn.Module]]:
-        return {
-            "speech": [self.speech.nets], "pose": [self.pose_correction],
-            **self.modules_of_parts(),
-        }  # fmt: skip
-
-    def parts(self) -> list[str]:
-        return list(self._parts())
-
-    def part(self, name: str) -> list[nn.Parameter]:
-        return [p for module in self._parts()[name] for p in module.parameters()]
+        return {"speech": [self.speech.nets], "pose": [self.pose_correction]}
 
 
 class SharedAvatar(PersonalAvatar):

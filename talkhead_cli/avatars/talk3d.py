@@ -112,6 +112,7 @@ class Talk3D(SharedAvatar):
     loss_names = SOLID | PATCH | WHOLE | expert_losses | {
         "speech", "colour", "relief", "rough", "symmetry", "latent", "raw", "mouth",
     }  # fmt: skip
+    composing = frozenset({"upscaler"})
     begins_with = frozenset(KINDS)
     generator: PlaneGenerator | EG3DGenerator | None
     latents: Latents | None
@@ -320,6 +321,7 @@ class Talk3D(SharedAvatar):
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:
         return {
+            **super().modules_of_parts(),
             "planes": [self.planes],
             "decoder": [self.decoder, self.shading],
             "editor": [self.editor, self.tokens],

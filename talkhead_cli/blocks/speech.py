@@ -259,13 +259,20 @@ def _disturbed(heard: Tensor, noise: Tensor) -> Tensor:
 
 
 def ridge_map(x: Tensor, y: Tensor, ridge: float) -> tuple[Tensor, Tensor]:
-    """Ridge regression in dual form: x (n, d), y (n, k) -> weight (d, k), bias (k,)."""
+    """Ridge regression: x (n, d), y (n, k) -> weight (d, k), bias (k,).
+
+    Solved in the smaller of its two forms, primal (d, d) or dual (n, n).
+    """
     x64, y64 = x.double(), y.double()
     x_mean, y_mean = x64.mean(0), y64.mean(0)
-    centred = x64 - x_mean
-    gram = centred @ centred.T
+    centred, wanted = x64 - x_mean, y64 - y_mean
+    n, d = x.shape
+    gram = centred.T @ centred if d < n else centred @ centred.T
     gram.diagonal().add_(ridge)
-    weight = centred.T @ torch.linalg.solve(gram, y64 - y_mean)
+    if d < n:
+        weight = torch.linalg.solve(gram, centred.T @ wanted)
+    else:
+        weight = centred.T @ torch.linalg.solve(gram, wanted)
     return weight.to(x), (y_mean - x_mean @ weight).to(x)
 
 
@@ -275,9 +282,11 @@ def ridge_by_blocks(
     """Choose the ridge by cross-validation over contiguous blocks.
 
     x (n, d), y (n, k), rows in time order; `gap` rows on either side of a held-out block are left
-    out of its fit, since windows overlap.  Returns (ridge, held-out predictions (n, k)).
+    out of its fit, since windows overlap; of few rows, fewer.  Returns (ridge, held-out predictions
+    (n, k)).
     """
     n = len(x)
+    gap = min(gap, n // n_blocks)
     rows = torch.arange(n)
     edges = [i * n // n_blocks for i in range(n_blocks + 1)]
     best: tuple[float, float, Tensor] | None = None

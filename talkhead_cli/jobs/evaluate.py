@@ -174,7 +174,7 @@ def _measure(pictures: NDArray[np.uint8], progress: Progress) -> Measured:
 
 def _other_speech(clip: Footage, n: int) -> list[torch.Tensor]:
     """Return windows (n, W, A) of stretches of the same person's training speech."""
-    heard = clip.train[clip.heard[clip.train]]
+    heard = clip.speaking
     spare = len(heard) - n
     starts = np.linspace(0, spare, N_CONTROLS).astype(int)
     if spare < (N_CONTROLS - 1) * BLOCK:  # they would be one and the same: go round instead
@@ -309,7 +309,7 @@ def _linear_baseline(clip: Footage, sound: Array) -> Array:
     Trained on the person's own training frames; the ridge is chosen by block cross-validation
     there.
     """
-    rows = clip.train[clip.heard[clip.train]]
+    rows = clip.speaking
     stream = voice.features(sound)[:, : voice.N_MEL]
     stats = SpeechStats.of(stream, voice.RATE_HZ, clip.heard[: int(rows[-1]) + 1].numpy())
     frames = np.arange(len(clip.lip_truth))

@@ -189,13 +189,12 @@ def _begun(
         )
     stages = presets.adapted_to_start(preset, avatar.common_parts() if knows else None, seconds)
     refuse_unknown(stages.train, avatar, preset.method)
-    hearing = clip.train[clip.heard[clip.train]]
-    if not len(hearing):
+    if not len(clip.speaking):
         raise TalkheadError(
             f"'{name}' is not heard in the {len(clip.train) / FPS:.0f} s that are to be learnt "
             "from; give more of the clip (data.train_s, data.holdout), or another one"
         )
-    avatar.calibrate(clip.signals[hearing].to(where), clip.mesh.to(where), aabb)
+    avatar.calibrate(clip.signals[clip.speaking].to(where), clip.mesh.to(where), aabb)
     if start is not None:
         avatar.meet(clip.portrait(clip.best_likeness(N_PORTRAITS)).to(where))
     return avatar, marcher, stages

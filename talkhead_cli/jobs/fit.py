@@ -78,7 +78,7 @@ def fit(
     `stop_after` ends the loop early, as an interrupt would (tests).  `threads` adapts to the CPU's
     load between steps.
     """
-    people = [_near(person, fabric.device) for person in people]
+    people = _brought_near(people, fabric.device)
     place, held = Place(), run.resume_state()
     job = _Job(
         preset, Step(avatar, marcher), Average(avatar, preset.train.ema), people, run, fabric,
@@ -191,6 +191,9 @@ class _StageLoop:
             {"params": self.avatar.part(part), "lr": stage.rates[part], "rate": stage.rates[part]}
             for part in stage.learn
         ]
+        self.learns_space = (
+            stage.rays != "none" and not stage.freeze_grid and self.avatar.field_learns()
+        )
         self.replay = self._recording()
         self._next: tuple[int, int, list[Shot]] | None = None
         self._pending_losses: _PendingLosses | None = None
@@ -283,8 +286,7 @@ class _StageLoop:
             assert isinstance(marcher, march.FusedMarcher)
             place.n_rays = min(self.stage.n_points // marcher.samples_per_ray, self._most_rays())
         drawn = self._drawn(place.total, place)
-        learns_space = self.stage.rays != "none" and not self.stage.freeze_grid
-        if learns_space and place.total % self.job.preset.march.every == 0:
+        if self.learns_space and place.total % self.job.preset.march.every == 0:
             # people in turn, since the grid must hold all of them
             shot = drawn[place.total // self.job.preset.march.every % len(drawn)]
             with torch.no_grad():
@@ -477,18 +479,22 @@ def _inner_split(people: list[Footage], stage: Stage) -> tuple[list[Footage], li
     """Split training rows with sound per person: footage of the first, signals of the last."""
     shorter, kept = [], []
     for person in people:
-        rows = person.train[person.heard[person.train]]
+        rows = person.speaking
         n = max(1, round(stage.inner_split * len(rows)))
         kept.append(person.signals[rows[-n:]])
         shorter.append(replace(person, train=rows[:-n]))
     return shorter, kept
 
 
-def _near(person: Footage, device: torch.device) -> Footage:
-    """Return the footage on the GPU if it fits in half of the free memory there: picking a step's
-    pixels from the disk takes longer than all the rest of the step."""
-    size = person.pictures.nbytes + person.labels.nbytes
-    return person.on(device) if size < march.room_on(device) / 2 else person
+def _brought_near(people: list[Footage], device: torch.device) -> list[Footage]:
+    """Return the people with their footage on the GPU, as far as half of its free memory goes:
+    picking a step's pixels from the disk takes longer than all the rest of the step."""
+    room, near = march.room_on(device) / 2, []
+    for person in people:
+        fits = person.n_bytes <= room
+        room -= person.n_bytes if fits else 0
+        near.append(person.on(device) if fits else person)
+    return near
 
 
 def _shown(losses: dict[str, float]) -> dict[str, float]:

@@ -27,6 +27,7 @@ from talkhead_cli.contracts import (
     TalkheadError,
     followed,
 )
+from talkhead_cli.jobs.pixels import DevicePixels, DiskPixels, Pixels
 from talkhead_cli.jobs.preset import Data
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.pictures import read_picture
@@ -82,48 +83,54 @@ class SpeechStats:
 
 
 @dataclass(frozen=True)
-class Near:
-    """Pixels on the training device.  pictures (T, s, s, 3) · labels (T, 128, 128, 6), uint8."""
-
-    pictures: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
 class Footage:
     """One person's clip, ready for training.
 
     signals   all T rows · train, held (n,) long: training rows, held-out rows
     heard     (T,) whether the frame has sound; pauses between words count as sound
-    pictures  (T, s, s, 3) uint8 · labels (T, 6, 128, 128) uint8 · plate (s, s, 3) in [0, 1]
+    stored    pictures (T, s, s, 3) and labels (T, 6, 128, 128) · plate (s, s, 3) in [0, 1]
     mesh      (468, 3) rigid face in head space · lip_truth (T,) tracked lip aperture
     said      (T, 68, 3) landmarks predicted from speech, for stages that train on these, too
-    near      pictures and labels on the training device, if it has room for them; else a step
-              picks its pixels from the disk and sends them there
+    pixels    where a step takes its pixels from: `stored`, or a copy on the training device
     """
 
     signals: Signals
     train: Tensor
     held: Tensor
     heard: Tensor
-    pictures: NDArray[np.uint8]
-    labels: NDArray[np.uint8]
+    stored: DiskPixels
     plate: Tensor
     stats: SpeechStats
     mesh: Tensor
     lip_truth: NDArray[np.float32]
+    pixels: Pixels
     said: Tensor | None = None
-    near: Near | None = None
 
     def on(self, device: torch.device) -> Footage:
         """Return a copy with all that training draws from on a device."""
-        pictures, labels = (torch.from_numpy(np.array(part)).to(device)
-                            for part in (self.pictures, self.labels))  # fmt: skip
         return replace(
             self, signals=self.signals.to(device), plate=self.plate.to(device),
             said=None if self.said is None else self.said.to(device),
-            near=Near(pictures, labels.permute(0, 2, 3, 1).contiguous()),
+            pixels=DevicePixels.of(self.stored, device),
         )  # fmt: skip
+
+    @property
+    def pictures(self) -> NDArray[np.uint8]:
+        return self.stored.pictures
+
+    @property
+    def labels(self) -> NDArray[np.uint8]:
+        return self.stored.labels
+
+    @property
+    def n_bytes(self) -> int:
+        """Size of pictures and labels."""
+        return self.pictures.nbytes + self.labels.nbytes
+
+    @cached_property
+    def speaking(self) -> Tensor:
+        """The training rows (n,) that have sound."""
+        return self.train[self.heard[self.train]]
 
     @property
     def device(self) -> torch.device:
@@ -235,13 +242,16 @@ def load(
         stats = SpeechStats.of(stream, rate_hz, heard[: int(train[-1]) + 1].numpy())
     signals = make_signals(tracks, stream, stats, data)
     n_seen = n_frames if pictures else 0
+    stored = DiskPixels(
+        _pictures(space, data.size_px, n_seen, progress), _labels(space, n_seen, progress)
+    )
     return Footage(
         signals=signals.with_(person=torch.full((n_frames,), person)),
         train=train,
         held=held,
         heard=heard,
-        pictures=_pictures(space, data.size_px, n_seen, progress),
-        labels=_labels(space, n_seen, progress),
+        stored=stored,
+        pixels=stored,
         plate=read_plate(space.plate_file, data.size_px),
         stats=stats,
         mesh=torch.from_numpy(tracks["shape"][:N_SKIN]),

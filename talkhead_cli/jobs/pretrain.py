@@ -177,7 +177,7 @@ def _train(
         )  # fmt: skip
         prior.write_preset(asked.preset_text)
     fabric.barrier()
-    rows = [clip.train[clip.heard[clip.train]] for clip in clips]
+    rows = [clip.speaking for clip in clips]
     few = max(SURVEYED // len(clips), MIN_SURVEYED)
     avatar.survey([
         clip.signals[own[:: -(-len(own) // few)]].to(where)
@@ -261,7 +261,7 @@ def _loaded(
     for space in spaces:
         try:
             clip = footage.load(space, data, progress, person=len(people), pictures=pictures)
-            if not bool(clip.heard[clip.train].any()):
+            if not len(clip.speaking):
                 raise TalkheadError("nothing is heard while a face is seen")
             people.append((space, clip))
         except TalkheadError as error:

@@ -24,8 +24,7 @@ def draw(
 ) -> Shot:  # fmt: skip
     """Draw one person's shot; whole pictures are marched `magnification` times smaller."""
     if stage.rays == "none":
-        rows = footage.train[footage.heard[footage.train]]
-        rows = _in_sequence(rows, stage.batch, stage.in_sequence, rng)
+        rows = _in_sequence(footage.speaking, stage.batch, stage.in_sequence, rng)
         signals = footage.signals[_sent(rows, footage.device)]
         if not stage.shown:
             return Shot(signals)
@@ -38,8 +37,8 @@ def draw(
         n_frames = stage.n_frames
     rows = _pick(footage.train, n_frames, rng)
     if stage.in_sequence > 1:
-        heard = footage.train[footage.heard[footage.train]]
-        rows = _in_sequence(heard, n_frames, min(stage.in_sequence, n_frames), rng)
+        length = min(stage.in_sequence, n_frames)
+        rows = _in_sequence(footage.speaking, n_frames, length, rng)
         n_frames = len(rows)
     if stage.rare:
         n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
@@ -77,57 +76,13 @@ def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
     rays = shot.rays
     assert rays is not None
     if rays.whole:  # slicing; picking pixels one by one takes a hundred times as long
+        target, labels = footage.pixels.whole(rows)
         plate = footage.plate.reshape(-1, 3).repeat(len(rows), 1)
-        seen = _whole_from_disk(footage, rows) if footage.near is None else _whole(footage, rows)
     else:
         column, line = rays.pixel.long().unbind(1)
+        target, labels = footage.pixels.at(rows[rays.row], line, column)
         plate = footage.plate[line, column]
-        frame = rows[rays.row]
-        pick = _pick_from_disk if footage.near is None else _pick_pixels
-        seen = pick(footage, frame, line, column)
-    target, labels = (part.float() / 255 for part in seen)
     return replace(shot, target=target, labels=labels, plate=plate)
-
-
-def _whole(footage: Footage, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return colours and labels of all pixels of whole frames, uint8, from `footage.near`."""
-    near = footage.near
-    assert near is not None
-    side = _labelled(footage, torch.arange(footage.size_px, device=rows.device))
-    labels = near.labels[rows][:, side][:, :, side]
-    return near.pictures[rows].view(-1, 3), labels.reshape(-1, labels.shape[-1])
-
-
-def _whole_from_disk(footage: Footage, rows: Tensor) -> tuple[Tensor, Tensor]:
-    frames = rows.numpy()
-    side = _labelled(footage, torch.arange(footage.size_px)).numpy()
-    labels = footage.labels[frames].transpose(0, 2, 3, 1)[:, side][:, :, side]
-    colours = footage.pictures[frames].reshape(-1, 3)
-    return torch.from_numpy(colours), torch.from_numpy(labels.reshape(-1, labels.shape[-1]))
-
-
-def _pick_pixels(
-    footage: Footage, frame: Tensor, line: Tensor, column: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Return colours and labels of single pixels (R,), uint8, from `footage.near`."""
-    near = footage.near
-    assert near is not None
-    at = (frame, _labelled(footage, line), _labelled(footage, column))
-    return near.pictures[frame, line, column], near.labels[at]
-
-
-def _pick_from_disk(
-    footage: Footage, frame: Tensor, line: Tensor, column: Tensor
-) -> tuple[Tensor, Tensor]:
-    y, x = (_labelled(footage, at).numpy() for at in (line, column))
-    colours = footage.pictures[frame.numpy(), line.numpy(), column.numpy()]
-    return torch.from_numpy(colours), torch.from_numpy(footage.labels[frame.numpy(), :, y, x])
-
-
-def _labelled(footage: Footage, pixel: Tensor) -> Tensor:
-    """Convert lines or columns of pictures to those of label maps."""
-    scale = footage.labels.shape[-1] / footage.size_px
-    return ((pixel + 0.5) * scale).floor().long()
 
 
 def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:

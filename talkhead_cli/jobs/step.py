@@ -61,15 +61,17 @@ class Step(nn.Module):
     def forward(self, drawn: Drawn, weights: Mapping[str, float]) -> Lost:
         """Return the losses of a step; only `loss` has a gradient."""
         results, n_points = [], 0
+        marches_with_grad = torch.is_grad_enabled() and self.avatar.field_learns()
         for shot in drawn.shots:
             if shot.rays is None:
                 results.append(StepResult(shot))
                 continue
             assert shot.plate is not None
-            speaker = self.avatar.enroll(shot.portrait)
-            rays = speaker.aim(shot.signals, shot.rays)
-            made = speaker.condition(shot.signals)
-            rendered = self.marcher.march(made, rays)
+            with torch.set_grad_enabled(marches_with_grad):
+                speaker = self.avatar.enroll(shot.portrait)
+                rays = speaker.aim(shot.signals, shot.rays)
+                made = speaker.condition(shot.signals)
+                rendered = self.marcher.march(made, rays)
             frame = speaker.compose(rendered, rays, shot.signals, shot.plate)
             results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
             n_points += int(rendered.n_points)

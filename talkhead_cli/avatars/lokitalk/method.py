@@ -239,6 +239,7 @@ class LokiTalk(SharedAvatar):
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:
         return {
+            **super().modules_of_parts(),
             "volume": [self.volume],
             "deform": [self.face_field, self.torso_field, self.attention, self.lip_code,
                        self.eye_code, self.pose_code, self.to_face, self.to_torso],

@@ -88,6 +88,7 @@ class S3D(Avatar):
     """S3D's network, which renders any person from a portrait.  For ablations: `deformation`, from
     DEFORMATIONS (naive: driving signals alone; concatenated: with the mean appearance slot)."""
 
+    composing = frozenset({"retoucher"})
     needs_portrait = True
     expert_losses = frozenset({"sync", "critic"})
     loss_names = SOLID | WHOLE | expert_losses | {
@@ -262,7 +263,7 @@ class S3D(Avatar):
 
     # -- parts -----------------------------------------------------------------------------
 
-    def _parts(self) -> dict[str, list[nn.Module]]:
+    def modules_of_parts(self) -> dict[str, list[nn.Module]]:
         return {
             "speech": [self.speech.nets],
             "encoder": [self.encoder],
@@ -270,12 +271,6 @@ class S3D(Avatar):
             "decoder": [self.decoder],
             "retoucher": [self.retoucher],
         }
-
-    def parts(self) -> list[str]:
-        return list(self._parts())
-
-    def part(self, name: str) -> list[nn.Parameter]:
-        return [p for module in self._parts()[name] for p in module.parameters()]
 
 
 def _smaller(values: Tensor, layout: tuple[int, int, int] | None, times: int) -> Tensor:
