@@ -21,7 +21,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
 
 if TYPE_CHECKING:  # keeps torch out of the start-up time of `--help`
     from torch import Tensor
@@ -32,6 +32,7 @@ SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FPS
 N_LANDMARKS = 68
 RELIEF_SIDE = 1.1  # face heights
 LABELS = ("face", "mouth", "hair", "neck", "torso", "background")
+Size = Literal["tiny", "small", "full"]  # of networks: made for 128, 256 and 512 px
 
 Item = TypeVar("Item")
 

@@ -47,8 +47,7 @@ def method_names() -> list[str]:
 def avatar_class(method: str) -> type[Avatar]:
     """Return the class of a method; MisuseError names the known ones."""
     if method in LEARNERS:
-        found: type[Avatar] = getattr(import_module(f"{__name__}.{method}"), LEARNERS[method])
-        return found
+        return getattr(import_module(f"{__name__}.{method}"), LEARNERS[method])
     if method not in _registered:
         offered = set(entry_points(group=GROUP, name=method))
         if not offered:

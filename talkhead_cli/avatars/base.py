@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.contracts import Field, Frame, Portrait, RayBundle, Rendered, Shot, Signals
+from talkhead_cli.contracts import Field, Frame, Portrait, RayBundle, Rendered, Shot, Signals, Size
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Avatar(nn.Module):
 
     @classmethod
     def build(
-        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        cls, size: Size, *, n_steps: int, n_features: int, px: int,
         n_people: int = 1,
     ) -> Self:  # fmt: skip
         """Return an untrained avatar for speech windows (n_steps, n_features), pictures of px; by

@@ -5,17 +5,15 @@ Frozen, it scores for other methods (and `evaluate`) how well lips match a sound
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
 from talkhead_cli.avatars.base import Avatar, StepResult, averaged
 from talkhead_cli.blocks.sync import SyncExpert, agreement, lip_boxes, lip_crops, runs_of
-from talkhead_cli.contracts import Signals
+from talkhead_cli.contracts import Signals, Size
 
-SIZES = {"tiny": (32, 64), "full": (64, 128)}
+SIZES = {"tiny": (32, 64), "small": (32, 64), "full": (64, 128)}
 SHIFT, STRETCH, SHADE, NOISE = 0.08, 0.08, 0.15, 0.02  # strengths of crop augmentation
 
 
@@ -26,14 +24,14 @@ class Expert(Avatar):
     loss_names = frozenset({"contrast", "found"})
     box = (-1.0, -1.0, -1.0, 1.0, 1.0, 1.0)
 
-    def __init__(self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int) -> None:
+    def __init__(self, size: Size, *, n_steps: int, n_features: int) -> None:
         super().__init__()
         width, n_out = SIZES[size]
         self.sync = SyncExpert(n_steps, n_features, width, n_out)
 
     @classmethod
     def build(
-        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        cls, size: Size, *, n_steps: int, n_features: int, px: int,
         n_people: int = 1,
     ) -> Self:  # fmt: skip
         return cls(size, n_steps=n_steps, n_features=n_features)

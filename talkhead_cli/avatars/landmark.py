@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +53,15 @@ from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.rigid import moved, shoulders_in_picture
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_map
 from talkhead_cli.blocks.style_unet import StyleUNet
-from talkhead_cli.contracts import N_LANDMARKS, Frame, MisuseError, RayBundle, Rendered, Signals
+from talkhead_cli.contracts import (
+    N_LANDMARKS,
+    Frame,
+    MisuseError,
+    RayBundle,
+    Rendered,
+    Signals,
+    Size,
+)
 
 UPPER = torch.tensor([i for i in range(N_LANDMARKS) if i not in MOUTH.tolist()])
 UPPER_RIDGE = 0.01  # ridge strength per row
@@ -74,6 +81,7 @@ class _Widths:
 
 SIZES = {
     "tiny": _Widths((16, 32, 64, 128, 256), 4, (16, 32, 64), 4, 48, (24, 32, 48)),
+    "small": _Widths((16, 32, 64, 128, 320), 4, (16, 32, 64), 4, 48, (16, 24, 32, 48)),
     "full": _Widths((16, 32, 64, 128, 256), 8, (16, 32, 64, 128, 256), 8, 64, (64, 128, 256, 256)),
 }
 
@@ -131,7 +139,7 @@ class Landmark(PersonalAvatar):
     maps = MappingProxyType({"ambient": ("ambient coordinates",)})
 
     def __init__(
-        self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        self, size: Size, *, n_steps: int, n_features: int, px: int,
         n_people: int = 1,
     ) -> None:  # fmt: skip
         super().__init__(

@@ -263,10 +263,7 @@ class SharedAvatar(PersonalAvatar):
     def shared(self, person: Person) -> Tensor:
         """Return the affine map (1, 3, 4) from the person's head space to the shared face's."""
         neutral, face = person.mouth.neutral, self.face
-        found: Tensor = remembered(
-            person, "alignment", [neutral, face], lambda: alignment(neutral, face)
-        )
-        return found
+        return remembered(person, "alignment", [neutral, face], lambda: alignment(neutral, face))
 
     @property
     def reach(self) -> Tensor:

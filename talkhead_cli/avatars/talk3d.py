@@ -34,7 +34,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -73,7 +72,7 @@ from talkhead_cli.blocks.rigid import below_chin, moved
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.sync import sync_losses
 from talkhead_cli.blocks.upscale import Upscaler
-from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals
+from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals, Size
 
 TOKEN_WIDTH = 64
 TOKENS = ("speech", "eyes", "nothing", "rotation", "place")
@@ -95,6 +94,8 @@ class _Widths:
 SIZES = {
     "tiny": _Widths((16, 32, 64, 128), 16, 64, (16, 32, 48), (64, 64, 48, 32, 24), 48, 12, 1,
                     24),
+    "small": _Widths((16, 32, 64, 128, 256), 16, 64, (16, 32, 48), (64, 64, 48, 32, 24, 16), 48,
+                     12, 2, 24),
     "full": _Widths((16, 32, 64, 128, 256), 32, 256, (64, 128, 256),
                     (256, 256, 256, 128, 96, 64), 64, 32, 4, 64),
 }  # fmt: skip
@@ -119,7 +120,7 @@ class Talk3D(SharedAvatar):
     placing: EG3DPlacing | None
 
     def __init__(
-        self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1,
+        self, size: Size, *, n_steps: int, n_features: int, n_people: int = 1,
         split: bool = True, borrowed: Kind | None = None,
     ) -> None:  # fmt: skip
         """borrowed: kind of the published generator whose decoder is used."""
@@ -154,7 +155,7 @@ class Talk3D(SharedAvatar):
 
     @classmethod
     def build(
-        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        cls, size: Size, *, n_steps: int, n_features: int, px: int,
         n_people: int = 1, borrowed: Kind | None = None,
     ) -> Self:  # fmt: skip
         return cls(

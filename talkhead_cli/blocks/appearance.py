@@ -124,5 +124,4 @@ class CrossModal(nn.Module):
         tokens = self.what + driving[..., None] * self.much
         asked = slots.expand(len(driving), -1, -1)
         heard, _ = self.attend(asked, tokens, tokens, need_weights=False)
-        said: Tensor = self.last((asked + heard).flatten(1))
-        return said
+        return self.last((asked + heard).flatten(1))

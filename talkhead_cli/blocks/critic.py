@@ -10,18 +10,20 @@ shoulders are warped from a real picture, so there is nothing to discriminate.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from talkhead_cli.contracts import Size
+
 LIGHT, CONTRAST = 0.1, 0.2  # largest random changes of brightness and contrast
 REACH = 0.6  # half a crop's side over the longer side of the landmarks' bounding box
-# Side of the crops and widths of the stride-2 levels; receptive fields: 46 and 190 px.
+# Side of the crops and widths of the stride-2 levels; receptive fields: 46, 94, 190 px.
 SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
-    "tiny": (64, (24, 48, 96)), "full": (256, (32, 64, 128, 256, 256)),
+    "tiny": (64, (24, 48, 96)), "small": (128, (24, 48, 96, 96)),
+    "full": (256, (32, 64, 128, 256, 256)),
 }  # fmt: skip
 
 
@@ -31,7 +33,7 @@ class Critic(nn.Module):
     side: of the crops it takes, pixels
     """
 
-    def __init__(self, size: Literal["tiny", "full"]) -> None:
+    def __init__(self, size: Size) -> None:
         super().__init__()
         self.levels = nn.ModuleList()
         self.side, widths = SIZES[size]
@@ -47,8 +49,7 @@ class Critic(nn.Module):
         x = 2 * faces.permute(0, 3, 1, 2) - 1
         for level in self.levels:
             x = F.leaky_relu(level(x), 0.2)
-        scores: Tensor = self.last(x)[:, 0]
-        return scores
+        return self.last(x)[:, 0]
 
 
 def faces_of(pictures: Tensor, marks_px: Tensor, side: int) -> Tensor:

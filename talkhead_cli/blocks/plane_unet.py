@@ -112,8 +112,7 @@ class _Attention(nn.Module):
         told = _joined(_attend(asked, key, value))
         x = x + self.answer_tokens(told).unflatten(1, (3, -1))
         gate, value = self.think(self.norms[2](x)).chunk(2, -1)
-        out: Tensor = x + self.say(F.gelu(gate) * value)
-        return out
+        return x + self.say(F.gelu(gate) * value)
 
 
 def _heads(x: Tensor) -> Tensor:
@@ -203,8 +202,7 @@ class PlaneUNet(nn.Module):
         x = self._told(x, tokens)
         for block, skip in zip(self.up, reversed(kept), strict=True):
             x = block(_twice(x) + skip, tokens.flatten(1))
-        changed: Tensor = self.last(x)
-        return changed
+        return self.last(x)
 
     def _told(self, x: Tensor, tokens: Tensor) -> Tensor:
         """Bottleneck: planes (1, 3, C, s, s), tokens (T, K, n_token) -> planes (T, 3, C, s, s)."""

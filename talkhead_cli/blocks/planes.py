@@ -60,8 +60,7 @@ class TriPlanes(nn.Module):
 
             half = torch.is_autocast_enabled("cuda")
             dtype = torch.get_autocast_dtype("cuda") if half else x.dtype
-            read: Tensor = ReadPlanes.apply(x, dtype, *self.levels)
-            return read
+            return ReadPlanes.apply(x, dtype, *self.levels)
         grid = torch.stack([x[:, pair] for pair in _PAIRS]).unsqueeze(2)  # (3, N, 1, 2)
         # On a CPU, grid_sample threads over its batch: six half planes balance better than three.
         parts = 2 if torch.get_num_threads() > 1 and self.channels % 2 == 0 else 1

@@ -41,8 +41,7 @@ def moved(x: Tensor, motion: Tensor, row: Tensor) -> Tensor:
     if x.is_cuda and why_no_triton() == "":
         from talkhead_cli.blocks.rigid_triton import Move
 
-        there: Tensor = Move.apply(x.float(), motion.float(), row)
-        return there
+        return Move.apply(x.float(), motion.float(), row)
     if len(motion) == 1:
         return torch.addmm(motion[0, :, 3], x, motion[0, :, :3].T)
     columns = motion.transpose(1, 2).flatten(1)  # (T, 12)

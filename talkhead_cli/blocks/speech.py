@@ -164,8 +164,7 @@ class WindowNet(nn.Module):
     def forward(self, heard: Tensor, signals: Signals) -> Tensor:
         """Audio features heard (T, A, W) -> (T, n_out); signals only for a common interface."""
         del signals
-        said: Tensor = self.last(self.trunk(heard))
-        return said
+        return self.last(self.trunk(heard))
 
 
 class SpeechTransformer(nn.Module):
@@ -210,8 +209,7 @@ class SpeechTransformer(nn.Module):
         x = self.token(own) + styles.index_select(0, who)
         for layer in self.layers:
             x = layer(x, signals.moment)
-        said: Tensor = self.last(torch.cat([own, x], 1))
-        return said
+        return self.last(torch.cat([own, x], 1))
 
 
 class _Attention(nn.Module):

@@ -40,8 +40,7 @@ class Upscaler(nn.Module):
                     F.interpolate(t, scale_factor=2, mode="bilinear") for t in (x, picture)
                 )
             x = F.leaky_relu(conv(x), 0.2)
-        finished: Tensor = picture + self.last(x)
-        return finished
+        return picture + self.last(x)
 
 
 class Retoucher(nn.Module):
@@ -66,8 +65,7 @@ class Retoucher(nn.Module):
         for conv in self.deep:
             x = F.leaky_relu(conv(x), 0.2)
         x = torch.cat([wide, F.interpolate(x, scale_factor=2, mode="bilinear")], 1)
-        said: Tensor = self.last(F.leaky_relu(self.back(x), 0.2))
-        return said
+        return self.last(F.leaky_relu(self.back(x), 0.2))
 
 
 def _conv(n_in: int, n_out: int) -> nn.Conv2d:

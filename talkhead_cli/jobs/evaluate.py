@@ -318,8 +318,7 @@ def _linear_baseline(clip: Footage, sound: Array) -> Array:
     scale = target[rows].std()
     ridge, _ = ridge_by_blocks(window[rows], target[rows] / scale, BASELINE_RIDGES)
     weight, bias = ridge_map(window[rows], target[rows] / scale, ridge)
-    said: Array = ((window[clip.held] @ weight + bias)[:, 0] * scale).numpy()
-    return said
+    return ((window[clip.held] @ weight + bias)[:, 0] * scale).numpy()
 
 
 def _eye_figures(truth: Measured, seen: Measured) -> dict[str, Any]:

@@ -163,17 +163,15 @@ class _Straight:
     def points(self, at: NDArray[Any]) -> NDArray[np.float64]:
         """Map points (T, N, 2) of the crop to the rotated view, in pixels."""
         seen = np.concatenate([at, np.ones_like(at[..., :1])], -1) @ self.homography.T
-        found: NDArray[np.float64] = seen[..., :2] / seen[..., 2:]
-        return found
+        return seen[..., :2] / seen[..., 2:]
 
     def picture(self, crop: NDArray[Any]) -> NDArray[Any]:
         """Warp a crop (s, s, C) to the rotated view; beyond the crop its border is replicated."""
         to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV: 0 is a pixel's centre
-        seen: NDArray[Any] = cv2.warpPerspective(
+        return cv2.warpPerspective(
             np.ascontiguousarray(crop), np.linalg.inv(to_corner) @ self.homography @ to_corner,
             (self.size, self.size), borderMode=cv2.BORDER_REPLICATE,
         )  # fmt: skip
-        return seen
 
 
 def _write_nerfstudio(
@@ -236,16 +234,14 @@ def blend_shapes(tracks: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
     shapes[:, BROWS_UP] = np.stack([brow.mean(1), brow[:, left], brow[:, right]], 1)
     shapes[:, BLINKS] = 1 - tracks["eye"][:, (left, right)]
     shapes[:, JAW_OPEN] = face.lip_aperture(tracks["mesh_px"]) / LIP_REACH
-    scores: NDArray[np.float64] = shapes.clip(0, 1)
-    return scores
+    return shapes.clip(0, 1)
 
 
 def transforms(c2w: NDArray[np.float64]) -> NDArray[np.float64]:
     """Convert camera-to-head matrices (T, 4, 4) from OpenCV axes to the layout's axes and unit."""
     scaled = c2w.copy()
     scaled[:, :3, 3] *= UNIT
-    turned: NDArray[np.float64] = TURNED @ scaled @ TURNED
-    return turned
+    return TURNED @ scaled @ TURNED
 
 
 def speech_features(stream: NDArray[np.float32], n_frames: int) -> NDArray[np.float32]:

@@ -47,8 +47,7 @@ def draw(show: Player, signals: Signals, truth: Pixels, path: Path) -> Path:
 def heat(values: Array) -> Pixels:
     """Map values (H, W) from 0 to 1 to colours (H, W, 3), dark to bright."""
     grey = (values.clip(0, 1) * 255).round().astype(np.uint8)
-    colours: Pixels = np.asarray(cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO)[..., ::-1], np.uint8)
-    return colours
+    return np.asarray(cv2.applyColorMap(grey, cv2.COLORMAP_INFERNO)[..., ::-1], np.uint8)
 
 
 def shaded(depths: list[Array]) -> list[Pixels]:
@@ -91,8 +90,7 @@ def _write(picture: Pixels, words: str, bottom: int) -> None:
 
 
 def _part(values: Any) -> Array:
-    found: Array = values[0, ..., 0].float().cpu().numpy()
-    return found
+    return values[0, ..., 0].float().cpu().numpy()
 
 
 def _bytes(picture: Array) -> Pixels:

@@ -192,8 +192,7 @@ def difference(face: NDArray[np.uint8], seen: NDArray[np.uint8], height: float) 
     reach = np.ones((max(1, round(REACH * px)),) * 2, np.uint8)
     off = cv2.GaussianBlur(cv2.dilate(off, reach), (0, 0), CHANGED_BLUR * px)
     share = np.clip((off - SAME) / (OTHER - SAME), 0, 1)
-    smooth: Mask = share * share * (3 - 2 * share)
-    return smooth
+    return share * share * (3 - 2 * share)
 
 
 def _height(mesh: Mask) -> float:
@@ -206,8 +205,7 @@ def _filled(outlines: list[Mask], blur: float) -> Mask:
     for outline in outlines:
         hull = cv2.convexHull((outline * MASK_PX * 16).round().astype(np.int32))
         cv2.fillConvexPoly(mask, hull, 1.0, lineType=cv2.LINE_8, shift=4)
-    soft: Mask = cv2.GaussianBlur(mask, (0, 0), blur * MASK_PX)
-    return soft
+    return cv2.GaussianBlur(mask, (0, 0), blur * MASK_PX)
 
 
 def _round_eye(outer: Mask, inner: Mask) -> Mask:
@@ -215,8 +213,7 @@ def _round_eye(outer: Mask, inner: Mask) -> Mask:
     along = (inner - outer) * LIDS[0]
     across = np.array([-along[1], along[0]]) * (LIDS[1] / LIDS[0])
     at = np.linspace(0, 2 * np.pi, 24)[:, None]
-    ring: Mask = (outer + inner) / 2 + np.cos(at) * along + np.sin(at) * across
-    return ring
+    return (outer + inner) / 2 + np.cos(at) * along + np.sin(at) * across
 
 
 def _blended(seen: NDArray[np.uint8], face: NDArray[np.uint8], share: Mask) -> NDArray[np.uint8]:
@@ -225,5 +222,4 @@ def _blended(seen: NDArray[np.uint8], face: NDArray[np.uint8], share: Mask) -> N
     how = cv2.INTER_AREA if side[0] < len(face) else cv2.INTER_CUBIC
     over = cv2.resize(face, side, interpolation=how).astype(np.float32)
     weight = cv2.resize(share, side, interpolation=cv2.INTER_LINEAR)[..., None]
-    mixed: NDArray[np.uint8] = (seen + weight * (over - seen)).round().clip(0, 255).astype(np.uint8)
-    return mixed
+    return (seen + weight * (over - seen)).round().clip(0, 255).astype(np.uint8)

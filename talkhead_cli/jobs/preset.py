@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from talkhead_cli.contracts import MisuseError, TalkheadError
+from talkhead_cli.contracts import MisuseError, Size, TalkheadError
 
 Region = Literal["all", "lips", "eyes"]
 
@@ -144,7 +144,7 @@ class AvatarOptions(_Strict):
     """Network options.  size: each method maps it to its layer widths · generator: published
     generator that the planes of a full-sized talk3d start from."""
 
-    size: Literal["tiny", "full"] = "full"
+    size: Size = "full"
     generator: Literal["eg3d", "eg3d-fixed"] | None = None
 
     @model_validator(mode="after")

@@ -90,8 +90,7 @@ class Script:
         """As `signals`, for frames (n,) that lie far apart: each one is computed by itself."""
         rows = [self.signals(frames[i : i + 1]) for i in range(len(frames))]
         together = (torch.cat(tensors) for tensors in zip(*map(unpacked, rows), strict=True))
-        joined: Signals = repacked(rows[0], together)
-        return joined
+        return repacked(rows[0], together)
 
     def chunks(self) -> Iterator[Signals]:
         """Yield the signals of all frames in order, CHUNK at a time."""

@@ -118,8 +118,7 @@ def shipped(path: Path) -> dict[str, NDArray[Any]]:
     """Return the arrays of a safetensors file that ships with the package."""
     from safetensors.numpy import load_file
 
-    arrays: dict[str, NDArray[Any]] = load_file(path)
-    return arrays
+    return load_file(path)
 
 
 def need(name: str) -> Path:

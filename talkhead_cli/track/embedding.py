@@ -105,5 +105,4 @@ def _pooled(x: Array, by_rows: int, by_bands: int) -> Array:
     """Max-pool x (T, F, C) over windows of by_rows x by_bands."""
     rows, bands = len(x) // by_rows, x.shape[1] // by_bands
     cut = x[: rows * by_rows].reshape(rows, by_rows, bands, by_bands, -1)
-    greatest: Array = cut.max((1, 3))
-    return greatest
+    return cut.max((1, 3))

@@ -90,8 +90,7 @@ class FaceParser:
         logits = self._net(((picture - self._mean) / self._std)[None])[0]
         share = torch.nn.functional.interpolate(logits.softmax(1), (MAP_PX, MAP_PX), mode="area")
         maps = torch.stack([share[0, CLASSES[name]].sum(0) for name in LABELS])
-        parsed: NDArray[np.uint8] = (maps * 255).round().byte().cpu().numpy()
-        return parsed
+        return (maps * 255).round().byte().cpu().numpy()
 
 
 class FanLandmarks:

@@ -70,8 +70,7 @@ def lip_motion(mesh: Array) -> Array:
 
 def without_slow(values: Array) -> Array:
     """Subtract from values (T, K) their running mean over SLOW frames."""
-    found: Array = values - uniform_filter1d(values, SLOW, axis=0, mode="nearest")
-    return found
+    return values - uniform_filter1d(values, SLOW, axis=0, mode="nearest")
 
 
 def windows(stream: Array, frames: NDArray[Any], shift: int = 0) -> Array:
@@ -86,8 +85,7 @@ def windows(stream: Array, frames: NDArray[Any], shift: int = 0) -> Array:
 @lru_cache(maxsize=1)
 def shipped() -> NDArray[np.float32]:
     """Return the map (57 x 40, 3) that ships with the package."""
-    weight: NDArray[np.float32] = np.load(WEIGHTS, allow_pickle=False).astype(np.float32)
-    return weight
+    return np.load(WEIGHTS, allow_pickle=False).astype(np.float32)
 
 
 def measure(
@@ -177,5 +175,4 @@ def _sums(talk: Talk, shift: int) -> tuple[Array, Array]:
 
 
 def _solved(x_x: Array, x_y: Array, ridge: float) -> Array:
-    found: Array = solve(x_x + ridge * np.eye(len(x_x)), x_y, assume_a="pos")
-    return found
+    return solve(x_x + ridge * np.eye(len(x_x)), x_y, assume_a="pos")

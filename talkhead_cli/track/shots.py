@@ -89,8 +89,7 @@ class _Shot:
 
     @property
     def mean_picture(self) -> Array:
-        found: Array = self.picture / (self.end - self.first)
-        return found
+        return self.picture / (self.end - self.first)
 
     @property
     def mean_large(self) -> NDArray[np.uint8]:
@@ -106,8 +105,7 @@ class _Shot:
     @property
     def mean_face(self) -> Array:
         """Mean x, y, height of the face."""
-        found: Array = self.face / self.n_faces
-        return found
+        return self.face / self.n_faces
 
     def lit(self) -> tuple[int, int]:
         """Return first frame and end (exclusive) of the shot without its fades."""

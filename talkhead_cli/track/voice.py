@@ -77,8 +77,7 @@ def _pieces(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> Arr
     piece = np.asarray(samples[max(0, begin) : max(0, end)], np.float32) * scale
     piece = np.pad(piece, (max(0, -begin), 0))
     piece = np.pad(piece, (0, end - begin - len(piece)))
-    windowed: Array = sliding_window_view(piece, WINDOW)[::HOP] * _HANN
-    return windowed
+    return sliding_window_view(piece, WINDOW)[::HOP] * _HANN
 
 
 def power_spectra(samples: NDArray[Any], first: int, n_rows: int, scale: float) -> Array:

@@ -31,7 +31,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +57,7 @@ from talkhead_cli.blocks.planes import TriPlanes
 from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.variant import variant
-from talkhead_cli.contracts import Frame, Portrait, RayBundle, Rendered, Signals
+from talkhead_cli.contracts import Frame, Portrait, RayBundle, Rendered, Signals, Size
 
 # Channels of the field: colour, then auxiliary maps composited with detached weights.
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
@@ -78,6 +77,7 @@ class _Widths:
 
 SIZES = {
     "tiny": _Widths((20, 48, 96, 192), 4, 32, 48, 4, (16, 24, 32, 48)),
+    "small": _Widths((24, 64, 160, 320), 4, 32, 48, 5, (16, 24, 32, 48)),
     "full": _Widths((32, 64, 128, 256, 512), 4, 64, 64, 6, (32, 64, 128, 128, 128)),
 }
 
@@ -99,9 +99,7 @@ class LokiTalk(SharedAvatar):
         "shift": ("face moves, face heights", "torso moves, face heights"),
     })  # fmt: skip
 
-    def __init__(
-        self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1
-    ) -> None:
+    def __init__(self, size: Size, *, n_steps: int, n_features: int, n_people: int = 1) -> None:
         super().__init__(
             [Person() for _ in range(n_people)],
             SpeechEncoder.of_windows(n_steps, n_features, N_CODES),
@@ -129,7 +127,7 @@ class LokiTalk(SharedAvatar):
 
     @classmethod
     def build(
-        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        cls, size: Size, *, n_steps: int, n_features: int, px: int,
         n_people: int = 1,
     ) -> Self:  # fmt: skip
         return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
@@ -167,8 +165,7 @@ class LokiTalk(SharedAvatar):
             aimed=self.correction(signals), shoulders=self.shoulders(signals),
             chin=float(person.mouth.neutral[8, 1]),
         )  # fmt: skip
-        changes: dict[str, Tensor] = self.transfer(seen, told_of(signals))
-        return changes
+        return self.transfer(seen, told_of(signals))
 
     # -- rendering ---------------------------------------------------------------------------
 

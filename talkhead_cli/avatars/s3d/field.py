@@ -64,8 +64,7 @@ class Deformation(nn.Module):
         seen = torch.cat([frequencies(0.5 * place, N_OCTAVES), cues], 1)
         wide = (self.first(seen) + told).relu()
         x = self.narrow(wide).relu()
-        said: Tensor = self.last((self.wide(x) + wide).relu())
-        return said
+        return self.last((self.wide(x) + wide).relu())
 
 
 class S3DField:

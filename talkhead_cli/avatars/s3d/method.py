@@ -27,7 +27,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -59,7 +58,7 @@ from talkhead_cli.blocks.regions import picture_masks, region_masks
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.sync import sync_losses
 from talkhead_cli.blocks.upscale import Retoucher
-from talkhead_cli.contracts import Portrait, Signals
+from talkhead_cli.contracts import Portrait, Signals, Size
 
 DEFORMATIONS = ("none", "naive", "concatenated", "cross-modal")
 
@@ -80,6 +79,7 @@ class _Widths:
 
 SIZES = {
     "tiny": _Widths((24, 32, 48, 64), 8, 3, (8, 48), 48, 48, 8, 1, 24, 128),
+    "small": _Widths((24, 32, 48, 64), 8, 3, (8, 48), 48, 48, 8, 2, 24, 128),
     "full": _Widths((64, 128, 256, 512), 32, 3, (16, 128), 128, 64, 32, 4, 64, 256),
 }
 
@@ -102,9 +102,7 @@ class S3D(Avatar):
     mouth_rest: Tensor
     mouth_gain: Tensor
 
-    def __init__(
-        self, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, n_people: int = 1
-    ) -> None:
+    def __init__(self, size: Size, *, n_steps: int, n_features: int, n_people: int = 1) -> None:
         super().__init__()
         widths = SIZES[size]
         self.aabb.copy_(torch.tensor(self.box))
@@ -134,7 +132,7 @@ class S3D(Avatar):
 
     @classmethod
     def build(
-        cls, size: Literal["tiny", "full"], *, n_steps: int, n_features: int, px: int,
+        cls, size: Size, *, n_steps: int, n_features: int, px: int,
         n_people: int = 1,
     ) -> Self:  # fmt: skip
         return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)

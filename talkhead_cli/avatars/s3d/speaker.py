@@ -95,8 +95,7 @@ class S3DSpeaker:
         if len(carried) == 1:
             return carried[0]
         mixed = sum(w * c for w, c in zip(weight, carried, strict=True))
-        total: Tensor = mixed / sum(weight).clamp_min(1e-2)
-        return total
+        return mixed / sum(weight).clamp_min(1e-2)
 
     def _shoulders(self, signals: Signals, px: int) -> Tensor:
         """Return the main picture's shoulders moved to each row (T, 4, px, px), premultiplied."""

@@ -43,8 +43,7 @@ class Piece:
 
     @property
     def seconds(self) -> Array:
-        found: Array = (self.first + np.arange(len(self.found))) / FPS
-        return found
+        return (self.first + np.arange(len(self.found))) / FPS
 
 
 def pieces_of(
