@@ -21,6 +21,7 @@ from talkhead_cli.jobs import stages
 from talkhead_cli.store import Run, Workspace, list_runs, priors_folder
 from talkhead_cli.track import face, matte
 from talkhead_cli.track.scout import Scene
+from talkhead_cli.track.spans import in_words
 
 STAGES = ["mesh", "sound", "film", "tracks", "labels"]
 
@@ -297,13 +298,13 @@ def test_a_film_that_shows_hardly_any_face_is_refused(tmp_path: Path) -> None:
     about = media.Probe(64, 64, 12.0, False, 25, True, True, 0, "", 0.0, 0.0, False, True)
     work = stages.Stages(space, media.Part(Path("talk.mp4")), about, SilentProgress(), {})
     with pytest.raises(TalkheadError, match=r"a face is seen in only 1.1 s of talk.mp4"):
-        work.faces()
+        assert work.faces
 
 
 def test_ranges_of_frames() -> None:
     flags = np.array([1, 1, 0, 0, 1, 0, 1, 1, 1], bool)
-    assert stages.ranges(flags) == ["0-1", "4-4", "6-8"]
-    assert stages.ranges(np.zeros(3, bool)) == []
+    assert in_words(flags) == "0-1, 4-4, 6-8"
+    assert in_words(np.zeros(3, bool)) == ""
 
 
 # ---------------------------------------------------------------- hard films
@@ -355,7 +356,7 @@ def test_frames_without_the_face_are_reported(
     assert 0 < lost.sum() < len(lost) / 2
     assert space.manifest()["n_found"] == len(lost) - lost.sum()
     notes = " ".join(progress.notes)
-    for span in [*stages.ranges(lost & ~cut_away), *stages.ranges(cut_away)]:
+    for span in (in_words(lost & ~cut_away), in_words(cut_away)):
         assert span in notes
 
 
@@ -400,11 +401,12 @@ def short(
     KnownMesh.points = Workspace(speaker_home, "speaker").load("mesh")["points"]
     monkeypatch.setattr(face, "FaceMesh", KnownMesh)
     monkeypatch.setattr(stages, "scout", lambda _frames, size, *_: Scene(1, (0, 0, *size)))
+    monkeypatch.setattr(stages, "FILM_PX", 64)
     return beginning(speaker_clip, 80, tmp_path / "short.mp4", speaker_clip)
 
 
 def track(film: Path, home: Path, **options: Any) -> Workspace:
-    return job.preprocess(film, home, SilentProgress(), size_px=64, **options)
+    return job.preprocess(film, home, SilentProgress(), **options)
 
 
 def files(space: Workspace) -> dict[str, int]:
@@ -472,10 +474,13 @@ def test_a_film_that_is_half_written_is_not_there(
     assert n_frames_in(track(short, home).video) == 80
 
 
-def test_another_size_redoes_the_film_and_keeps_the_faces(tmp_path: Path, short: Path) -> None:
+def test_another_size_redoes_the_film_and_keeps_the_faces(
+    tmp_path: Path, short: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     space = track(short, tmp_path / "home")
     before, mesh = files(space), space.load("mesh")["points"]
-    job.preprocess(short, tmp_path / "home", SilentProgress(), size_px=96)
+    monkeypatch.setattr(stages, "FILM_PX", 96)
+    track(short, tmp_path / "home")
     after = files(space)
     same = {name for name in before if before[name] == after[name]}
     assert {"mesh.npz", "voice.npz", "audio.wav"} <= same

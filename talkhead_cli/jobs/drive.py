@@ -18,6 +18,7 @@ from torch import Tensor
 
 from talkhead_cli.contracts import FPS, Camera, MisuseError, TalkheadError
 from talkhead_cli.jobs.footage import head_camera
+from talkhead_cli.track.spans import spans
 
 Array = NDArray[np.floating[Any]]
 
@@ -189,11 +190,10 @@ def _triple(place: Array) -> str:
 
 def longest_run(usable: NDArray[np.bool_]) -> tuple[int, int]:
     """Return the first and last row of the longest usable stretch; TalkheadError if none."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], usable, [False]]).astype(int)))
-    spans = edges.reshape(-1, 2)
-    if len(spans) == 0:
+    stretches = spans(usable)
+    if len(stretches) == 0:
         raise TalkheadError("the run's footage has no usable frame; preprocess it again")
-    first, end = spans[np.argmax(spans[:, 1] - spans[:, 0])]
+    first, end = stretches[np.argmax(stretches[:, 1] - stretches[:, 0])]
     return int(first), int(end) - 1
 
 

@@ -323,9 +323,7 @@ def _linear_baseline(clip: Footage, sound: Array) -> Array:
 
 def _eye_figures(truth: Measured, seen: Measured) -> dict[str, Any]:
     true, made = face.lid_gap(truth.mesh).mean(1), face.lid_gap(seen.mesh).mean(1)
-    shut = true < 0.5 * np.median(true)
-    n_blinks = int((np.diff(np.concatenate([[False], shut]).astype(int)) == 1).sum())
-    return {"correlation": correlation(true, made), "blinks_in_truth": n_blinks}
+    return {"correlation": correlation(true, made), "blinks_in_truth": face.n_blinks(true)}
 
 
 def _likeness_figures(
@@ -337,9 +335,8 @@ def _likeness_figures(
     for measured in (seen_truth, seen):
         flat = measured.mesh[..., :2]
         rigid = flat[:, RIGID]
-        middle, size = rigid.mean(1, keepdims=True), np.linalg.norm(
-            flat[:, face.TOP] - flat[:, face.CHIN], axis=-1)[:, None, None]  # fmt: skip
-        shapes.append(((flat - middle) / size).mean(0))
+        size = face.face_height(flat)[:, None, None]
+        shapes.append(((flat - rigid.mean(1, keepdims=True)) / size).mean(0))
     geometry = float(np.linalg.norm(shapes[0] - shapes[1], axis=-1).mean())
     colours = []
     for pictures in (truth, rendered):

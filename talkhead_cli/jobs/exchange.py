@@ -30,8 +30,8 @@ from numpy.typing import NDArray
 from talkhead_cli import media
 from talkhead_cli.contracts import FPS, LABELS, Progress, TalkheadError, followed
 from talkhead_cli.jobs import player
-from talkhead_cli.jobs.footage import STORED_PX, head_camera, split_rows
-from talkhead_cli.store import Workspace
+from talkhead_cli.jobs.footage import head_camera, split_rows
+from talkhead_cli.store import FILM_PX, Workspace
 from talkhead_cli.store.parcel import pack
 from talkhead_cli.store.pictures import read_picture
 from talkhead_cli.track import face, voice
@@ -141,9 +141,9 @@ class _Straight:
     """A crop's camera, rotated to look at the crop's centre, and the homography to its view."""
 
     def __init__(self, k: NDArray[np.float32], size: int) -> None:
-        """k (3, 3) of the crop at STORED_PX · size: of pictures, in pixels"""
+        """k (3, 3) of the crop at FILM_PX · size: of pictures, in pixels"""
         self.k, self.size = k, size
-        scaled = np.diag([size / STORED_PX, size / STORED_PX, 1.0]) @ k.astype(np.float64)
+        scaled = np.diag([size / FILM_PX, size / FILM_PX, 1.0]) @ k.astype(np.float64)
         ahead = np.linalg.solve(scaled, [size / 2, size / 2, 1.0])
         # the smallest rotation; the focal length keeps the scale at the centre
         axis = np.cross(ahead, [0.0, 0.0, 1.0])
@@ -155,7 +155,7 @@ class _Straight:
 
     def cameras(self, pose: NDArray[np.float32]) -> NDArray[np.float64]:
         """Poses (T, 6) of the head -> camera-to-head matrices (T, 4, 4), OpenCV axes."""
-        camera = head_camera(torch.from_numpy(pose), torch.from_numpy(self.k), STORED_PX)
+        camera = head_camera(torch.from_numpy(pose), torch.from_numpy(self.k), FILM_PX)
         c2w: NDArray[np.float64] = camera.c2w.double().numpy()
         c2w[:, :3, :3] = c2w[:, :3, :3] @ self.turn.T
         return c2w

@@ -29,7 +29,7 @@ from talkhead_cli.contracts import (
 )
 from talkhead_cli.jobs.pixels import DevicePixels, DiskPixels, Pixels
 from talkhead_cli.jobs.preset import Data
-from talkhead_cli.store import Workspace
+from talkhead_cli.store import FILM_PX, Workspace
 from talkhead_cli.store.pictures import read_picture
 from talkhead_cli.track import voice
 from talkhead_cli.track.face import MESH_TO_68, lip_aperture
@@ -42,7 +42,6 @@ REGIONS = {
     "left eye": (slice(36, 42), (1.5, 2.4)), "right eye": (slice(42, 48), (1.5, 2.4)),
 }  # fmt: skip
 MIN_HOLDOUT = 4 * FPS
-STORED_PX = 512  # intrinsics in tracks are for this size
 NEAR_Z, FAR_Z = -0.95, 0.75  # depth of a head, from before the nose to behind the skull
 
 
@@ -297,14 +296,14 @@ def make_signals(
 
 
 def head_camera(pose: Tensor, k: Tensor, size_px: int) -> Camera:
-    """Return the camera that sees a head in `pose` (T, 6); intrinsics k (3, 3) at STORED_PX."""
+    """Return the camera that sees a head in `pose` (T, 6); intrinsics k (3, 3) at FILM_PX."""
     from scipy.spatial.transform import Rotation
 
     turn = torch.from_numpy(Rotation.from_rotvec(pose[:, :3].numpy()).as_matrix()).float()
     c2w = torch.eye(4).repeat(len(pose), 1, 1)
     c2w[:, :3, :3] = turn.transpose(1, 2)
     c2w[:, :3, 3] = -(turn.transpose(1, 2) @ pose[:, 3:, None])[..., 0]
-    return Camera(c2w, k.expand(len(pose), 3, 3), STORED_PX).resized(size_px)
+    return Camera(c2w, k.expand(len(pose), 3, 3), FILM_PX).resized(size_px)
 
 
 def box_of(camera: Camera) -> Tensor:

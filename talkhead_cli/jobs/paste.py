@@ -18,7 +18,7 @@ from talkhead_cli.media import Part
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import sha256_of
 from talkhead_cli.track.crop import Crop
-from talkhead_cli.track.face import CHIN, EYES, FACE_OVAL, MESH_TO_68, TOP
+from talkhead_cli.track.face import CHIN, EYES, FACE_OVAL, MESH_TO_68, face_height
 from talkhead_cli.track.shots import Takes
 from talkhead_cli.track.zoom import STILL, Zoom
 
@@ -148,7 +148,7 @@ class Original:
         seen = np.zeros((height, width, 3), np.uint8)  # `size` may have dropped a row or column
         seen[: under.shape[0], : under.shape[1]] = under
         mesh = self.mesh[self.stands[row]]
-        now = difference(face, seen, _height(mesh))
+        now = difference(face, seen, float(face_height(mesh)))
         changed = now if changed is None else np.maximum(now, FADE * changed)
         always, maybe = face_masks(mesh, eyes=eyes)
         share = np.maximum(always, maybe * cv2.resize(changed, (MASK_PX, MASK_PX)))
@@ -178,7 +178,7 @@ def face_masks(mesh: Mask, *, eyes: bool) -> tuple[Mask, Mask]:
     always = [lips.mean(0) + LIPS * (lips - lips.mean(0))]
     if eyes:
         always += [_round_eye(*mesh[list(corners)]) for *corners, _, _ in EYES]
-    blur = FEATHER * _height(mesh)
+    blur = FEATHER * float(face_height(mesh))
     return _filled(always, blur), _filled([lower], blur)
 
 
@@ -193,10 +193,6 @@ def difference(face: NDArray[np.uint8], seen: NDArray[np.uint8], height: float) 
     off = cv2.GaussianBlur(cv2.dilate(off, reach), (0, 0), CHANGED_BLUR * px)
     share = np.clip((off - SAME) / (OTHER - SAME), 0, 1)
     return share * share * (3 - 2 * share)
-
-
-def _height(mesh: Mask) -> float:
-    return float(np.linalg.norm(mesh[TOP] - mesh[CHIN]))
 
 
 def _filled(outlines: list[Mask], blur: float) -> Mask:

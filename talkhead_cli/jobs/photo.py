@@ -14,7 +14,8 @@ from scipy.spatial.transform import Rotation
 
 from talkhead_cli.blocks.regions import head_relief
 from talkhead_cli.contracts import RELIEF_SIDE, Portrait, Progress, Signals, TalkheadError
-from talkhead_cli.jobs.footage import N_SKIN, STORED_PX, head_camera
+from talkhead_cli.jobs.footage import N_SKIN, head_camera
+from talkhead_cli.store import FILM_PX
 from talkhead_cli.track import face, matte, pose
 from talkhead_cli.track.crop import MIN_FACE_PX, choose_crop
 from talkhead_cli.track.scout import scout
@@ -31,8 +32,8 @@ PAPER = 235  # grey level behind transparent pictures
 class Photo:
     """One picture of a person, tracked.
 
-    portrait at `size_px` · plate (STORED_PX, STORED_PX, 3) uint8 background · k (3, 3) intrinsics
-    at STORED_PX
+    portrait at `size_px` · plate (FILM_PX, FILM_PX, 3) uint8 background · k (3, 3) intrinsics
+    at FILM_PX
     """
 
     portrait: Portrait
@@ -77,7 +78,7 @@ def portrait_of(
     points, found = mesh[None], np.array([True])
     head = pose.fit_head(points, found, (width, height))
     _look_at_turn(path, head.rotation[0], progress)
-    tall = float(np.linalg.norm(mesh[face.TOP, :2] - mesh[face.CHIN, :2]))
+    tall = float(face.face_height(mesh[:, :2]))
     if tall < MIN_FACE_PX:
         raise TalkheadError(
             f"the face in {path.name} is only {tall:.0f} pixels tall; give a larger picture, in "
@@ -89,11 +90,11 @@ def portrait_of(
             f"the head's square is {crop.side} px in {path.name}; it is enlarged to {size_px} px"
         )
     cut = rgb[crop.y : crop.y + crop.side, crop.x : crop.x + crop.side]
-    way = cv2.INTER_AREA if crop.side > STORED_PX else cv2.INTER_CUBIC
-    square = cv2.resize(cut, (STORED_PX, STORED_PX), interpolation=way)
+    way = cv2.INTER_AREA if crop.side > FILM_PX else cv2.INTER_CUBIC
+    square = cv2.resize(cut, (FILM_PX, FILM_PX), interpolation=way)
     in_crop = ((mesh[:, :2] - [crop.x, crop.y]) / crop.side).astype(np.float32)
     labels, plate = _regions(square, in_crop)
-    scale = crop.scale(STORED_PX)
+    scale = crop.scale(FILM_PX)
     k = np.array([
         [head.focal_px * scale, 0, (head.centre_px[0] - crop.x) * scale],
         [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
@@ -147,7 +148,7 @@ def _doubt(rgb: NDArray[np.uint8], mesh: NDArray[np.float32]) -> bool:
     """Return whether the detector's score of the face is below SURE.  The score depends on the
     face's size, so the face is scaled to a fixed one."""
     middle = mesh[:, :2].mean(0)
-    half = 1.1 * float(np.linalg.norm(mesh[face.TOP, :2] - mesh[face.CHIN, :2]))
+    half = 1.1 * float(face.face_height(mesh[:, :2]))
     scale = DETECT_PX / (2 * half)
     place = np.array(
         [[scale, 0, scale * (half - middle[0])], [0, scale, scale * (half - middle[1])]]
@@ -191,10 +192,10 @@ def _look_at_turn(path: Path, rotation: NDArray[Any], progress: Progress) -> Non
 def _regions(
     square: NDArray[np.uint8], mesh: NDArray[np.float32]
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Return soft labels (6, 128, 128) and the background (STORED_PX, STORED_PX, 3)."""
+    """Return soft labels (6, 128, 128) and the background (FILM_PX, FILM_PX, 3)."""
     with matte.Segmenter() as segment:
         mask = segment(square)
-    colours = matte.skin_samples(square, mesh * STORED_PX)
+    colours = matte.skin_samples(square, mesh * FILM_PX)
     skin = matte.SkinModel.fit(colours)(square)
     maps = matte.RegionMaps(matte.torso_prior(mesh), mesh)
     hair, torso = maps.moved(mesh, np.zeros(3), matte.body_pivot(mesh))

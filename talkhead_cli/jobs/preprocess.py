@@ -9,6 +9,7 @@ import time
 import unicodedata
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from talkhead_cli import __version__, media
 from talkhead_cli.contracts import (
@@ -19,14 +20,14 @@ from talkhead_cli.contracts import (
     UnfitError,
 )
 from talkhead_cli.jobs import backends
-from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Stages, ranges
+from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Stages
 from talkhead_cli.media import Part
 from talkhead_cli.store import Run, Workspace, check_id, list_runs
 from talkhead_cli.store.files import digest, sha256_of
 from talkhead_cli.track.scout import FACES
+from talkhead_cli.track.spans import in_words
 
 MAX_OFFSET_S = 10.0
-SIZE_PX = 512
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".heic")
 
 
@@ -52,7 +53,6 @@ def preprocess(
     start_s: float = 0.0,
     end_s: float | None = None,
     consent: Path | None = None,
-    size_px: int = SIZE_PX,
     fresh: bool = False,
 ) -> Workspace:
     """Track one person through a video and write the workspace `home`/`name`.
@@ -73,6 +73,46 @@ def preprocess(
     if name is None and space.id != video.stem:
         progress.note(f"id: {space.id} (--id chooses another)")
     began = time.monotonic()
+    probe = _probed(video, with_audio, progress)
+    part = _part(video, probe.duration_s, start_s, end_s)
+    for warning in backends.warnings(chosen):
+        progress.note(warning)
+    source: dict[str, Any] = {
+        "name": video.name, "sha256": sha256_of(video), "seconds": probe.duration_s,
+        "synthetic": probe.is_synthetic, "first_frame": part.first,
+        "part": [part.first, part.n_frames],
+    }  # fmt: skip
+    is_new = not space.root.exists()  # `locked` creates it
+    with space.locked(), _nothing_left_of_refused(space, is_new):
+        if fresh:
+            _name_what_stays(space, source["sha256"], progress)
+            space.clear()
+        _refuse_other_footage(space, source["sha256"], source["part"], progress)
+        work = Stages(space, part, probe, progress, chosen, with_audio=with_audio)
+        work.run(source["sha256"], which_face, known_offset)
+        missing = ~work.faces.found & space.load("shots")["kept"]
+        if missing.any():
+            progress.note(f"no face in frames {in_words(missing)}; training leaves them out")
+        if consent is not None:
+            space.keep_consent(consent)
+        space.note(
+            finished=True, version=__version__, source=source, dataset=None,
+            consent=space.consents(), **work.facts(),
+        )  # fmt: skip
+        old = [r for r in _finished(space) if r.meta().get("footage") != space.fingerprint]
+        if old:
+            progress.note(
+                f"{_named(old)} of '{space.id}' learnt what was tracked before; train anew"
+            )
+        if work.n_done == len(VERSIONS):  # skipped stages would distort the speed
+            seconds = time.monotonic() - began
+            rate = work.n_frames / max(seconds, 1e-6)
+            space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
+    return space
+
+
+def _probed(video: Path, with_audio: bool, progress: Progress) -> media.Probe:
+    """Probe the video; TalkheadError if it is none that a person could be tracked in."""
     probe = media.probe(video)
     if not probe.has_video:
         raise TalkheadError(f"{video.name} has no picture; give a video of somebody talking")
@@ -96,89 +136,7 @@ def preprocess(
             f"{video.name} is synthetic, made by talkhead render: what is learnt from it is an "
             "avatar's likeness, not the person's"
         )
-    part = _part(video, probe.duration_s, start_s, end_s)
-    for warning in backends.warnings(chosen):
-        progress.note(warning)
-    source = sha256_of(video)
-    is_new = not space.root.exists()  # `locked` creates it
-    with space.locked(), _nothing_left_of_refused(space, is_new):
-        if fresh:
-            _name_what_stays(space, source, progress)
-            space.clear()
-        place = [part.first, part.n_frames]
-        _refuse_other_footage(space, source, place, progress)
-        work = Stages(space, part, probe, progress, chosen)
-        if with_audio:
-            work.require_audible()
-        eyes = [chosen[kind] for kind in ("detector", "mesh", "landmarks")]
-        work.do("mesh", lambda: work.mesh(which_face), source, which_face, place, eyes)
-        faces, n_faces = work.faces()
-        head = work.pose(faces)
-        n_frames = len(faces.found)
-        work.do(
-            "sound",
-            lambda: work.sound(faces, known_offset, with_audio=with_audio),
-            with_audio,
-            chosen["voice"],
-            known_offset,
-            needs=("mesh",),
-        )
-        crop = work.crop(faces)
-        if crop.side < size_px:
-            progress.note(
-                f"the head's square is {crop.side} px in the film; it is enlarged to {size_px} px"
-            )
-        square = [crop.x, crop.y, crop.side, size_px]
-        work.do(
-            "film", lambda: work.film(faces, crop, size_px), square, chosen["labels"],
-            needs=("mesh",),
-        )  # fmt: skip
-        work.do("tracks", lambda: work.tracks(faces, head, crop, size_px), needs=("film",))
-        work.do("labels", lambda: work.labels(n_frames), needs=("tracks",))
-        missing = ranges(~faces.found & space.load("shots")["kept"])
-        if missing:
-            progress.note("no face in frames " + ", ".join(missing) + "; training leaves them out")
-        if consent is not None:
-            space.keep_consent(consent)
-        seconds = time.monotonic() - began
-        space.note(
-            finished=True,
-            version=__version__,
-            source={
-                "name": video.name,
-                "sha256": source,
-                "seconds": probe.duration_s,
-                "synthetic": probe.is_synthetic,
-                "first_frame": part.first,
-                "part": place,
-            },
-            fps=FPS,
-            size_px=size_px,
-            n_frames=n_frames,
-            n_found=int(faces.found.sum()),
-            n_cut_away=int((~space.load("shots")["kept"]).sum()),
-            crop={"x": crop.x, "y": crop.y, "side": crop.side},
-            focal_px=head.focal_px * crop.scale(size_px),
-            backends={
-                **chosen,
-                "matte": "mediapipe-selfie",
-                "voice": chosen["voice"] if with_audio else "none",
-            },
-            has_audio=with_audio,
-            offset=work.offset() if with_audio else None,
-            faces_seen=n_faces,
-            dataset=None,
-            consent=space.consents(),
-        )
-        old = [r for r in _finished(space) if r.meta().get("footage") != space.fingerprint]
-        if old:
-            progress.note(
-                f"{_named(old)} of '{space.id}' learnt what was tracked before; train anew"
-            )
-        if work.n_done == len(VERSIONS):  # skipped stages would distort the speed
-            rate = n_frames / max(seconds, 1e-6)
-            space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
-    return space
+    return probe
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import cv2
@@ -22,7 +23,7 @@ from talkhead_cli.contracts import (
 from talkhead_cli.jobs import backends
 from talkhead_cli.jobs.backends import Chosen
 from talkhead_cli.media import Part
-from talkhead_cli.store import Workspace
+from talkhead_cli.store import FILM_PX, Workspace
 from talkhead_cli.store.files import digest
 from talkhead_cli.store.pictures import write_png
 from talkhead_cli.track import face, lipsync, matte, pose, voice
@@ -31,6 +32,7 @@ from talkhead_cli.track.crop import Crop, choose_crop
 from talkhead_cli.track.pose import HeadTrack
 from talkhead_cli.track.scout import Scene, scout
 from talkhead_cli.track.shots import Shots, Takes
+from talkhead_cli.track.spans import in_words
 from talkhead_cli.track.zoom import STILL, common_window
 
 MIN_SECONDS = 3.0
@@ -50,13 +52,56 @@ class Stages:
     """The stages, in order; one is skipped if its stored key matches its inputs."""
 
     def __init__(
-        self, space: Workspace, part: Part, probe: media.Probe, progress: Progress, chosen: Chosen
-    ) -> None:
+        self, space: Workspace, part: Part, probe: media.Probe, progress: Progress, chosen: Chosen,
+        *, with_audio: bool = True,
+    ) -> None:  # fmt: skip
         self.space, self.part, self.video = space, part, part.path
         self.probe, self.progress, self.chosen = probe, progress, chosen
+        self.with_audio = with_audio
         self.size = (probe.width, probe.height)
         self.n_done = 0
         self._keys: dict[str, str] = {}
+
+    def run(self, source: str, which_face: str, offset_s: float | None) -> None:
+        """Do all stages.
+
+        source: sha256 of the video · which_face: see `scout` · offset_s: delay of the sound to
+        correct; None measures it
+        """
+        if self.with_audio:
+            self._require_audible()
+        place = [self.part.first, self.part.n_frames]
+        networks = [self.chosen[kind] for kind in ("detector", "mesh", "landmarks")]
+        self.do("mesh", lambda: self.mesh(which_face), source, which_face, place, networks)
+        self.do(
+            "sound", lambda: self.sound(offset_s), self.with_audio, self.chosen["voice"], offset_s,
+            needs=("mesh",),
+        )  # fmt: skip
+        if self.crop.side < FILM_PX:
+            self.progress.note(
+                f"the head's square is {self.crop.side} px in the film; it is enlarged to "
+                f"{FILM_PX} px"
+            )
+        square = [self.crop.x, self.crop.y, self.crop.side, FILM_PX]
+        self.do("film", self.film, square, self.chosen["labels"], needs=("mesh",))
+        self.do("tracks", self.tracks, needs=("film",))
+        self.do("labels", self.labels, needs=("tracks",))
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the manifest records of the stages' results."""
+        kept = self.space.load("shots")["kept"]
+        return {
+            "fps": FPS, "size_px": FILM_PX, "n_frames": self.n_frames,
+            "n_found": int(self.faces.found.sum()), "n_cut_away": int((~kept).sum()),
+            "crop": {"x": self.crop.x, "y": self.crop.y, "side": self.crop.side},
+            "backends": {
+                **self.chosen, "matte": "mediapipe-selfie",
+                "voice": self.chosen["voice"] if self.with_audio else "none",
+            },
+            "has_audio": self.with_audio,
+            "offset": self._recorded_offset() if self.with_audio else None,
+            "faces_seen": int(self.space.load("mesh")["n_faces"]),
+        }  # fmt: skip
 
     def do(
         self, stage: str, work: Callable[[], None], *inputs: Any, needs: tuple[str, ...] = ()
@@ -75,7 +120,7 @@ class Stages:
         """Number of frames of the part, if the declared duration is right."""
         return self.part.n_frames or round(self.probe.duration_s * FPS) - self.part.first
 
-    def require_audible(self) -> None:
+    def _require_audible(self) -> None:
         """Raise TalkheadError if the sound is silent, before time is spent on tracking."""
         known = self.space.manifest()
         place = [self.part.first, self.part.n_frames]
@@ -102,8 +147,9 @@ class Stages:
             )
         self.space.save("mesh", self._follow(scene) | {"n_faces": np.array(scene.n_faces)})
 
-    def faces(self) -> tuple[face.Faces, int]:
-        """Return the mesh with gaps interpolated, and the number of faces in the film."""
+    @cached_property
+    def faces(self) -> face.Faces:
+        """The tracked mesh with gaps interpolated; UnfitError if too little of a face is seen."""
         stored = self.space.load("mesh")
         found = stored["found"]
         if not found.any():
@@ -126,7 +172,11 @@ class Stages:
                 f"a face is seen in only {found.sum() / FPS:.1f} s of {self.video.name}; at least "
                 f"{MIN_SECONDS:.0f} s of talking are needed"
             )
-        return face.Faces(face.fill_gaps(stored["points"], found), found), int(stored["n_faces"])
+        return face.Faces(face.fill_gaps(stored["points"], found), found)
+
+    @property
+    def n_frames(self) -> int:
+        return len(self.faces.found)
 
     def _follow(self, scene: Scene) -> dict[str, NDArray[Any]]:
         """Track the mesh in every frame; save which frames belong to the kept shots."""
@@ -178,19 +228,18 @@ class Stages:
         kept, zoomed = takes.flags(len(faded)), takes.flags(len(faded), zoomed=True)
         if not kept.all():
             self.progress.note(
-                f"the film is cut: frames {', '.join(ranges(~kept))} show another picture than "
+                f"the film is cut: frames {in_words(~kept)} show another picture than "
                 f"the one with most of the face, or lie at a cut, and are left out; "
                 f"{kept.sum() / FPS:.1f} of {len(kept) / FPS:.1f} s remain (--face chooses whose)"
             )
         if (kept & faded).any():
             self.progress.note(
-                f"the picture fades in or out in frames {', '.join(ranges(kept & faded))}; they "
-                "are left out"
+                f"the picture fades in or out in frames {in_words(kept & faded)}; they are left out"
             )
         if zoomed.any():
             times = sorted({f"{take.zoom.scale:.2f}" for take in takes if take.zoom != STILL})
             self.progress.note(
-                f"frames {', '.join(ranges(zoomed))} show the picture {', '.join(times)} times as "
+                f"frames {in_words(zoomed)} show the picture {', '.join(times)} times as "
                 "large, which was undone"
             )
         return kept & ~faded
@@ -198,34 +247,29 @@ class Stages:
     def _takes(self) -> Takes:
         return Takes.from_array(self.space.load("shots")["takes"])
 
-    def crop(self, faces: face.Faces) -> Crop:
-        """Choose the square around the head, inside the area that all kept frames show."""
+    @cached_property
+    def crop(self) -> Crop:
+        """The square around the head, inside the area that all kept frames show."""
         bounds = common_window([take.zoom for take in self._takes()], self.size)
-        return choose_crop(faces.points, faces.found, bounds)
+        return choose_crop(self.faces.points, self.faces.found, bounds)
 
-    def _cropped(
-        self, crop: Crop, size_px: int, n_frames: int, first: int = 0
-    ) -> Iterator[NDArray[np.uint8]]:
-        """Yield crops (size_px, size_px, 3) from frame `first` on, with zooms undone."""
+    def _cropped(self, n_frames: int, first: int = 0) -> Iterator[NDArray[np.uint8]]:
+        """Yield crops (FILM_PX, FILM_PX, 3) from frame `first` on, with zooms undone."""
         for begin, end, zoom in self._takes().spans(first, first + n_frames):
             yield from self.part.frames(
-                first=begin, n_frames=end - begin, crop=crop.zoomed(zoom, self.size),
-                size=(size_px, size_px),
+                first=begin, n_frames=end - begin, crop=self.crop.zoomed(zoom, self.size),
+                size=(FILM_PX, FILM_PX),
             )  # fmt: skip
 
-    def pose(self, faces: face.Faces) -> HeadTrack:
-        self.progress.stage("head pose", None)
-        return pose.fit_head(faces.points, faces.found, self.size)
-
-    def sound(self, faces: face.Faces, offset_s: float | None, *, with_audio: bool) -> None:
+    def sound(self, offset_s: float | None) -> None:
         """Save the 16 kHz sound, in sync with the lips, and its speech features."""
         self.progress.stage("sound", None)
-        n_frames = len(faces.found)
+        n_frames = self.n_frames
         n_samples = n_frames * SAMPLES_PER_FRAME
         found = {}
-        if with_audio:
+        if self.with_audio:
             samples = self.part.sound(n_samples)
-            measured = self._offset(samples, faces)
+            measured = self._offset(samples)
             if offset_s is None:
                 offset_s = self._offset_to_correct(measured)
             if offset_s:
@@ -235,18 +279,15 @@ class Stages:
         else:
             samples = np.zeros(n_samples, np.float32)
         heard = voice.heard(samples, n_frames)
-        if with_audio and not heard.any():
+        if self.with_audio and not heard.any():
             raise TalkheadError(
                 f"nothing is heard of {self.video.name} while its picture lasts"
                 + (f", when its sound is moved by {offset_s:g} s" if offset_s else "")
                 + "; give another part of it, or another --offset"
             )
-        quiet = ranges(~heard)
-        if with_audio and quiet:
+        if self.with_audio and not heard.all():
             self.progress.note(
-                "the sound is dead in frames "
-                + ", ".join(quiet)
-                + "; speech is not learnt from them"
+                f"the sound is dead in frames {in_words(~heard)}; speech is not learnt from them"
             )
         media.write_wav(self.space.audio, samples)
         listener = backends.voice_of(self.chosen["voice"])
@@ -256,11 +297,11 @@ class Stages:
             "undone_s": np.array(offset_s or 0.0), **found,
         })  # fmt: skip
 
-    def _offset(self, samples: NDArray[np.float32], faces: face.Faces) -> lipsync.Offset | None:
+    def _offset(self, samples: NDArray[np.float32]) -> lipsync.Offset | None:
         """Measure how late the sound is; None if there is too little lip motion or sound."""
-        heard = voice.heard(samples, len(faces.found))
-        frames = np.flatnonzero(faces.found & heard)
-        lips = lipsync.lip_motion(faces.points)[frames]
+        heard = voice.heard(samples, self.n_frames)
+        frames = np.flatnonzero(self.faces.found & heard)
+        lips = lipsync.lip_motion(self.faces.points)[frames]
         return lipsync.measure(voice.features(samples), frames, lips)
 
     def _offset_to_correct(self, found: lipsync.Offset | None) -> float:
@@ -278,7 +319,7 @@ class Stages:
         )
         return round(found.sound_after_lips_s, 2)
 
-    def offset(self) -> dict[str, float | None]:
+    def _recorded_offset(self) -> dict[str, float | None]:
         """Return the measured and the corrected offset of sound and lips, for the manifest."""
         stored = self.space.load("voice")
         late, margin = stored["found"].tolist() if "found" in stored else (None, None)
@@ -288,13 +329,13 @@ class Stages:
             "sure_from": lipsync.SURE, "corrected_s": round(float(stored["undone_s"]), 4),
         }  # fmt: skip
 
-    def film(self, faces: face.Faces, crop: Crop, size_px: int) -> None:
+    def film(self) -> None:
         """Save the cropped video, mattes, skin maps, shoulder registration and plate."""
-        n_frames = len(faces.found)
+        n_frames = self.n_frames
         stored = self.space.load("shots")
         kept = np.flatnonzero(stored["kept"])
-        mesh = self._mesh_in_crop(faces, crop)
-        reference = _reference_frame(mesh, faces.found)
+        mesh = self._mesh_in_crop()
+        reference = _reference_frame(mesh, self.faces.found)
         skin_model = matte.SkinModel.fit(stored["skin"])
         wanted = set(_spread(kept, N_PLATE).tolist())
         thumbs_at = np.unique(np.append(_spread(kept, N_EVIDENCE), reference))
@@ -303,19 +344,19 @@ class Stages:
         tracked = np.zeros(n_frames, bool)
         parse = backends.parser_of(self.chosen["labels"])
         captions = CaptionFinder()
-        first_picture = next(self._cropped(crop, size_px, 1, reference))
+        first_picture = next(self._cropped(1, reference))
         self.progress.stage("crop, matte, shoulders", n_frames)
         with (
             matte.Segmenter() as segment,
             media.VideoWriter(
-                self.space.video, (size_px, size_px), crf=10, preset="ultrafast", intra=True
+                self.space.video, (FILM_PX, FILM_PX), crf=10, preset="ultrafast", intra=True
             ) as out,
             self.space.pieces("maps") as maps,
         ):
             person = cv2.resize(segment(first_picture), (matte.MAP_PX, matte.MAP_PX))
             prior = matte.torso_prior(mesh[reference])
             shoulders = matte.BodyTracker(first_picture, (person * prior).astype(np.uint8))
-            stream = self._cropped(crop, size_px, n_frames)
+            stream = self._cropped(n_frames)
             for index, rgb in enumerate(followed(self.progress, stream)):
                 out.write(rgb)
                 captions.see(rgb)
@@ -355,23 +396,26 @@ class Stages:
             )
         write_png(self.space.plate_file, plate)
 
-    def _mesh_in_crop(self, faces: face.Faces, crop: Crop) -> NDArray[np.float32]:
+    def _mesh_in_crop(self) -> NDArray[np.float32]:
         """Return the mesh (T, 478, 2) in fractions of the crop's side."""
-        mesh = faces.points[..., :2] - np.array([crop.x, crop.y], np.float32)
-        mesh /= np.float32(crop.side)
+        mesh = self.faces.points[..., :2] - np.array([self.crop.x, self.crop.y], np.float32)
+        mesh /= np.float32(self.crop.side)
         return mesh
 
-    def tracks(self, faces: face.Faces, head: HeadTrack, crop: Crop, size_px: int) -> None:
-        """Compute and save all per-frame signals."""
-        mesh = self._mesh_in_crop(faces, crop)
+    def tracks(self) -> None:
+        """Fit the head's pose, then compute and save all per-frame signals."""
+        faces, crop = self.faces, self.crop
+        self.progress.stage("head pose", None)
+        head = pose.fit_head(faces.points, faces.found, self.size)
+        mesh = self._mesh_in_crop()
         film = self.space.load("film")
-        scale = crop.scale(size_px)
+        scale = crop.scale(FILM_PX)
         k = np.array([
             [head.focal_px * scale, 0, (head.centre_px[0] - crop.x) * scale],
             [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
             [0, 0, 1],
         ])  # fmt: skip
-        seen = _face_signals(faces, head, self._marks(faces))
+        seen = _face_signals(faces, head, self._marks())
         eyes = face.fit_eye_scale(seen["gap"][faces.found])
         lost = 1 - float(film["tracked"][self.space.load("shots")["kept"]].mean())
         if lost > 0.2:
@@ -383,7 +427,7 @@ class Stages:
         reference = int(film["reference"])
         pivot = matte.body_pivot(mesh[reference])
         body = matte.body_motion(film["warps"], film["tracked"], pivot)
-        to_heights = size_px / k[0, 0] * float(np.median(head.translation[:, 2]))
+        to_heights = FILM_PX / k[0, 0] * float(np.median(head.translation[:, 2]))
         near_gap = np.convolve(~faces.found, np.ones(5), "same") > 0
         self.space.save("tracks", {
             "pose": head.pose.astype(np.float32),
@@ -404,14 +448,14 @@ class Stages:
             "usable": ~near_gap,
         })  # fmt: skip
 
-    def _marks(self, faces: face.Faces) -> NDArray[np.float32]:
+    def _marks(self) -> NDArray[np.float32]:
         """Return landmarks (T, 68, 2) in pixels of the source video, gaps interpolated."""
         stored = self.space.load("mesh")
         if "landmarks" not in stored:
-            return face.to_68(faces.points)[..., :2]
+            return face.to_68(self.faces.points)[..., :2]
         return face.fill_gaps(stored["landmarks"], np.isfinite(stored["landmarks"][:, 0, 0]))
 
-    def labels(self, n_frames: int) -> None:
+    def labels(self) -> None:
         """Compute and save the soft labels of every frame."""
         film, tracks = self.space.load("film"), self.space.load("tracks")
         reference = int(film["reference"])
@@ -430,9 +474,9 @@ class Stages:
         prior = matte.torso_prior(mesh[reference])
         logit = np.log((prior + 1e-3) / (1 - prior + 1e-3)) + np.clip(odds, -4, 4)
         maps = matte.RegionMaps(1 / (1 + np.exp(-logit)), mesh[reference])
-        self.progress.stage("labels", n_frames)
+        self.progress.stage("labels", self.n_frames)
         with self.space.pieces("labels") as labels:
-            for row in followed(self.progress, range(n_frames)):
+            for row in followed(self.progress, range(self.n_frames)):
                 seen = self.space.piece("maps", row)
                 hair, torso = maps.moved(mesh[row], body[row] - body[reference], pivot)
                 person = matte.without(seen["matte"], film["furniture"])
@@ -475,9 +519,3 @@ def _reference_frame(mesh: NDArray[np.float32], found: NDArray[np.bool_]) -> int
     rigid = mesh[:, pose.RIGID].reshape(len(mesh), -1)
     distance = np.linalg.norm(rigid - np.median(rigid[found], 0), axis=1)
     return int(np.argmin(np.where(found, distance, np.inf)))
-
-
-def ranges(flags: NDArray[np.bool_]) -> list[str]:
-    """Return the runs of True as strings 'first-last'."""
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], flags, [False]]).astype(int)))
-    return [f"{a}-{b - 1}" for a, b in edges.reshape(-1, 2)]

@@ -2,6 +2,7 @@
 
 from talkhead_cli.store.checkpoint import Run, list_runs
 from talkhead_cli.store.workspace import (
+    FILM_PX,
     Workspace,
     check_id,
     home_folder,
@@ -9,4 +10,7 @@ from talkhead_cli.store.workspace import (
     priors_folder,
 )
 
-__all__ = ["Run", "Workspace", "check_id", "home_folder", "list_ids", "list_runs", "priors_folder"]
+__all__ = [
+    "FILM_PX", "Run", "Workspace", "check_id", "home_folder", "list_ids", "list_runs",
+    "priors_folder",
+]  # fmt: skip

@@ -46,6 +46,7 @@ STAGE_FILES = {
     "tracks": ("tracks.npz",),
     "labels": ("labels",),
 }
+FILM_PX = 512  # side of the cropped film, for which `tracks` has the intrinsics
 PIECE = 100  # frames per file of maps and labels
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import UnfitError
-from talkhead_cli.track.face import CHIN, TOP
+from talkhead_cli.track.face import face_height
 from talkhead_cli.track.zoom import Box, Zoom
 
 HEIGHTS_PER_SIDE = 2.3  # face heights per crop side: room for head, hair and shoulders
@@ -47,7 +47,7 @@ def choose_crop(points: NDArray[np.float32], found: NDArray[np.bool_], bounds: B
     seen = points[found]
     if len(seen) == 0:
         raise UnfitError("no face was found in any frame; film one person facing the camera")
-    face_px = float(np.median(np.linalg.norm(seen[:, TOP, :2] - seen[:, CHIN, :2], axis=-1)))
+    face_px = float(np.median(face_height(seen[..., :2])))
     if face_px < MIN_FACE_PX:
         raise UnfitError(
             f"the face is only {face_px:.0f} pixels tall; film closer, so that it is at least "

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import FPS, TalkheadError
+from talkhead_cli.track.spans import spans
 
 Array = NDArray[np.floating[Any]]
 
@@ -165,7 +166,7 @@ def to_68(mesh: Array) -> Array:
 def lip_aperture(mesh: Array) -> Array:
     """mesh (..., 478, >=2) -> inner lip gap over face height (...,)."""
     gap = np.linalg.norm(mesh[..., UPPER_LIP, :2] - mesh[..., LOWER_LIP, :2], axis=-1)
-    return gap / np.linalg.norm(mesh[..., TOP, :2] - mesh[..., CHIN, :2], axis=-1)
+    return gap / face_height(mesh[..., :2])
 
 
 def lid_gap(mesh: Array) -> Array:
@@ -178,6 +179,16 @@ def lid_gap(mesh: Array) -> Array:
         )
         gaps.append(height / np.maximum(width, 1e-6))
     return np.stack(gaps, -1)
+
+
+def n_blinks(gap: Array) -> int:
+    """Count how often the lids shut: gap (T,) of an eye, or the mean of both."""
+    return len(spans(gap < 0.5 * np.median(gap)))
+
+
+def face_height(mesh: Array) -> Array:
+    """mesh (..., 478, d) -> distance from the top of the forehead to the chin (...)."""
+    return np.linalg.norm(mesh[..., TOP, :] - mesh[..., CHIN, :], axis=-1)
 
 
 @dataclass(frozen=True)

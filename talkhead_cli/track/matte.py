@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.linalg import solveh_banded
 
 from talkhead_cli.contracts import FPS, LABELS
-from talkhead_cli.track.face import CHIN, FACE_OVAL, INNER_LIPS, TOP
+from talkhead_cli.track.face import CHIN, FACE_OVAL, INNER_LIPS, TOP, face_height
 
 Array = NDArray[np.floating[Any]]
 Picture = NDArray[np.uint8]
@@ -192,7 +192,7 @@ def torso_prior(mesh: Array) -> Array:
     mesh (478, 2) in fractions of the side -> (MAP_PX, MAP_PX) in [0, 1]
     """
     y, x = (np.mgrid[:MAP_PX, :MAP_PX].astype(np.float32) + 0.5) / MAP_PX
-    height = np.linalg.norm(mesh[CHIN] - mesh[TOP])
+    height = face_height(mesh)
     middle = mesh[[CHIN, TOP], 0].mean()
     # shoulders slope: the torso begins lower further out
     line = mesh[CHIN, 1] + height * (0.12 + 0.10 * ((x - middle) / height) ** 2)
@@ -292,7 +292,7 @@ def label_maps(
     mouth = _polygon(mesh[INNER_LIPS]) * oval
     person = np.maximum(person, oval)
     y, x = (np.mgrid[:MAP_PX, :MAP_PX].astype(np.float32) + 0.5) / MAP_PX
-    height = np.linalg.norm(mesh[CHIN] - mesh[TOP])
+    height = face_height(mesh)
     jaw = mesh[[172, 397]]
     half = 0.5 * np.linalg.norm(jaw[0] - jaw[1])
     beside = np.abs(x - jaw[:, 0].mean()) - half
@@ -382,5 +382,5 @@ def background_change(frames: list[Picture], mattes: list[Picture], plate: Pictu
 
 def body_pivot(mesh: Array) -> Array:
     """Return the shoulders' pivot (2,), half a face height under the chin, mesh units."""
-    height = np.linalg.norm(mesh[CHIN] - mesh[TOP])
+    height = face_height(mesh)
     return mesh[CHIN] + np.array([0.0, 0.5 * height])

@@ -18,7 +18,7 @@ from scipy.linalg import solveh_banded
 from scipy.spatial.transform import Rotation
 
 from talkhead_cli.contracts import FPS
-from talkhead_cli.track.face import CHIN, TOP
+from talkhead_cli.track.face import CHIN, TOP, face_height
 
 Array = NDArray[np.float64]
 
@@ -116,9 +116,10 @@ def fit_head(
     width, height = size
     centre = np.array([width / 2, height / 2])
     shape, rotation = _procrustes_shape(points, np.flatnonzero(found))
-    scale_px = np.linalg.norm(
-        points[found, TOP, :2] - points[found, CHIN, :2], axis=-1
-    ) / np.linalg.norm((rotation @ (shape[TOP] - shape[CHIN]))[..., :2], axis=-1)
+    unit = np.linalg.norm((rotation @ (shape[TOP] - shape[CHIN]))[..., :2], axis=-1)
+    scale_px = face_height(points[found, :, :2]) / unit
+        (rotation @ (shape[TOP] - shape[CHIN]))[..., :2], axis=-1
+    )
     # Start at 47 degrees over the long side (phones, webcams: 50 to 65); depth follows from scale.
     focal = 1.15 * max(width, height)
     n_frames = len(points)
@@ -216,7 +217,7 @@ def _axes(shape: Array) -> tuple[Array, Array, float]:
     right = right / np.linalg.norm(right)
     down = shape[CHIN] - shape[TOP]
     down = down - right * (down @ right)
-    height = float(np.linalg.norm(shape[CHIN] - shape[TOP]))
+    height = float(face_height(shape))
     down = down / np.linalg.norm(down)
     axes = np.stack([right, down, np.cross(right, down)], -1)
     return axes, shape[[LEFT_EAR, RIGHT_EAR]].mean(0), height

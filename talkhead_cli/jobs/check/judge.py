@@ -69,7 +69,7 @@ def check(video: Path, progress: Progress) -> Report:
 def _picture(report: Report, pieces: list[Piece], scale: float) -> None:
     """Judge the size, sharpness and lighting of the face."""
     points = np.concatenate([p.mesh[p.found] for p in pieces])
-    height = np.linalg.norm(points[:, face.TOP, :2] - points[:, face.CHIN, :2], axis=1) * scale
+    height = face.face_height(points[..., :2]) * scale
     tall = float(np.median(height))
     report.more(
         "head", "head", tall, f"face {tall:.0f} px tall", "film closer, or at a larger size"
@@ -106,7 +106,7 @@ def _motion(report: Report, pieces: list[Piece]) -> None:
     spread = float(np.percentile(lips, 95) - np.percentile(lips, 5))
     report.more("mouth shapes", "lips", spread, f"opens by {spread:.3f} face heights",
                 "talk, clearly and all the time")  # fmt: skip
-    blinks = sum(_blinks(gap) for gap in gaps)
+    blinks = sum(face.n_blinks(gap) for gap in gaps)
     minutes = sum(len(gap) for gap in gaps) / FPS / 60
     rate = blinks / max(minutes, 1e-6)
     report.figures["blinks_per_minute"] = round(rate, 2)
@@ -164,11 +164,6 @@ def _background_motion(piece: Piece) -> float:
     height = THUMB[1] // 3
     sides = np.concatenate([piece.thumbs[:, :height, :10], piece.thumbs[:, :height, -10:]], 2)
     return float(np.median(np.abs(sides[away:] - sides[:-away]).mean((1, 2, 3))))
-
-
-def _blinks(gap: Array) -> int:
-    shut = gap < 0.5 * np.median(gap)
-    return int((np.diff(np.concatenate([[False], shut]).astype(int)) == 1).sum())
 
 
 def _sound(report: Report, video: Path, about: media.Probe) -> NDArray[np.float32] | None:

@@ -126,7 +126,7 @@ def _frames(
 
 def _sharpness(rgb: NDArray[np.uint8], mesh: Array) -> float:
     """Return the share of fine detail in the contrast of eyes and mouth; 0 is blurred."""
-    height = float(np.linalg.norm(mesh[face.TOP, :2] - mesh[face.CHIN, :2]))
+    height = float(face.face_height(mesh[:, :2]))
     points = face.to_68(mesh)[36:68, :2]
     low, high = points.min(0) - 0.05 * height, points.max(0) + 0.05 * height
     x0, y0 = np.maximum(low.astype(int), 0)
