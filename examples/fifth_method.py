@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from talkhead_cli.avatars import register
-from talkhead_cli.avatars.base import StepResult, distance, shaped
+from talkhead_cli.avatars.base import PictureResult, distance, shaped
 from talkhead_cli.avatars.personal import N_EYES, Person, PersonalAvatar, eyes_told, noisy
 from talkhead_cli.blocks.loss import SOLID, solid_losses
 from talkhead_cli.blocks.mlp import Mlp, density_of
@@ -45,11 +45,11 @@ class Fifth(PersonalAvatar):  # brings the speech encoder and mouth landmarks
         rgb = shaped(marched.feature + (1 - marched.opacity) * plate, rays)
         return Frame(rgb, shaped(marched.opacity, rays), distance(marched, rays), parts={})
 
-    def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
-        shot, marched, face = result.shot, result.rendered, result.shot.labels[:, :1]
-        person = 1 - shot.labels[:, 5:]  # everything but background
-        relief = self.person(shot.signals).relief.loss(marched, shot.rays, person[:, 0])
-        colour = (result.frame.rgb.reshape(-1, 3) - shot.target).square().mean()
+    def picture_losses(self, result: PictureResult) -> dict[str, Tensor]:
+        truth, marched, face = result.truth, result.rendered, result.truth.labels[:, :1]
+        person = 1 - truth.labels[:, 5:]  # everything but background
+        relief = self.person(result.signals).relief.loss(marched, result.rays, person[:, 0])
+        colour = (result.frame.rgb.reshape(-1, 3) - truth.colour).square().mean()
         losses = {"colour": colour, "relief": relief, "rough": self.planes.roughness()}
         return losses | solid_losses(marched, person, face)
 

@@ -313,23 +313,38 @@ class Portrait:
 
 
 @dataclass(frozen=True)
-class Shot:
-    """One person's part of a training step.
-
-    signals  T rows · rays None in a speech-only stage
-    target   (R, 3) true colours; without rays, the rows' pictures (T, H, W, 3) if the stage uses
-             them · labels (R, 6) soft labels in the order of LABELS · plate (R, 3) background.
-             If the rays are whole pictures, these three have one row for every pixel of the
-             finished pictures, which may be larger than the marched ones
-    portrait other pictures of the person, for avatars that are built from pictures
+class Truth:
+    """What rays should show: colour (R, 3) · labels (R, 6) soft, in the order of LABELS · plate
+    (R, 3) background.  If the rays are whole pictures, there is one row for every pixel of the
+    finished pictures, which may be larger than the marched ones.
     """
 
+    colour: Tensor
+    labels: Tensor
+    plate: Tensor
+
+
+@dataclass(frozen=True)
+class SpeechShot:
+    """T rows of one person in a speech-only training step; pictures (T, H, W, 3) of these rows, if
+    the stage uses them."""
+
     signals: Signals
-    rays: RayBundle | None = None
-    target: Tensor | None = None
-    labels: Tensor | None = None
-    plate: Tensor | None = None
+    pictures: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RayShot:
+    """One person's rays in a training step, for T rows of signals; portrait: other pictures of the
+    person, for avatars that are built from pictures."""
+
+    signals: Signals
+    rays: RayBundle
+    truth: Truth
     portrait: Portrait | None = None
+
+
+Shot = SpeechShot | RayShot
 
 
 def unpacked(thing: Any) -> list[Tensor]:

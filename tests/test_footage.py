@@ -11,6 +11,7 @@ import torch
 from trainings import PRESETS, SHORT, train
 
 from talkhead_cli.contracts import (
+    RayShot,
     SilentProgress,
     TalkheadError,
     repacked,
@@ -68,10 +69,11 @@ def test_what_is_unpacked_is_repacked(speaker_home: Path) -> None:
     aabb = footage.box_of(clip.signals.camera[clip.train])
     shot = shots.draw(clip, preset.train.stages["lips"], 2048, aabb, torch.Generator())
     twice = repacked(shot, (2 * t for t in unpacked(shot)))
-    assert twice.rays.layout == shot.rays.layout and twice.portrait is None  # type: ignore[union-attr]
+    assert isinstance(shot, RayShot)
+    assert twice.rays.layout == shot.rays.layout and twice.portrait is None
     assert torch.equal(twice.signals.camera.k, 2 * shot.signals.camera.k)
     assert twice.signals.camera.size_px == shot.signals.camera.size_px
-    assert torch.equal(twice.target, 2 * shot.target)  # type: ignore[operator]
+    assert torch.equal(twice.truth.colour, 2 * shot.truth.colour)
     assert all(torch.equal(a, 2 * b) for a, b in zip(*map(unpacked, (twice, shot)), strict=True))
 
 
@@ -110,25 +112,25 @@ def test_shots_know_their_truth(speaker_home: Path) -> None:
     aabb = footage.box_of(clip.signals.camera[clip.train])
     rng = torch.Generator().manual_seed(1)
     shot = shots.draw(clip, preset.train.stages["shape"], 512, aabb, rng)
-    assert shot.rays is not None and shot.target is not None and shot.labels is not None
+    assert isinstance(shot, RayShot)
     frame = shot.signals.moment[shot.rays.row]
     x, y = shot.rays.pixel.long().unbind(1)
     truth = torch.from_numpy(clip.pictures[frame.numpy(), y.numpy(), x.numpy()]).float() / 255
-    assert torch.equal(truth, shot.target)
-    assert torch.allclose(shot.labels.sum(1), torch.ones(len(truth)), atol=0.02)
+    assert torch.equal(truth, shot.truth.colour)
+    assert torch.allclose(shot.truth.labels.sum(1), torch.ones(len(truth)), atol=0.02)
     assert set(frame.tolist()) <= set(clip.train.tolist())
     picture = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 2})
     whole = shots.draw(clip, picture, 0, aabb, rng)
-    assert whole.rays is not None and whole.target is not None and whole.labels is not None
+    assert isinstance(whole, RayShot)
     frame = whole.signals.moment[whole.rays.row]
     x, y = whole.rays.pixel.long().unbind(1)
     truth = torch.from_numpy(clip.pictures[frame.numpy(), y.numpy(), x.numpy()]).float() / 255
-    assert torch.equal(truth, whole.target)
+    assert torch.equal(truth, whole.truth.colour)
     _, one_by_one = clip.pixels.at(frame, y, x)
-    assert torch.allclose(one_by_one, whole.labels, atol=1e-6)
-    assert whole.plate is not None and torch.equal(whole.plate, clip.plate[y, x])
+    assert torch.allclose(one_by_one, whole.truth.labels, atol=1e-6)
+    assert torch.equal(whole.truth.plate, clip.plate[y, x])
     patch = shots.draw(clip, preset.train.stages["lips"], 2048, aabb, rng)
-    assert patch.rays is not None and patch.rays.layout is not None
+    assert isinstance(patch, RayShot) and patch.rays.layout is not None
     assert len(patch.rays) == torch.tensor(patch.rays.layout).prod()
 
 
@@ -211,7 +213,7 @@ def test_a_stage_of_pictures_draws_them_whole(speaker_home: Path) -> None:
     stage = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 3})
     box = footage.box_of(clip.signals.camera[clip.train])
     shot = shots.draw(clip, stage, 100, box, torch.Generator().manual_seed(0))
-    assert shot.rays is not None and shot.target is not None
+    assert isinstance(shot, RayShot)
     assert shot.rays.layout == (3, 64, 64)
     truth = torch.from_numpy(clip.pictures[shot.signals.moment.numpy()]).float() / 255
-    assert torch.equal(shot.target.view(3, 64, 64, 3), truth)
+    assert torch.equal(shot.truth.colour.view(3, 64, 64, 3), truth)

@@ -10,14 +10,13 @@ import torch
 from conftest import hearing
 
 from talkhead_cli import march
-from talkhead_cli.avatars.base import StepResult
 from talkhead_cli.avatars.s3d import DEFORMATIONS, S3D, S3DField, S3DSpeaker
 from talkhead_cli.avatars.s3d.face import filled
 from talkhead_cli.avatars.s3d.field import LIP_CUE, _projected, between
 from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
 from talkhead_cli.blocks.mouth import N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import RELIEF, head_relief
-from talkhead_cli.contracts import RELIEF_SIDE, SilentProgress
+from talkhead_cli.contracts import RELIEF_SIDE, RayShot, SilentProgress, SpeechShot
 from talkhead_cli.jobs import footage, player, portraits, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.fit import Drawn, Step
@@ -329,8 +328,8 @@ def test_the_full_size_counts_places_in_finished_pixels(clip: Footage, preset: P
     rows = clip.train[:1]
     camera = clip.signals[rows].camera.smaller(avatar.magnification)
     rays = march.picture_rays(camera, torch.zeros(1, dtype=torch.long), avatar.aabb)
-    shot = shots.with_truth(clip, rows, shots.Shot(clip.signals[rows], rays,
-                            portrait=clip.portrait(rows)))  # fmt: skip
+    truth = shots.truth_of(clip, rows, rays)
+    shot = RayShot(clip.signals[rows], rays, truth, clip.portrait(rows))
     step = Step(avatar, march.DenseMarcher(avatar.aabb, 12))
     with torch.no_grad():
         weights = preset.pretrain.stages["finish"].weights
@@ -359,7 +358,7 @@ def test_losses_of_speech_are_those_of_each_person(clip: Footage, avatar: S3D) -
         landmarks=clip.signals.landmarks[clip.train] * 1.1)]  # fmt: skip
     people[1] = people[1].with_(person=torch.ones(len(people[1]), dtype=torch.long))
     avatar.survey(people)
-    batch = [StepResult(shots.Shot(p[:16])) for p in people]
+    batch = [SpeechShot(p[:16]) for p in people]
     torch.manual_seed(0)
     both = avatar.losses(batch)["speech"]
     torch.manual_seed(0)

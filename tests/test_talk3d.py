@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from conftest import hearing
 
 from talkhead_cli import march
-from talkhead_cli.avatars.base import StepResult
+from talkhead_cli.avatars.base import PictureResult
 from talkhead_cli.avatars.talk3d import SIZES, TOKENS, Talk3D, Talk3DField
 from talkhead_cli.blocks.mouth import Mouth
 from talkhead_cli.blocks.rigid import moved
-from talkhead_cli.contracts import Frame, Rendered, Signals, SilentProgress
+from talkhead_cli.contracts import Frame, RayShot, Rendered, Signals, SilentProgress
 from talkhead_cli.jobs import footage, player, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
@@ -171,11 +171,14 @@ def test_latents_and_generator_learn_from_what_is_drawn(clip: Footage, fresh: Ta
     assert stages is not None
     stage = stages.stages["detail"]
     shot = shots.draw(clip, stage, 64, crowd.aabb, torch.Generator().manual_seed(0))
+    assert isinstance(shot, RayShot)
     marcher, _ = march.build(march.MarchOptions(n_steps=16), crowd.aabb, "cpu")
     field = crowd.condition(shot.signals)
     rendered = marcher.march(field, shot.rays)
-    frame = crowd.compose(rendered, shot.rays, shot.signals, shot.plate)
-    losses = crowd.losses([StepResult(shot, field, rendered, frame)])
+    frame = crowd.compose(rendered, shot.rays, shot.signals, shot.truth.plate)
+    losses = crowd.losses(
+        [PictureResult(shot.signals, shot.rays, shot.truth, field, rendered, frame)]
+    )
     assert {"latent", "rough", "symmetry"} <= losses.keys()
     sum(losses[name] * weight for name, weight in stage.weights.items()).backward()
     for part in ("generator", "latents", "decoder"):
@@ -294,14 +297,14 @@ def test_loose_rays_are_not_upscaled(clip: Footage, avatar: Talk3D) -> None:
     """They show what was marched, whatever the upscaler says."""
     stage = presets.load(["talk3d", "tiny"]).train.stages["speak"]
     shot = shots.draw(clip, stage, 64, avatar.aabb, torch.Generator().manual_seed(0))
-    assert shot.rays is not None and shot.plate is not None
+    assert isinstance(shot, RayShot)
     marcher, _ = march.build(march.MarchOptions(n_steps=16), avatar.aabb, "cpu")
     marcher.eval()
     found = []
     for _ in range(2):
         with torch.no_grad():
             rendered = marcher.march(avatar.condition(shot.signals), shot.rays)
-            found.append(avatar.compose(rendered, shot.rays, shot.signals, shot.plate).rgb)
+            found.append(avatar.compose(rendered, shot.rays, shot.signals, shot.truth.plate).rgb)
             torch.nn.init.normal_(avatar.upscaler.last.weight)
     assert found[0].shape == (len(shot.rays), 3) and torch.equal(*found)
 
@@ -314,17 +317,20 @@ def test_whole_pictures_lose_by_what_is_finished_and_what_was_marched(
     rng = torch.Generator().manual_seed(0)
     shot = shots.draw(clip, stage, 64, doubling.aabb, rng, doubling.magnification)
     n = stage.n_frames
-    assert shot.rays is not None and shot.target is not None and shot.labels is not None
-    assert len(shot.rays) == n * (PX // 2) ** 2 and shot.target.shape == (n * PX * PX, 3)
-    truth = shot.target.view(n, PX, PX, 3)
+    assert isinstance(shot, RayShot)
+    assert len(shot.rays) == n * (PX // 2) ** 2 and shot.truth.colour.shape == (n * PX * PX, 3)
+    truth = shot.truth.colour.view(n, PX, PX, 3)
     small = F.avg_pool2d(truth.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1)
     raw = torch.cat([small, torch.ones(n, PX // 2, PX // 2, 1)], -1)
-    alpha = 1 - shot.labels[:, 5:6].view(n, PX, PX, 1)
+    alpha = 1 - shot.truth.labels[:, 5:6].view(n, PX, PX, 1)
     rendered = Rendered(*(torch.zeros(1, 1) for _ in range(4)), n_points=0)
+    field = doubling.condition(shot.signals)
 
     def losses(rgb: torch.Tensor) -> dict[str, float]:
         frame = Frame(rgb, alpha, alpha, {"raw": raw})
-        found = doubling.picture_losses(StepResult(shot, None, rendered, frame))
+        found = doubling.picture_losses(
+            PictureResult(shot.signals, shot.rays, shot.truth, field, rendered, frame)
+        )
         return {name: float(value) for name, value in found.items()}
 
     assert max(losses(truth).values()) < 1e-5

@@ -11,17 +11,29 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.contracts import Field, Frame, Portrait, RayBundle, Rendered, Shot, Signals, Size
+from talkhead_cli.contracts import (
+    Field,
+    Frame,
+    Portrait,
+    RayBundle,
+    Rendered,
+    Signals,
+    Size,
+    SpeechShot,
+    Truth,
+)
 
 
 @dataclass(frozen=True)
-class StepResult:
-    """A shot of a training step and what was rendered of it, None in speech-only stages."""
+class PictureResult:
+    """What was rendered of a shot with rays; `rays` are those marched, after `aim`."""
 
-    shot: Shot
-    field: Field | None = None
-    rendered: Rendered | None = None
-    frame: Frame | None = None
+    signals: Signals
+    rays: RayBundle
+    truth: Truth
+    field: Field
+    rendered: Rendered
+    frame: Frame
 
 
 class Speaker(Protocol):
@@ -178,7 +190,7 @@ class Avatar(nn.Module):
         """
         raise NotImplementedError
 
-    def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
+    def losses(self, results: Sequence[SpeechShot | PictureResult]) -> dict[str, Tensor]:
         """Return unweighted scalar losses by name, out of `loss_names`; stages set the weights."""
         raise NotImplementedError
 

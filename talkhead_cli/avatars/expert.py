@@ -5,13 +5,15 @@ Frozen, it scores for other methods (and `evaluate`) how well lips match a sound
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.avatars.base import Avatar, StepResult, averaged
+from talkhead_cli.avatars.base import Avatar, PictureResult, averaged
 from talkhead_cli.blocks.sync import SyncExpert, agreement, lip_boxes, lip_crops, runs_of
-from talkhead_cli.contracts import Signals, Size
+from talkhead_cli.contracts import Signals, Size, SpeechShot
 
 SIZES = {"tiny": (32, 64), "small": (32, 64), "full": (64, 128)}
 SHIFT, STRETCH, SHADE, NOISE = 0.08, 0.08, 0.15, 0.02  # strengths of crop augmentation
@@ -55,19 +57,18 @@ class Expert(Avatar):
         runs, middle = runs_of(crops, moment)
         return self.sync.seen(runs), self.sync.heard(audio[middle]), middle
 
-    def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
+    def losses(self, results: Sequence[SpeechShot | PictureResult]) -> dict[str, Tensor]:
         found = []
-        for result in results:
-            shot = result.shot
-            assert shot.target is not None, "the expert's stages show their rows"
+        for shot in results:
+            assert isinstance(shot, SpeechShot) and shot.pictures is not None, "a stage shows rows"
             rows = shot.signals
-            crops = self.crops(shot.target, rows.landmarks_px)
+            crops = self.crops(shot.pictures, rows.landmarks_px)
             seen, heard, middle = self.embedded(crops, rows.audio, rows.moment)
             if not len(middle):  # this person has no five consecutive rows
                 continue
             found.append(agreement(seen, heard, rows.moment[middle]))
         if not found:
-            return {"contrast": 0 * self.sync.heard(results[0].shot.signals.audio[:1]).sum()}
+            return {"contrast": 0 * self.sync.heard(results[0].signals.audio[:1]).sum()}
         return averaged(found)
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:

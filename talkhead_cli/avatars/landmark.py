@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talkhead_cli.avatars.base import StepResult, distance, shaped
+from talkhead_cli.avatars.base import PictureResult, distance, shaped
 from talkhead_cli.avatars.personal import (
     BROW_NOISE,
     EYE_NOISE,
@@ -215,28 +215,26 @@ class Landmark(PersonalAvatar):
 
     # -- losses ----------------------------------------------------------------------------
 
-    def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
-        shot, frame, rendered = result.shot, result.frame, result.rendered
-        rays = shot.rays
-        assert frame is not None and rendered is not None and rays is not None
-        assert shot.target is not None and shot.labels is not None and shot.plate is not None
-        head = shot.labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
+    def picture_losses(self, result: PictureResult) -> dict[str, Tensor]:
+        signals, rays, truth = result.signals, result.rays, result.truth
+        rendered, frame = result.rendered, result.frame
+        head = truth.labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
         over = frame.parts["head"]
-        target = head * shot.target + (1 - head) * shot.plate
-        alive = region_masks(shot.signals, rays.pixel, rays.row, shot.labels)[:, :2].amax(
+        target = head * truth.colour + (1 - head) * truth.plate
+        alive = region_masks(signals, rays.pixel, rays.row, truth.labels)[:, :2].amax(
             1, keepdim=True
         )
-        losses = solid_losses(rendered, head, shot.labels[:, :1]) | {
+        losses = solid_losses(rendered, head, truth.labels[:, :1]) | {
             "colour": F.mse_loss(over.reshape(-1, 3), target),
-            "relief": self.person(shot.signals).relief.loss(rendered, rays, head[:, 0]),
+            "relief": self.person(signals).relief.loss(rendered, rays, head[:, 0]),
             "rough": self.volume.roughness() + self.ambient.roughness(),
             "still": (rendered.feature[:, AMBIENT] * (1 - alive)).mean(),
         }
         if rays.layout is not None and frame.rgb is over:
             losses |= patch_losses(over, target.view(*rays.layout, 3), self.loss_networks)
         if frame.rgb is not over:  # whole pictures: the torso network ran
-            picture = shot.target.view(*frame.rgb.shape)
-            person = 1 - shot.labels[:, 5:6].view(*frame.alpha.shape)
+            picture = truth.colour.view(*frame.rgb.shape)
+            person = 1 - truth.labels[:, 5:6].view(*frame.alpha.shape)
             losses |= patch_losses(frame.rgb, picture, self.loss_networks, "whole_")
             losses["whole"] = F.smooth_l1_loss(frame.rgb, picture, beta=0.1)
             losses["whole_matte"] = (frame.alpha - person).square().mean()

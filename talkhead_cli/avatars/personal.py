@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talkhead_cli.avatars.base import Avatar, StepResult, averaged
+from talkhead_cli.avatars.base import Avatar, PictureResult, averaged
 from talkhead_cli.blocks.light import Shading
 from talkhead_cli.blocks.mouth import (
     MOUTH,
@@ -30,7 +30,7 @@ from talkhead_cli.blocks.rigid import (
     undone,
 )
 from talkhead_cli.blocks.speech import SpeechEncoder
-from talkhead_cli.contracts import RayBundle, Signals
+from talkhead_cli.contracts import RayBundle, Signals, SpeechShot
 
 # Noise on the driving signals in training.  Some twenty numbers are enough to identify each of a
 # few hundred frames; without noise, networks memorise the frames.
@@ -175,23 +175,23 @@ class PersonalAvatar(Avatar):
         assert isinstance(person, Person)
         return person.mouth.neutral
 
-    def speech_losses(self, result: StepResult) -> dict[str, Tensor]:
+    def speech_losses(self, shot: SpeechShot) -> dict[str, Tensor]:
         """Return the smooth L1 error of the predicted against the tracked mouth."""
-        signals = result.shot.signals
+        signals = shot.signals
         told = self.person(signals).mouth.to_say(signals)
         if self.training:
             net_predictions = self.speech.net_predictions(signals)
             return {"speech": F.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))}
         return {"speech": F.smooth_l1_loss(self.speech(signals), told)}
 
-    def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
+    def picture_losses(self, result: PictureResult) -> dict[str, Tensor]:
         """Return the method's losses on marched rays."""
         raise NotImplementedError
 
-    def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
+    def losses(self, results: Sequence[SpeechShot | PictureResult]) -> dict[str, Tensor]:
         return averaged(
-            (self.speech_losses if result.rendered is None else self.picture_losses)(result)
-            for result in results
+            self.speech_losses(r) if isinstance(r, SpeechShot) else self.picture_losses(r)
+            for r in results
         )
 
     # -- pose ------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.avatars.base import StepResult, distance, shaped
+from talkhead_cli.avatars.base import PictureResult, distance, shaped
 from talkhead_cli.avatars.personal import (
     LIP_NOISE,
     N_EYES,
@@ -273,16 +273,14 @@ class Talk3D(SharedAvatar):
 
     # -- losses ----------------------------------------------------------------------------
 
-    def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
-        shot, frame, rendered = result.shot, result.frame, result.rendered
-        assert shot.rays is not None and frame is not None and rendered is not None
-        if shot.rays.whole:
+    def picture_losses(self, result: PictureResult) -> dict[str, Tensor]:
+        rays, truth, rendered = result.rays, result.truth, result.rendered
+        if rays.whole:
             return self._whole_losses(result)
-        assert shot.target is not None and shot.labels is not None
-        person = 1 - shot.labels[:, 5:6]
-        losses = solid_losses(rendered, person, shot.labels[:, :1]) | {
-            "colour": F.mse_loss(frame.rgb.reshape(-1, 3), shot.target),
-            "relief": self.person(shot.signals).relief.loss(rendered, shot.rays, person[:, 0]),
+        rgb, person = result.frame.rgb, 1 - truth.labels[:, 5:6]
+        losses = solid_losses(rendered, person, truth.labels[:, :1]) | {
+            "colour": F.mse_loss(rgb.reshape(-1, 3), truth.colour),
+            "relief": self.person(result.signals).relief.loss(rendered, rays, person[:, 0]),
             "rough": self.planes.roughness(),
             "symmetry": self.planes.asymmetry(),
         }
@@ -291,23 +289,19 @@ class Talk3D(SharedAvatar):
             losses["rough"] = losses["rough"] + roughness(drawn)
             losses["symmetry"] = losses["symmetry"] + asymmetry(drawn)
             losses["latent"] = self.latents.styles.square().mean()
-        if shot.rays.layout is not None:
-            losses |= patch_losses(
-                frame.rgb, shot.target.view(*shot.rays.layout, 3), self.loss_networks
-            )
+        if rays.layout is not None:
+            losses |= patch_losses(rgb, truth.colour.view(*rays.layout, 3), self.loss_networks)
         return losses
 
-    def _whole_losses(self, result: StepResult) -> dict[str, Tensor]:
+    def _whole_losses(self, result: PictureResult) -> dict[str, Tensor]:
         """Return losses on finished pictures and on the smaller marched ones."""
-        shot, frame = result.shot, result.frame
-        assert frame is not None and shot.target is not None and shot.labels is not None
-        assert shot.plate is not None
+        frame = result.frame
         shape = frame.rgb.shape
-        truth, plate = shot.target.view(shape), shot.plate.view(shape)
-        labels = shot.labels.view(*shape[:3], -1)
+        truth, plate = result.truth.colour.view(shape), result.truth.plate.view(shape)
+        labels = result.truth.labels.view(*shape[:3], -1)
         raw = frame.parts["raw"]
         small, behind = (_smaller(x, self.magnification) for x in (truth, plate))
-        lips = picture_masks(shot.signals, labels)[..., 0]
+        lips = picture_masks(result.signals, labels)[..., 0]
         error = F.smooth_l1_loss(frame.rgb, truth, beta=0.1, reduction="none").mean(-1)
         return {
             "raw": F.mse_loss(raw[..., :3] + (1 - raw[..., -1:]) * behind, small),
@@ -315,7 +309,7 @@ class Talk3D(SharedAvatar):
             "mouth": (error * lips).sum() / lips.sum().clamp_min(1),
             "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
         } | patch_losses(frame.rgb, truth, self.loss_networks, "whole_") | sync_losses(
-            self.loss_networks, frame.rgb, shot.signals
+            self.loss_networks, frame.rgb, result.signals
         )  # fmt: skip
 
     # -- parts -----------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from talkhead_cli import march
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.contracts import (
     Progress,
+    RayShot,
     Shot,
     Signals,
     TalkheadError,
@@ -289,6 +290,7 @@ class _StageLoop:
         if self.learns_space and place.total % self.job.preset.march.every == 0:
             # people in turn, since the grid must hold all of them
             shot = drawn[place.total // self.job.preset.march.every % len(drawn)]
+            assert isinstance(shot, RayShot)
             with torch.no_grad():
                 made = self.avatar.enroll(shot.portrait).condition(shot.signals)
                 self.job.module.marcher.refresh(made, place.total)

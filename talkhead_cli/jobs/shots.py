@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
-from talkhead_cli.contracts import Shot
+from talkhead_cli.contracts import RayBundle, RayShot, Shot, SpeechShot, Truth
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Stage
 from talkhead_cli.march import picture_rays, pixel_rays
@@ -24,28 +22,8 @@ def draw(
 ) -> Shot:  # fmt: skip
     """Draw one person's shot; whole pictures are marched `magnification` times smaller."""
     if stage.rays == "none":
-        rows = _in_sequence(footage.speaking, stage.batch, stage.in_sequence, rng)
-        signals = footage.signals[_sent(rows, footage.device)]
-        if not stage.shown:
-            return Shot(signals)
-        seen = torch.from_numpy(footage.pictures[rows.numpy()]).float() / 255
-        return Shot(signals, target=seen)
-    n_frames = min(stage.n_frames, max(1, n_rays // 16))
-    if stage.rays == "patch":
-        n_frames = max(1, min(n_frames, n_rays // stage.patch_px**2))
-    if stage.rays == "picture":
-        n_frames = stage.n_frames
-    rows = _pick(footage.train, n_frames, rng)
-    if stage.in_sequence > 1:
-        length = min(stage.in_sequence, n_frames)
-        rows = _in_sequence(footage.speaking, n_frames, length, rng)
-        n_frames = len(rows)
-    if stage.rare:
-        n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
-        rows = torch.cat([_pick(footage.rare, n_rare, rng), rows])[: len(rows)]
-    lids = _by_lids(footage, stage, len(rows), rng)
-    kept = len(rows) - (0 if stage.rays == "random" else len(lids))
-    rows = torch.cat([rows[:kept], lids])
+        return _speech_shot(footage, stage, rng)
+    rows, n_lids = _rows(footage, stage, n_rays, rng)
     at = _sent(rows, footage.device)
     signals = footage.signals[at]
     if footage.said is not None:
@@ -53,36 +31,56 @@ def draw(
         n_draws = len(rows) if stage.in_sequence == 1 else 1
         mouths = _rand(n_draws, 1, 1, rng=rng, on=signals.pose) < stage.listen
         signals = signals.with_(landmarks=torch.where(mouths, footage.said[at], signals.landmarks))
-    others = None
+    portrait = None
     if stage.portraits:
-        others = footage.portrait(_pick(footage.train, stage.portraits, rng))
+        portrait = footage.portrait(_pick(footage.train, stage.portraits, rng))
     if stage.rays == "picture":
-        camera = signals.camera.smaller(magnification)
-        rays = picture_rays(camera, torch.arange(n_frames, device=footage.device), aabb)
-        return with_truth(footage, at, Shot(signals, rays, portrait=others))
-    if stage.rays == "patch":
+        number = torch.arange(len(rows), device=footage.device)
+        rays = picture_rays(signals.camera.smaller(magnification), number, aabb)
+    elif stage.rays == "patch":
         row, pixel = _patches(footage, at, stage, rng)
-        layout = (n_frames, stage.patch_px, stage.patch_px)
+        layout = (len(rows), stage.patch_px, stage.patch_px)
+        rays = pixel_rays(signals.camera, row, pixel, aabb, layout=layout)
     else:
-        row, pixel = _pixels(footage, at, n_rays, rng, len(lids), stage.lids)
-        layout = None
-    rays = pixel_rays(signals.camera, row, pixel, aabb, layout=layout)
-    return with_truth(footage, at, Shot(signals, rays, portrait=others))
+        row, pixel = _pixels(footage, at, n_rays, rng, n_lids, stage.lids)
+        rays = pixel_rays(signals.camera, row, pixel, aabb)
+    return RayShot(signals, rays, truth_of(footage, at, rays), portrait)
 
 
-def with_truth(footage: Footage, rows: Tensor, shot: Shot) -> Shot:
-    """Return the shot with target colours, labels and background of each ray, or, where the rays
-    form whole pictures, of each pixel of the finished pictures."""
-    rays = shot.rays
-    assert rays is not None
+def _speech_shot(footage: Footage, stage: Stage, rng: torch.Generator) -> SpeechShot:
+    rows = _in_sequence(footage.speaking, stage.batch, stage.in_sequence, rng)
+    signals = footage.signals[_sent(rows, footage.device)]
+    if not stage.shown:
+        return SpeechShot(signals)
+    return SpeechShot(signals, torch.from_numpy(footage.pictures[rows.numpy()]).float() / 255)
+
+
+def _rows(footage: Footage, stage: Stage, n_rays: int, rng: torch.Generator) -> tuple[Tensor, int]:
+    """Draw the rows (T,) of a step with rays; the last so many are drawn over eye openness."""
+    n_frames = min(stage.n_frames, max(1, n_rays // 16))
+    if stage.rays == "patch":
+        n_frames = max(1, min(n_frames, n_rays // stage.patch_px**2))
+    if stage.rays == "picture":
+        n_frames = stage.n_frames
+    rows = _pick(footage.train, n_frames, rng)
+    if stage.in_sequence > 1:
+        rows = _in_sequence(footage.speaking, n_frames, min(stage.in_sequence, n_frames), rng)
+    if stage.rare:
+        n_rare = int((torch.rand(len(rows), generator=rng) < stage.rare).sum())
+        rows = torch.cat([_pick(footage.rare, n_rare, rng), rows])[: len(rows)]
+    lids = _by_lids(footage, stage, len(rows), rng)
+    kept = len(rows) - (0 if stage.rays == "random" else len(lids))
+    return torch.cat([rows[:kept], lids]), len(lids)
+
+
+def truth_of(footage: Footage, rows: Tensor, rays: RayBundle) -> Truth:
+    """Return what rays of these rows (T,) of the footage should show."""
     if rays.whole:  # slicing; picking pixels one by one takes a hundred times as long
-        target, labels = footage.pixels.whole(rows)
-        plate = footage.plate.reshape(-1, 3).repeat(len(rows), 1)
-    else:
-        column, line = rays.pixel.long().unbind(1)
-        target, labels = footage.pixels.at(rows[rays.row], line, column)
-        plate = footage.plate[line, column]
-    return replace(shot, target=target, labels=labels, plate=plate)
+        colour, labels = footage.pixels.whole(rows)
+        return Truth(colour, labels, footage.plate.reshape(-1, 3).repeat(len(rows), 1))
+    column, line = rays.pixel.long().unbind(1)
+    colour, labels = footage.pixels.at(rows[rays.row], line, column)
+    return Truth(colour, labels, footage.plate[line, column])
 
 
 def _pick(rows: Tensor, n: int, rng: torch.Generator) -> Tensor:

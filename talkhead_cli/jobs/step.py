@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from talkhead_cli import march
-from talkhead_cli.avatars.base import Avatar, StepResult
-from talkhead_cli.contracts import MisuseError, Shot
+from talkhead_cli.avatars.base import Avatar, PictureResult
+from talkhead_cli.contracts import MisuseError, Shot, SpeechShot
 from talkhead_cli.jobs.preset import Train
 
 
@@ -60,31 +59,32 @@ class Step(nn.Module):
 
     def forward(self, drawn: Drawn, weights: Mapping[str, float]) -> Lost:
         """Return the losses of a step; only `loss` has a gradient."""
-        results, n_points = [], 0
+        results: list[SpeechShot | PictureResult] = []
+        n_points = 0
         marches_with_grad = torch.is_grad_enabled() and self.avatar.field_learns()
         for shot in drawn.shots:
-            if shot.rays is None:
-                results.append(StepResult(shot))
+            if isinstance(shot, SpeechShot):
+                results.append(shot)
                 continue
-            assert shot.plate is not None
             with torch.set_grad_enabled(marches_with_grad):
                 speaker = self.avatar.enroll(shot.portrait)
                 rays = speaker.aim(shot.signals, shot.rays)
                 made = speaker.condition(shot.signals)
                 rendered = self.marcher.march(made, rays)
-            frame = speaker.compose(rendered, rays, shot.signals, shot.plate)
-            results.append(StepResult(replace(shot, rays=rays), made, rendered, frame))
+            frame = speaker.compose(rendered, rays, shot.signals, shot.truth.plate)
+            results.append(PictureResult(shot.signals, rays, shot.truth, made, rendered, frame))
             n_points += int(rendered.n_points)
         terms = self.avatar.losses(results)
         assert terms.keys() <= self.avatar.loss_names, terms.keys() - self.avatar.loss_names
         weighed = [weights[name] * term for name, term in terms.items() if weights.get(name)]
         assert weighed, "the stage weighs none of its losses"
         loss = torch.stack(weighed).sum()
-        pictures = [_with_its_truth(r) for r in results] if weights.get("critic") else []
+        pictures = []
+        if weights.get("critic"):
+            pictures = [_with_its_truth(r) for r in results if isinstance(r, PictureResult)]
         return Lost(loss, {name: term.detach() for name, term in terms.items()}, n_points, pictures)
 
 
-def _with_its_truth(result: StepResult) -> tuple[Tensor, Tensor, Tensor]:
-    assert result.frame is not None and result.shot.target is not None
+def _with_its_truth(result: PictureResult) -> tuple[Tensor, Tensor, Tensor]:
     made = result.frame.rgb.detach()
-    return made, result.shot.target.view(made.shape), result.shot.signals.landmarks_px
+    return made, result.truth.colour.view(made.shape), result.signals.landmarks_px

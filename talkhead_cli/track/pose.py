@@ -118,8 +118,6 @@ def fit_head(
     shape, rotation = _procrustes_shape(points, np.flatnonzero(found))
     unit = np.linalg.norm((rotation @ (shape[TOP] - shape[CHIN]))[..., :2], axis=-1)
     scale_px = face_height(points[found, :, :2]) / unit
-        (rotation @ (shape[TOP] - shape[CHIN]))[..., :2], axis=-1
-    )
     # Start at 47 degrees over the long side (phones, webcams: 50 to 65); depth follows from scale.
     focal = 1.15 * max(width, height)
     n_frames = len(points)

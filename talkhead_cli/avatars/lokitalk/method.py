@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.avatars.base import Speaker, StepResult, distance, shaped
+from talkhead_cli.avatars.base import PictureResult, Speaker, distance, shaped
 from talkhead_cli.avatars.lokitalk.field import LokiField
 from talkhead_cli.avatars.lokitalk.transfer import Transfer, laid_out, told_of
 from talkhead_cli.avatars.personal import (
@@ -208,28 +208,28 @@ class LokiTalk(SharedAvatar):
 
     # -- losses ------------------------------------------------------------------------------
 
-    def picture_losses(self, result: StepResult) -> dict[str, Tensor]:
-        shot, frame, rendered = result.shot, result.frame, result.rendered
-        rays = shot.rays
-        assert frame is not None and rendered is not None and rays is not None
-        assert shot.target is not None and shot.labels is not None
+    def picture_losses(self, result: PictureResult) -> dict[str, Tensor]:
+        signals, rays, truth = result.signals, result.rays, result.truth
+        rendered = result.rendered
         assert isinstance(result.field, LokiField)
-        rgb = frame.rgb.reshape(-1, 3)
-        person = 1 - shot.labels[:, 5:6]
-        masks = region_masks(shot.signals, rays.pixel, rays.row, shot.labels)
+        rgb = result.frame.rgb.reshape(-1, 3)
+        person = 1 - truth.labels[:, 5:6]
+        masks = region_masks(signals, rays.pixel, rays.row, truth.labels)
         attention = rendered.feature[:, ATTENTION]
         solid = rendered.opacity.detach()
         moved = rendered.feature[:, SHIFTS]
-        losses = solid_losses(rendered, person, shot.labels[:, :1]) | {
-            "colour": F.mse_loss(rgb, shot.target),
+        losses = solid_losses(rendered, person, truth.labels[:, :1]) | {
+            "colour": F.mse_loss(rgb, truth.colour),
             # two-sided: a one-sided loss would let attention vanish inside the soft masks
             "attention": ((attention - masks * solid) * solid).abs().mean(),
             "still": (moved * (1 - masks[:, :2].amax(1, keepdim=True))).mean(),
-            "relief": self.person(shot.signals).relief.loss(rendered, rays, person[:, 0]),
+            "relief": self.person(signals).relief.loss(rendered, rays, person[:, 0]),
             "rough": result.field.avatar.volume.roughness(),  # the person's, `enroll` may change it
         }
         if rays.layout is not None:
-            losses |= patch_losses(frame.rgb, shot.target.view(*rays.layout, 3), self.loss_networks)
+            losses |= patch_losses(
+                result.frame.rgb, truth.colour.view(*rays.layout, 3), self.loss_networks
+            )
         return losses
 
     # -- parts ---------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from talkhead_cli.avatars.base import Avatar, Speaker, StepResult, averaged
+from talkhead_cli.avatars.base import Avatar, PictureResult, Speaker, averaged
 from talkhead_cli.avatars.s3d.face import Face, Layers
 from talkhead_cli.avatars.s3d.field import (
     N_COLOURS,
@@ -58,7 +58,7 @@ from talkhead_cli.blocks.regions import picture_masks, region_masks
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.sync import sync_losses
 from talkhead_cli.blocks.upscale import Retoucher
-from talkhead_cli.contracts import Portrait, Signals, Size
+from talkhead_cli.contracts import Portrait, Signals, Size, SpeechShot
 
 DEFORMATIONS = ("none", "naive", "concatenated", "cross-modal")
 
@@ -201,27 +201,24 @@ class S3D(Avatar):
 
     # -- losses ----------------------------------------------------------------------------
 
-    def losses(self, results: list[StepResult]) -> dict[str, Tensor]:
+    def losses(self, results: Sequence[SpeechShot | PictureResult]) -> dict[str, Tensor]:
         return averaged(
-            (self._speech_losses if result.rendered is None else self._picture_losses)(result)
-            for result in results
+            self._speech_losses(r) if isinstance(r, SpeechShot) else self._picture_losses(r)
+            for r in results
         )
 
-    def _speech_losses(self, result: StepResult) -> dict[str, Tensor]:
-        signals = result.shot.signals
+    def _speech_losses(self, shot: SpeechShot) -> dict[str, Tensor]:
+        signals = shot.signals
         told = self._mouth(signals).to_say(signals)
         net_predictions = self.speech.net_predictions(signals)
         return {"speech": F.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))}
 
-    def _picture_losses(self, result: StepResult) -> dict[str, Tensor]:
-        shot, frame, rendered = result.shot, result.frame, result.rendered
-        field, rays = result.field, shot.rays
-        assert frame is not None and rendered is not None and rays is not None
-        assert isinstance(field, S3DField)
-        assert shot.target is not None and shot.labels is not None and shot.plate is not None
-        losses = field.losses(shot.signals)
+    def _picture_losses(self, result: PictureResult) -> dict[str, Tensor]:
+        signals, rays, rendered = result.signals, result.rays, result.rendered
+        assert isinstance(result.field, S3DField)
+        losses = result.field.losses(signals)
         whole = rays.whole
-        labels, target, plate = shot.labels, shot.target, shot.plate
+        labels, target, plate = result.truth.labels, result.truth.colour, result.truth.plate
         if whole and self.magnification > 1:
             labels, target, plate = (
                 _smaller(x, rays.layout, self.magnification) for x in (labels, target, plate)
@@ -230,7 +227,7 @@ class S3D(Avatar):
         marched = rendered.feature[:, OWN] + rendered.feature[:, SOURCE]
         over = marched + (1 - rendered.opacity) * plate
         at = rays.pixel * (self.magnification if whole else 1)  # masks use full-size pixels
-        alive = region_masks(shot.signals, at, rays.row, labels)[:, :2].amax(1)
+        alive = region_masks(signals, at, rays.row, labels)[:, :2].amax(1)
         error = (over - head * target - (1 - head) * plate).square().mean(1)
         losses |= solid_losses(rendered, head, labels[:, :1]) | {
             "colour": error.mean(),
@@ -241,16 +238,16 @@ class S3D(Avatar):
             losses |= self._whole_losses(result)
         return losses
 
-    def _whole_losses(self, result: StepResult) -> dict[str, Tensor]:
-        shot, frame = result.shot, result.frame
-        assert frame is not None and shot.target is not None and shot.labels is not None
+    def _whole_losses(self, result: PictureResult) -> dict[str, Tensor]:
+        signals, frame = result.signals, result.frame
         shape = frame.rgb.shape
-        truth, labels = shot.target.view(shape), shot.labels.view(*shape[:3], -1)
+        truth = result.truth.colour.view(shape)
+        labels = result.truth.labels.view(*shape[:3], -1)
         error = F.smooth_l1_loss(frame.rgb, truth, beta=0.1, reduction="none").mean(-1)
-        alive = picture_masks(shot.signals, labels)[..., :2].amax(-1)
+        alive = picture_masks(signals, labels)[..., :2].amax(-1)
         return (
-            sync_losses(self.loss_networks, frame.rgb, shot.signals)
-            | critic_losses(self.loss_networks, frame.rgb, shot.signals.landmarks_px)
+            sync_losses(self.loss_networks, frame.rgb, signals)
+            | critic_losses(self.loss_networks, frame.rgb, signals.landmarks_px)
             | {
                 "whole": error.mean(),
                 "mouth": (error * alive).sum() / alive.sum().clamp_min(1),
