@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import shutil
@@ -312,13 +313,16 @@ def test_a_point_reads_the_same_in_our_planes_as_in_theirs(kind: eg3d.Kind) -> N
     torch.manual_seed(0)
     smooth = F.interpolate(torch.randn(3, 4, 8, 8), size=128, mode="bicubic", align_corners=False)
     placing = eg3d.EG3DPlacing(kind)
+    torch.nn.init.constant_(placing.stretch, 2.0)
+    torch.nn.init.constant_(placing.shift, -1.0)
     reach = torch.tensor([1.2, 1.4, 1.0])
     with torch.no_grad():
         ours = RowPlanes(placing(smooth, reach)[None])
         x = (2 * torch.rand(500, 3) - 1) * 0.9
         read = ours(warped(x, reach), torch.zeros(500, dtype=torch.long))
         flip = torch.tensor([1.0, -1.0, -1.0])
-        there = 2 * (eg3d.FACE * x * flip + torch.tensor(eg3d.EARS))
+        face, ears = eg3d.FACE * math.exp(0.04), torch.tensor(eg3d.EARS) - 0.02
+        there = 2 * (face * x * flip + ears)
     last = [2, 1] if kind == "eg3d-fixed" else [2, 0]
     pairs = torch.stack([there[:, [0, 1]], there[:, [0, 2]], there[:, last]])
     theirs = F.grid_sample(smooth, pairs[:, :, None], padding_mode="zeros", align_corners=False)
@@ -356,9 +360,9 @@ def test_a_person_begins_with_it_and_ends_as_planes(speaker_home: Path) -> None:
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
     row = clip.signals[clip.train[:1]]
     names = {n for n, _ in avatar.named_parameters()}
-    assert {"placing.ears", "latents.styles", "generator.start"} <= names
+    assert {"placing.shift", "latents.styles", "generator.start"} <= names
     found = {id(p) for p in avatar.part("latents")}
-    assert {id(p) for p in (avatar.placing.ears, avatar.latents.styles)} <= found  # type: ignore[union-attr]
+    assert {id(p) for p in (avatar.placing.shift, avatar.latents.styles)} <= found  # type: ignore[union-attr]
     x = 0.4 * torch.randn(200, 3)
     where = torch.zeros(200, dtype=torch.long)
     avatar.eval()
@@ -406,3 +410,11 @@ def test_training_goes_through_finding_and_tuning(
                  settings=["avatar.generator=eg3d"])  # fmt: skip
     with pytest.raises(MisuseError, match="goes with size full"):
         presets.load(["talk3d", "eg3d", "tiny"])
+
+
+def test_parts_that_a_generator_has_not_trained_learn_at_their_full_rates() -> None:
+    preset = presets.load(["talk3d", "eg3d"])
+    stages = presets.adapted_to_start(preset, Talk3D.borrowed_parts, 60.0).train.stages
+    assert stages["speech"].rates == preset.train.stages["speech"].rates
+    own, slower = preset.train.stages["tune"].rates, stages["tune"].rates
+    assert slower == own | {"decoder": 0.5 * own["decoder"]}

@@ -69,6 +69,7 @@ class Avatar(nn.Module):
     composing       names of the parts that only `compose` uses
     needs_portrait  whether it renders unseen people from pictures (`enroll`), within `box`
     begins_with     published generators it can be built for, loaded by `borrow`
+    borrowed_parts  names of the parts that such a generator has trained
     past            preceding rows that `listen` needs for a row to match the whole-clip result
     magnification   side of finished pictures over that of the marched ones
     maps            parts of a frame to visualise: names of their channels, which are never negative
@@ -86,6 +87,7 @@ class Avatar(nn.Module):
     loss_names: frozenset[str] = frozenset()
     expert_losses: frozenset[str] = frozenset()
     begins_with: frozenset[str] = frozenset()
+    borrowed_parts: tuple[str, ...] = ()
     composing: frozenset[str] = frozenset()
     needs_portrait = False
     has_kernel = False

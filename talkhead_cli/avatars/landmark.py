@@ -17,6 +17,8 @@ Where the paper's release does not say, or we differ on purpose:
   to the person's own frames.  Gaze, which no landmark shows, is an input beside the code.
 * z is taken along the camera's own axis, in units of the Gaussians' initial size: in the release's
   units its sines and cosines hardly differ from z and 1.
+* Tri-planes take the place of hash grids, and there are no codes of single frames.  Colours are
+  compared by squared error; the Style-U-Net works at the picture's own resolution.
 * A loss penalises ambient coordinates away from mouth and eyes.
 * The torso network is trained on training frames only, outputs alpha, and warps a learned canvas
   with the shoulders.

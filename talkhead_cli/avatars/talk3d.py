@@ -26,6 +26,9 @@ Where we differ on purpose:
   token holds the translation of the head and the motion of the shoulders.
 * The speech token encodes the mouth's shape, on which the speech encoder is supervised directly;
   learned from pixels alone, the link from speech to lips is lost.
+* U learns from random pixels by their colour; perceptual losses and a weight on the mouth come
+  with the upscaler, which is our own.  There is no identity loss; `sync` is available, but no
+  shipped stage weighs it.
 * Angles are not frequency-encoded as in the paper: encoded, they would identify each of a few
   hundred frames.
 """
@@ -115,6 +118,7 @@ class Talk3D(SharedAvatar):
     }  # fmt: skip
     composing = frozenset({"upscaler"})
     begins_with = frozenset(KINDS)
+    borrowed_parts = ("generator", "decoder")
     generator: PlaneGenerator | EG3DGenerator | None
     latents: Latents | None
     placing: EG3DPlacing | None

@@ -31,6 +31,7 @@ WIDTHS = {4: 512, 8: 512, 16: 512, 32: 512, 64: 512, 128: 256, 256: 128}
 # EG3D's camera (focal length 4.26 picture widths, 2.7 from the centre) and the share of FFHQ's
 # crop that a face fills; optimised further when a person is fitted.
 FACE, EARS = 0.37, (0.0, 0.02, 0.03)
+PLACING = 0.02  # face heights, and log of scale
 
 
 def layout() -> dict[str, tuple[int, ...]]:
@@ -204,14 +205,15 @@ class EG3DPlacing(nn.Module):
     Both sets of planes are axis-aligned, and the map between the spaces works per axis, so each of
     our planes is one of theirs, resampled.  kind: their plane order.  In the original files the
     last two planes both span z and x, in different order; in the fixed ones the last spans z and
-    y.  log_face: log of the face's height in the cube · ears (3,) the point between the ears
+    y.  stretch () and shift (3,) move the face from FACE and EARS, in units of PLACING: at the
+    latents' learning rate, places themselves would jump by hundredths of a face.
     """
 
     def __init__(self, kind: Kind) -> None:
         super().__init__()
         self.kind = kind
-        self.log_face = nn.Parameter(torch.tensor(math.log(FACE)))
-        self.ears = nn.Parameter(torch.tensor(EARS))
+        self.stretch = nn.Parameter(torch.zeros(()))
+        self.shift = nn.Parameter(torch.zeros(3))
 
     def forward(self, planes: Tensor, reach: Tensor) -> Tensor:
         """planes (3, C, S, S) -> planes xy, xz, yz (3, C, S, S) in coordinates of `warped`."""
@@ -219,7 +221,9 @@ class EG3DPlacing(nn.Module):
         line = (2 * torch.arange(size, device=planes.device) + 1) / size - 1
         ours = unwarped(line[:, None], reach)  # (S, 3)
         flip = ours.new_tensor([1.0, -1.0, -1.0])
-        x, y, z = (2 * (ours * flip * self.log_face.exp() + self.ears)).unbind(1)
+        face = FACE * (PLACING * self.stretch).exp()
+        ears = ours.new_tensor(EARS) + PLACING * self.shift
+        x, y, z = (2 * (ours * flip * face + ears)).unbind(1)
         if self.kind == "eg3d-fixed":
             return torch.stack([
                 _read(planes[0], x, y), _read(planes[1], x, z), _read(planes[2], z, y, turned=True),
@@ -255,7 +259,7 @@ class EG3DDecoder(nn.Module):
     def forward(self, read: Tensor) -> Tensor:
         """Features (N, CHANNELS) -> raw density and decoded features (N, 1 + CHANNELS)."""
         said = self.last(F.softplus(self.first(read)))
-        # per unit of EG3D's cube -> per face height
+        # per unit of EG3D's cube -> per face height, but for the percents that `EG3DPlacing` learns
         density = FACE * F.softplus(said[:, :1].float() - 1)
         return torch.cat([raw_density_of(density).to(said.dtype), said[:, 1:]], 1)
 

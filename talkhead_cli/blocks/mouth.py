@@ -127,7 +127,8 @@ class Mouth(nn.Module):
 
     @torch.no_grad()
     def settle(self, kept: Signals, said: Tensor) -> None:
-        """Set the gain, from rows that the speech encoder was not trained on.
+        """Set the gain, from rows that the speech encoder's networks were not trained on (its
+        linear map has seen them, which makes the gain a little too small).
 
         said (T, K): its predictions for them.  Regression predicts means, mouths open too little;
         the gain, within GAINS, brings the std of the opening to SPREAD times the tracked one.

@@ -147,7 +147,8 @@ class _Block(nn.Module):
         """planes (B, 3, n_in, s, s), tokens (B, n_told) -> (B, 3, n_out, s, s)."""
         for index, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):
             x = conv(planes)
-            x = norm(x.flatten(0, 1)).unflatten(0, x.shape[:2])
+            # norms come out in float32 under autocast, which the rest of the block need not keep
+            x = norm(x.flatten(0, 1)).to(x.dtype).unflatten(0, x.shape[:2])
             if tokens is not None:
                 told = self.told[index](tokens).view(len(tokens), 3, -1, 1, 1)
                 scale, shift = told.chunk(2, 2)

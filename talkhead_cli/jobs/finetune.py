@@ -187,7 +187,8 @@ def _begun(
             f"{seconds:.1f} s to learn from: training for {share:.0%} of the steps, since more "
             "would overfit (-s train.enough_s=0 takes all)"
         )
-    stages = presets.adapted_to_start(preset, avatar.common_parts() if knows else None, seconds)
+    trained = avatar.common_parts() if start is not None else avatar.borrowed_parts
+    stages = presets.adapted_to_start(preset, trained if knows else None, seconds)
     refuse_unknown(stages.train, avatar, preset.method)
     if not len(clip.speaking):
         raise TalkheadError(

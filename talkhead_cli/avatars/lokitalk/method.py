@@ -23,6 +23,7 @@ purpose:
 * Networks see points in the space of a shared face (`alignment`, one affine map from landmarks at
   rest); mouth codes use the shapes and scale that people share.  For one person without a prior
   all of these are the person's own.
+* The mask that attention to the torso is compared with is zero everywhere else.
 * Light is fixed in the room while the head turns (`Shading`).
 """
 
