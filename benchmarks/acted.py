@@ -20,9 +20,10 @@ from talkhead_cli import media
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.blocks.mouth import Mouth
 from talkhead_cli.contracts import SAMPLES_PER_FRAME, Signals, SilentProgress, TalkheadError
-from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs import footage
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.footage import head_camera
+from talkhead_cli.jobs.player import Player, eight_bits, still_signals
 from talkhead_cli.jobs.preprocess import preprocess
 from talkhead_cli.store import Workspace
 
@@ -52,19 +53,19 @@ def _acted(home: Path, films: Path, pair: tuple[str, str]) -> str | None:
         home, face, SilentProgress(), preset_names=PRESETS, prior="none", device="cpu",
         run_name="acts", settings=[f"train.scale={SCALE}", "data.holdout=0"],
     )  # fmt: skip
-    show = player.load(run, torch.device("cpu"))
-    assert isinstance(show.avatar, LokiTalk)
+    player = Player.load(run, torch.device("cpu"))
+    assert isinstance(player.avatar, LokiTalk)
     spaces = [Workspace.open(home, who) for who in pair]
-    own, other = (footage.load(s, show.preset.data, SilentProgress()) for s in spaces)
+    own, other = (footage.load(s, player.preset.data, SilentProgress()) for s in spaces)
     k = torch.from_numpy(spaces[0].load("tracks")["k"])
     first, last = int(other.train[0]), int(other.train[-1]) + 1
-    signals = moved_as(show.avatar, own.signals[own.train], other.signals, k)[slice(first, last)]
+    signals = moved_as(player.avatar, own.signals[own.train], other.signals, k)[slice(first, last)]
     sound = media.read_wav(spaces[1].audio)[first * SAMPLES_PER_FRAME : last * SAMPLES_PER_FRAME]
     film, wav = films / f"{name}.mp4", films / f"{name}.wav"
     media.write_wav(wav, sound)
     with media.VideoWriter(film, (own.size_px,) * 2, audio=wav, crf=8) as out:
-        for frame, _ in show.pictures(signals):
-            out.write(player.eight_bits(frame))
+        for frame, _ in player.pictures(signals):
+            out.write(eight_bits(frame))
     try:
         preprocess(film, home, SilentProgress(), name=name, offset="none")
     except TalkheadError as error:
@@ -84,7 +85,7 @@ def moved_as(avatar: LokiTalk, own: Signals, other: Signals, k: Tensor) -> Signa
     mouth, theirs = avatar.person(own).mouth, Mouth()
     theirs.measure(other, mouth.basis)
     camera = head_camera(told["pose"], k, own.camera.size_px)
-    still = player.still_signals(other.audio, other.moment, camera, eye=other.eye, **told)
+    still = still_signals(other.audio, other.moment, camera, eye=other.eye, **told)
     return still.with_(landmarks=mouth.landmarks(theirs.code(other)))
 
 

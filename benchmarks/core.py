@@ -24,9 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from talkhead_cli import march
 from talkhead_cli.contracts import Field, RayBundle, Signals, SilentProgress
-from talkhead_cli.jobs import evaluate, finetune, footage, player
+from talkhead_cli.jobs import evaluate, finetune, footage
 from talkhead_cli.jobs.footage import Footage
-from talkhead_cli.jobs.player import Player
+from talkhead_cli.jobs.player import Player, eight_bits
+from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.march import DenseMarcher, GuidedMarcher, guided
 from talkhead_cli.store import Run, Workspace
 
@@ -39,7 +40,7 @@ STRIDE = {"cpu": 16, "cuda": 4}  # step between measured held-out rows
 class Bench:
     """A run's player and the held-out rows that it renders."""
 
-    show: Player
+    player: Player
     clip: Footage
     rows: Signals
     truth: Tensor  # (T, s, s, 3) in [0, 1]
@@ -47,12 +48,12 @@ class Bench:
 
     @property
     def marcher(self) -> GuidedMarcher:
-        assert isinstance(self.show.marcher, GuidedMarcher), "give a run with march.n_samples > 0"
-        return self.show.marcher
+        assert isinstance(self.player.marcher, GuidedMarcher), "give a run with march.n_samples > 0"
+        return self.player.marcher
 
     def pictures(self, rows: Signals | None = None) -> tuple[Tensor, int]:
         """Render rows, (T, s, s, 3) in [0, 1] on the CPU; also return the number of points."""
-        made = list(self.show.pictures(self.rows if rows is None else rows))
+        made = list(self.player.pictures(self.rows if rows is None else rows))
         rgb = torch.cat([f.rgb.float().cpu().clamp(0, 1) for f, _ in made])
         return rgb, sum(n for _, n in made)
 
@@ -71,14 +72,14 @@ class Bench:
 def load(home: Path, name: str, device: str, run: str | None = None, every: int = 0) -> Bench:
     """Load the newest (or the named) run of an identity and every `every`-th held-out row."""
     space = Workspace.open(home, name)
-    found, _ = player.pick_run(space, run)
-    show = player.load(found, march.device_of(device))
-    clip = footage.load(space, show.preset.data, SilentProgress())
-    held = clip.held[:: every or STRIDE[show.device.type]]
-    rows = show.heard(clip.signals, held)
+    found = pick_run(space, run, SilentProgress())
+    player = Player.load(found, march.device_of(device))
+    clip = footage.load(space, player.preset.data, SilentProgress())
+    held = clip.held[:: every or STRIDE[player.device.type]]
+    rows = player.listen_to_rows(clip.signals, held)
     truth = torch.from_numpy(clip.pictures[held.numpy()].astype(np.float32) / 255)
     boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held.numpy()], clip.size_px)
-    return Bench(show, clip, rows, truth, boxes)
+    return Bench(player, clip, rows, truth, boxes)
 
 
 # -- what is measured ----------------------------------------------------------------------------
@@ -86,15 +87,15 @@ def load(home: Path, name: str, device: str, run: str | None = None, every: int 
 
 def against_reference(bench: Bench) -> dict[str, Any]:
     """Compare the dense, the packed and the guided marcher on the same trained field."""
-    show, few = bench.show, bench.marcher
+    player, few = bench.player, bench.marcher
     lattice, step = few.lattice, few.lattice.step
-    n_steps = round(float(show.avatar.aabb[5] - show.avatar.aabb[2]) / step)
-    dense = DenseMarcher(show.avatar.aabb, n_steps).eval().to(show.device)
+    n_steps = round(float(player.avatar.aabb[5] - player.avatar.aabb[2]) / step)
+    dense = DenseMarcher(player.avatar.aabb, n_steps).eval().to(player.device)
     pictures, rows = {}, {}
     for name, marcher in (("reference", dense), ("packed", lattice), ("guided", few)):
-        show.marcher = marcher
+        player.marcher = marcher
         rgb, n_points = bench.pictures()
-        hits = sum(int((f.alpha > 0.5).sum()) for f, _ in show.pictures(bench.rows))
+        hits = sum(int((f.alpha > 0.5).sum()) for f, _ in player.pictures(bench.rows))
         rate = frames_per_second(bench)
         pictures[name] = rgb
         rows[name] = {
@@ -103,7 +104,7 @@ def against_reference(bench: Bench) -> dict[str, Any]:
             "points_per_frame": n_points // len(rgb),
             **bench.psnr(rgb),
         }
-    show.marcher = few
+    player.marcher = few
     for name in ("packed", "guided"):
         difference = evaluate.psnr(pictures[name].numpy(), pictures["reference"].numpy())
         rows[name]["db_against_reference"] = round(difference, 2)
@@ -119,7 +120,7 @@ def by_size(bench: Bench) -> list[dict[str, Any]]:
     for size in SIZES:
         rows = _resized(bench.rows, size)
         plate = _plate(bench, size)
-        with _peak(bench.show.device) as peak:
+        with _peak(bench.player.device) as peak:
             together = frames_per_second(bench, rows, plate)
             with _at_once(1):
                 alone = frames_per_second(bench, rows, plate)
@@ -173,7 +174,7 @@ def parity(bench: Bench, other: Bench, sheet: Path) -> dict[str, Any]:
     rows = torch.cat([torch.cat(list(part), 0) for part in (bench.truth, a, b)], 1)
     cv2.imwrite(str(sheet), (rows.numpy()[..., ::-1] * 255).round().astype(np.uint8))
     return {
-        "devices": [march.device_name(x.show.device) for x in (bench, other)],
+        "devices": [march.device_name(x.player.device) for x in (bench, other)],
         "db": round(evaluate.psnr(a.numpy(), b.numpy()), 2),
         "psnr": [bench.psnr(a), bench.psnr(b)],
     }
@@ -185,20 +186,20 @@ def roofline(bench: Bench, n_points: int = 65_536) -> dict[str, Any]:
     `bytes` counts what every operation reads and writes when torch runs them one by one;
     `bytes_at_least` a point's position, direction, density and channels: one fused kernel's share.
     """
-    show = bench.show
-    one = bench.rows[0].to(show.device)
-    plain = show.avatar.condition(one)  # with gradients: torch operations, which can be counted
+    player = bench.player
+    one = bench.rows[0].to(player.device)
+    plain = player.avatar.condition(one)  # with gradients: torch operations, which can be counted
     with torch.no_grad():
-        field = show.avatar.condition(one)
-    low, high = show.avatar.aabb[:3], show.avatar.aabb[3:]
-    x = low + (high - low) * torch.rand(n_points, 3, device=show.device)
+        field = player.avatar.condition(one)
+    low, high = player.avatar.aabb[:3], player.avatar.aabb[3:]
+    x = low + (high - low) * torch.rand(n_points, 3, device=player.device)
     d = torch.nn.functional.normalize(x, dim=1)
-    row = torch.zeros(n_points, dtype=torch.long, device=show.device)
+    row = torch.zeros(n_points, dtype=torch.long, device=player.device)
     with torch.no_grad():
         with FlopCounterMode(display=False) as flops, _Traffic() as traffic:
             plain(x, d, row)
-        seconds = timed(lambda: field(x, d, row), show.device)
-        peak_flops, peak_bytes = _peaks(show.device)
+        seconds = timed(lambda: field(x, d, row), player.device)
+        peak_flops, peak_bytes = _peaks(player.device)
     per_point = {
         "operations": round(flops.get_total_flops() / n_points),
         "bytes": round(traffic.bytes / n_points),
@@ -287,14 +288,14 @@ def frames_per_second(
 ) -> float:
     """Return the rate of whole pictures as `render` draws them, without encoding."""
     rows = bench.rows if rows is None else rows
-    at_once = bench.show.rows_at_once(rows.camera.size_px // bench.show.avatar.magnification)
+    at_once = bench.player.rows_at_once(rows.camera.size_px // bench.player.avatar.magnification)
     rows = rows[: max(1, len(rows) // at_once) * at_once]  # incomplete batches are slow
 
     def film() -> None:
-        for frame, _ in bench.show.pictures(rows, plate):
-            player.eight_bits(frame)
+        for frame, _ in bench.player.pictures(rows, plate):
+            eight_bits(frame)
 
-    return round(len(rows) / timed(film, bench.show.device), 2)
+    return round(len(rows) / timed(film, bench.player.device), 2)
 
 
 def _frame(bench: Bench) -> dict[str, Any]:
@@ -309,15 +310,15 @@ def _frame(bench: Bench) -> dict[str, Any]:
 @torch.no_grad()
 def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
     """Time each stage of one frame on all threads, milliseconds, and count its samples."""
-    show, marcher, device = bench.show, bench.marcher, bench.show.device
+    player, marcher, device = bench.player, bench.marcher, bench.player.device
     one, background = one.to(device), plate.reshape(-1, 3).to(device)
     row = torch.zeros(1, dtype=torch.long, device=device)
 
     def shoot() -> tuple[RayBundle, Field]:
         rays = march.picture_rays(
-            one.camera.smaller(show.avatar.magnification), row, show.avatar.aabb
+            one.camera.smaller(player.avatar.magnification), row, player.avatar.aabb
         )
-        return show.avatar.aim(one, rays), show.avatar.condition(one)
+        return player.avatar.aim(one, rays), player.avatar.condition(one)
 
     half = device.type == "cuda"
     with torch.autocast(device.type, torch.float16, enabled=half):
@@ -332,7 +333,9 @@ def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
             "condition": timed(shoot, device),
             "sample": timed(lambda: marcher.lay(rays), device),
             "field": timed(lambda: _in_blocks(field, x, d, rows), device),
-            "compose": timed(lambda: show.avatar.compose(rendered, rays, one, background), device),
+            "compose": timed(
+                lambda: player.avatar.compose(rendered, rays, one, background), device
+            ),
         }
     took["composite"] = max(0.0, whole - took["sample"] - took["field"])
     hits, n_points = int((rendered.opacity > 0.5).sum()), int(rendered.n_points)
@@ -356,7 +359,7 @@ def _resized(rows: Signals, size_px: int) -> Signals:
 
 
 def _plate(bench: Bench, size_px: int) -> Tensor:
-    chw = bench.show.plate.permute(2, 0, 1)[None]
+    chw = bench.player.plate.permute(2, 0, 1)[None]
     grown = torch.nn.functional.interpolate(chw, (size_px, size_px), mode="bilinear")
     return grown[0].permute(1, 2, 0).contiguous()
 

@@ -31,6 +31,7 @@ from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.evaluate import correlation, psnr
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.footage import Footage, SpeechStats
+from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.preset import Preset, Train
 from talkhead_cli.store import Workspace
 from talkhead_cli.track.voice import FEATURE_NAMES, N_MEL
@@ -247,11 +248,11 @@ def coding(home: Path, names: Sequence[str], seeds: int, scale: float) -> dict[s
                         run_name=f"coding-{label}-{seed}", device="cpu", seed=seed, fresh=True,
                         prior="none",
                     )  # fmt: skip
-                    show = player.load(run, torch.device("cpu"))
+                    player = Player.load(run, torch.device("cpu"))
                 n_parameters[label] = sum(
-                    p.numel() for part in ("coding", "static") for p in show.avatar.part(part)
+                    p.numel() for part in ("coding", "static") for p in player.avatar.part(part)
                 )
-                rows.setdefault(label, {}).setdefault(name, []).append(_mouths(show, home, name))
+                rows.setdefault(label, {}).setdefault(name, []).append(_mouths(player, home, name))
     gain = {
         by: [
             round(g[by]["mouth_db"] - p[by]["mouth_db"], 3)
@@ -270,13 +271,16 @@ def _drawn_by(kind: type) -> Iterator[None]:
         yield
 
 
-def _mouths(show: player.Player, home: Path, name: str) -> dict[str, Any]:
-    clip = footage.load(Workspace.open(home, name), show.preset.data, SilentProgress())
+def _mouths(player: Player, home: Path, name: str) -> dict[str, Any]:
+    clip = footage.load(Workspace.open(home, name), player.preset.data, SilentProgress())
     signals = clip.signals[clip.held]
     found = {}
-    for by, driven in {"tracked": signals, "heard": show.heard(clip.signals, clip.held)}.items():
+    for by, driven in {
+        "tracked": signals,
+        "heard": player.listen_to_rows(clip.signals, clip.held),
+    }.items():
         scores = []
-        for row, (frame, _) in zip(clip.held.tolist(), show.pictures(driven), strict=True):
+        for row, (frame, _) in zip(clip.held.tolist(), player.pictures(driven), strict=True):
             marks = clip.signals.landmarks_px[row, 48:68] * clip.size_px
             low, high = marks.amin(0), marks.amax(0)
             half = 1.3 * (high - low).amax() / 2

@@ -29,9 +29,11 @@ from talkhead_cli.blocks.mlp import by_row, density_of
 from talkhead_cli.blocks.planes import frequencies, warped
 from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.contracts import LABELS, SilentProgress
-from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs import footage, views
 from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.store import Workspace
 
 PRESETS = ["lokitalk", "tiny"]
@@ -127,12 +129,12 @@ def _regions(home: Path, name: str, run_name: str) -> dict[str, float]:
     """Return PSNR, dB, of face, of neck and shoulders, and in full; also the mean colour change,
     of 255, of the face and of the rest when only the mouth opens."""
     space = Workspace.open(home, name)
-    run, _ = player.pick_run(space, run_name)
-    show = player.load(run, torch.device("cpu"))
-    clip = footage.load(space, show.preset.data, SilentProgress())
+    run = pick_run(space, run_name, SilentProgress())
+    player = Player.load(run, torch.device("cpu"))
+    clip = footage.load(space, player.preset.data, SilentProgress())
     errors: dict[str, list[float]] = {"face": [], "neck and shoulders": [], "full": []}
     signals = clip.signals[clip.held]
-    for row, (frame, _) in zip(clip.held.tolist(), show.pictures(signals), strict=True):
+    for row, (frame, _) in zip(clip.held.tolist(), player.pictures(signals), strict=True):
         true = clip.pictures[row] / np.float32(255)
         wrong = (frame.rgb[0].clamp(0, 1).numpy() - true) ** 2
         labels = clip.labels[row] / np.float32(255)
@@ -142,8 +144,8 @@ def _regions(home: Path, name: str, run_name: str) -> dict[str, float]:
         ):  # fmt: skip
             errors[region].append(-10 * float(np.log10(max(wrong[where].mean(), 1e-10))))
     row = clip.held[len(clip.held) // 2 : len(clip.held) // 2 + 1]
-    mouths = player.mouthing(show.avatar, clip.signals[row], N_MOUTHS)
-    films = np.stack([f.rgb[0].clamp(0, 1).numpy() for f, _ in show.pictures(mouths)])
+    mouths = views.opening_mouths(player.avatar, clip.signals[row], N_MOUTHS)
+    films = np.stack([f.rgb[0].clamp(0, 1).numpy() for f, _ in player.pictures(mouths)])
     moved = 255 * np.abs(films[1:] - films[:1]).mean((0, 3))
     face = clip.labels[int(row)][FACE].sum(0) > 127
     return {

@@ -28,6 +28,7 @@ from talkhead_cli.jobs.evaluate import MEASURE_PX, evaluate, psnr
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.store import Workspace
 from talkhead_cli.track import face
 from talkhead_cli.track.pose import RIGID
@@ -54,9 +55,9 @@ def views(home: Path, names: Sequence[str], runs: Sequence[str], sheets: Path) -
 
 def _views(home: Path, name: str, run_name: str, sheets: Path) -> dict[str, Any]:
     space = Workspace.open(home, name)
-    run, _ = player.pick_run(space, run_name)
-    show = player.load(run, torch.device("cpu"))
-    clip = footage.load(space, show.preset.data, SilentProgress())
+    run = pick_run(space, run_name, SilentProgress())
+    player = Player.load(run, torch.device("cpu"))
+    clip = footage.load(space, player.preset.data, SilentProgress())
     shape = space.load("tracks")["shape"]
     poses = clip.signals.pose[clip.train]
     order = ((poses - poses.median(0).values) / poses.std(0)).norm(dim=1).argsort()
@@ -70,11 +71,11 @@ def _views(home: Path, name: str, run_name: str, sheets: Path) -> dict[str, Any]
         seen = clip.signals[rows]
         camera = made.camera(seen.pose.numpy(), clip.size_px, np.zeros(len(rows)))
         seen = seen.with_(camera=camera)
-        show = player.load(run, torch.device("cpu"))
+        player = Player.load(run, torch.device("cpu"))
         if yaw or pitch:
-            show.open_views(seen)
+            player.open_views(seen)
         pictures, depths, errors, ratios = [], [], [], []
-        for index, (frame, _) in enumerate(show.pictures(seen)):
+        for index, (frame, _) in enumerate(player.pictures(seen)):
             rgb = (frame.rgb[0].clamp(0, 1).numpy() * 255).round().astype(np.uint8)
             depth = frame.depth[0, ..., 0].numpy()
             pictures.append(rgb)
@@ -191,8 +192,8 @@ def tokens(home: Path, names: Sequence[str], scale: float) -> dict[str, Any]:
                     settings=[f"train.scale={scale}"], run_name="ablation", device="cpu",
                     fresh=True, prior="none",
                 )  # fmt: skip
-                show = player.load(run, torch.device("cpu"))
-            rows.setdefault(label, {})[name] = _boxes(show, home, name)
+                player = Player.load(run, torch.device("cpu"))
+            rows.setdefault(label, {})[name] = _boxes(player, home, name)
     mean = {
         label: {
             box: round(float(np.mean([person[box] for person in people.values()])), 3)
@@ -241,11 +242,11 @@ def _built_by(kind: Any) -> Iterator[None]:
         yield
 
 
-def _boxes(show: Player, home: Path, name: str) -> dict[str, float]:
-    clip = footage.load(Workspace.open(home, name), show.preset.data, SilentProgress())
+def _boxes(player: Player, home: Path, name: str) -> dict[str, float]:
+    clip = footage.load(Workspace.open(home, name), player.preset.data, SilentProgress())
     scores: dict[str, list[float]] = {"mouth": [], "eyes": [], "full": []}
     signals = clip.signals[clip.held]
-    for row, (frame, _) in zip(clip.held.tolist(), show.pictures(signals), strict=True):
+    for row, (frame, _) in zip(clip.held.tolist(), player.pictures(signals), strict=True):
         made = frame.rgb[0].clamp(0, 1).numpy()
         true = clip.pictures[row] / np.float32(255)
         marks = clip.signals.landmarks_px[row].numpy() * clip.size_px

@@ -21,9 +21,11 @@ import torch
 
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.contracts import Portrait, SilentProgress
-from talkhead_cli.jobs import evaluate, footage, player
+from talkhead_cli.jobs import evaluate, footage
 from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.track import face
 
@@ -105,14 +107,14 @@ def heard(
 @torch.no_grad()
 def _opening(home: Path, name: str, run: Run) -> dict[str, Any]:
     """Return the correlation of predicted and tracked mouth opening on held-out frames."""
-    show = player.load(run, torch.device("cpu"))
+    player = Player.load(run, torch.device("cpu"))
     clip = footage.load(
-        Workspace.open(home, name), show.preset.data, SilentProgress(), pictures=False
+        Workspace.open(home, name), player.preset.data, SilentProgress(), pictures=False
     )
     held = clip.signals[clip.held]
     true, said = (
         (marks[:, 66, 1] - marks[:, 62, 1]).numpy()
-        for marks in (held.landmarks, show.listen(held).landmarks)
+        for marks in (held.landmarks, player.listen(held).landmarks)
     )
     return evaluate.correlation(true, said)
 
@@ -150,12 +152,12 @@ def _row(
 def score(home: Path, name: str, run_name: str) -> dict[str, float]:
     """Return a run's figures on its held-out frames, as in `evaluate`, without its controls."""
     space = Workspace.open(home, name)
-    run, _ = player.pick_run(space, run_name)
-    show = player.load(run, torch.device("cpu"))
-    clip = footage.load(space, show.preset.data, SilentProgress())
+    run = pick_run(space, run_name, SilentProgress())
+    player = Player.load(run, torch.device("cpu"))
+    clip = footage.load(space, player.preset.data, SilentProgress())
     held, quiet = clip.held.numpy(), SilentProgress()
     truth = np.ascontiguousarray(clip.pictures[held])
-    film, *_ = evaluate._film(show, show.heard(clip.signals, clip.held), quiet)
+    film, *_ = evaluate._film(player, player.listen_to_rows(clip.signals, clip.held), quiet)
     seen_truth, seen = evaluate._measure(truth, quiet), evaluate._measure(film, quiet)
     boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
     picture = evaluate._picture_figures(truth, film, boxes)

@@ -28,9 +28,10 @@ from talkhead_cli.blocks.mlp import density_of
 from talkhead_cli.blocks.planes import RowPlanes, warped
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
-from talkhead_cli.jobs import borrowed, footage, player
+from talkhead_cli.jobs import borrowed, footage, views
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
+from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.pretrain import pretrain
 from talkhead_cli.store import Workspace, pickles, weights
 
@@ -381,7 +382,7 @@ def test_training_goes_through_finding_and_tuning(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     # a minute at full size; what it does is no different here
-    monkeypatch.setattr(player, "open_views", lambda *_: None)
+    monkeypatch.setattr(views, "open_views", lambda *_: None)
     home = Path(shutil.copytree(speaker_home, tmp_path / "home"))
     settings = ["data.size_px=64", "march.resolution=16", "march.n_steps=12", "march.n_samples=4"]
     preset = presets.load(["talk3d", "eg3d"])
@@ -399,8 +400,8 @@ def test_training_goes_through_finding_and_tuning(
     assert run.is_finished and any("its licence" in note for note in progress.notes)
     assert run.meta()["steps"] == 5, "speech, invert and tune; not the free fit"
     assert "non-commercial" in run.meta()["generator"]["licence"]
-    show = player.load(run, torch.device("cpu"))
-    assert isinstance(show.avatar.decoder, eg3d.EG3DDecoder)  # type: ignore[attr-defined]
+    player = Player.load(run, torch.device("cpu"))
+    assert isinstance(player.avatar.decoder, eg3d.EG3DDecoder)  # type: ignore[attr-defined]
     with pytest.raises(MisuseError, match="not with both"):
         finetune(home, "speaker", SilentProgress(), **words, prior="x")  # type: ignore[arg-type]
     with pytest.raises(MisuseError, match="teaches a generator of its own"):

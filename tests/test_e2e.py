@@ -18,10 +18,11 @@ from talkhead_cli import media
 from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import SilentProgress, TalkheadError, unpacked
-from talkhead_cli.jobs import landmark_track, maps, player, script
+from talkhead_cli.jobs import landmark_track, maps, script
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import render as render_job
 from talkhead_cli.jobs.drive import MotionOptions
+from talkhead_cli.jobs.player import Player
 from talkhead_cli.media.ffmpeg import executable
 from talkhead_cli.store import Run, Workspace
 
@@ -490,7 +491,7 @@ def test_of_a_wide_background_the_middle_is_shown(tmp_path: Path) -> None:
 def test_frames_heard_alone_and_lids_that_an_option_or_a_track_moves(
     home: Path, speech: Path, tmp_path: Path
 ) -> None:
-    show = player.load(Run.named(home / "speaker" / "runs", "lokitalk+tiny"), torch.device("cpu"))
+    player = Player.load(Run.named(home / "speaker" / "runs", "lokitalk+tiny"), torch.device("cpu"))
     track, *_ = ok(
         "landmarks", "--id", "speaker", "--run", "lokitalk+tiny", "--audio", speech, "--blink",
         "auto", "--seed", "3", "-o", tmp_path / "track.npz", "--home", home,
@@ -499,7 +500,7 @@ def test_frames_heard_alone_and_lids_that_an_option_or_a_track_moves(
     eyes = []
     for blink in ("footage", "none"):
         moves = MotionOptions(pose="still", blink=blink, landmarks=track)
-        with script.open_script(show, speech, moves, SilentProgress()) as film:
+        with script.open_script(player, speech, moves, SilentProgress()) as film:
             alone, together = film.scattered(at), film.signals(np.arange(50))[torch.from_numpy(at)]
             for one, other in zip(unpacked(alone), unpacked(together), strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)

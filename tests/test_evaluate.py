@@ -16,12 +16,12 @@ import torch
 
 from talkhead_cli import media
 from talkhead_cli.contracts import Frame, Signals, SilentProgress, TalkheadError
-from talkhead_cli.jobs import compare as compare_job
 from talkhead_cli.jobs import evaluate as job
 from talkhead_cli.jobs import footage, maps
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.compare import compare
 from talkhead_cli.jobs.evaluate import Measured
+from talkhead_cli.jobs.runs import pick_by_beginning
 from talkhead_cli.store import Run, Workspace
 
 
@@ -124,7 +124,7 @@ def test_a_sheet_has_a_line_for_each_name_and_its_pictures_in_order() -> None:
 def test_controls_are_three_different_stretches(n_heard: int) -> None:
     """Also where there is hardly more to hear than is asked for, or less."""
     clip: Any = SimpleNamespace(
-        train=torch.arange(n_heard), heard=torch.ones(n_heard, dtype=torch.bool),
+        speaking=torch.arange(n_heard),
         signals=SimpleNamespace(audio=torch.arange(n_heard)[:, None]),
     )  # fmt: skip
     found = torch.stack(job._other_speech(clip, 100))[..., 0]
@@ -148,9 +148,9 @@ def test_the_beginning_of_a_run_s_name_is_enough(tmp_path: Path, word: str, name
     names = ("lokitalk+tiny", "lokitalk+tiny+from-crowd", "landmark+tiny+from-crowd", "look2")
     for age, run in enumerate(names):
         Run.named(space.runs, run).write_meta(finished=True, finished_at=float(age))
-    assert compare_job._run(space, word).name == name
+    assert pick_by_beginning(space, word).name == name
     with pytest.raises(TalkheadError, match="no finished run 'tiny'; it has: look2, landmark"):
-        compare_job._run(space, "tiny")
+        pick_by_beginning(space, "tiny")
 
 
 def test_figures_of_other_footage_are_not_compared(speaker_home: Path, tmp_path: Path) -> None:
@@ -213,7 +213,7 @@ def scored(
         spoiled: Callable[[np.ndarray, int], np.ndarray] = lambda rgb, _: rgb,
     ) -> tuple[dict[str, Any], list[Path], SilentProgress]:
         progress = SilentProgress()
-        monkeypatch.setattr(job.player, "load", lambda *_: Oracle(tmp_path, spoiled))
+        monkeypatch.setattr(job.Player, "load", lambda *_: Oracle(tmp_path, spoiled))
         return *job.evaluate(tmp_path, "speaker", progress), progress
 
     return score

@@ -16,8 +16,10 @@ from talkhead_cli import avatars, media
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
-from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs import footage, views
 from talkhead_cli.jobs.evaluate import psnr
+from talkhead_cli.jobs.player import Player
+from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.store import Workspace
 
 FIFTH, PRESET = ROOT / "examples" / "fifth_method.py", ROOT / "examples" / "fifth_method.yaml"
@@ -68,23 +70,25 @@ def test_a_method_of_one_s_own_takes_under_eighty_lines() -> None:
 
 def test_its_pictures_are_nearer_to_held_out_frames_than_the_background_is(trained: Path) -> None:
     space = Workspace.open(trained, "speaker")
-    run, _ = player.pick_run(space, "fifth_method")
-    show = player.load(run, torch.device("cpu"))
-    clip = footage.load(space, show.preset.data, SilentProgress())
+    run = pick_run(space, "fifth_method", SilentProgress())
+    player = Player.load(run, torch.device("cpu"))
+    clip = footage.load(space, player.preset.data, SilentProgress())
     held = clip.held[::12]
-    pictures = [frame.rgb[0].numpy() for frame, _ in show.pictures(clip.signals[held])]
+    pictures = [frame.rgb[0].numpy() for frame, _ in player.pictures(clip.signals[held])]
     truth = clip.pictures[held.numpy()].astype(np.float32) / 255
     drawn = np.mean([psnr(a, b) for a, b in zip(truth, pictures, strict=True)])
-    empty = np.mean([psnr(a, show.plate.numpy()) for a in truth])
+    empty = np.mean([psnr(a, player.plate.numpy()) for a in truth])
     assert drawn > empty + 10
 
 
 def test_landmarks_of_the_mouth_move_the_picture_there(trained: Path) -> None:
     space = Workspace.open(trained, "speaker")
-    show = player.load(player.pick_run(space, "fifth_method")[0], torch.device("cpu"))
-    clip = footage.load(space, show.preset.data, SilentProgress())
+    player = Player.load(pick_run(space, "fifth_method", SilentProgress()), torch.device("cpu"))
+    clip = footage.load(space, player.preset.data, SilentProgress())
     row = clip.signals[clip.train[:1]]
-    shut, wide = (frame.rgb[0] for frame, _ in show.pictures(player.mouthing(show.avatar, row, 2)))
+    shut, wide = (
+        frame.rgb[0] for frame, _ in player.pictures(views.opening_mouths(player.avatar, row, 2))
+    )
     change = (wide - shut).abs().mean(-1)
     x, y = (64 * row.landmarks_px[0, 48:68].mean(0)).long().tolist()
     assert change[y - 4 : y + 8, x - 6 : x + 6].mean() > 5 * change[:16].mean() + 0.01

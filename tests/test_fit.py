@@ -30,12 +30,12 @@ from talkhead_cli.contracts import (
     repacked,
     unpacked,
 )
-from talkhead_cli.jobs import fit, footage, player, shots, team
+from talkhead_cli.jobs import fit, footage, shots, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.finetune import finetune
-from talkhead_cli.jobs.player import pick_run
 from talkhead_cli.jobs.pretrain import pretrain
+from talkhead_cli.jobs.runs import build_avatar, pick_run
 from talkhead_cli.jobs.step import Drawn, Lost, Step
 from talkhead_cli.store import Run, Workspace
 
@@ -192,10 +192,12 @@ def test_a_run_keeps_the_presets_that_it_was_begun_with(
 
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path) -> None:
     train(home)
-    run, by_default = pick_run(Workspace.open(home, "speaker"), None)
+    progress = SilentProgress()
+    run = pick_run(Workspace.open(home, "speaker"), None, progress)
+    assert progress.notes == [f"run: {run.name}"]
     stamp = (run.root / "avatar.safetensors").stat().st_mtime_ns
     train(home)
-    assert by_default and (run.root / "avatar.safetensors").stat().st_mtime_ns == stamp
+    assert (run.root / "avatar.safetensors").stat().st_mtime_ns == stamp
     with pytest.raises(TalkheadError, match="--fresh"):
         finetune(
             home, "speaker", SilentProgress(), preset_names=PRESETS, settings=["train.scale=0.5"]
@@ -394,7 +396,7 @@ def test_a_step_that_is_recorded_waits_for_nobody(
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     box = footage.box_of(clip.signals.camera[clip.train])
     cpu = torch.device("cpu")
-    avatar, _, _ = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
+    avatar, _, _ = build_avatar(preset, clip.signals.audio.shape[1:], box, cpu)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
     options = march.MarchOptions(n_steps=24, n_samples=5)
     marcher, _ = march.build(options, box, cpu, kernels=True)

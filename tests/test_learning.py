@@ -9,8 +9,9 @@ import torch
 
 from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.contracts import SilentProgress
-from talkhead_cli.jobs import footage, player, shots
+from talkhead_cli.jobs import footage, shots
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.runs import box_for, build_avatar
 from talkhead_cli.jobs.step import Drawn, Step
 from talkhead_cli.store import Workspace
 
@@ -25,9 +26,9 @@ def test_stages_teach_all_that_they_name(speaker_home: Path, method: str) -> Non
     preset = presets.adapted_to_start(preset, None, 20)
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     rows = clip.signals[clip.train]
-    aabb = player.box_for(preset, rows.camera)
+    aabb = box_for(preset, rows.camera)
     torch.manual_seed(0)
-    avatar, marcher, _ = player.build(preset, rows.audio.shape[1:], aabb, torch.device("cpu"))
+    avatar, marcher, _ = build_avatar(preset, rows.audio.shape[1:], aabb, torch.device("cpu"))
     avatar.calibrate(rows, clip.mesh, aabb)
     with torch.no_grad():  # what begins at zero hides what lies before it
         for parameter in avatar.parameters():

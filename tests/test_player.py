@@ -14,9 +14,11 @@ from trainings import train
 
 from talkhead_cli import march
 from talkhead_cli.contracts import Frame, Signals, SilentProgress, TalkheadError, unpacked
-from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs import footage, views
+from talkhead_cli.jobs import player as job
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.player import Player
+from talkhead_cli.jobs.runs import box_for, build_avatar, pick_run, speech_shape_of
 from talkhead_cli.store import Run, Workspace
 
 
@@ -27,18 +29,18 @@ def test_pictures_bear_half_precision(
     """What a GPU draws with, in the CPU's halves, which are coarser than the GPU's."""
     preset = presets.load([method, "tiny"], ["data.size_px=64", "march.resolution=32"])
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
-    box = player.box_for(preset, clip.signals.camera[clip.train])
+    box = box_for(preset, clip.signals.camera[clip.train])
     cpu = torch.device("cpu")
     torch.manual_seed(0)
-    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
+    avatar, marcher, note = build_avatar(preset, clip.signals.audio.shape[1:], box, cpu)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
     for parameter in avatar.parameters():  # nothing that begins at zero stays there
         parameter.data += 0.03 * torch.randn_like(parameter)
-    show = Player(Run(tmp_path), preset, avatar.eval(), marcher.eval(), clip.plate, cpu, note)
+    player = Player(Run(tmp_path), preset, avatar.eval(), marcher.eval(), clip.plate, cpu, note)
     rows = clip.signals[clip.train[:3]]
-    whole = [frame.rgb for frame, _ in show.pictures(rows)]
-    monkeypatch.setitem(player.HALF, "cpu", torch.bfloat16)
-    half = [frame.rgb.float() for frame, _ in show.pictures(rows)]
+    whole = [frame.rgb for frame, _ in player.pictures(rows)]
+    monkeypatch.setitem(job.HALF, "cpu", torch.bfloat16)
+    half = [frame.rgb.float() for frame, _ in player.pictures(rows)]
     for a, b in zip(whole, half, strict=True):
         assert a.std() > 0.01 and not torch.equal(a, b), "halves are what is asked for"
         assert 10 * torch.log10(1 / (a - b).square().mean()) > 30
@@ -52,24 +54,24 @@ def test_frames_that_march_together_are_the_same_frames(
     box = footage.box_of(clip.signals.camera[clip.train])
     cpu = torch.device("cpu")
     torch.manual_seed(0)
-    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
+    avatar, marcher, note = build_avatar(preset, clip.signals.audio.shape[1:], box, cpu)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
     avatar.eval()
     marcher.eval()
-    show = Player(Run(tmp_path), preset, avatar, marcher, clip.plate, cpu, note)
+    player = Player(Run(tmp_path), preset, avatar, marcher, clip.plate, cpu, note)
     rows = clip.signals[clip.train[:5]]
-    alone = [frame for frame, _ in show.pictures(rows)]
+    alone = [frame for frame, _ in player.pictures(rows)]
     monkeypatch.setattr(Player, "rows_at_once", lambda self, size_px: 3)
-    together = [frame for frame, _ in show.pictures(rows)]
+    together = [frame for frame, _ in player.pictures(rows)]
     assert len(alone) == len(together) == 5
     for a, b in zip(alone, together, strict=True):
         assert a.rgb.shape == b.rgb.shape == (1, 32, 32, 3)
         for x, y in ((a.rgb, b.rgb), (a.alpha, b.alpha), (a.depth, b.depth)):
             assert torch.allclose(x, y, atol=1e-4)
     assert not torch.allclose(alone[0].rgb, alone[4].rgb, atol=1e-3), "rows must differ"
-    n_points = [n for _, n in show.pictures(rows)]
-    show.open_views(rows)
-    closer = [n for _, n in show.pictures(rows)]
+    n_points = [n for _, n in player.pictures(rows)]
+    player.open_views(rows)
+    closer = [n for _, n in player.pictures(rows)]
     assert all(b == 2 * a for a, b in zip(n_points, closer, strict=True)), "twice the samples"
 
 
@@ -84,9 +86,9 @@ def test_recorded_pictures_are_those_that_are_drawn_as_they_come(
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     box = footage.box_of(clip.signals.camera[clip.train])
     cpu = torch.device("cpu")
-    avatar, marcher, note = player.build(preset, clip.signals.audio.shape[1:], box, cpu)
+    avatar, marcher, note = build_avatar(preset, clip.signals.audio.shape[1:], box, cpu)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
-    show = Player(Run(tmp_path), preset, avatar.eval(), marcher.eval(), clip.plate, cpu, note)
+    player = Player(Run(tmp_path), preset, avatar.eval(), marcher.eval(), clip.plate, cpu, note)
     rows, held = clip.signals[clip.train[:5]], []
 
     class Recorder:
@@ -103,12 +105,12 @@ def test_recorded_pictures_are_those_that_are_drawn_as_they_come(
                 place.copy_(value)
             return held[0], n_points
 
-    plain = [frame for frame, _ in show.pictures(rows)]
+    plain = [frame for frame, _ in player.pictures(rows)]
     monkeypatch.setattr(march, "Replay", Recorder)
     monkeypatch.setattr(Player, "_renders_without_sync", True)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
-        found = [frame for frame, _ in show.pictures(rows)]
+        found = [frame for frame, _ in player.pictures(rows)]
     assert [("it waits" in str(w.message)) for w in said] == ([] if recordable else [True])
     for a, b in zip(plain, found, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(unpacked(a), unpacked(b), strict=True))
@@ -119,17 +121,17 @@ def test_new_poses_are_the_furthest_from_what_is_known_first() -> None:
     known = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
     near, off, far = [0.99, 0.0], [0.5, 0.3], [0.0, 2.0]
     poses = torch.tensor([near, off, far, [0.0, 2.01], [0.5, 0.3]])
-    first, second = player.novel(poses, known, 5)
+    first, second = views.new_poses(poses, known, 5)
     assert {first, second} == {3, 1} and first == 3, "each news once"
-    assert player.novel(poses, known, 1) == [3]
-    assert player.novel(poses[:1], known, 5) == [], "no news"
+    assert views.new_poses(poses, known, 1) == [3]
+    assert views.new_poses(poses[:1], known, 5) == [], "no news"
 
 
 def test_what_heard_otherwise_is_refused_in_a_sentence(tmp_path: Path) -> None:
     run = Run.named(tmp_path, "old")
     run.write_meta(speech={"backend": "mel", "n_features": 46, "window": 33})
     with pytest.raises(TalkheadError, match="'old' was trained by an older version"):
-        player.heard_by(run)
+        speech_shape_of(run)
 
 
 def test_rows_of_a_film_are_heard_with_what_came_before_them(
@@ -147,11 +149,11 @@ def test_rows_of_a_film_are_heard_with_what_came_before_them(
 
     preset = presets.load(["lokitalk", "tiny"], ["data.size_px=64"])
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
-    show = Player(Run(tmp_path), preset, Adding(), nn.Identity(), clip.plate,  # type: ignore[arg-type]
+    player = Player(Run(tmp_path), preset, Adding(), nn.Identity(), clip.plate,  # type: ignore[arg-type]
                   torch.device("cpu"), "")  # fmt: skip
-    whole = show.listen(clip.signals).landmarks
+    whole = player.listen(clip.signals).landmarks
     for rows in (torch.arange(40, 50), torch.tensor([0, 1]), torch.tensor([30, 47, 60])):
-        heard = show.heard(clip.signals, rows)
+        heard = player.listen_to_rows(clip.signals, rows)
         assert torch.allclose(heard.landmarks, whole[rows], atol=1e-5)
         assert torch.equal(heard.moment, clip.signals.moment[rows])
 
@@ -159,15 +161,15 @@ def test_rows_of_a_film_are_heard_with_what_came_before_them(
 def test_frames_made_side_by_side_come_in_order_and_are_the_same(home: Path) -> None:
     train(home)
     space = Workspace.open(home, "speaker")
-    show = player.load(player.pick_run(space, None)[0], torch.device("cpu"))
-    clip = footage.load(space, show.preset.data, SilentProgress())
+    player = Player.load(pick_run(space, None, SilentProgress()), torch.device("cpu"))
+    clip = footage.load(space, player.preset.data, SilentProgress())
     signals = clip.signals[clip.train[:: len(clip.train) // 6]]
     n_threads = torch.get_num_threads()
     try:
         made = []
         for n in (1, 3):
             torch.set_num_threads(n)
-            made.append(torch.cat([frame.rgb for frame, _ in show.pictures(signals)]))
+            made.append(torch.cat([frame.rgb for frame, _ in player.pictures(signals)]))
     finally:
         torch.set_num_threads(n_threads)
     assert torch.allclose(*made, atol=1e-5)
@@ -219,7 +221,7 @@ def test_on_a_gpu_the_next_pictures_are_drawn_before_these_are_handed_out(
         rgb = torch.full((2, 4, 4, 3), float(index))
         return Frame(rgb, rgb[..., :1], rgb[..., :1], {}), torch.tensor(index)
 
-    frames = player._one_ahead(work, 4, own)  # type: ignore[arg-type]
+    frames = job._one_ahead(work, 4, own)  # type: ignore[arg-type]
     read = []
     for frame, n_points in frames:
         assert int(n_points) == frame.rgb[0, 0, 0, 0]
@@ -239,8 +241,8 @@ def test_on_a_gpu_the_next_pictures_are_drawn_before_these_are_handed_out(
 
 
 def test_a_gpu_marches_as_many_frames_as_it_has_room_for() -> None:
-    show = SimpleNamespace(device=torch.device("cuda"))
-    sizes = {px: Player.rows_at_once(show, px) for px in (64, 256, 512, 1024)}  # type: ignore[arg-type]
+    player = SimpleNamespace(device=torch.device("cuda"))
+    sizes = {px: Player.rows_at_once(player, px) for px in (64, 256, 512, 1024)}  # type: ignore[arg-type]
     assert sizes == {64: 8, 256: 8, 512: 2, 1024: 1}
-    show.device = torch.device("cpu")
-    assert Player.rows_at_once(show, 64) == 1  # type: ignore[arg-type]
+    player.device = torch.device("cpu")
+    assert Player.rows_at_once(player, 64) == 1  # type: ignore[arg-type]

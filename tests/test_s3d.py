@@ -17,7 +17,7 @@ from talkhead_cli.blocks.appearance import AppearanceEncoder, CrossModal, Slots
 from talkhead_cli.blocks.mouth import N_CODES, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import RELIEF, head_relief
 from talkhead_cli.contracts import RELIEF_SIDE, RayShot, SilentProgress, SpeechShot
-from talkhead_cli.jobs import footage, player, portraits, shots
+from talkhead_cli.jobs import footage, portraits, shots, views
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.fit import Drawn, Step
 from talkhead_cli.jobs.footage import Footage
@@ -170,7 +170,7 @@ def picture(speaker, row, clip, preset, seed=0):  # type: ignore[no-untyped-def]
     options = march.MarchOptions(n_steps=24, n_samples=6, resolution=48)
     marcher, _ = march.build(options, speaker.aabb, CPU)
     marcher.eval()
-    player.rebuild_from_views(speaker, marcher, row, CPU)
+    views.rebuild_from_views(speaker, marcher, row, CPU)
     with torch.no_grad():
         rays = march.picture_rays(row.camera, torch.zeros(1, dtype=torch.long), speaker.aabb)
         rendered = marcher.march(speaker.condition(row), rays)
@@ -182,7 +182,7 @@ def test_the_mouth_moves_the_mouth_alone(avatar: S3D, clip: Footage) -> None:
     with torch.no_grad():
         speaker = avatar.enroll(clip.portrait(clip.best_likeness()))
         row = clip.signals[clip.best_likeness()]
-        wide = player.mouthing(speaker, row, 3)[-1:]
+        wide = views.opening_mouths(speaker, row, 3)[-1:]
         marks = row.landmarks[0]
         x = torch.cat([marks[48:68], torch.tensor([[0.0, -0.6, -0.2], [0.6, 0.1, 0]])])
         where = torch.zeros(len(x), dtype=torch.long)

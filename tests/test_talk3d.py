@@ -18,10 +18,11 @@ from talkhead_cli.avatars.talk3d import SIZES, TOKENS, Talk3D, Talk3DField
 from talkhead_cli.blocks.mouth import Mouth
 from talkhead_cli.blocks.rigid import moved
 from talkhead_cli.contracts import Frame, RayShot, Rendered, Signals, SilentProgress
-from talkhead_cli.jobs import footage, player, shots
+from talkhead_cli.jobs import footage, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.pretrain import pretrain
 from talkhead_cli.store import Workspace
 
@@ -217,9 +218,9 @@ def test_a_person_is_found_in_a_prior_and_goes_on_after_a_kill(
     assert weights["whole"].keys() == weights["cut"].keys()
     for name, value in weights["whole"].items():
         assert torch.allclose(value.float(), weights["cut"][name].float(), atol=1e-4), name
-    show = player.load(run, torch.device("cpu"))
-    clip = footage.load(Workspace.open(tmp_path, "new"), show.preset.data, SilentProgress())
-    ((frame, _),) = show.pictures(show.heard(clip.signals, clip.held[:1]))
+    player = Player.load(run, torch.device("cpu"))
+    clip = footage.load(Workspace.open(tmp_path, "new"), player.preset.data, SilentProgress())
+    ((frame, _),) = player.pictures(player.listen_to_rows(clip.signals, clip.held[:1]))
     assert frame.rgb.shape == (1, PX, PX, 3)
 
 
@@ -288,9 +289,9 @@ def test_what_is_marched_small_comes_out_whole_in_films_and_in_training(
         tmp_path, "speaker", SilentProgress(), preset_names=["talk3d", "tiny"],
         settings=[f"data.size_px={PX}", "march.resolution=16", *quick], device="cpu",
     )  # fmt: skip
-    show = player.load(run, torch.device("cpu"))
-    ((frame, _),) = show.pictures(clip.signals[clip.train[:1]])
-    assert show.avatar.magnification == 2 and frame.rgb.shape == (1, PX, PX, 3)
+    player = Player.load(run, torch.device("cpu"))
+    ((frame, _),) = player.pictures(clip.signals[clip.train[:1]])
+    assert player.avatar.magnification == 2 and frame.rgb.shape == (1, PX, PX, 3)
 
 
 def test_loose_rays_are_not_upscaled(clip: Footage, avatar: Talk3D) -> None:

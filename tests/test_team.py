@@ -16,10 +16,11 @@ from typer.testing import CliRunner
 
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
-from talkhead_cli.jobs import fit, footage, player, shots, team
+from talkhead_cli.jobs import fit, footage, shots, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.preset import Preset
+from talkhead_cli.jobs.runs import box_for, build_avatar, pick_run
 from talkhead_cli.jobs.step import Drawn, Step
 from talkhead_cli.march import OccupancyGrid
 from talkhead_cli.store import Run, Workspace
@@ -40,8 +41,8 @@ def ready(home: Path, settings: list[str]) -> tuple[Preset, Any, Any, footage.Fo
     preset = presets.load(["lokitalk", "tiny"], settings)
     clip = footage.load(Workspace.open(home, "speaker"), preset.data, SilentProgress())
     torch.manual_seed(0)
-    aabb = player.box_for(preset, clip.signals.camera[clip.train])
-    avatar, marcher, _ = player.build(preset, clip.signals.audio.shape[1:], aabb, CPU)
+    aabb = box_for(preset, clip.signals.camera[clip.train])
+    avatar, marcher, _ = build_avatar(preset, clip.signals.audio.shape[1:], aabb, CPU)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, aabb)
     return preset, avatar, marcher, clip
 
@@ -151,8 +152,8 @@ def learn_of_people(home: Path, progress: Progress, *, devices: int, nodes: int)
         clips = [footage.load(space, preset.data, SilentProgress(), person=i) for i in range(2)]
     torch.manual_seed(0)
     rows = [clip.signals[clip.train] for clip in clips]
-    aabb = player.box_for(preset, rows[0].camera)
-    avatar, marcher, _ = player.build(preset, rows[0].audio.shape[1:], aabb, CPU, 2)
+    aabb = box_for(preset, rows[0].camera)
+    avatar, marcher, _ = build_avatar(preset, rows[0].audio.shape[1:], aabb, CPU, 2)
     avatar.survey(rows)
     for clip, signals in zip(clips, rows, strict=True):
         avatar.calibrate(signals, clip.mesh, aabb)
@@ -177,7 +178,7 @@ def test_a_team_is_asked_for_in_the_command(home: Path) -> None:
     words += [word for setting in SMALL for word in ("-s", setting)]
     result = CliRunner().invoke(app, [*words, "--devices", "2", "--device", "cpu"])
     assert result.exit_code == 0, result.output
-    run, _ = player.pick_run(Workspace.open(home, "speaker"), None)
+    run = pick_run(Workspace.open(home, "speaker"), None, SilentProgress())
     assert run.is_finished and run.meta()["steps"] == 30
     again = CliRunner().invoke(app, [*words, "--devices", "2", "--device", "cpu"])
     assert again.exit_code == 0 and "finished already" in again.output

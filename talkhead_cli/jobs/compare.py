@@ -12,7 +12,8 @@ from talkhead_cli import media
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs.evaluate import TAG, evaluate, refuse_stale
 from talkhead_cli.jobs.maps import side_by_side
-from talkhead_cli.store import Run, Workspace, list_runs
+from talkhead_cli.jobs.runs import pick_by_beginning
+from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import read_json, write_json
 
 # Rows of the table: the label, and the path of the value in the figures.
@@ -41,7 +42,9 @@ def compare(
     that was evaluated after it was trained is not evaluated again.
     """
     space = Workspace.open(home, name)
-    runs = list({run.name: run for run in (_run(space, word) for word in wanted)}.values())
+    runs = list(
+        {run.name: run for run in (pick_by_beginning(space, word) for word in wanted)}.values()
+    )
     if len(runs) < 2:
         raise MisuseError("--compare needs at least two different runs, like lokitalk,landmark")
     for run in runs:
@@ -60,21 +63,6 @@ def compare(
     _film(films, runs[0].evaluation / "sound.wav", film)
     write_json(figures_file, answer)
     return answer, [figures_file, film]
-
-
-def _run(space: Workspace, word: str) -> Run:
-    """Return the finished run of that name, else the newest whose name begins with that word, if
-    possible with whole parts of the name (lokitalk+tiny)."""
-    runs = [r for r in list_runs(space.runs) if r.is_finished]
-    exact = [r for r in runs if r.name == word]
-    parts = [r for r in runs if r.name.startswith(f"{word}+")]
-    letters = [r for r in runs if r.name.startswith(word)]
-    if found := exact or parts or letters:
-        return found[0]
-    raise TalkheadError(
-        f"'{space.id}' has no finished run '{word}'; it has: "
-        f"{', '.join(r.name for r in runs) or 'none'}"
-    )
 
 
 def _figures(home: Path, name: str, run: Run, progress: Progress, device: str) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from talkhead_cli import __version__, march
 from talkhead_cli.avatars import avatar_class
 from talkhead_cli.contracts import Camera, MisuseError, Portrait, Progress, TalkheadError
 from talkhead_cli.jobs import drive as drives
-from talkhead_cli.jobs import photo, player, portraits
+from talkhead_cli.jobs import photo, portraits, views
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.drive import MotionOptions
 from talkhead_cli.jobs.photo import Photo
+from talkhead_cli.jobs.player import DRIVEN
 from talkhead_cli.jobs.preset import Preset
+from talkhead_cli.jobs.runs import box_for, build_avatar, enrolled, save_avatar, speech_shape_of
 from talkhead_cli.store import Run, Workspace, check_id
 from talkhead_cli.store.files import sha256_of
 from talkhead_cli.store.pictures import write_png
@@ -91,7 +93,7 @@ def _keep(run: Run, seen: Sequence[Photo], start: Run) -> None:
     run.save_portrait(portraits.to_arrays(portraits.joined([one.portrait for one in seen])))
     write_png(run.plate_file, main.plate)
     run.save_drive({
-        **{key: getattr(signals, key).numpy() for key in player.DRIVEN},
+        **{key: getattr(signals, key).numpy() for key in DRIVEN},
         "k": main.k, "usable": np.array([True]), **start.drive(),
     })  # fmt: skip
 
@@ -102,22 +104,22 @@ def _build(
     """Save the prior's network, and a marcher whose occupancy is seeded with the person: mouths
     from shut to wide open, at SIDES_DEG and from the cameras of the further pictures."""
     signals = seen[0].signals
-    aabb = player.box_for(preset, signals.camera)
-    avatar, marcher, _ = player.build(preset, player.heard_by(start), aabb.to(where), where)
+    aabb = box_for(preset, signals.camera)
+    avatar, marcher, _ = build_avatar(preset, speech_shape_of(start), aabb.to(where), where)
     priors.begin_from(avatar, start)
     avatar.eval()
     marcher.eval()
-    speaker = player.person(avatar, run, where)
-    rows = player.mouthing(speaker, signals, len(SIDES_DEG))
+    speaker = enrolled(avatar, run, where)
+    rows = views.opening_mouths(speaker, signals, len(SIDES_DEG))
     cameras = [
         drives.make(run.drive(), 1, MotionOptions(pose="still", yaw_deg=yaw))
         .camera(signals.pose.numpy(), preset.data.size_px, np.zeros(1)) for yaw in SIDES_DEG
     ]  # fmt: skip
-    player.rebuild_from_views(speaker, marcher, rows.with_(camera=_together(cameras)), where)
+    views.rebuild_from_views(speaker, marcher, rows.with_(camera=_together(cameras)), where)
     if further := [one.signals.camera for one in seen[1:]]:
-        rows = player.mouthing(speaker, signals, len(further))
-        player.open_views(speaker, marcher, rows.with_(camera=_together(further)), where)
-    player.save(run, avatar, marcher)
+        rows = views.opening_mouths(speaker, signals, len(further))
+        views.open_views(speaker, marcher, rows.with_(camera=_together(further)), where)
+    save_avatar(run, avatar, marcher)
 
 
 def _together(cameras: Sequence[Camera]) -> Camera:

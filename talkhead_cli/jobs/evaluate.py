@@ -22,10 +22,11 @@ from scipy.stats import bootstrap
 from talkhead_cli import __version__, march, media
 from talkhead_cli.blocks.speech import ridge_by_blocks, ridge_map
 from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
-from talkhead_cli.jobs import expert, footage, looks, player
+from talkhead_cli.jobs import expert, footage, looks
 from talkhead_cli.jobs import maps as sheets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
-from talkhead_cli.jobs.player import Player
+from talkhead_cli.jobs.player import Player, to_bytes
+from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.store import Run, Workspace, weights
 from talkhead_cli.track import face, voice
 from talkhead_cli.track.pose import RIGID
@@ -59,12 +60,10 @@ def evaluate(
     """Return metrics of a run on its held-out frames, and the files written into the run; with
     `maps` also a sheet of the method's auxiliary maps."""
     space = Workspace.open(home, name)
-    run, by_default = player.pick_run(space, run_name)
-    if by_default:
-        progress.note(f"run: {run.name}")
+    run = pick_run(space, run_name, progress)
     space.refuse_without_footage("score it on")
-    show = player.load(run, march.device_of(device))
-    if show.preset.data.holdout == 0:
+    player = Player.load(run, march.device_of(device))
+    if player.preset.data.holdout == 0:
         raise TalkheadError(
             f"run '{run.name}' was trained on the whole clip (data.holdout: 0), so nothing is "
             "left to evaluate on; train one with data.holdout above 0"
@@ -74,7 +73,7 @@ def evaluate(
         progress.note(
             f"the prior of run '{run.name}' was trained on '{name}': these figures are too good"
         )
-    clip = footage.load(space, show.preset.data, progress, stats=show.stats)
+    clip = footage.load(space, player.preset.data, progress, stats=player.stats)
     if len(clip.held) < 2 * BLOCK:
         raise TalkheadError("fewer than a second of held-out frames has a face; nothing to score")
     judge = expert.newest(home, run.meta()["speech"])
@@ -84,15 +83,15 @@ def evaluate(
 
     progress.stage("render held-out", len(held))
     # includes the speech before the held-out frames that the method needs as context
-    first = max(0, int(held[0]) - show.avatar.past)
+    first = max(0, int(held[0]) - player.avatar.past)
     stretch, own = clip.signals[first : int(held[-1]) + 1], clip.held - first
-    heard = show.listen(stretch)[own]
-    rendered, heads, seconds, n_points = _film(show, heard, progress)
+    heard = player.listen(stretch)[own]
+    rendered, heads, seconds, n_points = _film(player, heard, progress)
     seen_truth, seen = _measure(truth, progress), _measure(rendered, progress)
     others, controls = _other_speech(clip, len(stretch)), []
     for index, audio in enumerate(others):
         progress.stage(f"control {index + 1} of {len(others)}", len(held))
-        mute, *_ = _film(show, show.listen(stretch.with_(audio=audio))[own], progress)
+        mute, *_ = _film(player, player.listen(stretch.with_(audio=audio))[own], progress)
         controls.append(_measure(mute, progress))
 
     sound = media.read_wav(space.audio)
@@ -127,7 +126,7 @@ def evaluate(
     }  # fmt: skip
     made = _write_films(run.evaluation, truth, rendered, sound, held)
     if maps:
-        made.append(sheets.draw(show, heard, truth, run.evaluation / "maps.png"))
+        made.append(sheets.draw(player, heard, truth, run.evaluation / "maps.png"))
     # last: where the figures exist, the films do
     return figures, [run.write_figures(figures), *made]
 
@@ -141,15 +140,15 @@ def refuse_stale(space: Workspace, run: Run) -> None:
 
 
 def _film(
-    show: Player, signals: Signals, progress: Progress
+    player: Player, signals: Signals, progress: Progress
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, float, int]:
     """Render pictures (T, s, s, 3) uint8; return them, the heads alone if the method marches heads
     only, the seconds spent and the number of field points."""
     pictures, heads, n_points, began = [], [], 0, time.perf_counter()
-    for frame, points in show.pictures(signals):
-        pictures.append(player.to_bytes(frame.rgb))
+    for frame, points in player.pictures(signals):
+        pictures.append(to_bytes(frame.rgb))
         if "head" in frame.parts:
-            heads.append(player.to_bytes(frame.parts["head"]))
+            heads.append(to_bytes(frame.parts["head"]))
         n_points += points
         progress.advance()
     seconds = time.perf_counter() - began

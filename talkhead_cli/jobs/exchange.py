@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from talkhead_cli import media
 from talkhead_cli.contracts import FPS, LABELS, Progress, TalkheadError, followed
-from talkhead_cli.jobs import player
 from talkhead_cli.jobs.footage import head_camera, split_rows
+from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.store import FILM_PX, Workspace
 from talkhead_cli.store.parcel import pack
 from talkhead_cli.store.pictures import read_picture
@@ -62,9 +62,7 @@ def export_avatar(
     """Write a finished run of identity `name` into the file `out`.  Of the footage's pictures it
     holds only the background, and the portrait if the avatar is made from one."""
     space = Workspace.open(home, name)
-    run, by_default = player.pick_run(space, run_name)
-    if by_default:
-        progress.note(f"run: {run.name}")
+    run = pick_run(space, run_name, progress)
     return pack(space, run, out)
 
 

@@ -16,10 +16,10 @@ from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.avatars.expert import Expert
 from talkhead_cli.blocks.sync import N_FRAMES, agreement, offset_of
 from talkhead_cli.contracts import FPS, MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import player
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.preset import Train
+from talkhead_cli.jobs.runs import speech_shape_of
 from talkhead_cli.store import Run, Workspace
 
 CHUNK = 100  # frames
@@ -117,7 +117,7 @@ def opened(prior: Run) -> Judge:
     text = prior.preset_text()
     assert text is not None
     preset = presets.from_yaml(text)
-    n_steps, n_features = player.heard_by(prior)
+    n_steps, n_features = speech_shape_of(prior)
     net = Expert(preset.avatar.size, n_steps=n_steps, n_features=n_features)
     priors.begin_from(net, prior)
     net.eval()

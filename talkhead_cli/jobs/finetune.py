@@ -16,12 +16,14 @@ from talkhead_cli import __version__, march
 from talkhead_cli.avatars import avatar_class, method_names
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.contracts import FPS, MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import borrowed, expert, fit, footage, looks, player, portraits, team
+from talkhead_cli.jobs import borrowed, expert, fit, footage, looks, portraits, team, views
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
+from talkhead_cli.jobs.player import DRIVEN
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.prior import Start
+from talkhead_cli.jobs.runs import box_for, build_avatar, enrolled, save_avatar
 from talkhead_cli.jobs.step import refuse_unknown
 from talkhead_cli.jobs.threads import Threads
 from talkhead_cli.store import Run, Workspace, list_runs
@@ -172,8 +174,8 @@ def _begun(
     progress: Progress,
 ) -> tuple[Avatar, march.Marcher, Preset]:
     """Return avatar and marcher, initialised and calibrated, and the preset that applies."""
-    aabb = player.box_for(preset, clip.signals.camera[clip.train]).to(where)
-    avatar, marcher, why = player.build(preset, clip.signals.audio.shape[1:], aabb, where)
+    aabb = box_for(preset, clip.signals.camera[clip.train]).to(where)
+    avatar, marcher, why = build_avatar(preset, clip.signals.audio.shape[1:], aabb, where)
     progress.note(f"marching: {why}")
     if start is not None:
         priors.begin_from(avatar, start.prior)
@@ -207,8 +209,8 @@ def _discover(
     """Show the marcher, before any training, where the enrolled person is."""
     avatar.eval()
     marcher.eval()
-    speaker = player.person(avatar, run, where)
-    player.rebuild_from_views(speaker, marcher, clip.signals[clip.train], where)
+    speaker = enrolled(avatar, run, where)
+    views.rebuild_from_views(speaker, marcher, clip.signals[clip.train], where)
 
 
 def _finish(
@@ -220,15 +222,15 @@ def _finish(
     avatar.eval()
     marcher.eval()
     if len(clip.held):  # training never shows these poses, but films replay them
-        speaker = player.person(avatar, run, where)
-        known = player.stances(clip.signals[clip.train])
-        new = player.novel(player.stances(clip.signals[clip.held]), known, player.N_VIEWS)
+        speaker = enrolled(avatar, run, where)
+        known = views.poses_of(clip.signals[clip.train])
+        new = views.new_poses(views.poses_of(clip.signals[clip.held]), known, views.N_VIEWS)
         if new:
-            player.open_views(speaker, marcher, clip.signals[clip.held[new]], where)
+            views.open_views(speaker, marcher, clip.signals[clip.held[new]], where)
     if avatar.needs_portrait:  # nor were the others shown in training
-        speaker = player.person(avatar, run, where)
-        player.open_views(speaker, marcher, clip.signals[clip.train], where)
-    player.save(run, avatar, marcher)
+        speaker = enrolled(avatar, run, where)
+        views.open_views(speaker, marcher, clip.signals[clip.train], where)
+    save_avatar(run, avatar, marcher)
     run.save_drive(_drive(space, clip))
     shutil.copyfile(space.plate_file, run.plate_file)
 
@@ -310,5 +312,5 @@ def _is_finished(
 def _drive(space: Workspace, clip: Footage) -> dict[str, np.ndarray]:
     """Return what rendering needs of the footage."""
     tracks = space.load("tracks")
-    kept = {name: tracks[name] for name in (*player.DRIVEN, "k", "usable")}
+    kept = {name: tracks[name] for name in (*DRIVEN, "k", "usable")}
     return kept | clip.stats.arrays()

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 
 from talkhead_cli import march
 from talkhead_cli.contracts import FPS, MisuseError, Progress, Signals, TalkheadError
-from talkhead_cli.jobs import landmark_track, player, script
+from talkhead_cli.jobs import landmark_track, script
 from talkhead_cli.jobs.drive import MotionOptions
 from talkhead_cli.jobs.landmark_track import LandmarkTrack
-from talkhead_cli.jobs.player import Player
+from talkhead_cli.jobs.player import Player, eight_bits
+from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.store import Workspace
 from talkhead_cli.store.pictures import software_of, write_png
 
@@ -49,18 +50,16 @@ def landmarks(
         if not 0 <= gain <= MAX_GAIN:  # nan is refused too
             raise MisuseError(f"{option} must lie between 0 and {MAX_GAIN:.0f}")
     space = Workspace.open(home, name)
-    run, by_default = player.pick_run(space, run_name)
-    if by_default:
-        progress.note(f"run: {run.name}")
+    run = pick_run(space, run_name, progress)
     out = out or Path(f"{name}-{speech.stem}.npz")
     if out.suffix != ".npz":
         raise MisuseError(f"{out}: a landmark track is a .npz file")
     _refuse_foreign(out, picture)
-    show = player.load(run, march.device_of(device))
-    moves = script.with_available_motion(show, moves or MotionOptions(), progress)
-    neutral = script.neutral_of(show)
+    player = Player.load(run, march.device_of(device))
+    moves = script.with_available_motion(player, moves or MotionOptions(), progress)
+    neutral = script.neutral_of(player)
     marks, eyes = [], []
-    with script.open_script(show, speech, moves, progress) as told:
+    with script.open_script(player, speech, moves, progress) as told:
         progress.stage("listen", told.n_frames)
         for signals in told.chunks():
             marks.append(signals.landmarks.numpy())
@@ -77,7 +76,7 @@ def landmarks(
             tiles = []
             for frame in shown:
                 signals = told.signals(np.array([frame]))
-                tiles.append(_drawn(show, signals.with_(
+                tiles.append(_drawn(player, signals.with_(
                     landmarks=signals.landmarks.new_tensor(track.landmarks[frame : frame + 1])
                 )))  # fmt: skip
                 progress.advance()
@@ -108,12 +107,10 @@ def _is_track(path: Path) -> bool:
     return True
 
 
-def _drawn(show: Player, signals: Signals) -> NDArray[np.uint8]:
+def _drawn(player: Player, signals: Signals) -> NDArray[np.uint8]:
     """Render one frame (SHOWN_PX, SHOWN_PX, 3) and draw its landmarks over it."""
-    frame, _ = next(show.pictures(signals))
-    canvas = cv2.resize(
-        player.eight_bits(frame), (SHOWN_PX, SHOWN_PX), interpolation=cv2.INTER_CUBIC
-    )
+    frame, _ = next(player.pictures(signals))
+    canvas = cv2.resize(eight_bits(frame), (SHOWN_PX, SHOWN_PX), interpolation=cv2.INTER_CUBIC)
     camera = signals.camera.resized(SHOWN_PX)
     c2w, k = camera.c2w[0].numpy(), camera.k[0].numpy()
     seen = (signals.landmarks[0].numpy() - c2w[:3, 3]) @ c2w[:3, :3] @ k.T

@@ -23,19 +23,19 @@ Pixels = NDArray[np.uint8]
 Array = NDArray[np.floating[Any]]
 
 
-def draw(show: Player, signals: Signals, truth: Pixels, path: Path) -> Path:
+def draw(player: Player, signals: Signals, truth: Pixels, path: Path) -> Path:
     """Write a PNG of moments spread over `signals` (T rows after `listen`), truth (T, s, s, 3).
 
     One line each: truth, rendering, depth, and every map in the avatar's `maps`.
     """
     at = np.linspace(0, len(signals) - 1, N_COLUMNS).round().astype(int)
-    frames = [frame for frame, _ in show.pictures(signals[at])]
+    frames = [frame for frame, _ in player.pictures(signals[at])]
     lines = {
         "truth": [truth[i] for i in at],
         "rendered": [to_bytes(frame.rgb) for frame in frames],
         "depth, near is bright": shaded([_part(frame.depth) for frame in frames]),
     }
-    for part, names in show.avatar.maps.items():
+    for part, names in player.avatar.maps.items():
         for channel, name in enumerate(names):
             values = [frame.parts[part][0, ..., channel].float().cpu().numpy() for frame in frames]
             top = max(float(value.max()) for value in values)

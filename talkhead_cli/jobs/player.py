@@ -1,10 +1,10 @@
-"""A finished run, loaded for rendering; and how runs are saved."""
+"""A finished run, loaded for rendering."""
 
 from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -15,36 +15,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from talkhead_cli import march
-from talkhead_cli.avatars import avatar_class
-from talkhead_cli.avatars.base import Avatar, Speaker
-from talkhead_cli.blocks.planes import why_no_triton
+from talkhead_cli.avatars.base import Speaker
 from talkhead_cli.blocks.regions import lively_boxes
 from talkhead_cli.contracts import (
     Camera,
-    Field,
     Frame,
-    MisuseError,
-    RayBundle,
     Signals,
     TalkheadError,
     repacked,
     unpacked,
 )
-from talkhead_cli.jobs import footage, portraits
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs import views
 from talkhead_cli.jobs.footage import SpeechStats, read_plate
 from talkhead_cli.jobs.preset import Preset
-from talkhead_cli.store import Run, Workspace, list_runs
+from talkhead_cli.jobs.runs import build_avatar, enrolled, speech_shape_of
+from talkhead_cli.store import Run
 
 T = TypeVar("T")
 CLOSER = 2  # factor on the samples per ray, for views that were not filmed
-WIDE_OPEN = 0.15  # face heights
-LOWER_MOUTH = [*range(5, 12), *range(55, 60), *range(65, 68)]  # of the 68: chin, lower lip
-N_FIRST = 4  # views by which a marcher discovers a person
-N_VIEWS = 24  # views by which a marcher is shown new poses
-NEW_POSE_DISTANCE = (
-    0.04  # distance of a new pose from all known ones, rad and face heights: about a grid cell
-)
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # limits of one march on a GPU; some 3 GB
 MAX_RECORDINGS = 2  # CUDA graphs of a march; each keeps its intermediate tensors
 # Half precision where it is faster: on a GPU's tensor cores.  On a CPU the casts cost more.
@@ -66,6 +55,31 @@ class Player:
     records: bool = True  # replay CUDA graphs where rendering has no host syncs
     _recorded: dict[Any, march.Replay[tuple[Frame, Any]]] = field(default_factory=dict)
     _stream: torch.cuda.Stream | None = None  # that a GPU renders on; kept to reuse its memory
+
+    @classmethod
+    def load(cls, run: Run, device: torch.device) -> Player:
+        """Rebuild a run's avatar from its own files; weights are loaded strictly."""
+        text = run.preset_text()
+        if text is None:
+            raise TalkheadError(f"run '{run.name}' has no preset.yaml; run finetune again")
+        preset = presets.from_yaml(text)
+        tensors = run.weights()
+        aabb = tensors["avatar.aabb"]
+        avatar, marcher, why = build_avatar(preset, speech_shape_of(run), aabb.to(device), device)
+        for prefix, module in (("avatar.", avatar), ("marcher.", marcher)):
+            own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            try:
+                module.load_state_dict(own, strict=True)
+            except RuntimeError as error:
+                raise TalkheadError(
+                    f"run '{run.name}' was made by another version of talkhead "
+                    f"({run.meta().get('version')}); train it again with finetune --fresh"
+                ) from error
+            module.eval()
+        plate = read_plate(run.plate_file, preset.data.size_px)
+        speaker = enrolled(avatar, run, device)
+        _look_at_lips_and_eyes(speaker, marcher, preset.march.n_close)
+        return cls(run, preset, speaker, marcher, plate, device, why)
 
     def pictures(
         self, signals: Signals, plate: Tensor | None = None
@@ -157,13 +171,13 @@ class Player:
 
     def open_views(self, signals: Signals) -> None:
         """Show the marcher poses and views that the footage does not contain."""
-        open_views(self.avatar, self.marcher, signals, self.device)
+        views.open_views(self.avatar, self.marcher, signals, self.device)
         if isinstance(self.marcher, march.GuidedMarcher):
             # From new views the guiding grid is coarser than a surface: few samples give speckle.
             closer = CLOSER * self.preset.march.n_samples
             self.marcher.n_samples = max(self.marcher.n_samples, closer)
 
-    def heard(self, signals: Signals, rows: Tensor) -> Signals:
+    def listen_to_rows(self, signals: Signals, rows: Tensor) -> Signals:
         """Return rows (n,) of a film's signals after `listen` on the stretch that they span."""
         first = max(0, int(rows.min()) - self.avatar.past)
         return self.listen(signals[first : int(rows.max()) + 1])[rows - first]
@@ -177,64 +191,6 @@ class Player:
     @property
     def stats(self) -> SpeechStats:
         return SpeechStats.stored(self.run.drive())
-
-
-@torch.no_grad()
-def open_views(
-    avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device
-) -> None:
-    """Show the marcher at most N_VIEWS of the rows, evenly spread."""
-    marcher.extend_from_views(_views(avatar, marcher, signals, device, N_VIEWS))
-
-
-def novel(poses: Tensor, known: Tensor, n: int) -> list[int]:
-    """Choose at most n rows of `poses` (T, K) that are not in `known` (M, K), the furthest first,
-    until all that are left lie within NEW_POSE_DISTANCE of a known or chosen one."""
-    away = torch.cdist(poses, known).amin(1)
-    rows: list[int] = []
-    while len(rows) < n and float(away.max()) > NEW_POSE_DISTANCE:
-        rows.append(int(away.argmax()))
-        away = torch.minimum(away, torch.cdist(poses, poses[rows[-1:]])[:, 0])
-    return rows
-
-
-def stances(signals: Signals) -> Tensor:
-    """Return the poses of head and shoulders, in radians and face heights, (T, 10)."""
-    return torch.cat([signals.pose, signals.body], 1)
-
-
-@torch.no_grad()
-def rebuild_from_views(
-    avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device
-) -> None:
-    """Show the marcher a person on whom it was not trained, in at most N_FIRST of the rows."""
-    marcher.rebuild_from_views(_views(avatar, marcher, signals, device, N_FIRST))
-
-
-def mouthing(speaker: Speaker, signals: Signals, n: int) -> Signals:
-    """Return a row (1) repeated n times, with mouths from shut to wide open."""
-    rest = speaker.neutral
-    assert rest is not None
-    marks = rest.repeat(n, 1, 1)
-    for row, drop in enumerate(torch.linspace(0, WIDE_OPEN, n).tolist()):
-        marks[row, LOWER_MOUTH, 1] += drop
-    rows = signals[torch.zeros(n, dtype=torch.long)]
-    return rows.with_(landmarks=marks.to(signals.landmarks))
-
-
-def _views(
-    avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device, n: int
-) -> list[tuple[Field, RayBundle]]:
-    grid = getattr(marcher, "occupancy", None)
-    if grid is None:
-        return []
-    size_px = 2 * grid.resolution  # two rays per cell if the picture is as wide as the box
-    views, alone = [], torch.zeros(1, dtype=torch.long, device=device)
-    for row in dict.fromkeys(np.linspace(0, len(signals) - 1, n).astype(int).tolist()):
-        one = signals[row].to(device)
-        rays = march.picture_rays(one.camera.resized(size_px), alone, avatar.aabb)
-        views.append((avatar.condition(one), avatar.aim(one, rays)))
-    return views
 
 
 def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[T]:
@@ -295,106 +251,10 @@ def to_bytes(picture: Tensor) -> NDArray[np.uint8]:
     return (picture[0].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
 
 
-def pick_run(space: Workspace, name: str | None) -> tuple[Run, bool]:
-    """Return the named finished run, else the newest; and whether it was chosen by default."""
-    runs = [r for r in list_runs(space.runs) if r.is_finished]
-    if not runs:
-        raise TalkheadError(
-            f"'{space.id}' has no finished run; train one with: talkhead finetune --id {space.id}"
-        )
-    if name is None:
-        return runs[0], True
-    for run in runs:
-        if run.name == name:
-            return run, False
-    raise TalkheadError(
-        f"'{space.id}' has no finished run '{name}'; it has: {', '.join(r.name for r in runs)}"
-    )
-
-
-def box_for(preset: Preset, camera: Camera) -> Tensor:
-    """Return the box (6,) of the method's field: its own, or what the cameras see of the person."""
-    own = avatar_class(preset.method).box
-    return footage.box_of(camera) if own is None else torch.tensor(own)
-
-
-def heard_by(run: Run) -> tuple[int, int]:
-    """Return the shape (W, A) of the speech windows that a run or prior was trained on."""
-    speech = run.meta()["speech"]
-    if "n_steps" not in speech:
-        raise TalkheadError(
-            f"'{run.name}' was trained by an older version, which heard speech otherwise; train it "
-            "again with --fresh"
-        )
-    return speech["n_steps"], speech["n_features"]
-
-
-def build(
-    preset: Preset, heard: Sequence[int], aabb: Tensor, device: torch.device, n_people: int = 1
-) -> tuple[Avatar, march.Marcher, str]:
-    """Build avatar, marcher and a line on why this marcher; heard (W, A): speech window shape."""
-    n_steps, n_features = heard
-    method, generator = avatar_class(preset.method), preset.avatar.generator
-    if generator is not None and generator not in method.begins_with:
-        raise MisuseError(f"preset {preset.method} does not begin with a generator: {generator}")
-    avatar = method.build(
-        preset.avatar.size, n_steps=n_steps, n_features=n_features,
-        px=preset.data.size_px, n_people=n_people,
-        **({} if generator is None else {"borrowed": generator}),
-    )  # fmt: skip
-    options = march.MarchOptions(**preset.march.model_dump(exclude={"n_close"}))
-    on_gpu = device.type == "cuda"
-    lacks = why_no_triton() if on_gpu else "there is no GPU"
-    marcher, why = march.build(options, aabb, device, kernels=not lacks)
-    if on_gpu and lacks:
-        why += f"; planes and samples go through plain torch, more slowly ({lacks})"
-    return avatar.to(device), marcher.to(device), why
-
-
-def save(run: Run, avatar: Avatar, marcher: march.Marcher) -> None:
-    tensors = {f"avatar.{k}": v for k, v in avatar.state_dict().items()}
-    run.save_weights(tensors | {f"marcher.{k}": v for k, v in marcher.state_dict().items()})
-
-
-def load(run: Run, device: torch.device) -> Player:
-    """Rebuild a run's avatar from its own files; weights are loaded strictly."""
-    text = run.preset_text()
-    if text is None:
-        raise TalkheadError(f"run '{run.name}' has no preset.yaml; run finetune again")
-    preset = presets.from_yaml(text)
-    tensors = run.weights()
-    aabb = tensors["avatar.aabb"]
-    avatar, marcher, why = build(preset, heard_by(run), aabb.to(device), device)
-    for prefix, module in (("avatar.", avatar), ("marcher.", marcher)):
-        own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        try:
-            module.load_state_dict(own, strict=True)
-        except RuntimeError as error:
-            raise TalkheadError(
-                f"run '{run.name}' was made by another version of talkhead "
-                f"({run.meta().get('version')}); train it again with finetune --fresh"
-            ) from error
-        module.eval()
-    plate = read_plate(run.plate_file, preset.data.size_px)
-    speaker = person(avatar, run, device)
-    _look_at_lips_and_eyes(speaker, marcher, preset.march.n_close)
-    return Player(run, preset, speaker, marcher, plate, device, why)
-
-
 def _look_at_lips_and_eyes(speaker: Speaker, marcher: march.Marcher, n_samples: int) -> None:
     """Let rays through lips or eyes take n_samples (0: no change), if a neutral face is known."""
     if isinstance(marcher, march.GuidedMarcher) and speaker.neutral is not None and n_samples:
         marcher.look_closely(lively_boxes(speaker.neutral), n_samples)
-
-
-@torch.no_grad()
-def person(avatar: Avatar, run: Run, device: torch.device) -> Speaker:
-    """Return the run's person, enrolled from its portrait if the method needs one."""
-    kept = run.portrait()
-    if (kept is not None) != avatar.needs_portrait:
-        lacks = "lacks the pictures it is made from" if kept is None else "holds a stray portrait"
-        raise TalkheadError(f"run '{run.name}' {lacks} (portrait.npz); make it again")
-    return avatar.enroll(None if kept is None else portraits.from_arrays(kept).to(device))
 
 
 def still_signals(audio: Tensor, moment: Tensor, camera: Camera, **given: Tensor) -> Signals:

@@ -22,7 +22,7 @@ from talkhead_cli.contracts import (
 from talkhead_cli.jobs import backends
 from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Stages
 from talkhead_cli.media import Part
-from talkhead_cli.store import Run, Workspace, check_id, list_runs
+from talkhead_cli.store import Run, Workspace, check_id, finished_runs, list_runs
 from talkhead_cli.store.files import digest, sha256_of
 from talkhead_cli.track.scout import FACES
 from talkhead_cli.track.spans import in_words
@@ -99,7 +99,7 @@ def preprocess(
             finished=True, version=__version__, source=source, dataset=None,
             consent=space.consents(), **work.facts(),
         )  # fmt: skip
-        old = [r for r in _finished(space) if r.meta().get("footage") != space.fingerprint]
+        old = [r for r in finished_runs(space.runs) if r.meta().get("footage") != space.fingerprint]
         if old:
             progress.note(
                 f"{_named(old)} of '{space.id}' learnt what was tracked before; train anew"
@@ -151,10 +151,6 @@ def _nothing_left_of_refused(space: Workspace, is_new: bool) -> Iterator[None]:
         raise
 
 
-def _finished(space: Workspace) -> list[Run]:
-    return [run for run in list_runs(space.runs) if run.is_finished]
-
-
 def _named(runs: Sequence[Run]) -> str:
     return ", ".join(f"run '{run.name}'" for run in runs)
 
@@ -167,7 +163,7 @@ def _refuse_other_footage(
     known = space.manifest().get("source")
     if known is None:
         return
-    runs = _finished(space)
+    runs = finished_runs(space.runs)
     first, n_frames = place
     held = known.get("part", [known.get("first_frame", first), n_frames])  # older ones say less
     if known["sha256"] == source and not runs and held != [first, n_frames]:

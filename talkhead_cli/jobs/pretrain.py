@@ -17,11 +17,12 @@ from lightning_fabric import Fabric
 from talkhead_cli import __version__, march
 from talkhead_cli.avatars import avatar_class
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import expert, fit, footage, looks, player, team
+from talkhead_cli.jobs import expert, fit, footage, looks, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.preset import Preset, Train
 from talkhead_cli.jobs.prior import speech_facts
+from talkhead_cli.jobs.runs import box_for, build_avatar
 from talkhead_cli.jobs.step import refuse_unknown
 from talkhead_cli.jobs.threads import Threads
 from talkhead_cli.store import Run, Workspace, priors_folder
@@ -158,9 +159,9 @@ def _train(
     begun = {} if fresh else prior.meta()
     judge = _judge(prior.name, begun, home, preset, stages, hears, progress)
     fabric.seed_everything(seed, verbose=False)
-    boxes = torch.stack([player.box_for(preset, clip.signals.camera) for clip in clips])
+    boxes = torch.stack([box_for(preset, clip.signals.camera) for clip in clips])
     aabb = torch.cat([boxes[:, :3].amin(0), boxes[:, 3:].amax(0)])  # holds all of them
-    avatar, marcher, why = player.build(
+    avatar, marcher, why = build_avatar(
         preset, clips[0].signals.audio.shape[1:], aabb.to(where), where, len(clips)
     )
     refuse_unknown(stages, avatar, preset.method)

@@ -13,7 +13,7 @@ from talkhead_cli.contracts import Progress, TalkheadError
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import speech_of
 from talkhead_cli.jobs.preset import Preset
-from talkhead_cli.store import Run, Workspace, list_runs, priors_folder
+from talkhead_cli.store import Run, Workspace, finished_runs, priors_folder
 from talkhead_cli.track import voice
 
 
@@ -86,8 +86,7 @@ def begun(runs: Sequence[Run], name: str, *, exactly: bool) -> str | None:
 
 def finished(home: Path, method: str) -> list[Run]:
     """Return the finished priors of a method, newest first."""
-    known = list_runs(priors_folder(home))
-    return [p for p in known if p.is_finished and p.meta()["method"] == method]
+    return [p for p in finished_runs(priors_folder(home)) if p.meta()["method"] == method]
 
 
 def _fits(prior: Run, preset: Preset, speech: dict[str, Any] | None = None) -> bool:
@@ -122,7 +121,7 @@ def _size(preset: Preset) -> tuple[Any, ...]:
 
 def fitting(home: Path, wanted: str, method: str, speech: dict[str, Any] | None = None) -> Run:
     """Return the finished prior of that name; TalkheadError if its method or speech differs."""
-    known = {p.name: p for p in list_runs(priors_folder(home)) if p.is_finished}
+    known = {p.name: p for p in finished_runs(priors_folder(home))}
     if wanted not in known:
         raise TalkheadError(
             f"there is no finished prior '{wanted}' in {home} (known: {', '.join(known) or 'none'})"

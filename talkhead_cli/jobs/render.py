@@ -18,11 +18,12 @@ from torch import Tensor
 
 from talkhead_cli import __version__, march, media
 from talkhead_cli.contracts import FPS, Frame, MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import drive, photo, player, script
+from talkhead_cli.jobs import drive, photo, script, views
 from talkhead_cli.jobs.drive import MotionOptions
 from talkhead_cli.jobs.enroll import enroll, id_of
 from talkhead_cli.jobs.paste import Original
-from talkhead_cli.jobs.player import Player
+from talkhead_cli.jobs.player import Player, eight_bits
+from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.jobs.script import Script
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import read_json, sha256_of, write_json
@@ -63,30 +64,28 @@ def render(
     options = options or RenderOptions()
     began = time.monotonic()
     space = Workspace.open(home, name)
-    run, by_default = player.pick_run(space, run_name)
-    if by_default:
-        progress.note(f"run: {run.name}")
+    run = pick_run(space, run_name, progress)
     script.require_audio_track(speech)
     files, backdrop = _refuse_unfit(options, name, speech, out)
     _name_old_footage(space, run, progress)
     original = None if options.into is None else Original.of(space, run, options.into)
     as_filmed = None if original is None else original.stands.clip(0)
-    show = player.load(run, march.device_of(device))
-    progress.note(f"marching: {show.note}")
-    options = script.with_available_motion(show, options, progress)
-    plate = show.plate if backdrop is None else _middle(backdrop, show.preset.data.size_px)
-    tags = _marks(space, show, speech)
-    shoot = _Shoot(show, options, plate, original, speech, files, tags)
+    player = Player.load(run, march.device_of(device))
+    progress.note(f"marching: {player.note}")
+    options = script.with_available_motion(player, options, progress)
+    plate = player.plate if backdrop is None else _middle(backdrop, player.preset.data.size_px)
+    tags = _marks(space, player, speech)
+    shoot = _Shoot(player, options, plate, original, speech, files, tags)
     files.film.parent.mkdir(parents=True, exist_ok=True)
-    with script.open_script(show, speech, options, progress, as_filmed=as_filmed) as film_script:
+    with script.open_script(player, speech, options, progress, as_filmed=as_filmed) as film_script:
         n_frames = film_script.n_frames
         beyond = drive.beyond(run.drive(), film_script.drive, n_frames)
         if beyond and original is None:
             progress.note(f"{beyond}; such views are guesses and may look wrong")
-        if options.pose not in script.poses_in_grid(show) or film_script.drive.moves_camera:
+        if options.pose not in script.poses_in_grid(player) or film_script.drive.moves_camera:
             progress.stage("new views", None)
-            at = film_script.drive.sample_frames(player.N_VIEWS, n_frames)
-            show.open_views(film_script.scattered(at))
+            at = film_script.drive.sample_frames(views.N_VIEWS, n_frames)
+            player.open_views(film_script.scattered(at))
         progress.stage("render", n_frames)
         n_empty = shoot.film(film_script, progress)
     if n_empty:
@@ -101,11 +100,11 @@ def render(
         "synthetic": True, **tags,
         "talkhead": __version__, "speech_sha256": sha256_of(speech),
         "film_sha256": sha256_of(files.film),
-        "run_meta": {k: show.run.meta().get(k)
+        "run_meta": {k: player.run.meta().get(k)
                      for k in ("version", "steps", "source", "torch", "generator")},
-        "consent": show.run.meta().get("consent", []),
+        "consent": player.run.meta().get("consent", []),
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
-        "frames": n_frames, "fps": FPS, "size_px": show.preset.data.size_px,
+        "frames": n_frames, "fps": FPS, "size_px": player.preset.data.size_px,
         "film_px": shoot.size_px,
         "depth_unit_face_heights": DEPTH_UNIT if files.depth else None,
         "seconds_taken": round(seconds, 2),
@@ -145,7 +144,7 @@ class _Files:
 class _Shoot:
     """Everything needed to render a video, except its script."""
 
-    show: Player
+    player: Player
     options: RenderOptions
     plate: Tensor
     original: Original | None
@@ -155,11 +154,11 @@ class _Shoot:
 
     def film(self, film_script: Script, progress: Progress) -> int:
         """Render and write all frames; return how many show no person (alpha below 0.5)."""
-        options, side, n_empty = self.options, self.show.preset.data.size_px, 0
+        options, side, n_empty = self.options, self.player.preset.data.size_px, 0
         behind = torch.zeros_like(self.plate) if options.alpha else self.plate
         with (
             media.VideoWriter(
-                self.files.film, self.size_px, audio=self.speech, crf=self.show.preset.render.crf,
+                self.files.film, self.size_px, audio=self.speech, crf=self.player.preset.render.crf,
                 alpha=options.alpha, metadata=self.tags,
             ) as film,
             _maybe_depth(self.files.depth, side, self.tags) as depth_film,
@@ -168,11 +167,11 @@ class _Shoot:
             def drawn() -> Iterator[NDArray[np.uint8]]:
                 nonlocal n_empty
                 for signals in film_script.chunks():
-                    for frame, _ in self.show.pictures(signals, behind):
+                    for frame, _ in self.player.pictures(signals, behind):
                         n_empty += float(frame.alpha.max()) < 0.5
                         if depth_film is not None:
                             depth_film.write(_depth(frame))
-                        yield player.eight_bits(frame, options.alpha)
+                        yield eight_bits(frame, options.alpha)
 
             pictures = drawn()
             if self.original is not None:
@@ -189,7 +188,7 @@ class _Shoot:
     @property
     def size_px(self) -> tuple[int, int]:
         """Width and height of the video in pixels."""
-        side = self.show.preset.data.size_px
+        side = self.player.preset.data.size_px
         return (side, side) if self.original is None else self.original.size
 
 
@@ -325,13 +324,13 @@ def _maybe_depth(path: Path | None, size: int, tags: dict[str, str]) -> Any:
     return media.VideoWriter(path, (size, size), gray16=True, metadata=tags)
 
 
-def _marks(space: Workspace, show: Player, speech: Path) -> dict[str, str]:
+def _marks(space: Workspace, player: Player, speech: Path) -> dict[str, str]:
     """Return the metadata for the container."""
     return {
         "comment": "synthetic: made by talkhead, this person did not say this",
         "talkhead_synthetic": "true",
         "talkhead_version": __version__,
-        "talkhead_avatar": f"{space.id}/{show.run.name}",
+        "talkhead_avatar": f"{space.id}/{player.run.name}",
         "talkhead_speech": speech.name,
-        "talkhead_consent": ", ".join(show.run.meta().get("consent", [])) or "none recorded",
+        "talkhead_consent": ", ".join(player.run.meta().get("consent", [])) or "none recorded",
     }

@@ -24,13 +24,13 @@ from talkhead_cli.contracts import (
     repacked,
     unpacked,
 )
-from talkhead_cli.jobs import backends, landmark_track, player
+from talkhead_cli.jobs import backends, landmark_track
 from talkhead_cli.jobs import drive as drives
 from talkhead_cli.jobs.backends import Voice
 from talkhead_cli.jobs.drive import MotionOptions
 from talkhead_cli.jobs.footage import SpeechStats
 from talkhead_cli.jobs.landmark_track import LandmarkTrack
-from talkhead_cli.jobs.player import Player
+from talkhead_cli.jobs.player import Player, still_signals
 from talkhead_cli.track import voice
 
 PCM_SCALE = 1 / 32768
@@ -46,7 +46,7 @@ M = TypeVar("M", bound=MotionOptions)
 class Script:
     """Driving signals of any frames of the video; frames may be requested in any order."""
 
-    show: Player
+    player: Player
     pcm: NDArray[np.int16]
     ear: Voice
     stats: SpeechStats
@@ -58,9 +58,9 @@ class Script:
     def signals(self, frames: NDArray[Any]) -> Signals:
         """Return the signals of frames (n,) after `listen`.  The `avatar.past` frames before the
         first are computed too, so that predictions equal those over the whole video."""
-        asked, past = len(frames), self.show.avatar.past
+        asked, past = len(frames), self.player.avatar.past
         frames = np.concatenate([np.arange(max(0, frames[0] - past), frames[0]), frames])
-        window = self.show.preset.data.window
+        window = self.player.preset.data.window
         per_frame = self.ear.rate_hz // FPS
         room = voice.n_steps(window, self.ear.rate_hz) // per_frame + 1
         low = max(0, int(frames.min()) - room)
@@ -74,13 +74,13 @@ class Script:
             eye = self.lids[np.minimum(frames, len(self.lids) - 1)]
         heard = self.stats.windows(stream, frames - low, window)
         driven = {"pose": pose, "body": body, "eye": eye, "gaze": gaze, "brow": brow}
-        signals = player.still_signals(
+        signals = still_signals(
             torch.from_numpy(heard),
             torch.from_numpy(np.asarray(frames, np.int64)),
-            self.drive.camera(np.asarray(pose), self.show.preset.data.size_px, frames),
+            self.drive.camera(np.asarray(pose), self.player.preset.data.size_px, frames),
             **{k: torch.from_numpy(np.asarray(v, np.float32)) for k, v in driven.items()},
         )
-        said = self.show.listen(signals)[len(frames) - asked :]
+        said = self.player.listen(signals)[len(frames) - asked :]
         if self.track is None:
             return said
         rows = np.minimum(frames[-asked:], len(self.track) - 1)
@@ -98,9 +98,9 @@ class Script:
             yield self.signals(np.arange(first, min(first + CHUNK, self.n_frames)))
 
 
-def with_available_motion(show: Player, moves: M, progress: Progress) -> M:
+def with_available_motion(player: Player, moves: M, progress: Progress) -> M:
     """Return `moves`, with "footage" replaced by "auto" if a single picture is all the footage."""
-    if len(show.run.drive()["pose"]) > 1:
+    if len(player.run.drive()["pose"]) > 1:
         return moves
     instead = {k: "auto" for k in ("pose", "blink") if getattr(moves, k) == "footage"}
     if instead:
@@ -118,16 +118,16 @@ def check_motion(moves: MotionOptions) -> None:
         landmark_track.read(moves.landmarks)
 
 
-def poses_in_grid(show: Player) -> tuple[str, ...]:
+def poses_in_grid(player: Player) -> tuple[str, ...]:
     """Return the values of `--pose` that the marcher's occupancy covers.  For a run made from
     pictures they include "auto", since `enroll` seeds it from both sides."""
-    alone = len(show.run.drive()["pose"]) == 1
+    alone = len(player.run.drive()["pose"]) == 1
     return ("footage", "still", "auto") if alone else ("footage", "still")
 
 
 @contextmanager
 def open_script(
-    show: Player, speech: Path, moves: MotionOptions, progress: Progress, *,
+    player: Player, speech: Path, moves: MotionOptions, progress: Progress, *,
     as_filmed: NDArray[np.int64] | None = None,
 ) -> Iterator[Script]:  # fmt: skip
     """Yield the script of a video of `speech` (any file with sound), in constant memory.
@@ -143,15 +143,15 @@ def open_script(
         if n_frames < 1:
             raise TalkheadError(f"{speech.name} holds no sound to speak of; it is under 40 ms long")
         pcm: NDArray[np.int16] = np.memmap(raw, dtype=np.int16, mode="r", shape=(n_samples,))
-        ear = backends.voice_of(show.run.meta()["speech"]["backend"])
-        stats, silent = speech_stats(pcm, ear, show.stats)
+        ear = backends.voice_of(player.run.meta()["speech"]["backend"])
+        stats, silent = speech_stats(pcm, ear, player.stats)
         if silent:
             progress.note("the speech file is silent: the mouth will stay at rest")
-        drive = drives.make(show.run.drive(), n_frames, moves, as_filmed=as_filmed)
-        track = _track(show, moves.landmarks, n_frames)
+        drive = drives.make(player.run.drive(), n_frames, moves, as_filmed=as_filmed)
+        track = _track(player, moves.landmarks, n_frames)
         own_eyes = moves.blink != "footage" or as_filmed is not None
         lids = None if track is None or own_eyes else track.eye
-        yield Script(show, pcm, ear, stats, drive, n_frames, track, lids)
+        yield Script(player, pcm, ear, stats, drive, n_frames, track, lids)
 
 
 def require_audio_track(speech: Path) -> None:
@@ -160,20 +160,20 @@ def require_audio_track(speech: Path) -> None:
         raise TalkheadError(f"{speech.name} has no sound; give a file with speech")
 
 
-def _track(show: Player, path: Path | None, n_frames: int) -> LandmarkTrack | None:
+def _track(player: Player, path: Path | None, n_frames: int) -> LandmarkTrack | None:
     if path is None:
         return None
     track = landmark_track.read(path)
     landmark_track.fits_film(track, n_frames, path)
-    return track.on(neutral_of(show))
+    return track.on(neutral_of(player))
 
 
-def neutral_of(show: Player) -> NDArray[np.float32]:
+def neutral_of(player: Player) -> NDArray[np.float32]:
     """Return the neutral landmarks (68, 3); TalkheadError if landmarks do not drive the avatar."""
-    rest = show.avatar.neutral
+    rest = player.avatar.neutral
     if rest is None:
         raise TalkheadError(
-            f"run '{show.run.name}' is not driven by landmarks; use a run of preset landmark or "
+            f"run '{player.run.name}' is not driven by landmarks; use a run of preset landmark or "
             "lokitalk"
         )
     return rest.cpu().numpy().astype(np.float32)

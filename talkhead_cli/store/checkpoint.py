@@ -153,6 +153,11 @@ class Run:
         return path
 
 
+def finished_runs(folder: Path) -> list[Run]:
+    """Return the finished runs of a folder, newest first."""
+    return [run for run in list_runs(folder) if run.is_finished]
+
+
 def list_runs(folder: Path) -> list[Run]:
     """Return the runs of a workspace, newest finished first, unfinished ones last."""
     if not folder.is_dir():

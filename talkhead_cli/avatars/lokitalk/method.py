@@ -219,11 +219,13 @@ class LokiTalk(SharedAvatar):
         attention = rendered.feature[:, ATTENTION]
         solid = rendered.opacity.detach()
         moved = rendered.feature[:, SHIFTS]
+        # where each field may move points: the face field at lips and eyes, the other at the torso
+        regions = torch.stack([masks[:, :2].amax(1), masks[:, 2]], 1)
         losses = solid_losses(rendered, person, truth.labels[:, :1]) | {
             "colour": F.mse_loss(rgb, truth.colour),
             # two-sided: a one-sided loss would let attention vanish inside the soft masks
             "attention": ((attention - masks * solid) * solid).abs().mean(),
-            "still": (moved * (1 - masks[:, :2].amax(1, keepdim=True))).mean(),
+            "still": (moved * (1 - regions)).mean(),
             "relief": self.person(signals).relief.loss(rendered, rays, person[:, 0]),
             "rough": result.field.avatar.volume.roughness(),  # the person's, `enroll` may change it
         }
