@@ -107,7 +107,7 @@ def _heard(home: Path, name: str, preset: Preset, voice: str) -> Footage:
     space, ear = Workspace.open(home, name), backends.voice_of(voice)
     clip = footage.load(space, preset.data, SilentProgress(), pictures=False)
     stream = ear.features(media.sound(space.audio))
-    stats = SpeechStats.of(stream, ear.rate_hz, clip.heard[: int(clip.train[-1]) + 1].numpy())
+    stats = SpeechStats.of(stream, ear.rate_hz, clip.audible[: int(clip.train[-1]) + 1].numpy())
     signals = footage.make_signals(space.load("tracks"), stream, stats, preset.data)
     return replace(clip, signals=signals.with_(person=clip.signals.person), stats=stats)
 
@@ -156,7 +156,7 @@ def _fit_speech(
             losses = []
             for index in some.tolist():
                 shot = shots.draw(learning[index], stage, 0, avatar.aabb, rng)
-                told = avatar.person(shot.signals).mouth.to_say(shot.signals)
+                told = avatar.person(shot.signals).mouth.speech_target(shot.signals)
                 net_predictions = avatar.speech.net_predictions(shot.signals)
                 losses.append(
                     nn.functional.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))
@@ -281,7 +281,7 @@ def _mouths(player: Player, home: Path, name: str) -> dict[str, Any]:
     }.items():
         scores = []
         for row, (frame, _) in zip(clip.held.tolist(), player.pictures(driven), strict=True):
-            marks = clip.signals.landmarks_px[row, 48:68] * clip.size_px
+            marks = clip.signals.landmarks_2d[row, 48:68] * clip.size_px
             low, high = marks.amin(0), marks.amax(0)
             half = 1.3 * (high - low).amax() / 2
             x0, y0 = ((low + high) / 2 - half).floor().long().clamp_min(0).tolist()

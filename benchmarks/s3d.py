@@ -148,7 +148,7 @@ def _judged(judge: expert.Judge, home: Path, name: str) -> dict[str, Any]:
         def shift(by: int, inner: torch.Tensor = inner) -> float:
             signals = clip.signals[inner]
             moved = signals.with_(audio=clip.signals.audio[(inner + by).clamp(0, last)])
-            marks = signals.landmarks_px.numpy()
+            marks = signals.landmarks_2d.numpy()
             shown = clip.pictures[inner.numpy()]
             said = judge.judge(shown, marks, moved.audio, moved.moment)
             return said["sound_after_lips_s"] * 25
@@ -158,7 +158,7 @@ def _judged(judge: expert.Judge, home: Path, name: str) -> dict[str, Any]:
         # sound taken from later frames comes earlier
         misses += [round(shift(by) - here + by, 2) for by in SHIFTS]
     signals = clip.signals[rows]
-    marks = signals.landmarks_px.numpy()
+    marks = signals.landmarks_2d.numpy()
     whole = judge.judge(clip.pictures[rows.numpy()], marks, signals.audio, signals.moment)
     return {"seconds": len(rows) / 25, **whole, "offsets_frames": offsets, "misses_frames": misses}
 

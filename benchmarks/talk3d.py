@@ -249,7 +249,7 @@ def _boxes(player: Player, home: Path, name: str) -> dict[str, float]:
     for row, (frame, _) in zip(clip.held.tolist(), player.pictures(signals), strict=True):
         made = frame.rgb[0].clamp(0, 1).numpy()
         true = clip.pictures[row] / np.float32(255)
-        marks = clip.signals.landmarks_px[row].numpy() * clip.size_px
+        marks = clip.signals.landmarks_2d[row].numpy() * clip.size_px
         for label, part in (("mouth", slice(48, 68)), ("eyes", slice(36, 48))):
             low, high = marks[part].min(0), marks[part].max(0)
             half = 0.65 * (high - low).max()

@@ -157,7 +157,7 @@ def score(home: Path, name: str, run_name: str) -> dict[str, float]:
     clip = footage.load(space, player.preset.data, SilentProgress())
     held, quiet = clip.held.numpy(), SilentProgress()
     truth = np.ascontiguousarray(clip.pictures[held])
-    film, *_ = evaluate._film(player, player.listen_to_rows(clip.signals, clip.held), quiet)
+    film, *_ = evaluate._render(player, player.listen_to_rows(clip.signals, clip.held), quiet)
     seen_truth, seen = evaluate._measure(truth, quiet), evaluate._measure(film, quiet)
     boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
     picture = evaluate._picture_figures(truth, film, boxes)

@@ -157,7 +157,7 @@ class Signals:
     gaze          (T, 2) iris offset right, down, in eye widths
     brow          (T, 2) height of the picture's left, right brow minus the person's mean
     landmarks     (T, 68, 3) iBUG order, head space
-    landmarks_px  (T, 68, 2) x, y in the picture, as fractions of its side: [0, 1]
+    landmarks_2d  (T, 68, 2) x, y in the picture, as fractions of its side: [0, 1]
     pose          (T, 6) head to camera: rotation vector (rad), translation (face heights)
     body          (T, 4) shoulders relative to their mean: right, down (face heights at the
                   torso's depth), roll (rad), log scale (not measured: always 0)
@@ -170,7 +170,7 @@ class Signals:
     gaze: Tensor
     brow: Tensor
     landmarks: Tensor
-    landmarks_px: Tensor
+    landmarks_2d: Tensor
     pose: Tensor
     body: Tensor
     camera: Camera

@@ -175,7 +175,7 @@ def someone(size: Any, n_rows: int) -> tuple[LokiTalk, Signals]:
         audio=torch.zeros(n_rows, 8, 6), eye=torch.rand(n_rows, 2),
         gaze=0.1 * torch.randn(n_rows, 2), brow=0.05 * torch.randn(n_rows, 2),
         landmarks=mouth.neutral + 0.05 * torch.randn(n_rows, 68, 3),
-        landmarks_px=torch.rand(n_rows, 68, 2),
+        landmarks_2d=torch.rand(n_rows, 68, 2),
         pose=0.1 * torch.randn(n_rows, 6) + torch.tensor([0, 0, 0, 0, 0, 5.0]),
         body=0.1 * torch.randn(n_rows, 4), camera=camera,
         person=torch.zeros(n_rows, dtype=torch.long), moment=torch.arange(n_rows),
@@ -198,7 +198,7 @@ def field() -> dict[str, float]:
         row = row.sort().values if ordered else row  # as pixels of pictures are
         density, channels = avatar.condition(signals)(x, d, row)
         asked = torch.arange(300) % 7 > 0
-        told = field_triton.of(avatar.to(DEVICE).condition(signals.to(DEVICE)))
+        told = field_triton.fused_field(avatar.to(DEVICE).condition(signals.to(DEVICE)))
         row = torch.where(asked, row, -1)
         twin, colours = (v.cpu() for v in told(*(v.to(DEVICE) for v in (x, d, row))))
         assert float(twin[~asked].abs().max()) == 0.0
@@ -222,13 +222,13 @@ class Asked:
     def __init__(self, plain: Any) -> None:
         self.aabb, self.channels = plain.aabb, plain.channels
         self.n_detached, self.n_rows = plain.n_detached, plain.n_rows
-        self._told = field_triton.of(plain)
+        self._kernel = field_triton.fused_field(plain)
 
     def density(self, x: Tensor, row: Tensor) -> Tensor:
-        return self._told(x, x, row)[0]
+        return self._kernel(x, x, row)[0]
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        return self._told(x, d, row)
+        return self._kernel(x, d, row)
 
 
 @torch.no_grad()

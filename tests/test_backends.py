@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from talkhead_cli.contracts import LABELS, SilentProgress, TalkheadError
-from talkhead_cli.jobs import backends, looks
+from talkhead_cli.jobs import backends, loss_networks
 from talkhead_cli.jobs.preprocess import preprocess
 from talkhead_cli.store import Workspace, weights
 from talkhead_cli.track import face, matte
@@ -181,7 +181,7 @@ def test_points_of_either_mesh_are_brought_to_pixels() -> None:
     [
         ("retinaface", backends.detector_of), ("bisenet", backends.parser_of),
         ("fan2d", backends.landmarks_of), ("fan3d", backends.landmarks_of),
-        ("lpips", lambda _: looks.lpips()),
+        ("lpips", lambda _: loss_networks.lpips()),
     ],
 )  # fmt: skip
 def test_a_file_of_another_shape_is_refused_by_name(
@@ -216,7 +216,7 @@ def test_a_file_with_another_hash_is_refused_at_work(
 
 def test_lpips_is_a_distance_that_training_can_follow(bring: Bring) -> None:
     bring("lpips")
-    distance = looks.lpips()
+    distance = loss_networks.lpips()
     picture = torch.from_numpy(_picture(96)).float()[None] / 255
     noisy = (picture + 0.1 * torch.randn_like(picture)).clamp(0, 1).requires_grad_()
     far = distance(noisy, picture)

@@ -80,7 +80,7 @@ def heard() -> Iterator[list[int]]:
 
 
 def test_a_first_interruption_waits_and_a_second_does_not(heard: list[int]) -> None:
-    with interrupt.held() as asked:
+    with interrupt.delayed() as asked:
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
         assert asked() and not heard
@@ -90,7 +90,7 @@ def test_a_first_interruption_waits_and_a_second_does_not(heard: list[int]) -> N
 
 
 def test_without_an_interruption_nothing_is_passed_on(heard: list[int]) -> None:
-    with interrupt.held() as asked:
+    with interrupt.delayed() as asked:
         assert not asked()
     assert not heard
     os.kill(os.getpid(), signal.SIGINT)
@@ -101,7 +101,7 @@ def test_a_signal_that_is_ignored_stays_ignored() -> None:
     """As under nohup."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with interrupt.held() as asked:
+        with interrupt.delayed() as asked:
             os.kill(os.getpid(), signal.SIGINT)
             assert not asked()
         assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN

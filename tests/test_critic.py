@@ -124,8 +124,8 @@ def test_a_critic_is_asked_only_where_it_can_be_heard() -> None:
     avatar = S3D("tiny", n_steps=33, n_features=4)
 
     def found(*settings: str, method: str = "s3d") -> Critic | None:
-        stages = presets.load([method, "tiny"], settings).train
-        return critic.asked(avatar, method, stages, "tiny")
+        preset = presets.load([method, "tiny"], settings)
+        return critic.critic_if_weighed(avatar, preset, preset.train)
 
     on = ["train.stages.refine.steps=3", "train.stages.refine.weights.critic=0.1"]
     assert found() is None and found(on[1]) is None, "no steps, no critic"
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_with_its_critic(speaker_home: Path, tmp_path: Path
     told: list[float] = []
 
     def train(name: str, until: int = 99) -> Run:
-        def watch(place: fit.Place) -> bool:
+        def watch(place: fit.Position) -> bool:
             told.append(place.figures.get("told_apart", -1.0))
             return place.total >= until
 

@@ -90,7 +90,7 @@ def test_landmarks_of_the_mouth_move_the_picture_there(trained: Path) -> None:
         frame.rgb[0] for frame, _ in player.pictures(views.opening_mouths(player.avatar, row, 2))
     )
     change = (wide - shut).abs().mean(-1)
-    x, y = (64 * row.landmarks_px[0, 48:68].mean(0)).long().tolist()
+    x, y = (64 * row.landmarks_2d[0, 48:68].mean(0)).long().tolist()
     assert change[y - 4 : y + 8, x - 6 : x + 6].mean() > 5 * change[:16].mean() + 0.01
 
 

@@ -36,7 +36,7 @@ from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.pretrain import pretrain
 from talkhead_cli.jobs.runs import build_avatar, pick_run
-from talkhead_cli.jobs.step import Drawn, Lost, Step
+from talkhead_cli.jobs.step import Step, StepLosses, UncastShots
 from talkhead_cli.store import Run, Workspace
 
 
@@ -53,7 +53,7 @@ def test_a_killed_run_goes_on_and_ends_as_if_it_had_not_been_killed(home: Path) 
 def test_a_state_of_another_version_is_refused_in_a_sentence(home: Path) -> None:
     assert not train(home, run_name="old", stop_after=lambda p: p.total >= 3)
     run = Run.named(Workspace.open(home, "speaker").runs, "old")
-    for key in ("place", "module"):
+    for key in ("position", "module"):
         held = run.resume_state()
         assert held is not None
         run.save_resume(held | {key: {"other": torch.zeros(1)}})
@@ -72,7 +72,7 @@ def test_what_a_recorded_step_left_goes_on_without_a_recording(home: Path) -> No
     run.save_resume(held)
     assert not train(home, run_name="moved", stop_after=lambda p: p.total >= 35)
     left = run.resume_state()
-    assert left is not None and left["place"]["total"] == 35
+    assert left is not None and left["position"]["total"] == 35
     for group in left["optimizer"]["param_groups"]:
         assert isinstance(group["lr"], float) and not group["capturable"]
 
@@ -116,8 +116,8 @@ def test_nobody_waits_for_a_recorded_step(
         def __init__(self, work: Any) -> None:
             self.work = work
 
-        def __call__(self, *given: Tensor) -> Lost:
-            lost: Lost = self.work(*given)
+        def __call__(self, *given: Tensor) -> StepLosses:
+            lost: StepLosses = self.work(*given)
             seen.append(1)
             return lost._replace(loss=torch.tensor(torch.nan)) if len(seen) == broken else lost
 
@@ -159,14 +159,14 @@ def test_half_precision_leaves_places_alone() -> None:
     seen: list[torch.dtype] = []
 
     class Sees(torch.nn.Module):
-        def forward(self, drawn: Drawn) -> torch.Tensor:
+        def forward(self, drawn: UncastShots) -> torch.Tensor:
             (shot,) = drawn.shots
             seen.append(shot.dtype)  # type: ignore[attr-defined]
             return torch.zeros(())
 
     fabric = Fabric(accelerator="cpu", devices=1, precision="bf16-mixed")
     module = fabric.setup(Sees())
-    module(Drawn([torch.rand(3)]))  # type: ignore[list-item]
+    module(UncastShots([torch.rand(3)]))  # type: ignore[list-item]
     assert seen == [torch.float32]
 
 
@@ -230,7 +230,7 @@ def test_an_interruption_is_heard_between_steps_and_saves(home: Path, number: in
         signal.signal(number, before)
     run = Run.named(Workspace.open(home, "speaker").runs, "lokitalk+tiny")
     state = run.resume_state()
-    assert state is not None and state["place"]["total"] == 27 and not run.is_finished
+    assert state is not None and state["position"]["total"] == 27 and not run.is_finished
 
 
 def test_nothing_is_lost_by_a_command_that_is_refused(home: Path) -> None:
@@ -271,7 +271,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: Container[int]) -> None:
     """From now on the losses of these steps, counted from one, are not numbers."""
     count = itertools.count(1)
 
-    def sick(self: Step, *args: Any) -> Lost:
+    def sick(self: Step, *args: Any) -> StepLosses:
         lost = HONEST(self, *args)
         return lost._replace(loss=lost.loss * float("nan")) if next(count) in steps else lost
 
@@ -331,9 +331,9 @@ def test_draws_follow_the_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
     for index, seed in enumerate((3, 3, 4)):
         losses: list[float] = []
 
-        def watch(place: fit.Place, seen: list[float] = losses) -> bool:
-            seen.append(place.figures["loss"])
-            return place.total >= 2
+        def watch(position: fit.Position, seen: list[float] = losses) -> bool:
+            seen.append(position.figures["loss"])
+            return position.total >= 2
 
         finetune(home, "speaker", SilentProgress(), preset_names=PRESETS, settings=SHORT,
                  run_name=f"run{index}", seed=seed, stop_after=watch)  # fmt: skip
@@ -373,9 +373,9 @@ def test_every_person_s_space_reaches_the_grid(home: Path, monkeypatch: pytest.M
 def test_training_lowers_the_colour_loss(home: Path) -> None:
     seen: list[float] = []
 
-    def watch(place: fit.Place) -> bool:
-        if "colour" in place.figures:
-            seen.append(place.figures["colour"])
+    def watch(position: fit.Position) -> bool:
+        if "colour" in position.figures:
+            seen.append(position.figures["colour"])
         return False
 
     only = [f"train.stages.{name}.steps=0" for name in ("speech_all", "detail", "lips", "eyes")]
@@ -403,14 +403,14 @@ def test_a_step_that_is_recorded_waits_for_nobody(
     assert isinstance(marcher, march.FusedMarcher) and avatar.has_kernel
     stage = preset.train.stages[name]
     shot = shots.draw(clip, stage, 4000, box, torch.Generator().manual_seed(0))
-    marcher.whole = True
+    marcher.keeps_misses = True
 
     def laid(marcher: march.FusedMarcher, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
         room = rays.near.expand(-1, marcher.n_samples).contiguous()
         return room, torch.empty_like(room), rays.row >= 0
 
     step = Step(avatar, marcher).to("meta").train()
-    drawn = Drawn([repacked(shot, (t.to("meta") for t in unpacked(shot)))])
+    drawn = UncastShots([repacked(shot, (t.to("meta") for t in unpacked(shot)))])
     monkeypatch.setattr(march.FusedMarcher, "_laid", laid)
     monkeypatch.setattr(Tensor, "is_cuda", property(lambda t: t.device.type == "meta"))
     monkeypatch.setattr("talkhead_cli.blocks.planes.why_no_triton", lambda: "there is none")

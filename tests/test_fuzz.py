@@ -109,7 +109,7 @@ def test_a_portrait_of_another_shape_is_answered(
 ) -> None:
     rng = np.random.default_rng(0)
     real = {"relief": (1, 4, 4, 2), "c2w": (1, 4, 4), "k": (1, 3, 3), "eye": (1, 2),
-            "gaze": (1, 2), "brow": (1, 2), "landmarks": (1, 68, 3), "landmarks_px": (1, 68, 2),
+            "gaze": (1, 2), "brow": (1, 2), "landmarks": (1, 68, 3), "landmarks_2d": (1, 68, 2),
             "pose": (1, 6), "body": (1, 4)}  # fmt: skip
     arrays: dict[str, Any] = {k: rng.random(s, np.float32) for k, s in real.items()}
     arrays |= {"pictures": np.zeros((1, 8, 8, 3), np.uint8), "size_px": np.array(8),

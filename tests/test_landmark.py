@@ -24,7 +24,7 @@ from talkhead_cli.contracts import Camera, MisuseError, Signals, SilentProgress
 from talkhead_cli.jobs import footage, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
-from talkhead_cli.jobs.step import Drawn, Step
+from talkhead_cli.jobs.step import Step, UncastShots
 from talkhead_cli.store import Workspace
 
 PX = 64
@@ -390,7 +390,7 @@ def test_a_field_that_does_not_learn_is_marched_without_gradients(
         for parameter in avatar.parameters():
             parameter.requires_grad_(id(parameter) in learning)
         shot = shots.draw(clip, stage, 256, box, torch.Generator().manual_seed(0))
-        step(Drawn([shot]), stage.weights).loss.backward()
+        step(UncastShots([shot]), stage.weights).loss.backward()
         assert marched.pop() is expected
         assert any(p.grad is not None and p.grad.any() for p in avatar.part(stage.learn[0]))
         avatar.zero_grad()

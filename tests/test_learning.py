@@ -12,7 +12,7 @@ from talkhead_cli.contracts import SilentProgress
 from talkhead_cli.jobs import footage, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.runs import box_for, build_avatar
-from talkhead_cli.jobs.step import Drawn, Step
+from talkhead_cli.jobs.step import Step, UncastShots
 from talkhead_cli.store import Workspace
 
 PX = 64
@@ -42,7 +42,7 @@ def test_stages_teach_all_that_they_name(speaker_home: Path, method: str) -> Non
         shot = shots.draw(clip, stage, 600, avatar.aabb, rng, avatar.magnification)
         parts = {part: list(avatar.part(part)) for part in stage.learn}
         parameters = [p for part in parts.values() for p in part]
-        loss = step(Drawn([shot]), stage.weights).loss
+        loss = step(UncastShots([shot]), stage.weights).loss
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         heard = {id(p) for p, g in zip(parameters, gradients, strict=True)
                  if g is not None and g.abs().max() > 0}  # fmt: skip

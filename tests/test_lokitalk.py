@@ -55,7 +55,9 @@ def test_listening_writes_mouths_that_read_back_as_the_same_code(
 ) -> None:
     heard = avatar.listen(clip.signals[clip.held])
     with torch.no_grad():
-        code = mouth.widened(mouth.coded(avatar.speech(heard))) + mouth.leant(heard)
+        code = mouth.with_gain(mouth.from_speech_units(avatar.speech(heard))) + mouth.pose_part(
+            heard
+        )
     assert torch.allclose(mouth.code(heard), code, atol=1e-3)
     others = [i for i in range(68) if i not in (*range(4, 13), *range(48, 68))]
     assert torch.allclose(heard.landmarks[:, others], mouth.neutral[others].expand(
@@ -78,7 +80,7 @@ def test_heard_mouths_are_widened_to_a_share_of_the_true_opening(
 ) -> None:
     """Never narrowed, and no more than twofold, however little is heard."""
     kept = clip.signals[clip.train]
-    mouth.settle(kept, heard * mouth.to_say(kept))
+    mouth.settle(kept, heard * mouth.speech_target(kept))
     assert float(mouth.gain) == pytest.approx(gain, rel=0.1)
 
 
@@ -88,11 +90,11 @@ def test_widening_opens_the_mouth_further_and_leaves_the_rest(mouth: Mouth) -> N
     before = mouth.gain.clone()
     try:
         mouth.gain.fill_(1.7)
-        wide = mouth.widened(code)
+        wide = mouth.with_gain(code)
         assert torch.allclose(mouth.opening(wide) - rest, 1.7 * (mouth.opening(code) - rest),
                               atol=1e-5)  # fmt: skip
         across = code - (code @ slope)[:, None] * slope / slope.square().sum()
-        assert torch.allclose(mouth.widened(across), across, atol=1e-5)
+        assert torch.allclose(mouth.with_gain(across), across, atol=1e-5)
     finally:
         mouth.gain.copy_(before)
 
@@ -113,9 +115,11 @@ def test_lips_that_stand_one_before_the_other_are_not_open(clip: Footage, mouth:
 def test_what_is_said_weighs_by_what_it_moves(clip: Footage, mouth: Mouth) -> None:
     """One unit, whichever shape it is said in, moves the landmarks by one distance."""
     rows = clip.signals[clip.train]
-    told = mouth.to_say(rows)
-    assert torch.allclose(mouth.coded(told), mouth.code(rows) - mouth.leant(rows), atol=1e-5)
-    moved = mouth.landmarks(mouth.coded(torch.eye(N_CODES))) - mouth.neutral
+    told = mouth.speech_target(rows)
+    assert torch.allclose(
+        mouth.from_speech_units(told), mouth.code(rows) - mouth.pose_part(rows), atol=1e-5
+    )
+    moved = mouth.landmarks(mouth.from_speech_units(torch.eye(N_CODES))) - mouth.neutral
     distance = moved.flatten(1).norm(dim=1)
     assert torch.allclose(distance, distance.mean().expand(N_CODES), rtol=1e-3)
 
@@ -131,11 +135,14 @@ def test_what_the_pose_says_of_the_mouth_is_not_asked_of_speech(
     hanging = rows.with_(landmarks=marks)
     own = Mouth()
     own.measure(hanging, principal_shapes([hanging]))
-    left, all_of_it = own.coded(own.to_say(hanging))[:, 0], own.code(hanging)[:, 0]
+    left, all_of_it = (
+        own.from_speech_units(own.speech_target(hanging))[:, 0],
+        own.code(hanging)[:, 0],
+    )
     # a ridge of one per row takes at least half of it away, and a quarter of its power is left
     assert left.square().mean() < 0.25 * all_of_it.square().mean()
     far = rows.with_(pose=rows.pose * 100)
-    assert own.leant(far).abs().max() < 20, "held where training ended"
+    assert own.pose_part(far).abs().max() < 20, "held where training ended"
 
 
 def test_shapes_are_common_to_people_whose_mouths_move_by_different_amounts(
@@ -234,7 +241,7 @@ def masks_at(signals: Signals, pixel: torch.Tensor) -> torch.Tensor:
 
 def test_region_masks_lie_on_their_regions(clip: Footage) -> None:
     one = clip.signals[int(clip.train[0])]
-    marks = one.landmarks_px[0] * 64
+    marks = one.landmarks_2d[0] * 64
     lips, left_eye, forehead = marks[LIPS].mean(0), marks[EYES[0]].mean(0), marks[27] - 14
     masks = masks_at(one, torch.stack([lips, left_eye, forehead]))
     assert masks[0, 0] > 0.95 and masks[1, 1] > 0.95
@@ -278,4 +285,6 @@ def test_each_person_has_its_own_mouth(clip: Footage) -> None:
     first, second = many.person(rows).mouth, many.person(other).mouth
     assert first is not second and torch.allclose(second.neutral, 2 * first.neutral)
     assert torch.allclose(2 * first.code(rows), second.code(other), atol=1e-3)
-    assert torch.allclose(first.to_say(rows), second.to_say(other), atol=1e-3), "in its own size"
+    assert torch.allclose(first.speech_target(rows), second.speech_target(other), atol=1e-3), (
+        "in its own size"
+    )

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
-from talkhead_cli.jobs import many
+from talkhead_cli.jobs import preprocess_many as job
 from talkhead_cli.store import Workspace
 
 
@@ -82,10 +82,10 @@ def test_videos_come_in_order_and_once(tmp_path: Path) -> None:
     for name in ("b.MP4", "a.mkv", "c.txt", "._b.MP4", ".part-1.mp4"):
         (tmp_path / name).touch()
     first = tmp_path / "b.MP4"
-    assert many.videos_of([first, tmp_path]) == [first, tmp_path / "a.mkv"]
+    assert job.videos_of([first, tmp_path]) == [first, tmp_path / "a.mkv"]
     (tmp_path / "empty").mkdir()
     with pytest.raises(TalkheadError, match="no video in the folder"):
-        many.videos_of([tmp_path / "empty"])
+        job.videos_of([tmp_path / "empty"])
 
 
 def test_two_videos_of_one_id_are_refused_before_anything_is_done(tmp_path: Path) -> None:
@@ -93,8 +93,8 @@ def test_two_videos_of_one_id_are_refused_before_anything_is_done(tmp_path: Path
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "alice.mp4").touch()
     with pytest.raises(MisuseError, match="one id: .*alice.mp4.*alice.mp4"):
-        many.preprocess_many(
-            many.videos_of([tmp_path / "x", tmp_path / "y"]), tmp_path / "home", SilentProgress()
+        job.preprocess_many(
+            job.videos_of([tmp_path / "x", tmp_path / "y"]), tmp_path / "home", SilentProgress()
         )
     assert not (tmp_path / "home").exists()
     for words in (["--id", "bob"], ["--jobs", "-1"]):
@@ -107,35 +107,37 @@ def test_a_name_that_is_taken_stops_no_other_video(speaker_clip: Path, tmp_path:
         finished=True, source={"name": "a.mp4", "sha256": "0" * 64}
     )
     videos = [Path(shutil.copy(speaker_clip, tmp_path / "a.mp4")), tmp_path / "b.mp4"]
-    found = many.preprocess_many(videos, tmp_path / "home", SilentProgress(), jobs=1)
+    found = job.preprocess_many(videos, tmp_path / "home", SilentProgress(), jobs=1)
     assert "another 'a' already" in (found[0].error or "")
     assert "b.mp4 is not there" in (found[1].error or "")
 
 
-def die(video: Path, home: Path, options: dict[str, Any]) -> many.Outcome:
+def die(video: Path, home: Path, options: dict[str, Any]) -> job.Outcome:
     """A worker that is killed."""
     if video.stem == "b":
         os._exit(9)
-    return many.Outcome(str(video), video.stem, n_frames=100)
+    return job.Outcome(str(video), video.stem, n_frames=100)
 
 
 def test_a_worker_that_is_killed_takes_nobody_along(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(many, "one", die)
+    monkeypatch.setattr(job, "preprocess_one", die)
     videos = [tmp_path / f"{name}.mp4" for name in "abcdef"]
     progress = SilentProgress()
-    found = many.preprocess_many(videos, tmp_path, progress, jobs=2)
+    found = job.preprocess_many(videos, tmp_path, progress, jobs=2)
     assert [Path(o.video).stem for o in found] == list("abcdef")
     assert [Path(o.video).stem for o in found if o.error] == ["b"]
     assert "its process was killed, probably for memory" in (found[1].error or "")
     assert any("go one at a time" in note for note in progress.notes)
 
 
-def err(video: Path, home: Path, options: dict[str, Any], one: Any = many.one) -> many.Outcome:
+def err(
+    video: Path, home: Path, options: dict[str, Any], one: Any = job.preprocess_one
+) -> job.Outcome:
     """A worker in which preprocess has a fault."""
     with mock.patch("talkhead_cli.jobs.preprocess.preprocess", side_effect=ZeroDivisionError):
-        outcome: many.Outcome = one(video, home, options)
+        outcome: job.Outcome = one(video, home, options)
     outcome.notes = [str(os.getpid())]
     return outcome
 
@@ -144,9 +146,9 @@ def test_a_fault_of_ours_is_told_and_the_others_go_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One at a time, too, each has a process of its own."""
-    monkeypatch.setattr(many, "one", err)
+    monkeypatch.setattr(job, "preprocess_one", err)
     videos = [tmp_path / "a.mp4", tmp_path / "b.mp4"]
-    found = many.preprocess_many(videos, tmp_path / "home", SilentProgress(), jobs=1)
+    found = job.preprocess_many(videos, tmp_path / "home", SilentProgress(), jobs=1)
     assert [o.id for o in found] == ["a", "b"]
     assert all("ZeroDivisionError" in (o.error or "") for o in found)
     assert len({o.notes[0] for o in found} | {str(os.getpid())}) == 3

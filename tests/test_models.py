@@ -104,7 +104,7 @@ def test_weights_are_pulled_from_a_folder(mirror: Path) -> None:
     assert weights.verify("face-landmarker") == "ok"
     got.write_bytes(b"another")
     with pytest.raises(TalkheadError, match="face-landmarker.*models pull"):
-        weights.right("face-landmarker")
+        weights.verified("face-landmarker")
 
 
 def test_what_is_pulled_has_to_be_what_was_published(mirror: Path) -> None:

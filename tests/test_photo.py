@@ -74,13 +74,13 @@ def test_pictures_of_all_kinds_are_one_and_the_same_face(
     Image.fromarray(likeness).convert("CMYK").save(tmp_path / "print.jpg", quality=95)
     big = np.pad(cv2.resize(likeness, (300, 300)), ((60, 200), (700, 500), (0, 0)), mode="edge")
     save(tmp_path / "far away.png", big)
-    true = plain.portrait.signals.landmarks_px[0]
+    true = plain.portrait.signals.landmarks_2d[0]
     for name in ("phone.png", "alpha.webp", "palette.gif", "grey.jpg", "sixteen.png", "print.jpg"):
         found, _ = look(tmp_path / name)
-        off = (found.portrait.signals.landmarks_px[0] - true).norm(dim=1).mean()
+        off = (found.portrait.signals.landmarks_2d[0] - true).norm(dim=1).mean()
         assert float(off) < 0.02, (name, float(off))
     small, notes = look(tmp_path / "far away.png")
-    assert small.portrait.signals.landmarks_px[0].min() > 0
+    assert small.portrait.signals.landmarks_2d[0].min() > 0
     assert photo.read(tmp_path / "alpha.webp").shape == (512, 512, 3)
 
 

@@ -68,11 +68,11 @@ def test_an_overlay_goes_after_its_method() -> None:
 
 def test_who_trains_at_full_size_without_a_gpu_is_told() -> None:
     full, tiny = preset.load(["lokitalk"]), preset.load(["lokitalk", "tiny"])
-    assert "-p tiny" in str(preset.patience_asked(full, full.train, "cpu"))
-    assert preset.patience_asked(full, full.train, "cuda") is None
-    assert preset.patience_asked(tiny, tiny.train, "cpu") is None
+    assert "-p tiny" in str(preset.warning_of_slow_training(full, full.train, "cpu"))
+    assert preset.warning_of_slow_training(full, full.train, "cuda") is None
+    assert preset.warning_of_slow_training(tiny, tiny.train, "cpu") is None
     photo = preset.load(["s3d"])  # who is drawn by a prior is not trained
-    assert preset.patience_asked(photo, photo.train, "cpu") is None
+    assert preset.warning_of_slow_training(photo, photo.train, "cpu") is None
 
 
 @pytest.mark.parametrize(

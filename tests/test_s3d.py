@@ -19,7 +19,7 @@ from talkhead_cli.blocks.regions import RELIEF, head_relief
 from talkhead_cli.contracts import RELIEF_SIDE, RayShot, SilentProgress, SpeechShot
 from talkhead_cli.jobs import footage, portraits, shots, views
 from talkhead_cli.jobs import preset as presets
-from talkhead_cli.jobs.fit import Drawn, Step
+from talkhead_cli.jobs.fit import Step, UncastShots
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.store import Workspace
@@ -310,7 +310,7 @@ def test_a_step_teaches_every_part_that_learns(
         assert drawn[0].portrait is not None and len(drawn[0].portrait) == stage.portraits
         avatar.zero_grad()
         with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            lost = step(Drawn(drawn), stage.weights)
+            lost = step(UncastShots(drawn), stage.weights)
         absent = set(stage.weights) - set(lost.terms)
         assert absent <= {"whole_lpips", "critic"}, "whose networks are not here"
         lost.loss.backward()
@@ -333,7 +333,7 @@ def test_the_full_size_counts_places_in_finished_pixels(clip: Footage, preset: P
     step = Step(avatar, march.DenseMarcher(avatar.aabb, 12))
     with torch.no_grad():
         weights = preset.pretrain.stages["finish"].weights
-        terms = step(Drawn([shot]), weights).terms
+        terms = step(UncastShots([shot]), weights).terms
         speaker = avatar.enroll(shot.portrait)
         rendered = step.marcher.march(speaker.condition(shot.signals), rays)  # type: ignore[operator]
         share = rendered.feature[:, 6].mean()

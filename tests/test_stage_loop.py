@@ -18,7 +18,7 @@ from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.contracts import SilentProgress
 from talkhead_cli.jobs import fit
 from talkhead_cli.jobs.finetune import finetune
-from talkhead_cli.jobs.step import Lost, Step
+from talkhead_cli.jobs.step import Step, StepLosses
 from talkhead_cli.store import Run
 
 N = {"speech": 90, "speech_all": 3, "shape": 40, "detail": 6, "lips": 3, "eyes": 0}
@@ -85,7 +85,9 @@ def test_training_saves_as_often_as_the_clock_says(
     train: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved: list[int] = []
-    watched(monkeypatch, Run, "save_resume", lambda _, state: saved.append(state["place"]["total"]))
+    watched(
+        monkeypatch, Run, "save_resume", lambda _, state: saved.append(state["position"]["total"])
+    )
     train()
     n_seldom = len(saved)
     monkeypatch.setattr(fit, "SAVE_EVERY_S", 0.0)
@@ -103,7 +105,7 @@ def test_going_back_restores_all_that_learns(
     broken_at, honest = N["speech"] + N["speech_all"] + 31, Step.forward
     calls = {"n": 0}
 
-    def sick(self: Step, *args: Any) -> Lost:
+    def sick(self: Step, *args: Any) -> StepLosses:
         calls["n"] += 1
         lost = honest(self, *args)
         return lost._replace(loss=lost.loss * float("nan")) if calls["n"] == broken_at else lost
@@ -112,7 +114,7 @@ def test_going_back_restores_all_that_learns(
     seen: list[dict[str, Any]] = []
     roll_back = fit._StageLoop._roll_back
 
-    def spied(loop: Any, place: fit.Place, good: Any) -> None:
+    def spied(loop: Any, position: fit.Position, good: Any) -> None:
         def apart() -> dict[str, bool]:
             (state, _), now = good, loop._state()
             moments = [{n: s["exp_avg"] for n, s in of["optimizer"]["state"].items()}
@@ -130,9 +132,9 @@ def test_going_back_restores_all_that_learns(
 
         rates = [group["rate"] for group in loop.optimizer.param_groups]
         before = apart()
-        roll_back(loop, place, good)
+        roll_back(loop, position, good)
         halved = [group["rate"] for group in loop.optimizer.param_groups]
-        seen.append({"before": before, "after": apart(), "step": place.step,
+        seen.append({"before": before, "after": apart(), "step": position.step,
                      "halved": halved == [0.5 * rate for rate in rates]})  # fmt: skip
 
     monkeypatch.setattr(fit._StageLoop, "_roll_back", spied)
@@ -148,10 +150,10 @@ def test_going_back_twice_goes_back_to_the_same_state_more_slowly(
 ) -> None:
     """After a resume there is no newer state for a while: it must survive what is learnt from it,
     and a second NaN finds the rates halved already."""
-    train(stop_after=lambda place: place.stage == 2 and place.step == 3)
+    train(stop_after=lambda position: position.stage == 2 and position.step == 3)
     calls, honest = {"n": 0}, Step.forward
 
-    def sick(self: Step, *args: Any) -> Lost:
+    def sick(self: Step, *args: Any) -> StepLosses:
         calls["n"] += 1
         lost = honest(self, *args)
         return lost._replace(loss=lost.loss * float("nan")) if calls["n"] in (4, 8) else lost
@@ -160,11 +162,11 @@ def test_going_back_twice_goes_back_to_the_same_state_more_slowly(
     seen: list[dict[str, Any]] = []
     roll_back = fit._StageLoop._roll_back
 
-    def spied(loop: Any, place: fit.Place, good: Any) -> None:
-        roll_back(loop, place, good)
+    def spied(loop: Any, position: fit.Position, good: Any) -> None:
+        roll_back(loop, position, good)
         state = copy.deepcopy(loop._state())
         seen.append({
-            "step": place.step, "module": state["module"],
+            "step": position.step, "module": state["module"],
             "moments": {n: s["exp_avg"] for n, s in state["optimizer"]["state"].items()},
             "rates": [group["rate"] for group in loop.optimizer.param_groups],
         })  # fmt: skip

@@ -33,7 +33,7 @@ from talkhead_cli.store import pictures as picture_files
 from talkhead_cli.store.files import (
     atomic,
     digest,
-    held,
+    exclusive,
     read_arrays,
     read_json,
     sha256_of,
@@ -277,7 +277,10 @@ def test_where_locks_cannot_be_had_files_are_written_all_the_same(
     with atomic(tmp_path / "a") as part:
         part.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["a"]
-    with pytest.warns(UserWarning, match="run no second .* 'alice'"), held(tmp_path / "l", "alice"):
+    with (
+        pytest.warns(UserWarning, match="run no second .* 'alice'"),
+        exclusive(tmp_path / "l", "alice"),
+    ):
         assert (tmp_path / "l").exists()
 
 

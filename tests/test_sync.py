@@ -24,7 +24,7 @@ from talkhead_cli.blocks.sync import (
 from talkhead_cli.contracts import MisuseError, SilentProgress
 from talkhead_cli.jobs import expert, footage, shots
 from talkhead_cli.jobs import preset as presets
-from talkhead_cli.jobs.fit import Drawn, Step
+from talkhead_cli.jobs.fit import Step, UncastShots
 from talkhead_cli.march import DenseMarcher
 from talkhead_cli.store import Workspace
 
@@ -96,9 +96,9 @@ def test_what_it_sees_does_not_hang_on_the_light() -> None:
     torch.manual_seed(0)
     net = SyncExpert(33, 12).eval()
     crops = torch.rand(2, N_FRAMES, CROP_PX, CROP_PX)
-    seen = net.seen(crops)
+    seen = net.embed_lips(crops)
     assert torch.allclose(seen.norm(dim=1), torch.ones(2), atol=1e-5)
-    assert torch.allclose(net.seen(0.6 * crops + 0.2), seen, atol=1e-4)
+    assert torch.allclose(net.embed_lips(0.6 * crops + 0.2), seen, atol=1e-4)
 
 
 def test_drawn_lips_are_judged_where_five_rows_follow_each_other(speaker_home: Path) -> None:
@@ -112,7 +112,7 @@ def test_drawn_lips_are_judged_where_five_rows_follow_each_other(speaker_home: P
     found = sync_losses([net], drawn, clip.signals[rows])["sync"]
     found.backward()
     assert 0 <= float(found.detach()) <= 2 and drawn.grad is not None
-    lips = clip.signals.landmarks_px[rows, 62] * 128
+    lips = clip.signals.landmarks_2d[rows, 62] * 128
     x, y = lips[0].long().tolist()
     assert drawn.grad[:, y - 2 : y + 3, x - 2 : x + 3].abs().max() > 0
     assert drawn.grad[:, :10].abs().max() == 0, "the forehead has no say"
@@ -128,16 +128,18 @@ def test_an_expert_is_asked_only_where_it_can_be_heard(tmp_path: Path) -> None:
     weigh = ["train.stages.upscale.weights.sync=0.1"]
     progress = SilentProgress()
     plain = presets.load(["talk3d"])
-    assert expert.asked(tmp_path, "talk3d", plain.train, hears, progress) is None
+    assert expert.expert_if_weighed(tmp_path, "talk3d", plain.train, hears, progress) is None
     assert not progress.notes
     able = presets.load(["talk3d"], [*five, *weigh])
-    assert expert.asked(tmp_path, "talk3d", able.train, hears, progress) is None
+    assert expert.expert_if_weighed(tmp_path, "talk3d", able.train, hears, progress) is None
     assert "pretrain --expert" in progress.notes[0]
     with pytest.raises(MisuseError, match="frames in a row"):
-        expert.asked(tmp_path, "talk3d", presets.load(["talk3d"], weigh).train, hears, progress)
+        expert.expert_if_weighed(
+            tmp_path, "talk3d", presets.load(["talk3d"], weigh).train, hears, progress
+        )
     deaf = presets.load(["lokitalk"], ["train.stages.lips.weights.sync=0.1"])
     with pytest.raises(MisuseError, match="no loss 'sync'"):
-        expert.asked(tmp_path, "lokitalk", deaf.train, hears, progress)
+        expert.expert_if_weighed(tmp_path, "lokitalk", deaf.train, hears, progress)
 
 
 def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
@@ -152,7 +154,7 @@ def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     rng = torch.Generator().manual_seed(0)
     for _ in range(60):
-        lost = step(Drawn([shots.draw(clip, stage, 0, net.aabb, rng)]), {"contrast": 1.0})
+        lost = step(UncastShots([shots.draw(clip, stage, 0, net.aabb, rng)]), {"contrast": 1.0})
         optimizer.zero_grad()
         lost.loss.backward()
         optimizer.step()
@@ -162,7 +164,7 @@ def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
     with torch.no_grad():
         shown = torch.from_numpy(clip.pictures[rows.numpy()]).float() / 255
         signals = clip.signals[rows]
-        crops = net.crops(shown, signals.landmarks_px)
+        crops = net.crops(shown, signals.landmarks_2d)
         seen, heard, middle = net.embedded(crops, signals.audio, signals.moment)
         found = agreement(seen, heard, signals.moment[middle])["found"]
     assert float(found) > 0.6, float(found)

@@ -125,9 +125,9 @@ def test_speech_of_a_prior_says_the_same_mouths_in_the_persons_own_shapes(
         new.calibrate(rows, clip.mesh, avatar.aabb)
         own = new.person(rows).mouth
         assert new.speech.known is not None
-        same = own.landmarks(own.coded(new.speech.known(rows)))
+        same = own.landmarks(own.from_speech_units(new.speech.known(rows)))
     assert torch.allclose(own.basis.abs(), avatar.mouth_basis.abs(), atol=1e-3)
-    assert torch.allclose(same, theirs.landmarks(theirs.coded(said)), atol=1e-4)
+    assert torch.allclose(same, theirs.landmarks(theirs.from_speech_units(said)), atol=1e-4)
 
 
 def test_people_of_a_generator_differ_and_a_new_one_begins_as_their_mean(
@@ -234,9 +234,9 @@ def test_each_signal_has_its_token(clip: Footage, avatar: Talk3D) -> None:
     }
     assert set(TOKENS) == {*changed, "nothing"}
     with torch.no_grad():
-        before = avatar._told(row, avatar.person(row).stance(row))
+        before = avatar._tokens(row, avatar.person(row).stance(row))
         for name, other in changed.items():
-            after = avatar._told(other, avatar.person(other).stance(other))
+            after = avatar._tokens(other, avatar.person(other).stance(other))
             differ = (after != before).any(2)[0]
             assert differ.tolist() == [token == name for token in TOKENS], name
 
@@ -336,7 +336,7 @@ def test_whole_pictures_lose_by_what_is_finished_and_what_was_marched(
 
     assert max(losses(truth).values()) < 1e-5
     wrong = truth.clone()
-    marks = (shot.signals.landmarks_px[:, 48:68].mean(1) * PX).long()
+    marks = (shot.signals.landmarks_2d[:, 48:68].mean(1) * PX).long()
     for picture, (x, y) in enumerate(marks.tolist()):
         wrong[picture, y - 2 : y + 3, x - 2 : x + 3] = 0
     found = losses(wrong)

@@ -21,7 +21,7 @@ from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.runs import box_for, build_avatar, pick_run
-from talkhead_cli.jobs.step import Drawn, Step
+from talkhead_cli.jobs.step import Step, UncastShots
 from talkhead_cli.march import OccupancyGrid
 from talkhead_cli.store import Run, Workspace
 
@@ -78,7 +78,7 @@ def by_one(home: Path, settings: list[str], n_steps: int) -> tuple[dict[str, tor
         for rank in range(2):
             rng.manual_seed(fit._mix(index, rank, 0, seed=0))
             torch.manual_seed(fit._mix(index, rank, 7919, seed=0))
-            drawn = Drawn([shots.draw(shorter, stage, 0, avatar.aabb, rng)])
+            drawn = UncastShots([shots.draw(shorter, stage, 0, avatar.aabb, rng)])
             loss = step(drawn, stage.weights).loss / 2
             loss.backward()
             value += float(loss.detach())
@@ -210,7 +210,7 @@ def test_an_interrupted_team_saves_first(home: Path, number: int) -> None:
         signal.signal(number, before)
     assert not multiprocessing.active_children()
     state = Run.named(home, "run").resume_state()
-    assert state is not None and state["place"]["total"] == 7
+    assert state is not None and state["position"]["total"] == 7
     again = Notes()
     team.run(learn, home, progress=again, devices=2, nodes=1, settings=SMALL)
     assert "continuing from step 7" in again.said
@@ -261,7 +261,7 @@ def test_a_team_of_two_machines_saves_first(home: Path, monkeypatch: pytest.Monk
         signal.signal(signal.SIGTERM, before)
         other.kill()
     state = Run.named(home, "run").resume_state()
-    assert state is not None and state["place"]["total"] == 7
+    assert state is not None and state["position"]["total"] == 7
     assert said.startswith("TalkheadError: another machine of the team has ended")
 
 

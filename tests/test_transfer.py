@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from conftest import hearing
 
 from talkhead_cli.avatars.lokitalk import LokiTalk
-from talkhead_cli.avatars.lokitalk.transfer import N_SEEN, VECTORS, laid_out
+from talkhead_cli.avatars.lokitalk.transfer import N_SEEN, VECTORS, in_plane_layout
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.planes import unwarped, warped
 from talkhead_cli.blocks.rigid import alignment
@@ -107,7 +107,7 @@ def laid(
 ) -> torch.Tensor:
     signals = portrait.signals
     neutral = crowd.person(signals).mouth.neutral
-    return laid_out(
+    return in_plane_layout(
         portrait, px=96, reach=crowd.reach, shared=alignment(neutral, crowd.face),
         aimed=crowd.correction(signals), chin=float(neutral[8, 1]),
         shoulders=crowd.shoulders(signals) if shoulders is None else shoulders,

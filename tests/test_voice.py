@@ -182,22 +182,22 @@ def sound_of(parts: list[tuple[float, float]]) -> Array:
 
 def test_all_of_a_talk_with_pauses_is_heard() -> None:
     samples = sound_of([(2, 0.1), (2, 0), (2, 0.1)])
-    assert voice.heard(samples, 150).all()
+    assert voice.is_audible(samples, 150).all()
 
 
 def test_silence_is_not_heard() -> None:
-    assert not voice.heard(np.zeros(100 * SAMPLES_PER_FRAME), 100).any()
-    assert not voice.heard(noise(4.0, peak=1e-5), 100).any()
+    assert not voice.is_audible(np.zeros(100 * SAMPLES_PER_FRAME), 100).any()
+    assert not voice.is_audible(noise(4.0, peak=1e-5), 100).any()
 
 
 def test_a_dead_end_is_heard_only_for_the_hold() -> None:
-    alive = voice.heard(sound_of([(4, 0.1), (6, 0)]), 250)
+    alive = voice.is_audible(sound_of([(4, 0.1), (6, 0)]), 250)
     hold = round(1.5 * FPS)
     assert alive[: 100 + hold - 1].all() and not alive[100 + hold + 1 :].any()
-    late = voice.heard(sound_of([(6, 0), (4, 0.1)]), 250)
+    late = voice.is_audible(sound_of([(6, 0), (4, 0.1)]), 250)
     np.testing.assert_array_equal(late, alive[::-1])
 
 
 def test_the_middle_of_a_long_gap_is_dead() -> None:
-    alive = voice.heard(sound_of([(2, 0.1), (6, 0), (2, 0.1)]), 250)
+    alive = voice.is_audible(sound_of([(2, 0.1), (6, 0), (2, 0.1)]), 250)
     assert alive[:85].all() and not alive[92:158].any() and alive[165:].all()

@@ -86,8 +86,8 @@ class Avatar(nn.Module):
     noise = 1.0
     loss_names: frozenset[str] = frozenset()
     expert_losses: frozenset[str] = frozenset()
-    begins_with: frozenset[str] = frozenset()
-    borrowed_parts: tuple[str, ...] = ()
+    generators: frozenset[str] = frozenset()
+    generator_parts: tuple[str, ...] = ()
     composing: frozenset[str] = frozenset()
     needs_portrait = False
     has_kernel = False
@@ -133,7 +133,7 @@ class Avatar(nn.Module):
                 raise ValueError(f"{name} is {have and tuple(have)}, not {want and tuple(want)}")
             own[name].copy_(tensors[name])
 
-    def borrow(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_generator(self, tensors: Mapping[str, Tensor]) -> None:
         """Load the published generator it was built for; ValueError names a misfit."""
         raise NotImplementedError
 

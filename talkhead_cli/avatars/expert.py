@@ -41,10 +41,10 @@ class Expert(Avatar):
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
         """Do nothing: no measurements are needed."""
 
-    def crops(self, pictures: Tensor, marks_px: Tensor) -> Tensor:
+    def crops(self, pictures: Tensor, marks_2d: Tensor) -> Tensor:
         """Return grey lip crops of pictures (T, H, W, 3) with landmarks marks_px (T, 68, 2) in
         [0, 1]; augmented in training."""
-        boxes = lip_boxes(marks_px)
+        boxes = lip_boxes(marks_2d)
         return _varied(pictures, boxes) if self.training else lip_crops(pictures, boxes)
 
     def embedded(
@@ -55,20 +55,20 @@ class Expert(Avatar):
         crops of T rows · audio (T, W, A) standardised windows · moment (T,) frame numbers
         """
         runs, middle = runs_of(crops, moment)
-        return self.sync.seen(runs), self.sync.heard(audio[middle]), middle
+        return self.sync.embed_lips(runs), self.sync.embed_sound(audio[middle]), middle
 
     def losses(self, results: Sequence[SpeechShot | PictureResult]) -> dict[str, Tensor]:
         found = []
         for shot in results:
             assert isinstance(shot, SpeechShot) and shot.pictures is not None, "a stage shows rows"
             rows = shot.signals
-            crops = self.crops(shot.pictures, rows.landmarks_px)
+            crops = self.crops(shot.pictures, rows.landmarks_2d)
             seen, heard, middle = self.embedded(crops, rows.audio, rows.moment)
             if not len(middle):  # this person has no five consecutive rows
                 continue
             found.append(agreement(seen, heard, rows.moment[middle]))
         if not found:
-            return {"contrast": 0 * self.sync.heard(results[0].signals.audio[:1]).sum()}
+            return {"contrast": 0 * self.sync.embed_sound(results[0].signals.audio[:1]).sum()}
         return averaged(found)
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:

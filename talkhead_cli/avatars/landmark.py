@@ -114,8 +114,8 @@ class Face(Person):
         """Return the inputs of the map to upper landmarks, (T, 4)."""
         return torch.cat([signals.eye, 10 * signals.brow], 1)
 
-    def heard(self, signals: Signals, said: Tensor) -> Signals:
-        signals = super().heard(signals, said)
+    def driven_by_speech(self, signals: Signals, said: Tensor) -> Signals:
+        signals = super().driven_by_speech(signals, said)
         marks = signals.landmarks.clone()
         marks[:, UPPER] = (self.raised(signals) @ self.upper + self.rest).unflatten(1, (-1, 3))
         return signals.with_(landmarks=marks)

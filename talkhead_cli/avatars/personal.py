@@ -91,9 +91,9 @@ class Person(nn.Module):
         body = (signals.body - self.body_mean) / self.body_scale
         return torch.cat([self.mouth.pose(signals), body], 1)
 
-    def heard(self, signals: Signals, said: Tensor) -> Signals:
+    def driven_by_speech(self, signals: Signals, said: Tensor) -> Signals:
         """Return the signals with landmarks from the speech encoder's predictions (T, K)."""
-        return self.mouth.heard(signals, said)
+        return self.mouth.driven_by_speech(signals, said)
 
 
 class PersonalAvatar(Avatar):
@@ -137,7 +137,9 @@ class PersonalAvatar(Avatar):
             mouths = [Mouth().to(signals.pose.device) for signals in people]
             for mouth, signals in zip(mouths, people, strict=True):
                 mouth.measure(signals, self.mouth_basis)
-            self.speech.solve([(s, m.to_say(s)) for s, m in zip(people, mouths, strict=True)])
+            self.speech.solve(
+                [(s, m.speech_target(s)) for s, m in zip(people, mouths, strict=True)]
+            )
 
     @torch.no_grad()
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
@@ -157,7 +159,7 @@ class PersonalAvatar(Avatar):
         if alone:
             if known.any():
                 self.speech.freeze_as_prior()
-            self.speech.solve([(signals, person.mouth.to_say(signals))])
+            self.speech.solve([(signals, person.mouth.speech_target(signals))])
 
     # -- speech ----------------------------------------------------------------------------
 
@@ -167,7 +169,7 @@ class PersonalAvatar(Avatar):
 
     def listen(self, signals: Signals) -> Signals:
         """Return the signals with landmarks predicted from speech and pose, the rest neutral."""
-        return self.person(signals).heard(signals, self.speech(signals))
+        return self.person(signals).driven_by_speech(signals, self.speech(signals))
 
     @property
     def neutral(self) -> Tensor:
@@ -178,7 +180,7 @@ class PersonalAvatar(Avatar):
     def speech_losses(self, shot: SpeechShot) -> dict[str, Tensor]:
         """Return the smooth L1 error of the predicted against the tracked mouth."""
         signals = shot.signals
-        told = self.person(signals).mouth.to_say(signals)
+        told = self.person(signals).mouth.speech_target(signals)
         if self.training:
             net_predictions = self.speech.net_predictions(signals)
             return {"speech": F.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))}

@@ -117,8 +117,8 @@ class Talk3D(SharedAvatar):
         "speech", "colour", "relief", "rough", "symmetry", "latent", "raw", "mouth",
     }  # fmt: skip
     composing = frozenset({"upscaler"})
-    begins_with = frozenset(KINDS)
-    borrowed_parts = ("generator", "decoder")
+    generators = frozenset(KINDS)
+    generator_parts = ("generator", "decoder")
     generator: PlaneGenerator | EG3DGenerator | None
     latents: Latents | None
     placing: EG3DPlacing | None
@@ -179,7 +179,7 @@ class Talk3D(SharedAvatar):
             level.zero_()
 
     @torch.no_grad()
-    def borrow(self, tensors: Mapping[str, Tensor]) -> None:
+    def load_generator(self, tensors: Mapping[str, Tensor]) -> None:
         """Load EG3D's generator and decoder, tensors named as in its file; ValueError names what
         does not fit."""
         assert self.borrowed is not None and isinstance(self.decoder, EG3DDecoder)
@@ -228,7 +228,7 @@ class Talk3D(SharedAvatar):
             identity = identity + drawn
         if not (self.still or self.editor.is_silent):
             seen = F.avg_pool2d(identity, identity.shape[-1] // self.edited)
-            change = self.editor(seen, self._told(signals, stance))
+            change = self.editor(seen, self._tokens(signals, stance))
         return Talk3DField(
             self,
             identity=identity,
@@ -240,7 +240,7 @@ class Talk3D(SharedAvatar):
             chin=person.mouth.neutral[8, 1],
         )
 
-    def _told(self, signals: Signals, stance: Tensor) -> Tensor:
+    def _tokens(self, signals: Signals, stance: Tensor) -> Tensor:
         """Return the tokens (T, 5, TOKEN_WIDTH) of each row."""
         lips = self.person(signals).mouth.code(signals)
         if self.training:

@@ -52,9 +52,9 @@ class Critic(nn.Module):
         return self.last(x)[:, 0]
 
 
-def faces_of(pictures: Tensor, marks_px: Tensor, side: int) -> Tensor:
+def faces_of(pictures: Tensor, marks_2d: Tensor, side: int) -> Tensor:
     """Crop pictures (B, H, W, 3) around landmarks (B, 68, 2) in [0, 1]: (B, side, side, 3)."""
-    low, high = marks_px.amin(1), marks_px.amax(1)
+    low, high = marks_2d.amin(1), marks_2d.amax(1)
     half = REACH * (high - low).amax(1)
     line = (torch.arange(side, device=pictures.device) + 0.5) * 2 / side - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
@@ -66,13 +66,13 @@ def faces_of(pictures: Tensor, marks_px: Tensor, side: int) -> Tensor:
 
 
 def critic_losses(
-    loss_networks: Iterable[nn.Module], made: Tensor, marks_px: Tensor
+    loss_networks: Iterable[nn.Module], made: Tensor, marks_2d: Tensor
 ) -> dict[str, Tensor]:
     """Return the generator's loss {"critic": -mean score} of rendered pictures (B, H, W, 3); empty
     if there is no critic among the frozen networks `loss_networks`."""
     for judge in loss_networks:
         if isinstance(judge, Critic):
-            return {"critic": -judge(faces_of(made, marks_px, judge.side)).mean()}
+            return {"critic": -judge(faces_of(made, marks_2d, judge.side)).mean()}
     return {}
 
 

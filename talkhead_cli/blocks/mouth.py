@@ -134,7 +134,8 @@ class Mouth(nn.Module):
         the gain, within GAINS, brings the std of the opening to SPREAD times the tracked one.
         """
         true, heard = (  # a negative opening looks like a closed mouth
-            self.opening(self.coded(s)).clamp_min(0).std() for s in (self.to_say(kept), said)
+            self.opening(self.from_speech_units(s)).clamp_min(0).std()
+            for s in (self.speech_target(kept), said)
         )
         self.gain.copy_((SPREAD * true / heard.clamp_min(1e-6)).clamp(*GAINS))
 
@@ -145,7 +146,7 @@ class Mouth(nn.Module):
         mouth = torch.cat([jaw, lips], 1).flatten(1)
         return mouth @ self.basis / self.scale
 
-    def leant(self, signals: Signals) -> Tensor:
+    def pose_part(self, signals: Signals) -> Tensor:
         """Return the part of the mouth code (T, K) that is predicted from head pose.
 
         Tracked mouths correlate with head pose: jaws hang when heads tilt, and tracked meshes bend
@@ -154,15 +155,15 @@ class Mouth(nn.Module):
         """
         return self.pose(signals).clamp(-MAX_POSE, MAX_POSE) @ self.lean
 
-    def to_say(self, signals: Signals) -> Tensor:
+    def speech_target(self, signals: Signals) -> Tensor:
         """Return the speech encoder's targets (T, K): code minus `leant`, in units of `extent`."""
-        return (self.code(signals) - self.leant(signals)) * self._share
+        return (self.code(signals) - self.pose_part(signals)) * self._share
 
-    def coded(self, said: Tensor) -> Tensor:
+    def from_speech_units(self, said: Tensor) -> Tensor:
         """Convert predictions of the speech encoder (T, K) to units of the code."""
         return said / self._share
 
-    def widened(self, code: Tensor) -> Tensor:
+    def with_gain(self, code: Tensor) -> Tensor:
         """Return the code (T, K) with its component along the opening scaled by `gain`.
 
         The code's coordinates have std 1 and are uncorrelated in a mouth's own shapes, nearly so
@@ -182,7 +183,7 @@ class Mouth(nn.Module):
         return self.scale / self.extent
 
     @property
-    def vigour(self) -> Tensor:
+    def relative_extent(self) -> Tensor:
         """`extent` over the RMS of `scale`: 1 if the scale is this person's own."""
         return self.extent / size(self.scale)
 
@@ -205,7 +206,7 @@ class Mouth(nn.Module):
         landmarks[:, MOUTH] += ((code * self.scale) @ self.basis.T).view(len(code), -1, 3)
         return landmarks
 
-    def heard(self, signals: Signals, said: Tensor) -> Signals:
+    def driven_by_speech(self, signals: Signals, said: Tensor) -> Signals:
         """Return the signals with landmarks of the predictions (T, K) on the neutral face."""
-        code = self.widened(self.coded(said)) + self.leant(signals)
+        code = self.with_gain(self.from_speech_units(said)) + self.pose_part(signals)
         return signals.with_(landmarks=self.landmarks(code))

@@ -23,7 +23,7 @@ def region_masks(signals: Signals, at: Tensor, row: Tensor, labels: Tensor) -> T
     shoulders 1, neck 0.7, the rest 0.
     """
     size = signals.camera.size_px
-    marks = signals.landmarks_px * size
+    marks = signals.landmarks_2d * size
     lips, chin, nose = marks[:, LIPS], marks[:, 8], marks[:, 33]
     centre = (nose + chin) / 2
     wide = (lips[..., 0].amax(1) - lips[..., 0].amin(1)) * 0.85

@@ -40,7 +40,7 @@ class SyncExpert(nn.Module):
             nn.Dropout(0.3), nn.Linear(width * ((n_steps + 3) // 4), n_out),
         )  # fmt: skip
 
-    def seen(self, crops: Tensor) -> Tensor:
+    def embed_lips(self, crops: Tensor) -> Tensor:
         """Embed grey crops (N, N_FRAMES, CROP_PX, CROP_PX): (N, n_out).
 
         Crops are standardised, and differences of frames are added as input, so that the embedding
@@ -50,7 +50,7 @@ class SyncExpert(nn.Module):
         crops = (crops - middle) / crops.std((1, 2, 3), keepdim=True).clamp_min(0.02)
         return F.normalize(self.look(torch.cat([crops, 4 * crops.diff(dim=1)], 1)), dim=1)
 
-    def heard(self, audio: Tensor) -> Tensor:
+    def embed_sound(self, audio: Tensor) -> Tensor:
         """Embed standardised windows of speech (N, W, A) around the middle frame: (N, n_out)."""
         audio = audio.transpose(1, 2)
         if self.training:
@@ -58,11 +58,11 @@ class SyncExpert(nn.Module):
         return F.normalize(self.hear(audio), dim=1)
 
 
-def lip_boxes(marks_px: Tensor) -> Tensor:
+def lip_boxes(marks_2d: Tensor) -> Tensor:
     """Return lip boxes (T, 3), centre x, y and half the side, from landmarks (T, 68, 2), all in
     [0, 1]."""
-    nose, chin = marks_px[:, 33], marks_px[:, 8]
-    lips = marks_px[:, 48:68].mean(1)
+    nose, chin = marks_2d[:, 33], marks_2d[:, 8]
+    lips = marks_2d[:, 48:68].mean(1)
     return torch.cat([lips, REACH * (chin - nose).norm(dim=1, keepdim=True)], 1)
 
 
@@ -99,11 +99,11 @@ def sync_losses(
     experts = [judge for judge in loss_networks if isinstance(judge, SyncExpert)]
     if not experts or len(pictures) < N_FRAMES:
         return {}
-    crops = lip_crops(pictures.float(), lip_boxes(signals.landmarks_px))
+    crops = lip_crops(pictures.float(), lip_boxes(signals.landmarks_2d))
     runs, middle = runs_of(crops, signals.moment)
     if not len(runs):
         return {}
-    heard = [(e.seen(runs) * e.heard(signals.audio[middle])).sum(1) for e in experts]
+    heard = [(e.embed_lips(runs) * e.embed_sound(signals.audio[middle])).sum(1) for e in experts]
     return {"sync": 1 - torch.stack(heard).mean()}
 
 

@@ -135,9 +135,9 @@ def models_import(
         from talkhead_cli.store import weights
 
         if weights.is_converted(name):
-            from talkhead_cli.jobs import borrowed
+            from talkhead_cli.jobs import generators
 
-            answer(borrowed.take_in(name, file))
+            answer(generators.import_generator(name, file))
             return
         answer(weights.import_file(name, file))
 

@@ -75,8 +75,8 @@ def preprocess(
     """Track the person in a video: landmarks, head pose, eyes, labels, plate, speech features."""
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
-        from talkhead_cli.jobs.many import preprocess_many, videos_of
         from talkhead_cli.jobs.preprocess import preprocess as job
+        from talkhead_cli.jobs.preprocess_many import preprocess_many, videos_of
         from talkhead_cli.store import Workspace, home_folder
 
         options: dict[str, Any] = {
@@ -122,7 +122,7 @@ def check(
         from talkhead_cli.jobs.check import check as job
         from talkhead_cli.jobs.check import page as page_of
         from talkhead_cli.jobs.check import refuse_page
-        from talkhead_cli.jobs.many import videos_of
+        from talkhead_cli.jobs.preprocess_many import videos_of
         from talkhead_cli.store.files import atomic
 
         if page is not None:

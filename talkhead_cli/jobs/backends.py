@@ -124,7 +124,7 @@ def detector_of(backend: str) -> AbstractContextManager[Detector]:
 
 def mesh_of(backend: str) -> AbstractContextManager[Mesh]:
     """Return the face mesh tracker of a backend."""
-    return face.FaceMesh() if backend == "mediapipe" else face.TaskMesh(weights.right(backend))
+    return face.FaceMesh() if backend == "mediapipe" else face.TaskMesh(weights.verified(backend))
 
 
 def landmarks_of(backend: str) -> Any:
@@ -148,4 +148,4 @@ def parser_of(backend: str) -> Any:
 
 
 def _fill(net: Any, backend: str, library: str) -> None:
-    weights.fill(net, backend, weights.load(backend), library)
+    weights.load_into(net, backend, weights.load(backend), library)

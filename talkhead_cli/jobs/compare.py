@@ -60,7 +60,7 @@ def compare(
     film, figures_file = folder / "side_by_side.mp4", folder / "table.json"
     films = [("truth", runs[0].evaluation / "truth.mp4")]
     films += [(run.name, run.evaluation / "render.mp4") for run in runs]
-    _film(films, runs[0].evaluation / "sound.wav", film)
+    _write_side_by_side(films, runs[0].evaluation / "sound.wav", film)
     write_json(figures_file, answer)
     return answer, [figures_file, film]
 
@@ -104,7 +104,7 @@ def _at(figures: Any, path: tuple[str, ...]) -> Any:
     return figures
 
 
-def _film(films: list[tuple[str, Path]], sound: Path, out: Path) -> None:
+def _write_side_by_side(films: list[tuple[str, Path]], sound: Path, out: Path) -> None:
     """Write the films next to each other, frame by frame, under their names."""
     with ExitStack() as open_films:
         streams = [media.frames(film) for _, film in films]

@@ -13,21 +13,23 @@ from torch import Tensor
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.blocks.critic import Critic, faces_of, hinge, shown
 from talkhead_cli.contracts import MisuseError
-from talkhead_cli.jobs.preset import Stage, Train
+from talkhead_cli.jobs.preset import Preset, Stage, Train
 
 
-def asked(avatar: Avatar, method: str, train: Train, size: Any) -> Critic | None:
+def critic_if_weighed(avatar: Avatar, preset: Preset, train: Train) -> Critic | None:
     """Return an untrained critic if a stage has a weight for the loss `critic`, else None."""
-    stages = {n: s for n, s in train.stages.items() if s.steps and s.weights.get("critic")}
-    for name, stage in stages.items():
+    stages = train.stages_weighing("critic")
+    for name in stages:
         if "critic" not in avatar.expert_losses:
-            raise MisuseError(f"preset {method} has no loss 'critic'; stage '{name}' weighs it")
-        if stage.rays != "picture":
+            raise MisuseError(
+                f"preset {preset.method} has no loss 'critic'; stage '{name}' weighs it"
+            )
+        if train.stages[name].rays != "picture":
             raise MisuseError(f"stage '{name}' weighs 'critic', which needs rays picture")
-    return Critic(size) if stages else None
+    return Critic(preset.avatar.size) if stages else None
 
 
-def of(avatar: Avatar) -> Critic | None:
+def critic_of(avatar: Avatar) -> Critic | None:
     """Return the critic among an avatar's loss networks, None without one."""
     return next((judge for judge in avatar.loss_networks if isinstance(judge, Critic)), None)
 

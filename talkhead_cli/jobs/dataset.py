@@ -58,7 +58,7 @@ def import_dataset(
     pictures, sound = _sources(folder)
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".import-", dir=home) as scratch:
-        film = _film(pictures, sound, Path(scratch) / f"{name}.mp4", progress)
+        film = _encoded(pictures, sound, Path(scratch) / f"{name}.mp4", progress)
         space = preprocess(film, home, progress, name=name)
     if cameras is None:
         return space
@@ -154,7 +154,7 @@ def _sources(folder: Path) -> tuple[list[Path], Path]:
     return pictures or films[:1], sound
 
 
-def _film(pictures: list[Path], sound: Path, out: Path, progress: Progress) -> Path:
+def _encoded(pictures: list[Path], sound: Path, out: Path, progress: Progress) -> Path:
     """Encode pictures and sound as one video."""
     stream = _read(pictures)
     first = next(stream)

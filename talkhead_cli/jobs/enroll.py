@@ -53,7 +53,7 @@ def enroll(
         # if only the method is given, a prior of any size will do
         prior = priors.newest(priors_home, method, asked if len(preset_names) > 1 else None)
         progress.note(f"prior: {prior}")
-    start = priors.fitting(priors_home, prior, method)
+    start = priors.named_prior(priors_home, prior, method)
     text = start.preset_text()
     assert text is not None
     preset = presets.from_yaml(text)
@@ -106,7 +106,7 @@ def _build(
     signals = seen[0].signals
     aabb = box_for(preset, signals.camera)
     avatar, marcher, _ = build_avatar(preset, speech_shape_of(start), aabb.to(where), where)
-    priors.begin_from(avatar, start)
+    priors.load_prior(avatar, start)
     avatar.eval()
     marcher.eval()
     speaker = enrolled(avatar, run, where)

@@ -22,7 +22,7 @@ from scipy.stats import bootstrap
 from talkhead_cli import __version__, march, media
 from talkhead_cli.blocks.speech import ridge_by_blocks, ridge_map
 from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, Progress, Signals, TalkheadError
-from talkhead_cli.jobs import expert, footage, looks
+from talkhead_cli.jobs import expert, footage, loss_networks
 from talkhead_cli.jobs import maps as sheets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.player import Player, to_bytes
@@ -86,12 +86,12 @@ def evaluate(
     first = max(0, int(held[0]) - player.avatar.past)
     stretch, own = clip.signals[first : int(held[-1]) + 1], clip.held - first
     heard = player.listen(stretch)[own]
-    rendered, heads, seconds, n_points = _film(player, heard, progress)
+    rendered, heads, seconds, n_points = _render(player, heard, progress)
     seen_truth, seen = _measure(truth, progress), _measure(rendered, progress)
     others, controls = _other_speech(clip, len(stretch)), []
     for index, audio in enumerate(others):
         progress.stage(f"control {index + 1} of {len(others)}", len(held))
-        mute, *_ = _film(player, player.listen(stretch.with_(audio=audio))[own], progress)
+        mute, *_ = _render(player, player.listen(stretch.with_(audio=audio))[own], progress)
         controls.append(_measure(mute, progress))
 
     sound = media.read_wav(space.audio)
@@ -139,7 +139,7 @@ def refuse_stale(space: Workspace, run: Run) -> None:
         )
 
 
-def _film(
+def _render(
     player: Player, signals: Signals, progress: Progress
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8] | None, float, int]:
     """Render pictures (T, s, s, 3) uint8; return them, the heads alone if the method marches heads
@@ -225,7 +225,7 @@ def _lpips_figures(
     """Return LPIPS (AlexNet) of face boxes and of whole pictures, if its weights are found."""
     if weights.find("lpips") is None:
         return {"lpips": None, "lpips_note": "its weights are not here: talkhead models pull lpips"}
-    distance = looks.lpips()
+    distance = loss_networks.lpips()
 
     def mean(cut: Callable[[Array, NDArray[np.int64]], Array]) -> float:
         pairs = (
@@ -310,7 +310,7 @@ def _linear_baseline(clip: Footage, sound: Array) -> Array:
     """
     rows = clip.speaking
     stream = voice.features(sound)[:, : voice.N_MEL]
-    stats = SpeechStats.of(stream, voice.RATE_HZ, clip.heard[: int(rows[-1]) + 1].numpy())
+    stats = SpeechStats.of(stream, voice.RATE_HZ, clip.audible[: int(rows[-1]) + 1].numpy())
     frames = np.arange(len(clip.lip_truth))
     window = torch.from_numpy(stats.windows(stream, frames, BASELINE_STEPS)).flatten(1)
     target = torch.from_numpy(clip.lip_truth.astype(np.float32))[:, None]

@@ -36,7 +36,7 @@ class Judge:
     def name(self) -> str:
         return self.prior.name
 
-    def sits_by(self, avatar: Avatar, device: torch.device) -> None:
+    def attach_to(self, avatar: Avatar, device: torch.device) -> None:
         """Add the frozen network to the loss networks of an avatar in training."""
         avatar.loss_networks.append(self.net.sync.to(device).requires_grad_(False))
 
@@ -46,7 +46,7 @@ class Judge:
 
     @torch.no_grad()
     def judge(
-        self, pictures: NDArray[np.uint8], marks_px: NDArray[Any], audio: Tensor, moment: Tensor
+        self, pictures: NDArray[np.uint8], marks_2d: NDArray[Any], audio: Tensor, moment: Tensor
     ) -> dict[str, float]:
         """Score rows of a film: their landmarks (T, 68, 2) in [0, 1], speech windows (T, W, A) and
         frame numbers (T,).
@@ -54,7 +54,7 @@ class Judge:
         confidence: mean cosine at the best shift minus the median over shifts · sound_after_lips_s
         · pairs_found: share of pairs in which a frame's own sound fits better than another's
         """
-        marks = torch.from_numpy(marks_px).float()
+        marks = torch.from_numpy(marks_2d).float()
         # cropped in chunks: whole films of float pictures would not fit in memory
         crops = torch.cat([
             self.net.crops(torch.from_numpy(pictures[a : a + CHUNK]).float() / 255,
@@ -71,14 +71,13 @@ class Judge:
         }  # fmt: skip
 
 
-def asked(
+def expert_if_weighed(
     home: Path, method: str, train: Train, speech: dict[str, Any], progress: Progress, *,
     wanted: str | None = None,
 ) -> Judge | None:  # fmt: skip
     """Return the expert for stages with a weight for the loss `sync`: the wanted one, else the
     newest; None if no stage has one or, with a note, if the home has no expert."""
-    stages = [name for name, stage in train.stages.items()
-              if stage.steps and stage.weights.get("sync")]  # fmt: skip
+    stages = train.stages_weighing("sync")
     if not stages:
         return None
     if "sync" not in avatar_class(method).expert_losses:
@@ -93,7 +92,7 @@ def asked(
     judge = newest(home, speech)
     for prior in priors.finished(home, "expert"):
         if prior.name == wanted:
-            judge = opened(prior)
+            judge = load_expert(prior)
     if judge is None:
         progress.note(
             f"stage '{stages[0]}' does without a lip-sync expert, since this home has none; lips "
@@ -108,17 +107,17 @@ def newest(home: Path, speech: dict[str, Any]) -> Judge | None:
     """Return the newest expert of a home that fits the speech facts; None if there is none."""
     for prior in priors.finished(home, "expert"):
         if prior.meta()["speech"] == speech:
-            return opened(prior)
+            return load_expert(prior)
     return None
 
 
-def opened(prior: Run) -> Judge:
+def load_expert(prior: Run) -> Judge:
     """Load the expert of a finished prior."""
     text = prior.preset_text()
     assert text is not None
     preset = presets.from_yaml(text)
     n_steps, n_features = speech_shape_of(prior)
     net = Expert(preset.avatar.size, n_steps=n_steps, n_features=n_features)
-    priors.begin_from(net, prior)
+    priors.load_prior(net, prior)
     net.eval()
     return Judge(prior, net)

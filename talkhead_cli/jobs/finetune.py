@@ -16,7 +16,16 @@ from talkhead_cli import __version__, march
 from talkhead_cli.avatars import avatar_class, method_names
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.contracts import FPS, MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import borrowed, expert, fit, footage, looks, portraits, team, views
+from talkhead_cli.jobs import (
+    expert,
+    fit,
+    footage,
+    generators,
+    loss_networks,
+    portraits,
+    team,
+    views,
+)
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import prior as priors
 from talkhead_cli.jobs.footage import Footage
@@ -45,7 +54,7 @@ def finetune(
     fresh: bool = False,
     devices: int = 1,
     nodes: int = 1,
-    stop_after: Callable[[fit.Place], bool] | None = None,
+    stop_after: Callable[[fit.Position], bool] | None = None,
 ) -> Run:
     """Train the preset made of `preset_names` and `settings` on identity `name`.
 
@@ -69,7 +78,7 @@ def finetune(
         )
     elif prior == "none" and avatar_class(preset.method).needs_portrait:
         raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
-    start = priors.choose(home, prior, preset, space, hears, progress)
+    start = priors.choose_start(home, prior, preset, space, hears, progress)
     run = Run.named(space.runs, run_name or _run_name(preset_names, settings, start))
     asked = {"presets": list(preset_names), "settings": list(settings)}
     if not fresh:
@@ -83,14 +92,14 @@ def finetune(
             return run
         fabric.barrier()
         began = time.monotonic()
-        if word := presets.patience_asked(preset, preset.train, where.type):
+        if word := presets.warning_of_slow_training(preset, preset.train, where.type):
             progress.note(word)
         fabric.seed_everything(seed, verbose=False)
         with fabric.rank_zero_first():  # the first process caches the pixels
             clip = footage.load(space, preset.data, progress)
-        avatar, marcher, stages = _begun(preset, name, clip, start, fabric.device, progress)
-        judge = expert.asked(home, preset.method, stages.train, hears, progress)
-        looks.seat(avatar, judge, stages, stages.train, fabric.device, progress)
+        avatar, marcher, stages = _initialised(preset, name, clip, start, fabric.device, progress)
+        judge = expert.expert_if_weighed(home, preset.method, stages.train, hears, progress)
+        loss_networks.attach(avatar, judge, stages, stages.train, fabric.device, progress)
         if chief:  # from here on nothing can be refused
             if fresh:
                 run.clear()
@@ -98,7 +107,7 @@ def finetune(
                 identity=name, version=__version__, footage=space.fingerprint, seed=seed,
                 asked=asked,
                 prior=None if start is None else start.facts(),
-                **borrowed.facts(preset.avatar.generator),
+                **generators.facts(preset.avatar.generator),
             )  # fmt: skip
             run.write_preset(preset.to_yaml())  # last: its presence marks the run as begun
         fabric.barrier()
@@ -108,19 +117,19 @@ def finetune(
             fabric.barrier()
             _discover(avatar, marcher, clip, run, fabric.device)
         set_up = time.monotonic() - began
-        place = fit.fit(
+        position = fit.fit(
             stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
             stop_after=stop_after, threads=threads,
         )  # fmt: skip
         if not chief:
             return run
-        run.write_meta(seconds=round(set_up + place.seconds, 1))
-        if place.stage == len(stages.train.stages):
+        run.write_meta(seconds=round(set_up + position.seconds, 1))
+        if position.stage == len(stages.train.stages):
             progress.stage("views of held-out frames")
             _finish(avatar, marcher, clip, run, space, fabric.device)
             run.write_meta(
-                finished=True, finished_at=time.time(), steps=place.total, figures=place.figures,
-                n_train=len(clip.train), n_held=len(clip.held),
+                finished=True, finished_at=time.time(), steps=position.total,
+                figures=position.figures, n_train=len(clip.train), n_held=len(clip.held),
                 device=march.device_name(fabric.device), torch=torch.__version__, speech=hears,
                 source=space.manifest()["source"], consent=space.manifest().get("consent", []),
             )  # fmt: skip
@@ -154,10 +163,12 @@ def _prior_by_default(
     settings: Sequence[str], hears: dict[str, Any], fresh: bool,
 ) -> str | None:  # fmt: skip
     """Return the prior of the run to continue, if there is one; else, for a method that cannot do
-    without a prior, the newest that fits; else None, which leaves the choice to `priors.choose`."""
+    without a prior, the newest that fits; else None: `priors.choose_start` chooses."""
     if not fresh:
         named = run_name or presets.run_name(preset_names, settings)
-        begun = priors.begun(list_runs(space.runs), named, exactly=run_name is not None)
+        begun = priors.prior_of_begun_run(
+            list_runs(space.runs), named, exactly=run_name is not None
+        )
         if begun is not None:
             return begun
     if avatar_class(preset.method).needs_portrait:
@@ -165,7 +176,7 @@ def _prior_by_default(
     return None
 
 
-def _begun(
+def _initialised(
     preset: Preset,
     name: str,
     clip: Footage,
@@ -178,10 +189,10 @@ def _begun(
     avatar, marcher, why = build_avatar(preset, clip.signals.audio.shape[1:], aabb, where)
     progress.note(f"marching: {why}")
     if start is not None:
-        priors.begin_from(avatar, start.prior)
-        progress.note(_introduced(start, name))
+        priors.load_prior(avatar, start.prior)
+        progress.note(_note_on_prior(start, name))
     if (generator := preset.avatar.generator) is not None:
-        borrowed.begin(avatar, generator, progress)
+        generators.load_generator(avatar, generator, progress)
     knows = start is not None or generator is not None
     seconds = len(clip.train) / FPS
     if knows and (share := presets.share_of_steps(preset, seconds)) < 1:
@@ -189,7 +200,7 @@ def _begun(
             f"{seconds:.1f} s to learn from: training for {share:.0%} of the steps, since more "
             "would overfit (-s train.enough_s=0 takes all)"
         )
-    trained = avatar.common_parts() if start is not None else avatar.borrowed_parts
+    trained = avatar.common_parts() if start is not None else avatar.generator_parts
     stages = presets.adapted_to_start(preset, trained if knows else None, seconds)
     refuse_unknown(stages.train, avatar, preset.method)
     if not len(clip.speaking):
@@ -250,7 +261,7 @@ def _run_name(preset_names: Sequence[str], settings: Sequence[str], start: Start
     return own if start is None else f"{own}+from-{start.prior.name}"
 
 
-def _introduced(start: Start, name: str) -> str:
+def _note_on_prior(start: Start, name: str) -> str:
     told = (
         f"prior: {start.prior.name}, of {start.n_people} people (--prior none trains from nothing)"
     )

@@ -33,7 +33,7 @@ from talkhead_cli.jobs import critic, interrupt, shots
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset, Stage
-from talkhead_cli.jobs.step import Drawn, Lost, Step
+from talkhead_cli.jobs.step import Step, StepLosses, UncastShots
 from talkhead_cli.jobs.threads import Threads
 from talkhead_cli.store import Run
 
@@ -46,7 +46,7 @@ MAX_RAYS = {"cpu": 16_384, "cuda": 65_536}  # random pixels; half as many for pa
 
 
 @dataclass
-class Place:
+class Position:
     """Position in the training schedule; saved with the weights."""
 
     stage: int = 0
@@ -68,9 +68,9 @@ def fit(
     progress: Progress,
     *,
     seed: int = 0,
-    stop_after: Callable[[Place], bool] | None = None,
+    stop_after: Callable[[Position], bool] | None = None,
     threads: Threads | None = None,
-) -> Place:
+) -> Position:
     """Train through the preset's stages, resuming from the run's last save if there is one.
 
     At the end the avatar holds the averaged weights.  An interrupt takes effect between two steps,
@@ -80,7 +80,7 @@ def fit(
     load between steps.
     """
     people = _brought_near(people, fabric.device)
-    place, held = Place(), run.resume_state()
+    position, held = Position(), run.resume_state()
     job = _Job(
         preset, Step(avatar, marcher), Average(avatar, preset.train.ema), people, run, fabric,
         progress, writer=_log_writer(run, progress) if fabric.is_global_zero else None,
@@ -89,7 +89,7 @@ def fit(
     )  # fmt: skip
     if held is not None:
         try:
-            place = Place(**held["place"])
+            position = Position(**held["position"])
             job.module.load_state_dict(held["module"])
             job.average.load(held["average"])
         except (KeyError, TypeError, RuntimeError) as error:
@@ -97,48 +97,49 @@ def fit(
                 f"what run '{run.name}' has learnt so far was saved by another version of "
                 "talkhead; begin again with --fresh"
             ) from error
-        progress.note(f"continuing from step {place.total}")
-    job.clock.begin(place)
-    with interrupt.held() if fabric.is_global_zero else nullcontext(lambda: False) as asked:
+        progress.note(f"continuing from step {position.total}")
+    job.clock.begin(position)
+    interrupted = interrupt.delayed() if fabric.is_global_zero else nullcontext(lambda: False)
+    with interrupted as asked:
 
-        def stop(place: Place) -> bool:
-            return asked() or (stop_after is not None and stop_after(place))
+        def stop(position: Position) -> bool:
+            return asked() or (stop_after is not None and stop_after(position))
 
         try:
-            finished = _go_through(job, place, held, stop)
+            finished = _go_through(job, position, held, stop)
         finally:
             if job.writer is not None:
                 job.writer.close()
         if not finished:
-            return place
-    job.clock.read(place)
+            return position
+    job.clock.read(position)
     job.average.give(avatar)
-    return place
+    return position
 
 
 def _go_through(
-    job: _Job, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool]
+    job: _Job, position: Position, held: dict[str, Any] | None, stop: Callable[[Position], bool]
 ) -> bool:
     """Run the stages that are left; return False when stopped early."""
     stages = list(job.preset.train.stages.items())
-    while place.stage < len(stages):
-        loop = _StageLoop(*stages[place.stage], job)
+    while position.stage < len(stages):
+        loop = _StageLoop(*stages[position.stage], job)
         try:
-            if not loop.go(place, held, stop):
+            if not loop.go(position, held, stop):
                 return False
         finally:
             loop.replay = None  # it refers to the loop: a cycle that would keep its GPU memory
         held = None
-        place.stage, place.step, place.rollbacks = place.stage + 1, 0, 0
+        position.stage, position.step, position.rollbacks = position.stage + 1, 0, 0
     return True
 
 
 class _Clock:
     """Training time, including that before a resume, and when to save."""
 
-    def begin(self, place: Place) -> None:
+    def begin(self, position: Position) -> None:
         self._saved = time.monotonic()
-        self._began = self._saved - place.seconds
+        self._began = self._saved - position.seconds
 
     def save_is_due(self) -> bool:
         """Return True once every SAVE_EVERY_S, counted across stages."""
@@ -147,8 +148,8 @@ class _Clock:
             self._saved = time.monotonic()
         return due
 
-    def read(self, place: Place) -> None:
-        place.seconds = time.monotonic() - self._began
+    def read(self, position: Position) -> None:
+        position.seconds = time.monotonic() - self._began
 
 
 @dataclass(frozen=True)
@@ -204,10 +205,10 @@ class _StageLoop:
         )  # fmt: skip
         self.wrapped, self.optimizer = job.fabric.setup(job.module, optimizer)
         self._place_rates()
-        learner = critic.of(self.avatar)
+        learner = critic.critic_of(self.avatar)
         self.critic = None if learner is None else critic.CriticTrainer(learner, stage, job.fabric)
 
-    def _recording(self) -> march.Replay[Lost] | None:
+    def _recording(self) -> march.Replay[StepLosses] | None:
         """Return the CUDA-graph replay of this stage's steps, or None.  It needs a GPU, one
         process, one person, no portraits and no host syncs; the number of rays is then constant."""
         marcher, stage = self.job.module.marcher, self.stage
@@ -218,7 +219,7 @@ class _StageLoop:
             self.job.fabric.device.type == "cuda" and alone and steady and self.avatar.has_kernel
         )
         if isinstance(marcher, march.FusedMarcher):
-            marcher.whole = recorded
+            marcher.keeps_misses = recorded
         return march.Replay(self._learn, self.job.fabric.device) if recorded else None
 
     def _place_rates(self) -> None:
@@ -230,7 +231,9 @@ class _StageLoop:
             group["lr"] = torch.tensor(rate, device=self.job.fabric.device) if recorded else rate
             group["capturable"] = recorded
 
-    def go(self, place: Place, held: dict[str, Any] | None, stop: Callable[[Place], bool]) -> bool:
+    def go(
+        self, position: Position, held: dict[str, Any] | None, stop: Callable[[Position], bool]
+    ) -> bool:
         """Run the stage to its end, resuming from `held` if given; return False if stopped."""
         if held is not None:
             self.optimizer.load_state_dict(held["optimizer"])
@@ -241,32 +244,32 @@ class _StageLoop:
         good = None
         self.job.module.train()
         self.job.progress.stage(f"train: {self.name}", self.n_steps, "steps")
-        if place.step:
-            self.job.progress.advance(place.step)
-        while place.step < self.n_steps or not self._last_loss_is_finite(place, good):
-            if good is None or place.step % GOOD_EVERY == 0:
-                if not self._last_loss_is_finite(place, good):
+        if position.step:
+            self.job.progress.advance(position.step)
+        while position.step < self.n_steps or not self._last_loss_is_finite(position, good):
+            if good is None or position.step % GOOD_EVERY == 0:
+                if not self._last_loss_is_finite(position, good):
                     continue
-                good = copy.deepcopy(self._state()), place.step
-            losses, loss = self._one(place)
+                good = copy.deepcopy(self._state()), position.step
+            losses, loss = self._one(position)
             if not math.isfinite(loss):
-                self._roll_back(place, good)
+                self._roll_back(position, good)
                 continue
-            place.step += 1
-            place.total += 1
-            place.figures = losses
+            position.step += 1
+            position.total += 1
+            position.figures = losses
             self.job.average.update(self.avatar)
-            if self.job.writer is not None and place.total % 20 == 0:
+            if self.job.writer is not None and position.total % 20 == 0:
                 for key, value in losses.items():
-                    self.job.writer.add_scalar(f"{self.name}/{key}", value, place.total)
+                    self.job.writer.add_scalar(f"{self.name}/{key}", value, position.total)
             self.job.progress.advance(1, **_shown(losses))
             if self.job.threads is not None:
                 self.job.threads.adapt()
-            stopped = stop(place)
+            stopped = stop(position)
             if stopped or self.job.clock.save_is_due():
-                if not self._last_loss_is_finite(place, good):
+                if not self._last_loss_is_finite(position, good):
                     continue
-                self._save(place)
+                self._save(position)
             if stopped:
                 return False
         for kept in self.kept:
@@ -274,42 +277,46 @@ class _StageLoop:
             self.avatar.settle(kept.to(self.job.fabric.device))
         return True
 
-    def _one(self, place: Place) -> tuple[dict[str, float], float]:
+    def _one(self, position: Position) -> tuple[dict[str, float], float]:
         """Take one optimiser step; return the losses as numbers, and their weighted sum.
 
         A recorded step is not waited for: while it runs the next one is drawn, and the losses
         returned are those of the step before it.
         """
-        self._schedule(place.step)
-        _seed_noise(self._seed(place.total, 7919), self.job.fabric.device)
+        self._schedule(position.step)
+        _seed_noise(self._seed(position.total, 7919), self.job.fabric.device)
         if self.replay is not None and self.stage.rays != "none":
             marcher = self.job.module.marcher
             assert isinstance(marcher, march.FusedMarcher)
-            place.n_rays = min(self.stage.n_points // marcher.samples_per_ray, self._most_rays())
-        drawn = self._drawn(place.total, place)
-        if self.learns_space and place.total % self.job.preset.march.every == 0:
+            position.n_rays = min(self.stage.n_points // marcher.samples_per_ray, self._most_rays())
+        drawn = self._drawn(position.total, position)
+        if self.learns_space and position.total % self.job.preset.march.every == 0:
             # people in turn, since the grid must hold all of them
-            shot = drawn[place.total // self.job.preset.march.every % len(drawn)]
+            shot = drawn[position.total // self.job.preset.march.every % len(drawn)]
             assert isinstance(shot, RayShot)
             with torch.no_grad():
                 made = self.avatar.enroll(shot.portrait).condition(shot.signals)
-                self.job.module.marcher.refresh(made, place.total)
+                self.job.module.marcher.refresh(made, position.total)
         lost = self._step(drawn) if self.replay is None else self._replayed(drawn)
-        news = _PendingLosses(lost, int(place.n_rays))
+        news = _PendingLosses(lost, int(position.n_rays))
         if self.replay is not None:
-            self._next = place.total + 1, place.rollbacks, self._drawn(place.total + 1, place)
+            self._next = (
+                position.total + 1,
+                position.rollbacks,
+                self._drawn(position.total + 1, position),
+            )
             news, self._pending_losses = self._pending_losses or news, news
         elif lost.n_points and self.stage.rays != "picture":
-            want = place.n_rays * self.stage.n_points / lost.n_points
-            place.n_rays = min(max(0.9 * place.n_rays + 0.1 * want, 128), self._most_rays())
+            want = position.n_rays * self.stage.n_points / lost.n_points
+            position.n_rays = min(max(0.9 * position.n_rays + 0.1 * want, 128), self._most_rays())
         return news.read()
 
-    def _drawn(self, total: int, place: Place) -> list[Shot]:
+    def _drawn(self, total: int, position: Position) -> list[Shot]:
         """Return the shots of step number `total` of the job, prefetched if possible."""
-        if self._next is not None and self._next[:2] == (total, place.rollbacks):
+        if self._next is not None and self._next[:2] == (total, position.rollbacks):
             return self._next[2]
-        self.job.rng.manual_seed(self._seed(total, place.rollbacks))
-        return [self._draw(person, int(place.n_rays)) for person in self._mixed()]
+        self.job.rng.manual_seed(self._seed(total, position.rollbacks))
+        return [self._draw(person, int(position.n_rays)) for person in self._mixed()]
 
     def _seed(self, total: int, number: int) -> int:
         return _mix(total, self.job.fabric.global_rank, number, seed=self.job.seed)
@@ -325,9 +332,9 @@ class _StageLoop:
         tensors = (t.to(self.job.fabric.device) for t in unpacked(shot))
         return repacked(shot, tensors)
 
-    def _step(self, drawn: list[Shot]) -> Lost:
+    def _step(self, drawn: list[Shot]) -> StepLosses:
         """Take one step of the optimiser and of the critic, unless the loss is not finite."""
-        lost = self.wrapped(Drawn(drawn), self.stage.weights)
+        lost = self.wrapped(UncastShots(drawn), self.stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
         # mean over all processes, so that either all of them step or all roll back
         shared = self.job.fabric.all_reduce(lost.loss.detach(), reduce_op="mean")
@@ -342,7 +349,7 @@ class _StageLoop:
                 lost.terms["told_apart"] = told.detach()
         return lost._replace(loss=shared)
 
-    def _replayed(self, drawn: list[Shot]) -> Lost:
+    def _replayed(self, drawn: list[Shot]) -> StepLosses:
         """Take the step by replaying the recording, or fall back to `_step` if it fails."""
         assert self.replay is not None
         (self._like,) = drawn
@@ -355,14 +362,14 @@ class _StageLoop:
             )
             self.replay = self._next = None
             if isinstance(self.job.module.marcher, march.FusedMarcher):
-                self.job.module.marcher.whole = False  # drop rays that miss
+                self.job.module.marcher.keeps_misses = False  # drop rays that miss
             return self._step(drawn)
 
-    def _learn(self, *tensors: Tensor) -> Lost:
+    def _learn(self, *tensors: Tensor) -> StepLosses:
         """The work that is recorded: a step on the tensors of a shot shaped like `self._like`.
         Gradients that are not finite change nothing, since the gradient scaler skips the step."""
         shot = repacked(self._like, iter(tensors))
-        lost: Lost = self.wrapped(Drawn([shot]), self.stage.weights)
+        lost: StepLosses = self.wrapped(UncastShots([shot]), self.stage.weights)
         self.optimizer.zero_grad(set_to_none=True)
         self.job.fabric.backward(lost.loss)
         self.optimizer.step()
@@ -394,18 +401,18 @@ class _StageLoop:
             else:
                 group["lr"] = rate
 
-    def _last_loss_is_finite(self, place: Place, good: Any) -> bool:
+    def _last_loss_is_finite(self, position: Position, good: Any) -> bool:
         """Return whether the last step's loss, if it was not read yet, is finite; if it is not,
         roll back to `good`."""
         news, self._pending_losses = self._pending_losses, None
         if news is None or math.isfinite(news.read()[1]):
             return True
-        self._roll_back(place, good)
+        self._roll_back(position, good)
         return False
 
-    def _roll_back(self, place: Place, good: Any) -> None:
-        place.rollbacks += 1
-        if good is None or place.rollbacks > MAX_ROLLBACKS:
+    def _roll_back(self, position: Position, good: Any) -> None:
+        position.rollbacks += 1
+        if good is None or position.rollbacks > MAX_ROLLBACKS:
             raise TalkheadError(
                 f"training of stage '{self.name}' keeps producing NaN; lower the stage's rates, "
                 f"for example -s train.stages.{self.name}.rates.{self.stage.learn[0]}=0.001"
@@ -425,11 +432,11 @@ class _StageLoop:
             self.critic.load(state["critic"])
         self.job.average.restart(self.avatar)
         self.job.progress.note(
-            f"a loss was not a number at step {place.step} of '{self.name}'; back to step {step} "
-            "at half the rates"
+            f"a loss was not a number at step {position.step} of '{self.name}'; back to step "
+            f"{step} at half the rates"
         )
-        place.total -= place.step - step
-        place.step = step
+        position.total -= position.step - step
+        position.step = step
 
     def _scale_as(self, state: dict[str, Any]) -> None:
         """Restore the loss scale of half-precision training; states in full precision and of
@@ -437,12 +444,12 @@ class _StageLoop:
         if kept := state.get("precision"):
             self.job.fabric.strategy.precision.load_state_dict(kept)
 
-    def _save(self, place: Place) -> None:
-        self.job.clock.read(place)
+    def _save(self, position: Position) -> None:
+        self.job.clock.read(position)
         if not self.job.fabric.is_global_zero:
             return
         self.job.run.save_resume({
-            "place": {**vars(place)}, "average": self.job.average.state(), **self._state(),
+            "position": {**vars(position)}, "average": self.job.average.state(), **self._state(),
         })  # fmt: skip
 
     def _state(self) -> dict[str, Any]:
@@ -458,7 +465,7 @@ class _StageLoop:
 class _PendingLosses:
     """The losses of a step, copied from the device asynchronously, all at once."""
 
-    def __init__(self, lost: Lost, n_rays: int) -> None:
+    def __init__(self, lost: StepLosses, n_rays: int) -> None:
         self.names = list(lost.terms)
         self.counts = {"rays": float(n_rays), "points": float(lost.n_points)}
         terms = [lost.loss.detach().float(), *(term.float() for term in lost.terms.values())]

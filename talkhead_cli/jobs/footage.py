@@ -86,7 +86,7 @@ class Footage:
     """One person's clip, ready for training.
 
     signals   all T rows · train, held (n,) long: training rows, held-out rows
-    heard     (T,) whether the frame has sound; pauses between words count as sound
+    audible   (T,) whether the frame has sound; pauses between words count as sound
     stored    pictures (T, s, s, 3) and labels (T, 6, 128, 128) · plate (s, s, 3) in [0, 1]
     mesh      (468, 3) rigid face in head space · lip_truth (T,) tracked lip aperture
     said      (T, 68, 3) landmarks predicted from speech, for stages that train on these, too
@@ -96,7 +96,7 @@ class Footage:
     signals: Signals
     train: Tensor
     held: Tensor
-    heard: Tensor
+    audible: Tensor
     stored: DiskPixels
     plate: Tensor
     stats: SpeechStats
@@ -129,7 +129,7 @@ class Footage:
     @cached_property
     def speaking(self) -> Tensor:
         """The training rows (n,) that have sound."""
-        return self.train[self.heard[self.train]]
+        return self.train[self.audible[self.train]]
 
     @property
     def device(self) -> torch.device:
@@ -149,7 +149,7 @@ class Footage:
     def regions(self) -> dict[str, Tensor]:
         """Boxes to draw training pixels from, by name: centre and half-size (T, 2, 2), in shares
         of the side."""
-        marks, found = self.signals.landmarks_px, {}
+        marks, found = self.signals.landmarks_2d, {}
         for name, (points, grow) in REGIONS.items():
             low, high = marks[:, points].amin(1), marks[:, points].amax(1)
             half = (high - low) / 2
@@ -248,7 +248,7 @@ def load(
         signals=signals.with_(person=torch.full((n_frames,), person)),
         train=train,
         held=held,
-        heard=heard,
+        audible=heard,
         stored=stored,
         pixels=stored,
         plate=read_plate(space.plate_file, data.size_px),
@@ -286,7 +286,7 @@ def make_signals(
         gaze=torch.from_numpy(tracks["gaze"]),
         brow=torch.from_numpy(tracks["brow"]),
         landmarks=torch.from_numpy(tracks["landmarks"]),
-        landmarks_px=torch.from_numpy(marks),
+        landmarks_2d=torch.from_numpy(marks),
         pose=pose,
         body=torch.from_numpy(tracks["body"]),
         camera=head_camera(pose, torch.from_numpy(tracks["k"]), data.size_px),

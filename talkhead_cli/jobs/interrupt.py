@@ -13,7 +13,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextlib.contextmanager
-def held() -> Iterator[Callable[[], bool]]:
+def delayed() -> Iterator[Callable[[], bool]]:
     """Hold the first interrupt back until the block has ended; the yielded function returns whether
     there is one, so that the block may end early.  A second one takes effect at once.
 

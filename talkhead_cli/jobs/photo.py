@@ -216,7 +216,7 @@ def _signals(
         gaze=torch.from_numpy(face.gaze(mesh[None])).float(),
         brow=torch.zeros(1, 2),
         landmarks=torch.from_numpy(face.to_68(lifted)).float(),
-        landmarks_px=torch.from_numpy(in_crop[face.MESH_TO_68])[None].float(),
+        landmarks_2d=torch.from_numpy(in_crop[face.MESH_TO_68])[None].float(),
         pose=stance,
         body=torch.zeros(1, 4),
         camera=head_camera(stance, k, size_px),

@@ -263,7 +263,7 @@ def still_signals(audio: Tensor, moment: Tensor, camera: Camera, **given: Tensor
     return Signals(
         audio=audio,
         landmarks=torch.zeros(n, 68, 3),
-        landmarks_px=torch.zeros(n, 68, 2),
+        landmarks_2d=torch.zeros(n, 68, 2),
         camera=camera,
         person=torch.zeros(n, dtype=torch.long),
         moment=moment,

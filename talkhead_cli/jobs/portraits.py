@@ -63,7 +63,7 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> None:
         "pictures": (byte, (n, px, px, 3)), "labels": (byte, (n, 6, None, None)),
         "relief": (real, (n, None, None, 2)), "c2w": (real, (n, 4, 4)), "k": (real, (n, 3, 3)),
         "size_px": (whole, ()), "eye": (real, (n, 2)), "gaze": (real, (n, 2)),
-        "brow": (real, (n, 2)), "landmarks": (real, (n, 68, 3)), "landmarks_px": (real, (n, 68, 2)),
+        "brow": (real, (n, 2)), "landmarks": (real, (n, 68, 3)), "landmarks_2d": (real, (n, 68, 2)),
         "pose": (real, (n, 6)), "body": (real, (n, 4)), "person": (whole, (n,)),
         "moment": (whole, (n,)),
     }  # fmt: skip

@@ -126,6 +126,13 @@ class Train(_Strict):
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.998
     stages: dict[str, Stage]
 
+    def stages_weighing(self, *losses: str) -> list[str]:
+        """Return the names of the stages with steps in which one of the losses has a weight."""
+        return [
+            name for name, stage in self.stages.items()
+            if stage.steps and any(stage.weights.get(loss) for loss in losses)
+        ]  # fmt: skip
+
     @model_validator(mode="after")
     def _common_rates_are_for_what_learns(self) -> Train:
         learnt = {part for stage in self.stages.values() for part in stage.learn}
@@ -202,7 +209,7 @@ def share_of_steps(preset: Preset, seconds: float) -> float:
     return min(1.0, seconds / preset.train.enough_s) if preset.train.enough_s else 1.0
 
 
-def patience_asked(preset: Preset, train: Train, device_kind: str) -> str | None:
+def warning_of_slow_training(preset: Preset, train: Train, device_kind: str) -> str | None:
     """Return a warning if full-sized pictures are to be trained without a GPU, else None."""
     draws = any(stage.steps and stage.rays != "none" for stage in train.stages.values())
     if device_kind != "cpu" or preset.avatar.size != "full" or not draws:

@@ -17,7 +17,7 @@ from lightning_fabric import Fabric
 from talkhead_cli import __version__, march
 from talkhead_cli.avatars import avatar_class
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs import expert, fit, footage, looks, team
+from talkhead_cli.jobs import expert, fit, footage, loss_networks, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.preset import Preset, Train
@@ -45,7 +45,7 @@ def pretrain(
     fresh: bool = False,
     devices: int = 1,
     nodes: int = 1,
-    stop_after: Callable[[fit.Place], bool] | None = None,
+    stop_after: Callable[[fit.Position], bool] | None = None,
 ) -> Run:
     """Train what identities `names` share into the prior `out` of the home; by default "prior", or
     the method's name if its fine-tuning has no stage `speech`.
@@ -141,12 +141,12 @@ def _train(
     progress: Progress,
     fabric: Fabric,
     seed: int,
-    stop_after: Callable[[fit.Place], bool] | None,
+    stop_after: Callable[[fit.Position], bool] | None,
     fresh: bool,
 ) -> None:
     """Train the stages on all people whose footage can be used."""
     began, where = time.monotonic(), fabric.device
-    if word := presets.patience_asked(preset, stages, where.type):
+    if word := presets.warning_of_slow_training(preset, stages, where.type):
         progress.note(word)
     fabric.barrier()
     with fabric.rank_zero_first():  # the first process caches the pixels
@@ -166,7 +166,7 @@ def _train(
     )
     refuse_unknown(stages, avatar, preset.method)
     progress.note(f"marching: {why}")
-    looks.seat(avatar, judge, preset, stages, where, progress)
+    loss_networks.attach(avatar, judge, preset, stages, where, progress)
     fabric.barrier()
     if fabric.is_global_zero:  # from here on nothing can be refused
         if fresh:
@@ -188,11 +188,11 @@ def _train(
         avatar.calibrate(clip.signals[own].to(where), clip.mesh.to(where), aabb.to(where))
     set_up = time.monotonic() - began
     with Threads(progress, wanted=where.type == "cpu" and fabric.world_size == 1) as threads:
-        place = fit.fit(
+        position = fit.fit(
             preset.model_copy(update={"train": stages}), avatar, marcher, clips, prior, fabric,
             progress, seed=seed, stop_after=stop_after, threads=threads,
         )  # fmt: skip
-    if place.stage < len(stages.stages) or not fabric.is_global_zero:
+    if position.stage < len(stages.stages) or not fabric.is_global_zero:
         return
     prior.save_weights(avatar.common_state())
     # statistics for a voice with too little sound to measure its own
@@ -203,9 +203,9 @@ def _train(
     prior.write_meta(
         finished=True,
         finished_at=time.time(),
-        seconds=round(set_up + place.seconds, 1),
-        steps=place.total,
-        figures=place.figures,
+        seconds=round(set_up + position.seconds, 1),
+        steps=position.total,
+        figures=position.figures,
         method=preset.method,
         speech=hears,
         torch=torch.__version__,
@@ -220,7 +220,9 @@ def _judge(
     """Return the lip-sync expert that the stages use; after a resume, the same one as before."""
     if "expert_key" in begun and begun["expert"] is None:
         return None
-    judge = expert.asked(home, preset.method, stages, hears, progress, wanted=begun.get("expert"))
+    judge = expert.expert_if_weighed(
+        home, preset.method, stages, hears, progress, wanted=begun.get("expert")
+    )
     told = None if judge is None else judge.prior.meta()["key"]
     if begun.get("expert_key", told) != told:
         raise TalkheadError(

@@ -46,7 +46,7 @@ class Start:
         }  # fmt: skip
 
 
-def choose(
+def choose_start(
     home: Path, wanted: str | None, preset: Preset, space: Workspace, speech: dict[str, Any],
     progress: Progress,
 ) -> Start | None:  # fmt: skip
@@ -60,7 +60,7 @@ def choose(
         return Start(prior, who in prior.meta()["people"].values())
 
     if wanted is not None:
-        return start_from(fitting(home, wanted, preset.method, speech))
+        return start_from(named_prior(home, wanted, preset.method, speech))
     known = finished(home, preset.method)
     found = [start_from(prior) for prior in known if _fits(prior, preset, speech)]
     if known and not found:
@@ -71,7 +71,7 @@ def choose(
     return min(found, key=lambda start: start.knows, default=None)
 
 
-def begun(runs: Sequence[Run], name: str, *, exactly: bool) -> str | None:
+def prior_of_begun_run(runs: Sequence[Run], name: str, *, exactly: bool) -> str | None:
     """Return the prior, or "none", of a run begun under the name, so that the same command
     continues it; None if there is no such run.
 
@@ -119,7 +119,7 @@ def _size(preset: Preset) -> tuple[Any, ...]:
     return px, preset.data.window, preset.avatar
 
 
-def fitting(home: Path, wanted: str, method: str, speech: dict[str, Any] | None = None) -> Run:
+def named_prior(home: Path, wanted: str, method: str, speech: dict[str, Any] | None = None) -> Run:
     """Return the finished prior of that name; TalkheadError if its method or speech differs."""
     known = {p.name: p for p in finished_runs(priors_folder(home))}
     if wanted not in known:
@@ -136,7 +136,7 @@ def fitting(home: Path, wanted: str, method: str, speech: dict[str, Any] | None 
     return known[wanted]
 
 
-def begin_from(avatar: Avatar, prior: Run) -> None:
+def load_prior(avatar: Avatar, prior: Run) -> None:
     """Load a prior's weights into a fresh avatar."""
     try:
         avatar.take_common(prior.weights())

@@ -75,7 +75,7 @@ def build_avatar(
     """Build avatar, marcher and a line on why this marcher; speech_shape (W, A): of the windows."""
     n_steps, n_features = speech_shape
     method, generator = avatar_class(preset.method), preset.avatar.generator
-    if generator is not None and generator not in method.begins_with:
+    if generator is not None and generator not in method.generators:
         raise MisuseError(f"preset {preset.method} does not begin with a generator: {generator}")
     avatar = method.build(
         preset.avatar.size, n_steps=n_steps, n_features=n_features,

@@ -194,7 +194,7 @@ def speech_stats(
         n_rows = min(at_once, len(pcm) // hop - first)
         rows = ear.features(pcm, n_rows, first=first, scale=PCM_SCALE).astype(np.float64)
         block = pcm[first * hop : (first + n_rows) * hop] * np.float32(PCM_SCALE)
-        loud = rows[voice.heard(block, n_rows, hold_s=0)]
+        loud = rows[voice.is_audible(block, n_rows, hold_s=0)]
         total += loud.sum(0)
         square += (loud**2).sum(0)
         count += len(loud)

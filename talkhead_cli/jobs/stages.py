@@ -127,7 +127,7 @@ class Stages:
         if known.get("has_audio") and known["source"].get("part") == place:
             return
         samples = self.part.sound(self.n_declared * SAMPLES_PER_FRAME)
-        if not voice.heard(samples, self.n_declared).any():
+        if not voice.is_audible(samples, self.n_declared).any():
             raise UnfitError(
                 f"the sound of {self.video.name} is silent; film with a working microphone, or "
                 "pass --no-audio to track the pictures alone (no avatar can be trained on them)"
@@ -278,7 +278,7 @@ class Stages:
                 found = {"found": np.array([measured.sound_after_lips_s, measured.margin])}
         else:
             samples = np.zeros(n_samples, np.float32)
-        heard = voice.heard(samples, n_frames)
+        heard = voice.is_audible(samples, n_frames)
         if self.with_audio and not heard.any():
             raise TalkheadError(
                 f"nothing is heard of {self.video.name} while its picture lasts"
@@ -299,7 +299,7 @@ class Stages:
 
     def _offset(self, samples: NDArray[np.float32]) -> lipsync.Offset | None:
         """Measure how late the sound is; None if there is too little lip motion or sound."""
-        heard = voice.heard(samples, self.n_frames)
+        heard = voice.is_audible(samples, self.n_frames)
         frames = np.flatnonzero(self.faces.found & heard)
         lips = lipsync.lip_motion(self.faces.points)[frames]
         return lipsync.measure(voice.features(samples), frames, lips)

@@ -28,7 +28,7 @@ def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
                 )
 
 
-class Drawn:
+class UncastShots:
     """The shots of a step, wrapped to keep Fabric from casting them.
 
     In half-precision training Fabric casts every tensor it finds in a module's input, which would
@@ -39,7 +39,7 @@ class Drawn:
         self.shots = shots
 
 
-class Lost(NamedTuple):
+class StepLosses(NamedTuple):
     """Losses of a step.  loss () the weighted sum · terms () by name, unweighted · n_points sent to
     the field · pictures to train a critic on: whole pictures (B, H, W, 3), their targets and the
     landmarks in them (B, 68, 2)."""
@@ -57,7 +57,7 @@ class Step(nn.Module):
         super().__init__()
         self.avatar, self.marcher = avatar, marcher
 
-    def forward(self, drawn: Drawn, weights: Mapping[str, float]) -> Lost:
+    def forward(self, drawn: UncastShots, weights: Mapping[str, float]) -> StepLosses:
         """Return the losses of a step; only `loss` has a gradient."""
         results: list[SpeechShot | PictureResult] = []
         n_points = 0
@@ -82,9 +82,11 @@ class Step(nn.Module):
         pictures = []
         if weights.get("critic"):
             pictures = [_with_its_truth(r) for r in results if isinstance(r, PictureResult)]
-        return Lost(loss, {name: term.detach() for name, term in terms.items()}, n_points, pictures)
+        return StepLosses(
+            loss, {name: term.detach() for name, term in terms.items()}, n_points, pictures
+        )
 
 
 def _with_its_truth(result: PictureResult) -> tuple[Tensor, Tensor, Tensor]:
     made = result.frame.rgb.detach()
-    return made, result.truth.colour.view(made.shape), result.signals.landmarks_px
+    return made, result.truth.colour.view(made.shape), result.signals.landmarks_2d

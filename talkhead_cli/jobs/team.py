@@ -70,7 +70,7 @@ def run(
         leads = is_chief(devices, nodes)
         try:
             # a first signal stops the chief alone, which saves; without it the others end
-            with nullcontext() if leads else interrupt.held():
+            with nullcontext() if leads else interrupt.delayed():
                 made = job(*args, progress if leads else SilentProgress(), **options)
             for other in others:
                 other.join(PATIENCE_S)

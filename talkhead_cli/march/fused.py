@@ -15,13 +15,14 @@ EVENLY = 3  # factor on the samples per ray while exploring, when they lie evenl
 class FusedMarcher(GuidedMarcher):
     """`GuidedMarcher` for CUDA devices on which Triton compiles.
 
-    `whole`: also march rays that hit no occupied cell, to avoid the host sync of finding those that
-    do.  If also `exploring`, each ray takes EVENLY times as many samples, all cells weighted alike.
+    `keeps_misses`: also march rays that hit no occupied cell, to avoid the host sync of finding
+    those that do.  If also `exploring`, each ray takes EVENLY times as many samples, all cells
+    weighted alike.
     """
 
     def __init__(self, lattice: PackedMarcher, n_samples: int, n_cells: int) -> None:
         super().__init__(lattice, n_samples, n_cells)
-        self.whole = False
+        self.keeps_misses = False
 
     @property
     def samples_per_ray(self) -> int:
@@ -30,7 +31,7 @@ class FusedMarcher(GuidedMarcher):
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
         """Integrate `field` along `rays`, without host sync if it `skips` and no gradients flow."""
-        if self.exploring and not self.whole:
+        if self.exploring and not self.keeps_misses:
             return self.lattice.march(field, rays)
         if getattr(field, "skips", False) and not torch.is_grad_enabled():
             return self._without_waiting(field, rays)
@@ -43,9 +44,9 @@ class FusedMarcher(GuidedMarcher):
 
     @torch.no_grad()
     def lay(self, rays: RayBundle, n_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """As `GuidedMarcher.lay`, but if `whole`, for all rays; `n_samples` is ignored."""
+        """As `GuidedMarcher.lay`, but if `keeps_misses`, for all rays; `n_samples` is ignored."""
         t, width, crossing = self._laid(rays)
-        if self.whole:
+        if self.keeps_misses:
             return t, width, torch.arange(len(rays), device=t.device)
         alive = crossing.nonzero().squeeze(1)  # a host sync, once per march
         return t[alive], width[alive], alive

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import MisuseError, TalkheadError
-from talkhead_cli.store.files import atomic, held, read_arrays, read_json, write_arrays, write_json
+from talkhead_cli.store.files import (
+    atomic,
+    exclusive,
+    read_arrays,
+    read_json,
+    write_arrays,
+    write_json,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,7 +55,7 @@ class Run:
 
     def locked(self) -> AbstractContextManager[None]:
         """Lock the run for one writing job; the file is beside the run, which `clear` deletes."""
-        return held(self.root.with_name(f".{self.name}.lock"), self.name)
+        return exclusive(self.root.with_name(f".{self.name}.lock"), self.name)
 
     def meta(self) -> dict[str, Any]:
         path = self.root / "meta.json"

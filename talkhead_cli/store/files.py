@@ -72,7 +72,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def held(lock: Path, what: str) -> Iterator[None]:
+def exclusive(lock: Path, what: str) -> Iterator[None]:
     """Hold a lock file for one writing job on `what`; TalkheadError if another job has it."""
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as handle:

@@ -135,7 +135,7 @@ def need(name: str) -> Path:
     return found
 
 
-def right(name: str) -> Path:
+def verified(name: str) -> Path:
     """Return the file of known weights; TalkheadError if it is missing or its sha256 is wrong."""
     path = need(name)
     if verify(name) == "WRONG":
@@ -150,7 +150,7 @@ def load(name: str) -> dict[str, Any]:
     """Return the state dict of known weights; only tensors are read, never code."""
     import torch
 
-    path = right(name)
+    path = verified(name)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -161,7 +161,7 @@ def load(name: str) -> dict[str, Any]:
         raise TalkheadError(f"{path} cannot be read ({error}); fetch the file again") from error
 
 
-def fill(module: Any, name: str, state: dict[str, Any], library: str) -> None:
+def load_into(module: Any, name: str, state: dict[str, Any], library: str) -> None:
     """Load a state dict into a library's module strictly and freeze it; TalkheadError if unfit."""
     try:
         module.load_state_dict({k.removeprefix("module."): v for k, v in state.items()})
@@ -201,7 +201,7 @@ def is_converted(name: str) -> bool:
     return not _known(name).url
 
 
-def keep(name: str, tensors: dict[str, Any], facts: dict[str, str]) -> Path:
+def save_converted(name: str, tensors: dict[str, Any], facts: dict[str, str]) -> Path:
     """Save tensors converted from a published file, with a record of their source."""
     from safetensors.torch import save_file
 

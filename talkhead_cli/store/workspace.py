@@ -29,7 +29,7 @@ from talkhead_cli.contracts import MisuseError, TalkheadError
 from talkhead_cli.store.files import (
     atomic,
     digest,
-    held,
+    exclusive,
     read_arrays,
     read_json,
     sha256_of,
@@ -179,7 +179,7 @@ class Workspace:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the folder for one writing job, and remove half-written files of killed jobs."""
-        with held(self.root / ".lock", self.id):
+        with exclusive(self.root / ".lock", self.id):
             for folder in ("", "maps", "labels", "consent"):
                 sweep(self.root / folder)
             yield

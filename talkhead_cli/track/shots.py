@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkhead_cli.track.face import CHIN, TOP
-from talkhead_cli.track.zoom import STILL, Zoom, measured, shows_head
+from talkhead_cli.track.zoom import STILL, Zoom, measure_zoom, shows_head
 
 Array = NDArray[np.floating[Any]]
 
@@ -249,7 +249,7 @@ class Shots:
         if not shot.n_faces or not main.n_faces:
             return None
         shrunk = self._shrunk
-        zoom = measured(
+        zoom = measure_zoom(
             shot.mean_large, main.mean_large, shot.mean_face * shrunk, main.mean_face * shrunk, SAME
         )
         size = shot.mean_face[2] / main.mean_face[2] if zoom is None else zoom.scale

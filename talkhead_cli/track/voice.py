@@ -167,7 +167,9 @@ def windows(
     return view[first + before]
 
 
-def heard(samples: Array, n_frames: int, *, floor_db: float = -65.0, hold_s: float = 1.5) -> Any:
+def is_audible(
+    samples: Array, n_frames: int, *, floor_db: float = -65.0, hold_s: float = 1.5
+) -> Any:
     """Return which video frames have live sound, (n_frames,) bool.
 
     Live is within `hold_s` of a frame above `floor_db` (of full scale): pauses between words

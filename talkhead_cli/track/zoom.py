@@ -49,7 +49,7 @@ class Zoom:
 STILL = Zoom(1.0, (0.0, 0.0))
 
 
-def measured(
+def measure_zoom(
     seen: NDArray[np.uint8], known: NDArray[np.uint8], face: Array, known_face: Array, same: float
 ) -> Zoom | None:
     """Measure the zoom at which `known` appears as `seen` (both grey, of one size), or None.

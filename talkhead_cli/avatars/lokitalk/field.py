@@ -60,9 +60,9 @@ class LokiField:
         if neutral.is_cuda and not torch.is_grad_enabled() and why_no_triton() == "":
             from talkhead_cli.avatars.lokitalk import field_triton as kernel
 
-            self.skips, self._asked = True, kernel.of(self)
+            self.skips, self._kernel = True, kernel.fused_field(self)
 
-    def told(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
+    def kernel_inputs(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Return the kernel's inputs besides weights: constants of all points (55,), shoulders and
         light of each row (T, 24), and the rows' codes."""
         everywhere = torch.cat([
@@ -74,12 +74,12 @@ class LokiField:
 
     def density(self, x: Tensor, row: Tensor) -> Tensor:
         if self.skips:
-            return self._asked(x, x, row)[0]
+            return self._kernel(x, x, row)[0]
         return self._static(x, row)[0]
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         if self.skips:
-            return self._asked(x, d, row)
+            return self._kernel(x, d, row)
         density, hidden, attention, shifts = self._static(x, row)
         logits = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1))
         # shading follows the head's pose, with which the shoulders do not turn

@@ -60,17 +60,17 @@ class Packed(NamedTuple):
     sizes: tuple[int, int, int, int]
 
 
-def of(asked_of: LokiField) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
+def fused_field(field: LokiField) -> Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Return the kernels as a function of x (N, 3), d (N, 3), row (N,): density (N,) and channels
     (N, 8), float32.  A point of row -1 is skipped: density 0, channels undefined."""
-    avatar = asked_of.avatar
+    avatar = field.avatar
     if avatar.training:  # CUDA graph replays change weights without raising tensor versions
         weights = packed(avatar)
     else:
         learnt = [t for layer in _layers(avatar) for t in (layer.weight, layer.bias)]
         learnt += list(avatar.volume.levels)
         weights = remembered(avatar, "kernel", learnt, lambda: packed(avatar))
-    affine, rows, codes = asked_of.told()
+    affine, rows, codes = field.kernel_inputs()
 
     def asked(x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         return evaluate(weights, x, d, row, affine, rows, codes)

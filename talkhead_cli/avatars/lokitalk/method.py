@@ -40,7 +40,7 @@ from typing_extensions import Self
 
 from talkhead_cli.avatars.base import PictureResult, Speaker, distance, shaped
 from talkhead_cli.avatars.lokitalk.field import LokiField
-from talkhead_cli.avatars.lokitalk.transfer import Transfer, laid_out, told_of
+from talkhead_cli.avatars.lokitalk.transfer import Transfer, in_plane_layout, pose_inputs
 from talkhead_cli.avatars.personal import (
     LIP_NOISE,
     N_EYES,
@@ -161,12 +161,12 @@ class LokiTalk(SharedAvatar):
         assert self.transfer is not None
         signals = portrait.signals
         person = self.person(signals)
-        seen = laid_out(
+        seen = in_plane_layout(
             portrait, px=self.transfer.px, reach=self.reach, shared=self.shared(person),
             aimed=self.correction(signals), shoulders=self.shoulders(signals),
             chin=float(person.mouth.neutral[8, 1]),
         )  # fmt: skip
-        return self.transfer(seen, told_of(signals))
+        return self.transfer(seen, pose_inputs(signals))
 
     # -- rendering ---------------------------------------------------------------------------
 
@@ -174,12 +174,12 @@ class LokiTalk(SharedAvatar):
         person = self.person(signals)
         shoulders = self.shoulders(signals)
         pose, lips = person.stance(signals), person.mouth.code(signals)
-        vigour = person.mouth.vigour
+        relative_extent = person.mouth.relative_extent
         if self.training:
             signals = disturbed(signals, self.noise)
             pose = noisy(pose, self.noise * POSE_NOISE)
-            lips = noisy(lips, self.noise * LIP_NOISE * vigour)
-        far = MAX_LIPS * vigour.clamp_min(1)
+            lips = noisy(lips, self.noise * LIP_NOISE * relative_extent)
+        far = MAX_LIPS * relative_extent.clamp_min(1)
         codes = (
             self.lip_code(lips.clamp(-far, far)),
             self.eye_code(eyes_told(signals)),

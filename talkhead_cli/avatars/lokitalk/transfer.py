@@ -101,7 +101,7 @@ class Transfer(nn.Module):
         return changes
 
 
-def told_of(signals: Signals) -> Tensor:
+def pose_inputs(signals: Signals) -> Tensor:
     """Return pose, shoulders and focal length of pictures for the encoder: (P, N_TOLD)."""
     camera = signals.camera
     focal = camera.k[:, :1, 0] / camera.size_px
@@ -109,7 +109,7 @@ def told_of(signals: Signals) -> Tensor:
 
 
 @torch.no_grad()
-def laid_out(
+def in_plane_layout(
     portrait: Portrait, *, px: int, reach: Tensor, shared: Tensor, aimed: Tensor,
     shoulders: Tensor, chin: float,
 ) -> Tensor:  # fmt: skip

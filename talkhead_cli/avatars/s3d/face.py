@@ -64,7 +64,7 @@ class Layers:
 
 def _places(signals: Signals, px: int) -> Tensor:
     """Return pixel positions (P, 2, px, px) from between the eyes, in two eye distances."""
-    marks = 2 * signals.landmarks_px - 1
+    marks = 2 * signals.landmarks_2d - 1
     left, right = (marks[:, eye].mean(1) for eye in EYES)
     middle, unit = (left + right) / 2, (right - left).norm(dim=1)
     line = (torch.arange(px, device=marks.device) + 0.5) * 2 / px - 1
@@ -77,7 +77,7 @@ def _behind_the_head(picture: Tensor, labels: Tensor, signals: Signals) -> Tenso
     """Return shoulders and neck (P, 4, H, W), premultiplied, extended behind chin and hair."""
     body = labels[:, 3:5].sum(1, keepdim=True).clamp(0, 1)
     head = labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
-    marks = signals.landmarks_px
+    marks = signals.landmarks_2d
     height = (marks[:, 8, 1] - marks[:, 27, 1]).clamp_min(1e-3)  # from chin to nose bridge
     px = picture.shape[-1]
     line = (torch.arange(px, device=picture.device) + 0.5) / px

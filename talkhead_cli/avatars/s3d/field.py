@@ -146,7 +146,7 @@ class _View:
         self._mouth_radii = torch.stack([across * jaw / self._mouth[1], down + 0 * jaw])
         self._eyes = [(marks[eye].mean(0), (marks[eye][0] - marks[eye][3]).norm())
                       for eye in EYES]  # fmt: skip
-        self._told_mouth, self._told_eyes = self._told(signals)
+        self._told_mouth, self._told_eyes = self._conditioning(signals)
         self._lips = signals.landmarks[:, [UPPER_LIP, LOWER_LIP], :2]  # (T, 2, 5, 2)
         self._lids = torch.cat([self._lids_of(signals, side) for side in (0, 1)])  # (2 T, 2, 4, 2)
 
@@ -161,7 +161,7 @@ class _View:
         drawn = lower + share.clamp(0, 1.3)[:, None, None] * (upper - lower)
         return torch.stack([drawn, lower.expand_as(drawn)], 1)
 
-    def _told(self, signals: Signals) -> tuple[Tensor, Tensor]:
+    def _conditioning(self, signals: Signals) -> tuple[Tensor, Tensor]:
         """Return conditioning of the mouth net (T, n), and of the eye net (2 T, n), left eyes
         first, right eyes mirrored."""
         avatar, home = self.avatar, self.face.signals

@@ -153,7 +153,7 @@ class S3D(Avatar):
         rests = torch.stack([m.opening(nothing)[0] for m in self.mouths])
         self.mouth_rest.copy_(rests.median())
         self.mouth_gain.fill_(1.0)
-        told = [(s, m.to_say(s)) for m, s in zip(self.mouths, people, strict=True)]
+        told = [(s, m.speech_target(s)) for m, s in zip(self.mouths, people, strict=True)]
         self.speech.solve(told, at_most=3000)
 
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
@@ -175,7 +175,7 @@ class S3D(Avatar):
         mouth = self._mouth(signals)
         mouth.gain.copy_(self.mouth_gain)
         marks = signals.landmarks.clone()
-        marks[:, MOUTH] = mouth.heard(signals, self.speech(signals)).landmarks[:, MOUTH]
+        marks[:, MOUTH] = mouth.driven_by_speech(signals, self.speech(signals)).landmarks[:, MOUTH]
         return signals.with_(landmarks=marks)
 
     # -- enrolment -------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class S3D(Avatar):
 
     def _speech_losses(self, shot: SpeechShot) -> dict[str, Tensor]:
         signals = shot.signals
-        told = self._mouth(signals).to_say(signals)
+        told = self._mouth(signals).speech_target(signals)
         net_predictions = self.speech.net_predictions(signals)
         return {"speech": F.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))}
 
@@ -248,7 +248,7 @@ class S3D(Avatar):
         alive = picture_masks(signals, labels)[..., :2].amax(-1)
         return (
             sync_losses(self.loss_networks, frame.rgb, signals)
-            | critic_losses(self.loss_networks, frame.rgb, signals.landmarks_px)
+            | critic_losses(self.loss_networks, frame.rgb, signals.landmarks_2d)
             | {
                 "whole": error.mean(),
                 "mouth": (error * alive).sum() / alive.sum().clamp_min(1),

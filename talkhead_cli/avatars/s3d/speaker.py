@@ -40,7 +40,7 @@ class S3DSpeaker:
         return self.main.mouth.neutral
 
     def listen(self, signals: Signals) -> Signals:
-        return self.main.mouth.heard(signals, self.avatar.speech(signals))
+        return self.main.mouth.driven_by_speech(signals, self.avatar.speech(signals))
 
     def aim(self, signals: Signals, rays: RayBundle) -> RayBundle:
         return rays

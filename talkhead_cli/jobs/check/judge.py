@@ -183,7 +183,7 @@ def _sound(report: Report, video: Path, about: media.Probe) -> NDArray[np.float3
     noise = 20 * np.log10(np.percentile(loud, 90) / max(np.percentile(loud, 5), 1e-6))
     report.more("noise", "snr", float(noise), f"speech {noise:.0f} dB above the background",
                 "film in a quiet room, without music")  # fmt: skip
-    dead = float(1 - voice.heard(samples, int(about.duration_s * FPS)).mean())
+    dead = float(1 - voice.is_audible(samples, int(about.duration_s * FPS)).mean())
     report.less("dead sound", "dead", dead, f"in {dead:.0%} of the film",
                 "check the microphone; speech is not learnt from that part")  # fmt: skip
     over = float((np.abs(samples) > 0.985).mean())

@@ -28,7 +28,8 @@ from talkhead_cli.blocks.mlp import density_of
 from talkhead_cli.blocks.planes import RowPlanes, warped
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
-from talkhead_cli.jobs import borrowed, footage, views
+from talkhead_cli.jobs import footage, views
+from talkhead_cli.jobs import generators as job
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import Player
@@ -174,7 +175,7 @@ def test_a_file_that_would_run_something_is_refused_by_name(
             root._buffers["more"] = harm(mark)
         path.write_bytes(pickle.dumps(held))
         with pytest.raises(TalkheadError, match=r"names .*, which is no part"):
-            borrowed.take_in("eg3d", path)
+            job.import_generator("eg3d", path)
         assert not mark.exists() and not cache.exists()
 
 
@@ -197,9 +198,9 @@ def test_what_is_no_network_is_refused_in_a_sentence(text: bytes, tmp_path: Path
     path = tmp_path / "x.pkl"
     path.write_bytes(text)
     with pytest.raises(TalkheadError, match="cannot be read|holds no networks"):
-        borrowed.take_in("eg3d", path)
+        job.import_generator("eg3d", path)
     with pytest.raises(TalkheadError, match="there is no file"):
-        borrowed.take_in("eg3d", tmp_path / "nowhere.pkl")
+        job.import_generator("eg3d", tmp_path / "nowhere.pkl")
 
 
 @pytest.mark.parametrize(
@@ -356,7 +357,7 @@ def test_a_person_begins_with_it_and_ends_as_planes(speaker_home: Path) -> None:
     clip = footage.load(space, preset.data, SilentProgress())
     torch.manual_seed(0)
     avatar = Talk3D.build("full", **hearing(clip.signals), px=64, borrowed="eg3d-fixed")
-    avatar.borrow(random_state())
+    avatar.load_generator(random_state())
     box = footage.box_of(clip.signals.camera[clip.train])
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
     row = clip.signals[clip.train[:1]]
@@ -393,7 +394,7 @@ def test_training_goes_through_finding_and_tuning(
     words = {"preset_names": ["talk3d", "eg3d"], "settings": settings, "device": "cpu"}
     with pytest.raises(TalkheadError, match="models import eg3d-fixed"):
         finetune(home, "speaker", SilentProgress(), **words)  # type: ignore[arg-type]
-    borrowed.take_in("eg3d-fixed", published)
+    job.import_generator("eg3d-fixed", published)
     progress, seen = SilentProgress(), set()
     run = finetune(home, "speaker", progress, **words,  # type: ignore[arg-type]
                    stop_after=lambda p: bool(seen.add(p.stage)))  # fmt: skip
@@ -415,7 +416,7 @@ def test_training_goes_through_finding_and_tuning(
 
 def test_parts_that_a_generator_has_not_trained_learn_at_their_full_rates() -> None:
     preset = presets.load(["talk3d", "eg3d"])
-    stages = presets.adapted_to_start(preset, Talk3D.borrowed_parts, 60.0).train.stages
+    stages = presets.adapted_to_start(preset, Talk3D.generator_parts, 60.0).train.stages
     assert stages["speech"].rates == preset.train.stages["speech"].rates
     own, slower = preset.train.stages["tune"].rates, stages["tune"].rates
     assert slower == own | {"decoder": 0.5 * own["decoder"]}

@@ -17,7 +17,7 @@ from talkhead_cli.store.files import sha256_of
 NETWORK = "G_ema"  # of the networks in a file, the one with averaged weights
 
 
-def take_in(name: str, file: Path) -> Path:
+def import_generator(name: str, file: Path) -> Path:
     """Convert a published file into the folder of weights, without running any of its pickled code;
     TalkheadError if its layout is not the known one."""
     if not file.is_file():
@@ -29,14 +29,14 @@ def take_in(name: str, file: Path) -> Path:
         tensors = eg3d.checked(held[NETWORK])
     except ValueError as error:
         raise TalkheadError(f"{file} is not {name} as it was published: {error}") from error
-    return weights.keep(name, tensors, {"from": file.name, "of": sha256_of(file)})
+    return weights.save_converted(name, tensors, {"from": file.name, "of": sha256_of(file)})
 
 
-def begin(avatar: Avatar, name: str, progress: Progress) -> None:
+def load_generator(avatar: Avatar, name: str, progress: Progress) -> None:
     """Load a generator into a fresh avatar that was built for it."""
     state = weights.load(name)
     try:
-        avatar.borrow(state)
+        avatar.load_generator(state)
     except ValueError as error:
         raise TalkheadError(
             f"{weights.need(name)} does not hold {name} ({error}); import its file again"

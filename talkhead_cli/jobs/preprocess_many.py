@@ -97,7 +97,7 @@ def preprocess_many(
             progress.note(said if said.startswith(name) else f"{name}: {said}")
         progress.advance()
 
-    n_jobs = min(len(videos), jobs or _bearable())
+    n_jobs = min(len(videos), jobs or _jobs_that_fit())
     if engine == "ray":
         _by_ray(videos, home, options, jobs, address, ended)
     else:
@@ -105,7 +105,7 @@ def preprocess_many(
     return [outcomes[i] for i in range(len(videos))]
 
 
-def one(video: Path, home: Path, options: dict[str, Any]) -> Outcome:
+def preprocess_one(video: Path, home: Path, options: dict[str, Any]) -> Outcome:
     """Preprocess one video; errors go into the outcome, except MisuseError."""
     from talkhead_cli.jobs.preprocess import preprocess
 
@@ -155,7 +155,7 @@ def _pooled(
     waiting: dict[Future[Outcome], int] = {}
     left = []
     try:
-        waiting |= {pool.submit(one, videos[i], home, options): i for i in wanted}
+        waiting |= {pool.submit(preprocess_one, videos[i], home, options): i for i in wanted}
         while waiting:
             done, _ = wait(waiting, return_when=FIRST_COMPLETED)
             for future in done:
@@ -189,7 +189,7 @@ def _by_ray(
         where = f" at {address}" if address else ""
         raise TalkheadError(f"no Ray cluster could be reached{where}: {error}") from error
     # max_calls=1, a fresh process for each: the face mesh does not free its memory
-    remote = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(one)
+    remote = ray.remote(num_cpus=1, max_calls=1, max_retries=0)(preprocess_one)
     left = list(range(len(videos)))
     running: dict[Any, int] = {}
     try:
@@ -225,6 +225,6 @@ def _id_or_nothing(video: Path) -> str:
         return ""
 
 
-def _bearable() -> int:
+def _jobs_that_fit() -> int:
     """Return how many jobs at a time the CPU cores and free memory allow."""
     return max(1, min(n_cores(), int(free_gb() / GB_PER_JOB)))

@@ -15,24 +15,23 @@ from talkhead_cli.store import weights
 LOSSES = ("lpips", "whole_lpips")  # losses that LPIPS computes
 
 
-def seat(
+def attach(
     avatar: Avatar, judge: Judge | None, preset: Preset, train: Train, where: torch.device,
     progress: Progress,
 ) -> None:  # fmt: skip
     """Add to an avatar's loss networks those that stages have loss weights for: the lip-sync
     expert, if it was found, LPIPS and a picture critic."""
     if judge is not None:
-        judge.sits_by(avatar, where)
-    if (eye := asked(train, progress)) is not None:
+        judge.attach_to(avatar, where)
+    if (eye := lpips_if_weighed(train, progress)) is not None:
         avatar.loss_networks.append(eye.to(where))
-    if (new := critic.asked(avatar, preset.method, train, preset.avatar.size)) is not None:
+    if (new := critic.critic_if_weighed(avatar, preset, train)) is not None:
         avatar.loss_networks.append(new.to(where))
 
 
-def asked(train: Train, progress: Progress) -> Perceptual | None:
+def lpips_if_weighed(train: Train, progress: Progress) -> Perceptual | None:
     """Return LPIPS if a stage uses it, else None; None with a note if its weights are missing."""
-    stages = [name for name, stage in train.stages.items()
-              if stage.steps and any(stage.weights.get(loss) for loss in LOSSES)]  # fmt: skip
+    stages = train.stages_weighing(*LOSSES)
     if not stages:
         return None
     if weights.find("lpips") is None:
@@ -47,4 +46,4 @@ def asked(train: Train, progress: Progress) -> Perceptual | None:
 def lpips() -> Perceptual:
     """Return the LPIPS network; TalkheadError without its weights."""
     state = weights.load("lpips")
-    return Perceptual(lambda net: weights.fill(net, "lpips", state, "torchvision"))
+    return Perceptual(lambda net: weights.load_into(net, "lpips", state, "torchvision"))
