@@ -18,11 +18,12 @@ from talkhead_cli.store import Workspace
 PX = 64
 
 
+@pytest.mark.parametrize("size", ["tiny", "small"])
 @pytest.mark.parametrize("method", sorted(m for m in METHODS if not avatar_class(m).needs_portrait))
-def test_stages_teach_all_that_they_name(speaker_home: Path, method: str) -> None:
+def test_stages_teach_all_that_they_name(speaker_home: Path, method: str, size: str) -> None:
     """Each stage something of every part, and all of them together every module: what a patch of
     the eyes does not show, a shoulder say, it cannot teach."""
-    preset = presets.load([method, "tiny"], [f"data.size_px={PX}", "march.resolution=16"])
+    preset = presets.load([method, size], [f"data.size_px={PX}", "march.resolution=16"])
     preset = presets.adapted_to_start(preset, None, 20)
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     rows = clip.signals[clip.train]

@@ -68,7 +68,7 @@ def test_an_overlay_goes_after_its_method() -> None:
 
 def test_who_trains_at_full_size_without_a_gpu_is_told() -> None:
     full, tiny = preset.load(["lokitalk"]), preset.load(["lokitalk", "tiny"])
-    assert "-p tiny" in str(preset.warning_of_slow_training(full, full.train, "cpu"))
+    assert "-p small" in str(preset.warning_of_slow_training(full, full.train, "cpu"))
     assert preset.warning_of_slow_training(full, full.train, "cuda") is None
     assert preset.warning_of_slow_training(tiny, tiny.train, "cpu") is None
     photo = preset.load(["s3d"])  # who is drawn by a prior is not trained
@@ -216,7 +216,7 @@ def test_stages_keep_their_order() -> None:
 
 @pytest.mark.parametrize("settings", [[], ["train.scale=1e-5", "data.holdout=0"]])
 def test_yaml_round_trip(settings: list[str]) -> None:
-    for names in (["lokitalk"], ["lokitalk", "tiny"]):
+    for names in (["lokitalk"], ["lokitalk", "tiny"], ["lokitalk", "small"]):
         whole = preset.load(names, settings)
         assert preset.from_yaml(whole.to_yaml()) == whole
         assert list(preset.from_yaml(whole.to_yaml()).train.stages) == list(whole.train.stages)
@@ -251,13 +251,15 @@ def test_a_run_is_named_by_its_presets() -> None:
     assert preset.run_name(["lokitalk", "folder/mine.yaml"], ["train.scale=2"]) == "lokitalk+mine"
 
 
-def test_an_overlay_serves_every_method_and_passes_over_stages_it_has_not_got() -> None:
+@pytest.mark.parametrize("overlay", ["tiny", "small"])
+def test_an_overlay_serves_every_method_and_passes_over_stages_it_has_not_got(overlay: str) -> None:
     known: set[str] = set()
     for method in METHODS:
         own = set(preset.load([method]).train.stages)
-        assert set(preset.load([method, "tiny"]).train.stages) == own
+        made = preset.load([method, overlay])
+        assert set(made.train.stages) == own and made.avatar.size == overlay
         known |= own
-    assert set(preset.read_layer("tiny")["train"]["stages"]) <= known, "for nobody"
+    assert set(preset.read_layer(overlay)["train"]["stages"]) <= known, "for nobody"
     with pytest.raises(MisuseError, match=r"train\.stages\.torso"):
         preset.load(["lokitalk"], ["train.stages.torso.steps=3"])
 

@@ -106,10 +106,11 @@ def newest(
     for prior in finished(home, method):
         if preset is None or _fits(prior, preset, speech):
             return prior.name
-    small = "" if preset is not None and preset.avatar.size == "full" else " -p tiny"
+    size = "tiny" if preset is None else preset.avatar.size
+    overlay = "" if size == "full" else f" -p {size}"
     raise TalkheadError(
         f"preset {method} draws people by what it learnt of others, and {home} has no such prior; "
-        f"preprocess some people and make one with: talkhead pretrain -p {method}{small} -o NAME"
+        f"preprocess some people and make one with: talkhead pretrain -p {method}{overlay} -o NAME"
     )
 
 
