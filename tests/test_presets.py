@@ -248,7 +248,7 @@ def test_yaml_builds_no_objects(tmp_path: Path) -> None:
 
 
 def test_a_run_is_named_by_its_presets() -> None:
-    assert preset.run_name(["lokitalk", "folder/mine.yaml"], ["train.scale=2"]) == "lokitalk+mine"
+    assert preset.run_name(["lokitalk", "folder/mine.yaml"]) == "lokitalk+mine"
 
 
 @pytest.mark.parametrize("overlay", ["tiny", "small"])

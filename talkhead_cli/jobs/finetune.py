@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from talkhead_cli import __version__, march
+from talkhead_cli import march
 from talkhead_cli.avatars import avatar_class, method_names
 from talkhead_cli.avatars.base import Avatar
 from talkhead_cli.contracts import FPS, MisuseError, Progress, TalkheadError
@@ -34,7 +33,7 @@ from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.prior import Start
 from talkhead_cli.jobs.runs import box_for, build_avatar, enrolled, save_avatar
 from talkhead_cli.jobs.step import refuse_unknown
-from talkhead_cli.jobs.threads import Threads
+from talkhead_cli.jobs.training import Training
 from talkhead_cli.store import Run, Workspace, list_runs
 
 N_PORTRAITS = 4  # of a new person, for `Avatar.meet` after a prior
@@ -66,32 +65,18 @@ def finetune(
     preset, space = _asked_for(home, name, preset_names, settings)
     where = march.device_of(device)
     hears = priors.speech_facts(space, preset)
-    if preset.avatar.generator is not None:
-        if prior not in (None, "none"):
-            raise MisuseError(
-                f"one begins with a prior or with {preset.avatar.generator}, not with both"
-            )
-        prior = "none"
-    if prior is None:
-        prior = _prior_by_default(
-            home, space, preset, run_name, preset_names, settings, hears, fresh
-        )
-    elif prior == "none" and avatar_class(preset.method).needs_portrait:
-        raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
-    start = priors.choose_start(home, prior, preset, space, hears, progress)
-    run = Run.named(space.runs, run_name or _run_name(preset_names, settings, start))
+    start = _start(home, space, preset, prior, run_name, preset_names, hears, fresh, progress)
+    run = Run.named(space.runs, run_name or _run_name(preset_names, start))
     asked = {"presets": list(preset_names), "settings": list(settings)}
     if not fresh:
         preset = _as_begun(run, preset, asked, progress)
-    chief = team.is_chief(devices, nodes)
-    alone = where.type == "cpu" and devices == nodes == 1
-    with space.locked() if chief else nullcontext(), Threads(progress, wanted=alone) as threads:
+    with space.locked() if team.is_chief(devices, nodes) else nullcontext():
         fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         fabric.barrier()
         if not fresh and _is_finished(run, preset, space, start, seed, progress):
             return run
         fabric.barrier()
-        began = time.monotonic()
+        training = Training(run, fabric, progress, seed, fresh, stop_after)
         if word := presets.warning_of_slow_training(preset, preset.train, where.type):
             progress.note(word)
         fabric.seed_everything(seed, verbose=False)
@@ -100,40 +85,25 @@ def finetune(
         avatar, marcher, stages = _initialised(preset, name, clip, start, fabric.device, progress)
         judge = expert.expert_if_weighed(home, preset.method, stages.train, hears, progress)
         loss_networks.attach(avatar, judge, stages, stages.train, fabric.device, progress)
-        if chief:  # from here on nothing can be refused
-            if fresh:
-                run.clear()
-            run.write_meta(
-                identity=name, version=__version__, footage=space.fingerprint, seed=seed,
-                asked=asked,
-                prior=None if start is None else start.facts(),
-                **generators.facts(preset.avatar.generator),
-            )  # fmt: skip
-            run.write_preset(preset.to_yaml())  # last: its presence marks the run as begun
-        fabric.barrier()
+        training.begin(
+            preset.to_yaml(), identity=name, footage=space.fingerprint, asked=asked,
+            prior=None if start is None else start.facts(),
+            **generators.facts(preset.avatar.generator),
+        )  # fmt: skip
         if avatar.needs_portrait:
-            if chief:
+            if training.is_chief:
                 run.save_portrait(portraits.to_arrays(clip.portrait(clip.best_likeness())))
             fabric.barrier()
             _discover(avatar, marcher, clip, run, fabric.device)
-        set_up = time.monotonic() - began
-        position = fit.fit(
-            stages, avatar, marcher, [clip], run, fabric, progress, seed=seed,
-            stop_after=stop_after, threads=threads,
-        )  # fmt: skip
-        if not chief:
-            return run
-        run.write_meta(seconds=round(set_up + position.seconds, 1))
-        if position.stage == len(stages.train.stages):
+        position = training.train(stages, avatar, marcher, [clip])
+        if position is not None:
             progress.stage("views of held-out frames")
-            _finish(avatar, marcher, clip, run, space, fabric.device)
-            run.write_meta(
-                finished=True, finished_at=time.time(), steps=position.total,
-                figures=position.figures, n_train=len(clip.train), n_held=len(clip.held),
-                device=march.device_name(fabric.device), torch=torch.__version__, speech=hears,
+            _save(avatar, marcher, clip, run, space, fabric.device)
+            training.finish(
+                position, n_train=len(clip.train), n_held=len(clip.held),
+                device=march.device_name(fabric.device), speech=hears,
                 source=space.manifest()["source"], consent=space.manifest().get("consent", []),
             )  # fmt: skip
-            run.drop_resume()
     return run
 
 
@@ -158,22 +128,29 @@ def _asked_for(
     return preset, space
 
 
-def _prior_by_default(
-    home: Path, space: Workspace, preset: Preset, run_name: str | None, preset_names: Sequence[str],
-    settings: Sequence[str], hears: dict[str, Any], fresh: bool,
-) -> str | None:  # fmt: skip
-    """Return the prior of the run to continue, if there is one; else, for a method that cannot do
-    without a prior, the newest that fits; else None: `priors.choose_start` chooses."""
-    if not fresh:
-        named = run_name or presets.run_name(preset_names, settings)
-        begun = priors.prior_of_begun_run(
-            list_runs(space.runs), named, exactly=run_name is not None
-        )
-        if begun is not None:
-            return begun
-    if avatar_class(preset.method).needs_portrait:
-        return priors.newest(home, preset.method, preset, hears)
-    return None
+def _start(
+    home: Path, space: Workspace, preset: Preset, prior: str | None, run_name: str | None,
+    preset_names: Sequence[str], hears: dict[str, Any], fresh: bool, progress: Progress,
+) -> Start | None:  # fmt: skip
+    """Return the prior to start from, None to start from nothing: that of `prior`, else that of the
+    run to continue, if there is one, else the newest that fits."""
+    cannot_without = avatar_class(preset.method).needs_portrait
+    if preset.avatar.generator is not None:
+        if prior not in (None, "none"):
+            raise MisuseError(
+                f"one begins with a prior or with {preset.avatar.generator}, not with both"
+            )
+        return None
+    if prior == "none" and cannot_without:
+        raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
+    if prior is None and not fresh:
+        prior = priors.prior_of_begun_run(
+            list_runs(space.runs), run_name or presets.run_name(preset_names),
+            exactly=run_name is not None,
+        )  # fmt: skip
+    if prior is None and cannot_without:
+        prior = priors.newest(home, preset.method, preset, hears)
+    return priors.choose_start(home, prior, preset, space, hears, progress)
 
 
 def _initialised(
@@ -224,7 +201,7 @@ def _discover(
     views.rebuild_from_views(speaker, marcher, clip.signals[clip.train], where)
 
 
-def _finish(
+def _save(
     avatar: Avatar, marcher: march.Marcher, clip: Footage, run: Run, space: Workspace,
     where: torch.device,
 ) -> None:  # fmt: skip
@@ -255,9 +232,9 @@ def refined(preset_names: Sequence[str], steps: int | None) -> list[str]:
     return [f"train.stages.refine.steps={steps}"]
 
 
-def _run_name(preset_names: Sequence[str], settings: Sequence[str], start: Start | None) -> str:
+def _run_name(preset_names: Sequence[str], start: Start | None) -> str:
     """Return the default name of a run: its presets, and the prior it starts from."""
-    own = presets.run_name(preset_names, settings)
+    own = presets.run_name(preset_names)
     return own if start is None else f"{own}+from-{start.prior.name}"
 
 

@@ -318,9 +318,8 @@ def from_yaml(text: str) -> Preset:
         ) from error
 
 
-def run_name(names: Sequence[str], settings: Sequence[str]) -> str:
-    """Return the run's name, made of its presets; settings do not change it."""
-    del settings
+def run_name(names: Sequence[str]) -> str:
+    """Return the name of a run, made of its presets."""
     return "+".join(Path(n).stem for n in names)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -12,9 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning_fabric import Fabric
 
-from talkhead_cli import __version__, march
+from talkhead_cli import march
 from talkhead_cli.avatars import avatar_class
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
 from talkhead_cli.jobs import expert, fit, footage, loss_networks, team
@@ -24,7 +22,7 @@ from talkhead_cli.jobs.preset import Preset, Train
 from talkhead_cli.jobs.prior import speech_facts
 from talkhead_cli.jobs.runs import box_for, build_avatar
 from talkhead_cli.jobs.step import refuse_unknown
-from talkhead_cli.jobs.threads import Threads
+from talkhead_cli.jobs.training import Training
 from talkhead_cli.store import Run, Workspace, priors_folder
 from talkhead_cli.store.files import digest
 
@@ -84,7 +82,8 @@ def pretrain(
         if prior.is_finished and not fresh:
             progress.note(f"prior '{out}' is finished already; --fresh trains it anew")
         else:
-            _train(prior, home, asked, preset, stages, progress, fabric, seed, stop_after, fresh)
+            training = Training(prior, fabric, progress, seed, fresh, stop_after)
+            _train(training, home, asked, preset, stages)
     return prior
 
 
@@ -132,20 +131,10 @@ def _too_few(n: int, n_named: int) -> TalkheadError:
     )
 
 
-def _train(
-    prior: Run,
-    home: Path,
-    asked: _Asked,
-    preset: Preset,
-    stages: Train,
-    progress: Progress,
-    fabric: Fabric,
-    seed: int,
-    stop_after: Callable[[fit.Position], bool] | None,
-    fresh: bool,
-) -> None:
+def _train(training: Training, home: Path, asked: _Asked, preset: Preset, stages: Train) -> None:
     """Train the stages on all people whose footage can be used."""
-    began, where = time.monotonic(), fabric.device
+    prior, progress, fabric = training.run, training.progress, training.fabric
+    where = fabric.device
     if word := presets.warning_of_slow_training(preset, stages, where.type):
         progress.note(word)
     fabric.barrier()
@@ -156,9 +145,9 @@ def _train(
     sources = {space.id: space.manifest()["source"]["sha256"] for space, _ in people}
     clips = [clip for _, clip in people]
     hears = speech_facts(people[0][0], preset)
-    begun = {} if fresh else prior.meta()
+    begun = {} if training.fresh else prior.meta()
     judge = _judge(prior.name, begun, home, preset, stages, hears, progress)
-    fabric.seed_everything(seed, verbose=False)
+    fabric.seed_everything(training.seed, verbose=False)
     boxes = torch.stack([box_for(preset, clip.signals.camera) for clip in clips])
     aabb = torch.cat([boxes[:, :3].amin(0), boxes[:, 3:].amax(0)])  # holds all of them
     avatar, marcher, why = build_avatar(
@@ -167,17 +156,11 @@ def _train(
     refuse_unknown(stages, avatar, preset.method)
     progress.note(f"marching: {why}")
     loss_networks.attach(avatar, judge, preset, stages, where, progress)
-    fabric.barrier()
-    if fabric.is_global_zero:  # from here on nothing can be refused
-        if fresh:
-            prior.clear()
-        prior.write_meta(
-            version=__version__, people=sources, seed=seed, key=asked.key,
-            expert=None if judge is None else judge.name,
-            expert_key=None if judge is None else judge.prior.meta()["key"],
-        )  # fmt: skip
-        prior.write_preset(asked.preset_text)
-    fabric.barrier()
+    training.begin(
+        asked.preset_text, people=sources, key=asked.key,
+        expert=None if judge is None else judge.name,
+        expert_key=None if judge is None else judge.prior.meta()["key"],
+    )  # fmt: skip
     rows = [clip.speaking for clip in clips]
     few = max(SURVEYED // len(clips), MIN_SURVEYED)
     avatar.survey([
@@ -186,13 +169,9 @@ def _train(
     ])  # fmt: skip
     for clip, own in zip(clips, rows, strict=True):
         avatar.calibrate(clip.signals[own].to(where), clip.mesh.to(where), aabb.to(where))
-    set_up = time.monotonic() - began
-    with Threads(progress, wanted=where.type == "cpu" and fabric.world_size == 1) as threads:
-        position = fit.fit(
-            preset.model_copy(update={"train": stages}), avatar, marcher, clips, prior, fabric,
-            progress, seed=seed, stop_after=stop_after, threads=threads,
-        )  # fmt: skip
-    if position.stage < len(stages.stages) or not fabric.is_global_zero:
+    trained = preset.model_copy(update={"train": stages})
+    position = training.train(trained, avatar, marcher, clips)
+    if position is None:
         return
     prior.save_weights(avatar.common_state())
     # statistics for a voice with too little sound to measure its own
@@ -200,17 +179,7 @@ def _train(
         np.mean([getattr(clip.stats, name) for clip in clips], 0) for name in ("mean", "std")
     )
     prior.save_drive(SpeechStats(mean, std, hears["rate_hz"]).arrays())
-    prior.write_meta(
-        finished=True,
-        finished_at=time.time(),
-        seconds=round(set_up + position.seconds, 1),
-        steps=position.total,
-        figures=position.figures,
-        method=preset.method,
-        speech=hears,
-        torch=torch.__version__,
-    )
-    prior.drop_resume()
+    training.finish(position, method=preset.method, speech=hears)
 
 
 def _judge(
