@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from talkhead_cli import march
 from talkhead_cli.contracts import Field, RayBundle, Signals, SilentProgress
-from talkhead_cli.jobs import evaluate, finetune, footage
+from talkhead_cli.jobs import finetune, footage, scores
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.player import Player, eight_bits
 from talkhead_cli.jobs.runs import pick_run
@@ -61,8 +61,8 @@ class Bench:
         """Return PSNR against the truth, dB, mean over rows."""
         face, full = [], []
         for a, b, (x0, y0, x1, y1) in zip(self.truth.numpy(), rgb.numpy(), self.boxes, strict=True):
-            face.append(evaluate.psnr(a[y0:y1, x0:x1], b[y0:y1, x0:x1]))
-            full.append(evaluate.psnr(a, b))
+            face.append(scores.psnr(a[y0:y1, x0:x1], b[y0:y1, x0:x1]))
+            full.append(scores.psnr(a, b))
         return {
             "face_db": round(float(np.mean(face)), 3),
             "full_db": round(float(np.mean(full)), 3),
@@ -78,7 +78,7 @@ def load(home: Path, name: str, device: str, run: str | None = None, every: int 
     held = clip.held[:: every or STRIDE[player.device.type]]
     rows = player.listen_to_rows(clip.signals, held)
     truth = torch.from_numpy(clip.pictures[held.numpy()].astype(np.float32) / 255)
-    boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held.numpy()], clip.size_px)
+    boxes = scores.face_boxes(space.load("tracks")["mesh_px"][held.numpy()], clip.size_px)
     return Bench(player, clip, rows, truth, boxes)
 
 
@@ -106,7 +106,7 @@ def against_reference(bench: Bench) -> dict[str, Any]:
         }
     player.marcher = few
     for name in ("packed", "guided"):
-        difference = evaluate.psnr(pictures[name].numpy(), pictures["reference"].numpy())
+        difference = scores.psnr(pictures[name].numpy(), pictures["reference"].numpy())
         rows[name]["db_against_reference"] = round(difference, 2)
         ratio = rows[name]["frames_per_second"] / rows["reference"]["frames_per_second"]
         rows[name]["times_as_fast"] = round(ratio, 2)
@@ -175,7 +175,7 @@ def parity(bench: Bench, other: Bench, sheet: Path) -> dict[str, Any]:
     cv2.imwrite(str(sheet), (rows.numpy()[..., ::-1] * 255).round().astype(np.uint8))
     return {
         "devices": [march.device_name(x.player.device) for x in (bench, other)],
-        "db": round(evaluate.psnr(a.numpy(), b.numpy()), 2),
+        "db": round(scores.psnr(a.numpy(), b.numpy()), 2),
         "psnr": [bench.psnr(a), bench.psnr(b)],
     }
 

@@ -28,11 +28,11 @@ from talkhead_cli.contracts import N_LANDMARKS, Signals, SilentProgress
 from talkhead_cli.jobs import backends, fit, footage, player, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.average import Average
-from talkhead_cli.jobs.evaluate import correlation, psnr
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.footage import Footage, SpeechStats
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.preset import Preset, Train
+from talkhead_cli.jobs.scores import correlation, psnr
 from talkhead_cli.store import Workspace
 from talkhead_cli.track.voice import FEATURE_NAMES, N_MEL
 

@@ -24,11 +24,12 @@ from talkhead_cli.blocks.planes import RowPlanes
 from talkhead_cli.contracts import Camera, Signals, SilentProgress
 from talkhead_cli.jobs import drive as drives
 from talkhead_cli.jobs import footage, player
-from talkhead_cli.jobs.evaluate import MEASURE_PX, evaluate, psnr
+from talkhead_cli.jobs.evaluate import evaluate
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.pretrain import pretrain
 from talkhead_cli.jobs.runs import pick_run
+from talkhead_cli.jobs.scores import MEASURE_PX, psnr
 from talkhead_cli.store import Workspace
 from talkhead_cli.track import face
 from talkhead_cli.track.pose import RIGID

@@ -21,7 +21,7 @@ import torch
 
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.contracts import Portrait, SilentProgress
-from talkhead_cli.jobs import evaluate, footage
+from talkhead_cli.jobs import evaluate, footage, scores
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.pretrain import pretrain
@@ -116,7 +116,7 @@ def _opening(home: Path, name: str, run: Run) -> dict[str, Any]:
         (marks[:, 66, 1] - marks[:, 62, 1]).numpy()
         for marks in (held.landmarks, player.listen(held).landmarks)
     )
-    return evaluate.correlation(true, said)
+    return scores.correlation(true, said)
 
 
 def _rows(
@@ -157,17 +157,18 @@ def score(home: Path, name: str, run_name: str) -> dict[str, float]:
     clip = footage.load(space, player.preset.data, SilentProgress())
     held, quiet = clip.held.numpy(), SilentProgress()
     truth = np.ascontiguousarray(clip.pictures[held])
-    film, *_ = evaluate._render(player, player.listen_to_rows(clip.signals, clip.held), quiet)
-    seen_truth, seen = evaluate._measure(truth, quiet), evaluate._measure(film, quiet)
-    boxes = evaluate.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
-    picture = evaluate._picture_figures(truth, film, boxes)
-    lips = evaluate.correlation(
+    film = evaluate._render(player, player.listen_to_rows(clip.signals, clip.held), quiet).pictures
+    seen_truth, seen = evaluate.measured(truth, quiet), evaluate.measured(film, quiet)
+    boxes = scores.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
+    picture = scores.picture_scores(truth, film, boxes)
+    lips = scores.correlation(
         face.lip_aperture(seen_truth.mesh), face.lip_aperture(seen.mesh)
     )  # fmt: skip
-    eyes = evaluate.correlation(*(face.lid_gap(m.mesh).mean(1) for m in (seen_truth, seen)))
+    eyes = scores.correlation(*(face.lid_gap(m.mesh).mean(1) for m in (seen_truth, seen)))
     return {
         "psnr_face_db": picture["face_box"]["psnr_db"], "psnr_full_db": picture["full"]["psnr_db"],
-        "lmd_px_at_512": evaluate._lmd(seen_truth, seen), "lips_r": lips["r"], "eyes_r": eyes["r"],
+        "lmd_px_at_512": scores.mouth_distance(seen_truth, seen),
+        "lips_r": lips["r"], "eyes_r": eyes["r"],
         "lips_spread": lips["spread"], "lips_interval_90": lips["interval_90"],
         "eyes_interval_90": eyes["interval_90"],
     }  # fmt: skip

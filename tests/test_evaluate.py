@@ -17,11 +17,11 @@ import torch
 from talkhead_cli import media
 from talkhead_cli.contracts import Frame, Signals, SilentProgress, TalkheadError
 from talkhead_cli.jobs import evaluate as job
-from talkhead_cli.jobs import footage, maps
+from talkhead_cli.jobs import footage, maps, scores
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.compare import compare
-from talkhead_cli.jobs.evaluate import Measured
 from talkhead_cli.jobs.runs import pick_by_beginning
+from talkhead_cli.jobs.scores import Seen
 from talkhead_cli.store import Run, Workspace
 
 
@@ -31,46 +31,50 @@ def still_face(n: int) -> np.ndarray:
 
 def test_psnr_of_a_known_error() -> None:
     a = np.zeros((8, 8, 3))
-    assert job.psnr(a, a + 0.1) == pytest.approx(20.0)
-    assert job.psnr(a, a) >= 100
+    assert scores.psnr(a, a + 0.1) == pytest.approx(20.0)
+    assert scores.psnr(a, a) >= 100
 
 
 def test_correlation_has_its_interval_and_spread() -> None:
     rng = np.random.default_rng(0)
     a = np.sin(np.arange(240) / 5)
-    same = job.correlation(a, 0.5 * a + 3)
+    same = scores.correlation(a, 0.5 * a + 3)
     assert same["r"] == pytest.approx(1.0) and same["spread"] == pytest.approx(0.5)
     assert same["interval_90"] == [1.0, 1.0]
-    noisy = job.correlation(a, a + rng.normal(0, 1, 240))
+    noisy = scores.correlation(a, a + rng.normal(0, 1, 240))
     low, high = noisy["interval_90"]
     assert low < noisy["r"] < high and 0.1 < high - low < 0.6
-    short = job.correlation(a[:60], (a + rng.normal(0, 1, 240))[:60])
+    short = scores.correlation(a[:60], (a + rng.normal(0, 1, 240))[:60])
     assert short["interval_90"][1] - short["interval_90"][0] > high - low
-    assert job.correlation(a, np.ones(240))["r"] == 0.0
+    assert scores.correlation(a, np.ones(240))["r"] == 0.0
+
+
+def seen(mesh: np.ndarray) -> Seen:
+    """A film of which the mesh alone matters."""
+    return Seen(np.zeros((len(mesh), 8, 8, 3), np.uint8), mesh, np.ones(len(mesh), bool))
 
 
 def test_jitter_is_blind_to_steady_motion_and_sees_shaking() -> None:
     mesh = still_face(30)
     mesh[..., 0] += np.arange(30)[:, None] * 3.0
-    assert job.jitter(mesh) == pytest.approx(0, abs=1e-9)
+    assert scores.jitter(mesh) == pytest.approx(0, abs=1e-9)
     mesh[..., 0] += (-1.0) ** np.arange(30)[:, None]
-    assert job.jitter(mesh) == pytest.approx(4.0)
+    assert scores.jitter(mesh) == pytest.approx(4.0)
 
 
 def test_landmark_distance_ignores_where_the_mouth_is() -> None:
     truth, moved = still_face(5), still_face(5)
     moved[..., :2] += 17
-    found = np.ones(5, bool)
-    assert job._lmd(Measured(truth, found), Measured(moved, found)) == pytest.approx(0, abs=1e-6)
+    assert scores.mouth_distance(seen(truth), seen(moved)) == pytest.approx(0, abs=1e-6)
     wide = truth.copy()
     centre = wide[:, :, :2].mean(1, keepdims=True)
     wide[..., :2] = centre + 1.1 * (wide[..., :2] - centre)
-    assert job._lmd(Measured(truth, found), Measured(wide, found)) > 1
+    assert scores.mouth_distance(seen(truth), seen(wide)) > 1
 
 
 def test_face_boxes_lie_inside_the_picture() -> None:
     mesh = np.array([[[-0.1, 0.2], [0.5, 1.3]], [[0.25, 0.25], [0.5, 0.75]]])
-    boxes = job.face_boxes(mesh, 128)
+    boxes = scores.face_boxes(mesh, 128)
     assert boxes.tolist() == [[0, 25, 64, 128], [32, 32, 64, 96]]
 
 
@@ -85,8 +89,7 @@ def test_shut_eyes_are_counted_once_each() -> None:
         for _, _, lids, _ in job.face.EYES:
             for up, _ in lids:
                 shut[first : first + 4, up, 1] = -4.0
-    found = np.ones(60, bool)
-    figures = job._eye_figures(Measured(shut, found), Measured(shut, found))
+    figures = scores.eye_scores(seen(shut), seen(shut))
     assert figures["blinks_in_truth"] == 2 and figures["correlation"]["r"] == pytest.approx(1.0)
 
 

@@ -17,9 +17,9 @@ from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import footage, views
-from talkhead_cli.jobs.evaluate import psnr
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.runs import pick_run
+from talkhead_cli.jobs.scores import psnr
 from talkhead_cli.store import Workspace
 
 FIFTH, PRESET = ROOT / "examples" / "fifth_method.py", ROOT / "examples" / "fifth_method.yaml"
