@@ -356,8 +356,8 @@ def main() -> None:
     try:
         today = datetime.date.today().isoformat()
         suffix = "" if options.device == "cpu" else f"-{options.device}"
-        if options.presets[0] != "lokitalk":
-            suffix = f"-{options.presets[0]}{suffix}"
+        unusual = [name for name in options.presets if name not in ("lokitalk", "tiny")]
+        suffix = "".join(f"-{name}" for name in unusual) + suffix
         options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
         command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])
         record = {"date": today, "command": command, "machine": machine()}  # as it was at the start

@@ -3,7 +3,8 @@
     python benchmarks/tables.py            rewrites the text between the tables' markers
     python benchmarks/tables.py --check    lists outdated files; exits with 1 if there are any
 
-A method's figures are those of the newest file of `bench.py quality --presets METHOD,tiny`.
+A method's figures are those of the newest file of `bench.py quality --presets METHOD,tiny`, those
+at 256 px of `bench.py quality --presets METHOD,small`.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ FILES = {  # by method; lokitalk is the default of bench.py
     "lokitalk": "*-quality.json", "landmark": "*-quality-landmark.json",
     "talk3d": "*-quality-talk3d.json", "s3d": "*-quality-s3d.json",
 }  # fmt: skip
+SMALL = {"lokitalk": "*-quality-small.json"}
 FEW_BLINKS = 2  # with fewer in the truth, figures of eyes mean little
 
 
-def quality(method: str) -> dict[str, dict[str, Any]]:
-    """Return the figures of `evaluate` by person, from the method's newest finished file."""
-    records = (json.loads(file.read_text()) for file in sorted(RESULTS.glob(FILES[method])))
+def quality(files: str) -> dict[str, dict[str, Any]]:
+    """Return the figures of `evaluate` by person, from the newest finished one of the files."""
+    records = (json.loads(file.read_text()) for file in sorted(RESULTS.glob(files)))
     whole = [record for record in records if not record.get("unfinished")]
     held = whole[-1] if whole else {}
     people = held.get("quality", held)
@@ -36,8 +38,8 @@ def short() -> str:
     """Return README's table: a line per method and person."""
     lines = ["| preset | test clip | PSNR | lips | linear predictor | other speech | eyes |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
-    for method in FILES:
-        for name, row in quality(method).items():
+    for method, files in FILES.items():
+        for name, row in quality(files).items():
             lips = row["lips"]
             lines.append(
                 f"| `{method}` | {name} | {row['picture']['face_box']['psnr_db']:.1f} dB "
@@ -47,13 +49,13 @@ def short() -> str:
     return "\n".join(lines)
 
 
-def whole() -> str:
-    """Return the same table with more of the figures of `evaluate`."""
+def whole(of: dict[str, str]) -> str:
+    """Return a table, from the files of each method, with more of the figures of `evaluate`."""
     lines = ["| preset | person | PSNR face / full | SSIM face | mouth landmarks off | lips, 90 % "
              "| baseline | other speech, three stretches | spread | eyes | jitter / truth's |",
              "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
-    for method in FILES:
-        for name, row in quality(method).items():
+    for method, files in of.items():
+        for name, row in quality(files).items():
             picture, lips = row["picture"], row["lips"]
             found, (low, high) = lips["correlation"], lips["correlation"]["interval_90"]
             others = ", ".join(f"{c['r']:.2f}" for c in lips["mismatched_control"]["each"])
@@ -75,7 +77,8 @@ def _eyes(row: dict[str, Any]) -> str:
 
 def filled(text: str) -> str:
     """Return the text with its tables filled from the results."""
-    for name, table in (("short", short()), ("whole", whole())):
+    tables = {"short": short(), "whole": whole(FILES), "small": whole(SMALL)}
+    for name, table in tables.items():
         begin, end = f"<!-- table {name} -->\n", "<!-- end -->\n"
         if begin in text:
             head, rest = text.split(begin)
