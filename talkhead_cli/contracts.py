@@ -29,7 +29,11 @@ if TYPE_CHECKING:  # keeps torch out of the start-up time of `--help`
 FPS = 25
 SAMPLE_RATE_HZ = 16_000
 SAMPLES_PER_FRAME = SAMPLE_RATE_HZ // FPS
+# Landmarks in iBUG's order; eyes on the picture's left and right, inner lips in their middle.
 N_LANDMARKS = 68
+JAWLINE, LIPS = slice(0, 17), slice(48, 68)
+EYES = slice(36, 42), slice(42, 48)
+CHIN, NOSE, UPPER_LIP, LOWER_LIP = 8, 33, 62, 66
 RELIEF_SIDE = 1.1  # face heights
 LABELS = ("face", "mouth", "hair", "neck", "torso", "background")
 Size = Literal["tiny", "small", "full"]  # of networks: made for 128, 256 and 512 px
@@ -187,6 +191,11 @@ class Signals:
 
     def to(self, device: Any) -> Signals:
         return Signals(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+    @property
+    def lip_gap(self) -> Tensor:
+        """Opening of the lips (T,), face heights."""
+        return self.landmarks[:, LOWER_LIP, 1] - self.landmarks[:, UPPER_LIP, 1]
 
     def with_(self, **changes: Any) -> Signals:
         """Return a copy with some tensors replaced."""

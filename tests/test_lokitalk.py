@@ -11,9 +11,9 @@ from conftest import hearing
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.blocks.mouth import N_CODES, SPREAD, Mouth, principal_shapes
-from talkhead_cli.blocks.regions import EYES, LIPS, region_masks, relief_gap, relief_of
+from talkhead_cli.blocks.regions import region_masks, relief_gap, relief_of
 from talkhead_cli.blocks.rigid import moved
-from talkhead_cli.contracts import RayBundle, Signals, SilentProgress
+from talkhead_cli.contracts import EYES, LIPS, RayBundle, Signals, SilentProgress
 from talkhead_cli.jobs import footage
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage

@@ -75,7 +75,7 @@ from talkhead_cli.blocks.rigid import below_chin, moved
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.sync import sync_losses
 from talkhead_cli.blocks.upscale import Upscaler
-from talkhead_cli.contracts import Frame, RayBundle, Rendered, Signals, Size
+from talkhead_cli.contracts import CHIN, Frame, RayBundle, Rendered, Signals, Size
 
 TOKEN_WIDTH = 64
 TOKENS = ("speech", "eyes", "nothing", "rotation", "place")
@@ -237,7 +237,7 @@ class Talk3D(SharedAvatar):
             shared=self.shared(person),
             shoulders=self.shoulders(signals),
             light=self.shading(stance[:, :6].clamp(-MAX_POSE, MAX_POSE)),
-            chin=person.mouth.neutral[8, 1],
+            chin=person.mouth.neutral[CHIN, 1],
         )
 
     def _tokens(self, signals: Signals, stance: Tensor) -> Tensor:

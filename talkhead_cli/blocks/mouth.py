@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from talkhead_cli.blocks.precision import exact
 from talkhead_cli.blocks.speech import ridge_map
-from talkhead_cli.contracts import Signals
+from talkhead_cli.contracts import LIPS, LOWER_LIP, N_LANDMARKS, UPPER_LIP, Signals
 
-JAW, LIPS = slice(4, 13), slice(48, 68)  # of the 68
-MOUTH = torch.cat([torch.arange(68)[JAW], torch.arange(68)[LIPS]])
-INNER_LIPS = [62, 66]  # middle of the upper and of the lower lip
+LOWER_JAW = slice(4, 13)
+MOUTH = torch.cat([torch.arange(N_LANDMARKS)[LOWER_JAW], torch.arange(N_LANDMARKS)[LIPS]])
+INNER_LIPS = [UPPER_LIP, LOWER_LIP]
 N_CODES = 8
 SPREAD = 0.9  # target std of the predicted mouth opening, as a share of the tracked one
 GAINS = (1.0, 2.0)
@@ -142,7 +142,10 @@ class Mouth(nn.Module):
     def code(self, signals: Signals) -> Tensor:
         """Return the mouth code (T, K) of the landmarks, in units of `scale`."""
         away = signals.landmarks - self.neutral
-        jaw, lips = away[:, JAW], away[:, LIPS]  # slices: an index list would cost a host sync
+        jaw, lips = (
+            away[:, LOWER_JAW],
+            away[:, LIPS],
+        )  # slices: an index list would cost a host sync
         mouth = torch.cat([jaw, lips], 1).flatten(1)
         return mouth @ self.basis / self.scale
 

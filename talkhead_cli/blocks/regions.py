@@ -6,10 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talkhead_cli.contracts import RayBundle, Rendered, Signals
+from talkhead_cli.contracts import CHIN, EYES, LIPS, NOSE, RayBundle, Rendered, Signals
 
-LIPS = slice(48, 68)
-EYES = (slice(36, 42), slice(42, 48))
 RELIEF = 128  # side of the face's depth map
 FALL_OFF = 0.18  # face heights over which depth falls off beside the face
 RELIEF_HINT = 0.1  # confidence of the depth outside the face
@@ -24,7 +22,7 @@ def region_masks(signals: Signals, at: Tensor, row: Tensor, labels: Tensor) -> T
     """
     size = signals.camera.size_px
     marks = signals.landmarks_2d * size
-    lips, chin, nose = marks[:, LIPS], marks[:, 8], marks[:, 33]
+    lips, chin, nose = marks[:, LIPS], marks[:, CHIN], marks[:, NOSE]
     centre = (nose + chin) / 2
     wide = (lips[..., 0].amax(1) - lips[..., 0].amin(1)) * 0.85
     tall = (chin - nose).norm(dim=1) * 0.62

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from talkhead_cli.contracts import Signals
+from talkhead_cli.contracts import CHIN, LIPS, NOSE, Signals
 
 N_FRAMES = 5  # lip crops per embedding
 CROP_PX = 32
@@ -61,8 +61,8 @@ class SyncExpert(nn.Module):
 def lip_boxes(marks_2d: Tensor) -> Tensor:
     """Return lip boxes (T, 3), centre x, y and half the side, from landmarks (T, 68, 2), all in
     [0, 1]."""
-    nose, chin = marks_2d[:, 33], marks_2d[:, 8]
-    lips = marks_2d[:, 48:68].mean(1)
+    nose, chin = marks_2d[:, NOSE], marks_2d[:, CHIN]
+    lips = marks_2d[:, LIPS].mean(1)
     return torch.cat([lips, REACH * (chin - nose).norm(dim=1, keepdim=True)], 1)
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 from talkhead_cli import media
 from talkhead_cli.blocks.regions import head_relief
 from talkhead_cli.contracts import (
+    EYES,
     FPS,
     LABELS,
+    LIPS,
+    N_LANDMARKS,
     RELIEF_SIDE,
     Camera,
     Portrait,
@@ -38,8 +41,8 @@ N_SKIN = 468  # mesh points that lie on the face; the rest are irises
 
 # Landmarks inside each box, and the factors by which it is wider and higher than they are.
 REGIONS = {
-    "mouth": (slice(48, 68), (1.3, 1.8)), "face": (slice(0, 68), (1.1, 1.25)),
-    "left eye": (slice(36, 42), (1.5, 2.4)), "right eye": (slice(42, 48), (1.5, 2.4)),
+    "mouth": (LIPS, (1.3, 1.8)), "face": (slice(0, N_LANDMARKS), (1.1, 1.25)),
+    "left eye": (EYES[0], (1.5, 2.4)), "right eye": (EYES[1], (1.5, 2.4)),
 }  # fmt: skip
 MIN_HOLDOUT = 4 * FPS
 NEAR_Z, FAR_Z = -0.95, 0.75  # depth of a head, from before the nose to behind the skull
@@ -161,7 +164,7 @@ class Footage:
     def rare(self) -> Tensor:
         """The 5 % of training rows with eyes most shut and the 5 % with mouths widest open."""
         rows = self.signals[self.train].to("cpu")
-        mouth = rows.landmarks[:, 66, 1] - rows.landmarks[:, 62, 1]
+        mouth = rows.lip_gap
         n = max(1, len(self.train) // 20)
         shut, wide = rows.eye.mean(1).argsort()[:n], mouth.argsort(descending=True)[:n]
         return self.train[torch.cat([shut, wide]).unique()]
@@ -187,7 +190,7 @@ class Footage:
         rows = self.signals[self.train]
         turned = rows.pose[:, :3].norm(dim=1) / 0.1
         shut = (1 - rows.eye.mean(1)).clamp_min(0) / 0.2
-        mouth = (rows.landmarks[:, 66, 1] - rows.landmarks[:, 62, 1]).clamp_min(0)
+        mouth = rows.lip_gap.clamp_min(0)
         unusual = (mouth - mouth.median()).abs() / mouth.std().clamp_min(1e-4)
         found: list[int] = []
         for row in self.train[(turned + shut + unusual).argsort()].tolist():

@@ -19,10 +19,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import FPS, N_LANDMARKS, TalkheadError
+from talkhead_cli.contracts import (
+    FPS,
+    JAWLINE,
+    LIPS,
+    LOWER_LIP,
+    N_LANDMARKS,
+    UPPER_LIP,
+    TalkheadError,
+)
 from talkhead_cli.store.files import read_arrays, write_arrays
 
-JAW, LIPS = slice(0, 17), slice(48, 68)
 MAX_AWAY = 1.0  # face heights from the neutral face; more than any jaw drops
 
 
@@ -37,10 +44,15 @@ class LandmarkTrack:
     def __len__(self) -> int:
         return len(self.landmarks)
 
+    @property
+    def lip_gap(self) -> NDArray[np.float32]:
+        """Opening of the lips (T,), face heights."""
+        return self.landmarks[:, LOWER_LIP, 1] - self.landmarks[:, UPPER_LIP, 1]
+
     def louder(self, lips: float, jaw: float) -> LandmarkTrack:
         """Scale the displacement of lips and jaw from the neutral face by these gains."""
         marks = self.landmarks.copy()
-        for part, gain in ((LIPS, lips), (JAW, jaw)):
+        for part, gain in ((LIPS, lips), (JAWLINE, jaw)):
             rest = self.neutral[part]
             marks[:, part] = rest + gain * (marks[:, part] - rest)
         return replace(self, landmarks=marks)

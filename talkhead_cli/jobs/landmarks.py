@@ -125,7 +125,7 @@ def _curve(track: LandmarkTrack, shown: NDArray[Any]) -> NDArray[np.uint8]:
     """Plot the opening of the lips over time; the shown frames are marked, in seconds."""
     width = SHOWN_PX * len(shown)
     canvas = np.full((CURVE_PX, width, 3), PAPER, np.uint8)
-    gap = track.landmarks[:, 66, 1] - track.landmarks[:, 62, 1]
+    gap = track.lip_gap
     top = max(float(gap.max()), 1e-6)
     x = (np.arange(len(gap)) + 0.5) / len(gap) * width
     y = CURVE_PX - 24 - gap.clip(0) / top * (CURVE_PX - 34)

@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.stats import bootstrap
 
+from talkhead_cli.contracts import LIPS
 from talkhead_cli.jobs import loss_networks
 from talkhead_cli.store import weights
 from talkhead_cli.track import face
@@ -164,7 +165,7 @@ def likeness_scores(truth: Seen, rendered: Seen, skin: Array) -> dict[str, float
 
 def mouth_distance(truth: Seen, rendered: Seen) -> float:
     """Return the LMD: mean distance of the mouth's 20 landmarks, each set centred, px at 512."""
-    a, b = (face.to_68(m.mesh)[:, 48:68, :2] for m in (truth, rendered))
+    a, b = (face.to_68(m.mesh)[:, LIPS, :2] for m in (truth, rendered))
     a, b = a - a.mean(1, keepdims=True), b - b.mean(1, keepdims=True)
     return round(float(np.linalg.norm(a - b, axis=-1).mean()), 4)
 

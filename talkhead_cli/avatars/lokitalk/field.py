@@ -12,9 +12,9 @@ from talkhead_cli.avatars.personal import Person
 from talkhead_cli.blocks.mlp import by_row, density_of
 from talkhead_cli.blocks.planes import frequencies, warped, why_no_triton
 from talkhead_cli.blocks.precision import exact
-from talkhead_cli.blocks.regions import EYES, LIPS
 from talkhead_cli.blocks.remember import constant, remembered
 from talkhead_cli.blocks.rigid import CHIN_GAP, CHIN_SOFT, moved
+from talkhead_cli.contracts import CHIN, EYES, LIPS
 
 if TYPE_CHECKING:
     from talkhead_cli.avatars.lokitalk.method import LokiTalk
@@ -164,7 +164,7 @@ def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:
 
     Lips and eyes are ellipsoids (quadratic forms), the torso is the half-space below the chin.
     """
-    mouth = (neutral[LIPS].mean(0) * 2 + neutral[8]) / 3
+    mouth = (neutral[LIPS].mean(0) * 2 + neutral[CHIN]) / 3
     weight, bias = neutral.new_zeros(6, 4), neutral.new_zeros(4)
     for column, (centre, radius) in enumerate([
         (mouth, neutral.new_tensor([0.28, 0.28, 0.35])),
@@ -173,5 +173,5 @@ def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:
         # 3 - 4 |(x - centre) / radius|^2
         weight[:3, column], weight[3:, column] = 8 * centre / radius**2, -4 / radius**2
         bias[column] = 3 - 4 * (centre / radius).square().sum()
-    weight[1, 3], bias[3] = 1 / CHIN_SOFT, -(neutral[8, 1] + CHIN_GAP) / CHIN_SOFT
+    weight[1, 3], bias[3] = 1 / CHIN_SOFT, -(neutral[CHIN, 1] + CHIN_GAP) / CHIN_SOFT
     return weight, bias

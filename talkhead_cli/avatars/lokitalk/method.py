@@ -58,7 +58,7 @@ from talkhead_cli.blocks.planes import TriPlanes
 from talkhead_cli.blocks.regions import region_masks
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.blocks.variant import variant
-from talkhead_cli.contracts import Frame, Portrait, RayBundle, Rendered, Signals, Size
+from talkhead_cli.contracts import CHIN, Frame, Portrait, RayBundle, Rendered, Signals, Size
 
 # Channels of the field: colour, then auxiliary maps composited with detached weights.
 COLOUR, ATTENTION, SHIFTS = slice(0, 3), slice(3, 6), slice(6, 8)
@@ -164,7 +164,7 @@ class LokiTalk(SharedAvatar):
         seen = in_plane_layout(
             portrait, px=self.transfer.px, reach=self.reach, shared=self.shared(person),
             aimed=self.correction(signals), shoulders=self.shoulders(signals),
-            chin=float(person.mouth.neutral[8, 1]),
+            chin=float(person.mouth.neutral[CHIN, 1]),
         )  # fmt: skip
         return self.transfer(seen, pose_inputs(signals))
 

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from talkhead_cli.blocks.mouth import Mouth
 from talkhead_cli.blocks.planes import RowPlanes
-from talkhead_cli.blocks.regions import EYES
-from talkhead_cli.contracts import Portrait, Signals
+from talkhead_cli.contracts import EYES, Portrait, Signals
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,7 @@ from talkhead_cli.avatars.s3d.face import Face
 from talkhead_cli.blocks.mouth import INNER_LIPS, MOUTH, N_CODES
 from talkhead_cli.blocks.planes import frequencies
 from talkhead_cli.blocks.precision import exact
-from talkhead_cli.blocks.regions import EYES
-from talkhead_cli.contracts import RELIEF_SIDE, Camera, Signals
+from talkhead_cli.contracts import CHIN, EYES, NOSE, RELIEF_SIDE, Camera, Signals
 
 if TYPE_CHECKING:
     from talkhead_cli.avatars.s3d.method import S3D
@@ -127,7 +126,7 @@ def likeness(signals: Signals, faces: Sequence[Face]) -> Tensor:
         # camera axis in head space: it depends on head and camera motion alike
         ahead, there = (s.camera.c2w[:, :3, 2] for s in (signals, face.signals))
         turn = (ahead - there).norm(dim=1) / NEAR_POSE
-        mouths = [s.landmarks[:, INNER_LIPS, 1].diff(dim=1)[:, 0] for s in (signals, face.signals)]
+        mouths = [s.lip_gap for s in (signals, face.signals)]
         far.append(turn + (mouths[0] - mouths[1]).abs() / NEAR_MOUTH)
     return (-torch.stack(far, 1)).softmax(1)
 
@@ -140,7 +139,7 @@ class _View:
         marks = face.signals.landmarks[0]
         # Centre and unit of length of each region.  Radii are in that unit, except that
         # MOUTH_REACH gives the horizontal one in jaw widths.
-        nose, chin, jaw = marks[33], marks[8], (marks[4] - marks[12]).norm()
+        nose, chin, jaw = marks[NOSE], marks[CHIN], (marks[4] - marks[12]).norm()
         self._mouth = (nose + chin) / 2, (chin - nose).norm()
         across, down = MOUTH_REACH
         self._mouth_radii = torch.stack([across * jaw / self._mouth[1], down + 0 * jaw])
