@@ -142,10 +142,8 @@ class Mouth(nn.Module):
     def code(self, signals: Signals) -> Tensor:
         """Return the mouth code (T, K) of the landmarks, in units of `scale`."""
         away = signals.landmarks - self.neutral
-        jaw, lips = (
-            away[:, LOWER_JAW],
-            away[:, LIPS],
-        )  # slices: an index list would cost a host sync
+        # slices: an index list would cost a host sync
+        jaw, lips = away[:, LOWER_JAW], away[:, LIPS]
         mouth = torch.cat([jaw, lips], 1).flatten(1)
         return mouth @ self.basis / self.scale
 
