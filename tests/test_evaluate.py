@@ -20,7 +20,7 @@ from talkhead_cli.jobs import evaluate as job
 from talkhead_cli.jobs import footage, maps, scores
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.compare import compare
-from talkhead_cli.jobs.runs import pick_by_beginning
+from talkhead_cli.jobs.runs import pick_by_beginning, pick_run
 from talkhead_cli.jobs.scores import Seen
 from talkhead_cli.store import Run, Workspace
 
@@ -135,6 +135,20 @@ def test_controls_are_three_different_stretches(n_heard: int) -> None:
     starts = found[:, 0].sort().values
     assert (starts.diff() >= min(job.BLOCK, n_heard // 3)).all()
     assert ((found.diff(dim=1) == 1) | (found[:, 1:] == 0)).all(), "sound as it was said"
+
+
+def test_a_newest_run_that_was_a_quick_look_is_named_as_such(tmp_path: Path) -> None:
+    space, progress = Workspace(tmp_path, "speaker"), SilentProgress()
+    for age, (name, settings) in enumerate({"whole": ["data.size_px=64"], "look": [
+        "data.size_px=64", "train.scale=0.1"]}.items()):  # fmt: skip
+        Run.named(space.runs, name).write_meta(
+            finished=True, finished_at=float(age), asked={"presets": [], "settings": settings}
+        )
+        assert pick_run(space, None, progress).name == name
+    assert pick_run(space, "whole", progress).name == "whole"
+    assert progress.notes == [
+        "run: whole", "run: look (-s train.scale=0.1; --run chooses another)"
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("word", "name"), [

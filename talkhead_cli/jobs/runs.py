@@ -18,14 +18,17 @@ from talkhead_cli.store import Run, Workspace, finished_runs
 
 
 def pick_run(space: Workspace, name: str | None, progress: Progress) -> Run:
-    """Return the named finished run, else the newest, which is noted."""
+    """Return the named finished run, else the newest, which is noted, and if its training was
+    made shorter: it may have been a quick look."""
     runs = finished_runs(space.runs)
     if not runs:
         raise TalkheadError(
             f"'{space.id}' has no finished run; train one with: talkhead finetune --id {space.id}"
         )
     if name is None:
-        progress.note(f"run: {runs[0].name}")
+        settings = runs[0].meta().get("asked", {}).get("settings", [])
+        scaled = [f" (-s {s}; --run chooses another)" for s in settings if s.startswith("train.sc")]
+        progress.note(f"run: {runs[0].name}{''.join(scaled)}")
         return runs[0]
     return _only([run for run in runs if run.name == name], space, name)
 
