@@ -92,14 +92,9 @@ def portrait_of(
     cut = rgb[crop.y : crop.y + crop.side, crop.x : crop.x + crop.side]
     way = cv2.INTER_AREA if crop.side > FILM_PX else cv2.INTER_CUBIC
     square = cv2.resize(cut, (FILM_PX, FILM_PX), interpolation=way)
-    in_crop = ((mesh[:, :2] - [crop.x, crop.y]) / crop.side).astype(np.float32)
+    in_crop = crop.fractions(mesh)
     labels, plate = _regions(square, in_crop)
-    scale = crop.scale(FILM_PX)
-    k = np.array([
-        [head.focal_px * scale, 0, (head.centre_px[0] - crop.x) * scale],
-        [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
-        [0, 0, 1],
-    ], np.float32)  # fmt: skip
+    k = crop.intrinsics(head.focal_px, head.centre_px, FILM_PX).astype(np.float32)
     small = cv2.resize(square, (size_px, size_px), interpolation=cv2.INTER_AREA)
     portrait = Portrait(
         pictures=torch.from_numpy(small)[None].float() / 255,

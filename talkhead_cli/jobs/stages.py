@@ -334,7 +334,7 @@ class Stages:
         n_frames = self.n_frames
         stored = self.space.load("shots")
         kept = np.flatnonzero(stored["kept"])
-        mesh = self._mesh_in_crop()
+        mesh = self.crop.fractions(self.faces.points)
         reference = _reference_frame(mesh, self.faces.found)
         skin_model = matte.SkinModel.fit(stored["skin"])
         wanted = set(_spread(kept, N_PLATE).tolist())
@@ -396,25 +396,14 @@ class Stages:
             )
         write_png(self.space.plate_file, plate)
 
-    def _mesh_in_crop(self) -> NDArray[np.float32]:
-        """Return the mesh (T, 478, 2) in fractions of the crop's side."""
-        mesh = self.faces.points[..., :2] - np.array([self.crop.x, self.crop.y], np.float32)
-        mesh /= np.float32(self.crop.side)
-        return mesh
-
     def tracks(self) -> None:
         """Fit the head's pose, then compute and save all per-frame signals."""
         faces, crop = self.faces, self.crop
         self.progress.stage("head pose", None)
         head = pose.fit_head(faces.points, faces.found, self.size)
-        mesh = self._mesh_in_crop()
+        mesh = self.crop.fractions(self.faces.points)
         film = self.space.load("film")
-        scale = crop.scale(FILM_PX)
-        k = np.array([
-            [head.focal_px * scale, 0, (head.centre_px[0] - crop.x) * scale],
-            [0, head.focal_px * scale, (head.centre_px[1] - crop.y) * scale],
-            [0, 0, 1],
-        ])  # fmt: skip
+        k = crop.intrinsics(head.focal_px, head.centre_px, FILM_PX)
         seen = _face_signals(faces, head, self._marks())
         eyes = face.fit_eye_scale(seen["gap"][faces.found])
         lost = 1 - float(film["tracked"][self.space.load("shots")["kept"]].mean())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,23 @@ class Crop:
     def scale(self, size_px: int) -> float:
         """Output pixels per source pixel."""
         return size_px / self.side
+
+    def fractions(self, points: NDArray[np.floating[Any]]) -> NDArray[np.float32]:
+        """Convert points (..., >=2) in source pixels to x, y in fractions of the side."""
+        found = np.asarray(points[..., :2] - np.array([self.x, self.y], np.float32), np.float32)
+        found /= np.float32(self.side)
+        return found
+
+    def intrinsics(
+        self, focal_px: float, centre_px: NDArray[np.floating[Any]], size_px: int
+    ) -> NDArray[np.float64]:
+        """Return the intrinsics (3, 3) of the square at `size_px`, from those of the source."""
+        scale = self.scale(size_px)
+        return np.array([
+            [focal_px * scale, 0, (centre_px[0] - self.x) * scale],
+            [0, focal_px * scale, (centre_px[1] - self.y) * scale],
+            [0, 0, 1],
+        ])  # fmt: skip
 
     def zoomed(self, zoom: Zoom, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the same square (x, y, w, h) in a zoomed shot of `size` (w, h)."""
