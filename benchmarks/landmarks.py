@@ -25,7 +25,7 @@ from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MOUTH, N_CODES
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import N_LANDMARKS, Signals, SilentProgress
-from talkhead_cli.jobs import backends, fit, footage, player, shots
+from talkhead_cli.jobs import backends, fit, footage, runs, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.finetune import finetune
@@ -230,13 +230,14 @@ class PlainLandmark(landmark.Landmark):
 
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
         super().calibrate(signals, mesh, aabb)
+        assert isinstance(self.code, PlainCode)
         self.code.neutral.copy_(self.neutral)
 
 
 def coding(home: Path, names: Sequence[str], seeds: int, scale: float) -> dict[str, Any]:
     """Return mouth-box PSNR of held-out frames, from tracked and from predicted landmarks."""
     rows: dict[str, Any] = {}
-    n_parameters = {}
+    n_parameters: dict[str, int] = {}
     for label, kind in {"gaussian": landmark.Landmark, "plain": PlainLandmark}.items():
         for name in names:
             for seed in range(seeds):
@@ -249,6 +250,7 @@ def coding(home: Path, names: Sequence[str], seeds: int, scale: float) -> dict[s
                         prior="none",
                     )  # fmt: skip
                     player = Player.load(run, torch.device("cpu"))
+                assert isinstance(player.avatar, landmark.Landmark)
                 n_parameters[label] = sum(
                     p.numel() for part in ("coding", "static") for p in player.avatar.part(part)
                 )
@@ -267,7 +269,7 @@ def coding(home: Path, names: Sequence[str], seeds: int, scale: float) -> dict[s
 
 @contextlib.contextmanager
 def _drawn_by(kind: type) -> Iterator[None]:
-    with mock.patch.object(player, "avatar_class", lambda _: kind):
+    with mock.patch.object(runs, "avatar_class", lambda _: kind):
         yield
 
 

@@ -22,7 +22,7 @@ import torch
 
 from talkhead_cli.avatars import s3d
 from talkhead_cli.contracts import SilentProgress
-from talkhead_cli.jobs import expert, footage, player
+from talkhead_cli.jobs import expert, footage, runs
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.evaluate import evaluate
 from talkhead_cli.jobs.finetune import finetune
@@ -173,7 +173,7 @@ def _built_of(kind: str) -> Any:
             made.deformation = kind
             return made
 
-    return mock.patch.object(player, "avatar_class", lambda _: Method)
+    return mock.patch.object(runs, "avatar_class", lambda _: Method)
 
 
 def _others(everybody: Sequence[str], group: Sequence[str]) -> list[str]:
@@ -186,7 +186,7 @@ def _expert(home: Path, others: Sequence[str], name: str) -> expert.Judge:
         settings=[f"pretrain.scale={EXPERT_SCALE}"], device="cpu",
     )  # fmt: skip
     made.write_meta(finished_at=time.time())  # the newest expert is used
-    return expert.opened(made)
+    return expert.load_expert(made)
 
 
 def _pretrained(home: Path, others: Sequence[str], name: str, scale: float, *more: str) -> Run:

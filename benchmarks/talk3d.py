@@ -23,7 +23,7 @@ from talkhead_cli.avatars import talk3d
 from talkhead_cli.blocks.planes import RowPlanes
 from talkhead_cli.contracts import Camera, Signals, SilentProgress
 from talkhead_cli.jobs import drive as drives
-from talkhead_cli.jobs import footage, player
+from talkhead_cli.jobs import footage, runs
 from talkhead_cli.jobs.evaluate import evaluate
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import Player
@@ -239,7 +239,7 @@ def _built_by(kind: Any) -> Iterator[None]:
             del px
             return kind(size, **named)
 
-    with mock.patch.object(player, "avatar_class", lambda _: Method):
+    with mock.patch.object(runs, "avatar_class", lambda _: Method):
         yield
 
 

@@ -81,7 +81,7 @@ def against_itself(space: Workspace) -> dict[str, Any]:
                                 .mean()) * scale, 3),
         },
         "jitter_px_at_512": {
-            "mesh": shake(tracks["mesh_px"][:, RIGID] * SIZE_PX),
+            "mesh": shake(tracks["mesh_px"][:, RIGID] * float(SIZE_PX)),
             "pose": shake(_projected(tracks, crop) * scale),
         },
         "backends": space.manifest()["backends"], "stages": VERSIONS,

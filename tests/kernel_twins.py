@@ -259,12 +259,12 @@ def fused() -> dict[str, float]:
     assert int(made.n_points) == twin.n_points > 0 and there.samples_per_ray == 6
     found = {name: float((getattr(made, name).cpu() - getattr(twin, name)).abs().mean())
              for name in ("feature", "opacity", "depth", "spread")}  # fmt: skip
-    there.exploring = there.whole = True
+    there.exploring = there.keeps_misses = True
     even = there.march(asked, rays.to(DEVICE))
     assert there.samples_per_ray == 18 and int(even.n_points) == 3 * int(made.n_points)
     assert len(there.lay(rays.to(DEVICE))[2]) == len(rays), "what meets nothing comes along"
     found["while exploring"] = float((even.opacity.cpu() - lattice.opacity).abs().mean())
-    there.whole = False
+    there.keeps_misses = False
     assert 0 < len(there.lay(rays.to(DEVICE))[2]) < len(rays)
     return found
 

@@ -422,3 +422,7 @@ def test_a_portrait_survives_its_file(clip: Footage, tmp_path: Path) -> None:
     assert torch.equal(back.signals.landmarks, kept.signals.landmarks)
     assert torch.equal(back.signals.camera.c2w, kept.signals.camera.c2w)
     assert back.signals.camera.size_px == PX and len(back) == 2
+    renamed = {**arrays, "landmarks_px": arrays["landmarks_2d"]}  # as older files have it
+    del renamed["landmarks_2d"]
+    again = portraits.from_arrays(renamed)
+    assert torch.equal(again.signals.landmarks_2d, kept.signals.landmarks_2d)

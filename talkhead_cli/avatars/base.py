@@ -68,8 +68,8 @@ class Avatar(nn.Module):
                     they are neither trained nor saved with the avatar
     composing       names of the parts that only `compose` uses
     needs_portrait  whether it renders unseen people from pictures (`enroll`), within `box`
-    begins_with     published generators it can be built for, loaded by `borrow`
-    borrowed_parts  names of the parts that such a generator has trained
+    generators      published generators it can be built for, see `load_generator`
+    generator_parts  names of the parts that such a generator has trained
     past            preceding rows that `listen` needs for a row to match the whole-clip result
     magnification   side of finished pictures over that of the marched ones
     maps            parts of a frame to visualise: names of their channels, which are never negative

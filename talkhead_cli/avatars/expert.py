@@ -42,7 +42,7 @@ class Expert(Avatar):
         """Do nothing: no measurements are needed."""
 
     def crops(self, pictures: Tensor, marks_2d: Tensor) -> Tensor:
-        """Return grey lip crops of pictures (T, H, W, 3) with landmarks marks_px (T, 68, 2) in
+        """Return grey lip crops of pictures (T, H, W, 3) with landmarks marks_2d (T, 68, 2) in
         [0, 1]; augmented in training."""
         boxes = lip_boxes(marks_2d)
         return _varied(pictures, boxes) if self.training else lip_crops(pictures, boxes)

@@ -229,6 +229,7 @@ class PersonalAvatar(Avatar):
     # -- parts -----------------------------------------------------------------------------
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:
+        """Return speech and pose; methods add their own parts to these."""
         return {"speech": [self.speech.nets], "pose": [self.pose_correction]}
 
 

@@ -9,7 +9,8 @@
 Before training, every picture is therefore exactly that of the still identity.
 
 There are three sources of P:
-* EG3D's generator, as in the paper; its weights are restricted and the user's to bring (`borrow`).
+* EG3D's generator, as in the paper; its weights are restricted, and the user's to bring
+  (`load_generator`).
 * Free fitting to the person's footage, as a pyramid of planes (coarse levels extrapolate to
   unseen areas), regularised by the tracked mesh's depth, mirror symmetry and smoothness.
 * A generator of our own, pretrained on the still heads of many people, one latent each.

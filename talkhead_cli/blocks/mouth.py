@@ -157,7 +157,8 @@ class Mouth(nn.Module):
         return self.pose(signals).clamp(-MAX_POSE, MAX_POSE) @ self.lean
 
     def speech_target(self, signals: Signals) -> Tensor:
-        """Return the speech encoder's targets (T, K): code minus `leant`, in units of `extent`."""
+        """Return the speech encoder's targets (T, K): code minus `pose_part`, in units of
+        `extent`."""
         return (self.code(signals) - self.pose_part(signals)) * self._share
 
     def from_speech_units(self, said: Tensor) -> Tensor:

@@ -133,7 +133,9 @@ def evaluate(
     run: RunName = None,
     compare: Annotated[
         str | None,
-        typer.Option(help="Runs or presets to put side by side, comma-separated."),
+        typer.Option(
+            help="Runs, or the beginnings of their names, to put side by side, comma-separated."
+        ),
     ] = None,
     maps: Annotated[
         bool, typer.Option("--maps", help="Draw depth and what the method does where (maps.png).")

@@ -8,7 +8,7 @@ measured by the same face mesh on pictures of the same size.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +64,7 @@ def evaluate(
     clip = footage.load(space, player.preset.data, progress, stats=player.stats)
     if len(clip.held) < 2 * BLOCK:
         raise TalkheadError("fewer than a second of held-out frames has a face; nothing to score")
+    judge = expert.newest(home, run.meta()["speech"])
     held = clip.held.numpy()
     true_pictures = np.ascontiguousarray(clip.pictures[held])
 
@@ -78,7 +79,8 @@ def evaluate(
     for index, audio in enumerate(others):
         progress.stage(f"control {index + 1} of {len(others)}", len(held))
         mute = _render(player, player.listen(stretch.with_(audio=audio))[own], progress)
-        controls.append(measured(mute.pictures, progress))
+        seen = measured(mute.pictures, progress)
+        controls.append(replace(seen, pictures=mute.pictures[:0]))  # its mesh is all that counts
 
     sound = media.read_wav(space.audio)
     boxes = scores.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
@@ -99,8 +101,7 @@ def evaluate(
         "likeness": scores.likeness_scores(truth, rendered, clip.labels[held, 0]),
         "lmd_px_at_512": scores.mouth_distance(truth, rendered),
         "sync": _sync_figures(
-            expert.newest(home, run.meta()["speech"]), space, truth, rendered,
-            clip.signals[clip.held], progress,
+            judge, space, truth, rendered, clip.signals[clip.held], progress
         ),
         "jitter_px_at_512": scores.jitter_scores(truth, rendered),
         "face_found": float(rendered.found.mean()),

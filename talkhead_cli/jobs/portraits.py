@@ -43,6 +43,9 @@ def to_arrays(portrait: Portrait) -> dict[str, NDArray[Any]]:
 
 def from_arrays(arrays: dict[str, NDArray[Any]]) -> Portrait:
     """Inverse of `to_arrays` up to rounding, with empty audio; TalkheadError if damaged."""
+    if "landmarks_px" in arrays:  # as it was called once
+        arrays = {**arrays, "landmarks_2d": arrays["landmarks_px"]}
+        del arrays["landmarks_px"]
     _checked(arrays)
     held = {name: torch.from_numpy(value) for name, value in arrays.items()}
     camera = Camera(held["c2w"], held["k"], int(arrays["size_px"]))

@@ -79,7 +79,8 @@ class Transfer(nn.Module):
         return self.sizes[-1]
 
     def forward(self, seen: Tensor, told: Tensor) -> dict[str, Tensor]:
-        """seen (P, N_SEEN, px, px) from `laid_out`, told (P, N_TOLD) from `told_of` ->
+        """seen (P, N_SEEN, px, px) from `in_plane_layout`, told (P, N_TOLD) from `pose_inputs`
+        ->
         changes of LokiTalk's parameters by name, averaged over the P pictures."""
         half = F.avg_pool2d(seen, 2)
         planes, deep = self.encoder(half)
