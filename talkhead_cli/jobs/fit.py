@@ -41,7 +41,7 @@ SAVE_EVERY_S = 20.0
 GOOD_EVERY = 100  # steps between the states that a NaN rolls back to
 MAX_ROLLBACKS = 3
 WARM_UP = 50  # steps
-START_RAYS = 512
+START_RAYS, MIN_RAYS = 512, 128
 MAX_RAYS = {"cpu": 16_384, "cuda": 65_536}  # random pixels; half as many for patches
 
 
@@ -199,6 +199,8 @@ class _StageLoop:
         self.replay = self._recording()
         self._next: tuple[int, int, list[Shot]] | None = None
         self._pending_losses: _PendingLosses | None = None
+        # Most texels' gradients are about as small as Adam's usual epsilon, which would damp their
+        # steps; Instant-NGP takes 1e-15.
         optimizer = torch.optim.Adam(
             groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8, fused=True,
             capturable=self.replay is not None,
@@ -307,8 +309,10 @@ class _StageLoop:
             )
             news, self._pending_losses = self._pending_losses or news, news
         elif lost.n_points and self.stage.rays != "picture":
+            # slowly towards the number of rays whose samples are `n_points`
             want = position.n_rays * self.stage.n_points / lost.n_points
-            position.n_rays = min(max(0.9 * position.n_rays + 0.1 * want, 128), self._most_rays())
+            n_rays = 0.9 * position.n_rays + 0.1 * want
+            position.n_rays = min(max(n_rays, MIN_RAYS), self._most_rays())
         return news.read()
 
     def _drawn(self, total: int, position: Position) -> list[Shot]:

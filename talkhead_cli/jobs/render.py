@@ -6,9 +6,9 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -316,9 +316,10 @@ def _middle(picture: NDArray[np.uint8], size_px: int) -> Tensor:
     return torch.from_numpy(shown.astype(np.float32) / 255)
 
 
-def _maybe_depth(path: Path | None, size: int, tags: dict[str, str]) -> Any:
-    from contextlib import nullcontext
-
+def _maybe_depth(
+    path: Path | None, size: int, tags: dict[str, str]
+) -> AbstractContextManager[media.VideoWriter | None]:
+    """Return the writer of the depth video, or None in its place if none is asked for."""
     if path is None:
         return nullcontext()
     return media.VideoWriter(path, (size, size), gray16=True, metadata=tags)

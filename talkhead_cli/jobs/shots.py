@@ -13,6 +13,7 @@ from talkhead_cli.march import picture_rays, pixel_rays
 # Shares of random rays by region.  Mouth and eyes cover a hundredth of the picture: uniform
 # sampling would rarely hit them, and blinks would not be learnt at all.
 SHARES = {"mouth": 0.18, "eyes": 0.12, "face": 0.32, "all": 0.38}
+RAYS_PER_FRAME = 16  # at least: each frame is conditioned on anew
 ALIKE = 0.05  # eye openness; smaller differences count as none
 
 
@@ -57,7 +58,7 @@ def _speech_shot(footage: Footage, stage: Stage, rng: torch.Generator) -> Speech
 
 def _rows(footage: Footage, stage: Stage, n_rays: int, rng: torch.Generator) -> tuple[Tensor, int]:
     """Draw the rows (T,) of a step with rays; the last so many are drawn over eye openness."""
-    n_frames = min(stage.n_frames, max(1, n_rays // 16))
+    n_frames = min(stage.n_frames, max(1, n_rays // RAYS_PER_FRAME))
     if stage.rays == "patch":
         n_frames = max(1, min(n_frames, n_rays // stage.patch_px**2))
     if stage.rays == "picture":

@@ -297,6 +297,8 @@ def label_maps(
     half = 0.5 * np.linalg.norm(jaw[0] - jaw[1])
     beside = np.abs(x - jaw[:, 0].mean()) - half
     below = y - mesh[CHIN, 1]
+    # The neck is skin under the jaw, as far as 0.3 face heights below the chin and as wide as the
+    # jaw, with soft edges; what else is of the person is hair or torso.
     under_jaw = y > mesh[[172, 397], 1].min()
     throat = under_jaw / (1 + np.exp((below - 0.30 * height) / (0.05 * height)))
     throat = throat / (1 + np.exp(beside / (0.03 * height)))

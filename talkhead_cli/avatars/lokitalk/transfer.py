@@ -106,7 +106,8 @@ def pose_inputs(signals: Signals) -> Tensor:
     """Return pose, shoulders and focal length of pictures for the encoder: (P, N_TOLD)."""
     camera = signals.camera
     focal = camera.k[:, :1, 0] / camera.size_px
-    return torch.cat([signals.pose[:, :5], signals.pose[:, 5:] - 5, signals.body, focal], 1)
+    away = signals.pose[:, 5:] - 5  # heads are some five face heights away
+    return torch.cat([signals.pose[:, :5], away, signals.body, focal], 1)
 
 
 @torch.no_grad()

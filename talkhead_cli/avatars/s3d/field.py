@@ -196,7 +196,7 @@ class _View:
         """x (N, 3), row (N,) -> density (N,), colours and features (N, N_COLOURS + F), picture
         coordinates (N, 2)."""
         density, said, seen, place = self.decoded(x, row)
-        share = (said[:, :1] - 3.0).sigmoid()
+        share = (said[:, :1] - 3.0).sigmoid()  # of own colours: begins at a twentieth
         # relative to the skin, since teeth and lids are lit like the face
         own = share * (2 * self.face.skin * said[:, 1:4].sigmoid())
         source = (1 - share) * seen[:, :3]
