@@ -190,6 +190,14 @@ def test_a_run_keeps_the_presets_that_it_was_begun_with(
         finetune(home, "speaker", progress, **{**words, "settings": [*SHORT, "train.scale=2"]})
 
 
+def test_a_run_without_presets_is_small_on_a_cpu_and_named_so(home: Path) -> None:
+    progress, settings = SilentProgress(), [*SHORT, "train.scale=0.2"]
+    run = finetune(home, "speaker", progress, settings=settings, device="cpu")
+    assert run.name == "lokitalk+small" and run.is_finished
+    assert run.meta()["asked"]["presets"] == ["lokitalk", "small"]
+    assert any("no GPU is used: training 256 px" in note for note in progress.notes)
+
+
 def test_a_finished_run_is_left_alone_and_other_settings_are_refused(home: Path) -> None:
     train(home)
     progress = SilentProgress()

@@ -8,7 +8,7 @@ import pytest
 from pydantic import ValidationError
 
 from talkhead_cli.avatars import LEARNERS, METHODS, avatar_class
-from talkhead_cli.contracts import MisuseError
+from talkhead_cli.contracts import MisuseError, SilentProgress
 from talkhead_cli.jobs import preset
 
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "presets").glob("*.yaml"))
@@ -64,6 +64,16 @@ def test_lids_do_not_go_with_rows_in_sequence() -> None:
 def test_an_overlay_goes_after_its_method() -> None:
     with pytest.raises(MisuseError, match="an overlay goes after.*-p lokitalk -p tiny"):
         preset.load(["tiny", "lokitalk"])
+
+
+def test_without_a_gpu_256_px_are_trained_unless_presets_are_named() -> None:
+    progress = SilentProgress()
+    assert preset.usual("cuda", progress) == ["lokitalk"] and not progress.notes
+    small = preset.load(preset.usual("cpu", progress))
+    assert small == preset.load(["lokitalk", "small"]) and small.data.size_px == 256
+    (note,) = progress.notes
+    assert "training 256 px" in note
+    assert preset.warning_of_slow_training(small, small.train, "cpu") is None
 
 
 def test_who_trains_at_full_size_without_a_gpu_is_told() -> None:

@@ -38,7 +38,7 @@ Presets = Annotated[
     typer.Option(
         "-p",
         "--preset",
-        help="Preset by name or file; repeat it, the later wins.  \\[default: lokitalk]",
+        help="Preset by name or file; repeat it, the later wins.  \\[default: lokitalk; without a GPU, small on top]",
     ),
 ]
 Settings = Annotated[

@@ -59,7 +59,7 @@ def finetune(
 
         made = team.run(
             job, home_folder(home), name, progress=report, devices=devices, nodes=nodes,
-            preset_names=preset or ["lokitalk"],
+            preset_names=preset,
             settings=[*(setting or []), *refined(preset or [], refine)], run_name=run,
             prior=prior, device=device, seed=seed, fresh=fresh,
         )  # fmt: skip
@@ -97,7 +97,7 @@ def pretrain(
         from talkhead_cli.jobs.pretrain import pretrain as job
         from talkhead_cli.store import home_folder
 
-        names = ["expert", *(preset or [])] if expert else preset or ["lokitalk"]
+        names = ["expert", *(preset or [])] if expert else preset
         made = team.run(
             job, home_folder(home), _named(ids, ids_from, home_folder(home)), out,
             progress=report, devices=devices, nodes=nodes, preset_names=names,

@@ -44,7 +44,7 @@ def finetune(
     name: str,
     progress: Progress,
     *,
-    preset_names: Sequence[str] = ("lokitalk",),
+    preset_names: Sequence[str] | None = None,
     settings: Sequence[str] = (),
     run_name: str | None = None,
     prior: str | None = None,
@@ -55,15 +55,17 @@ def finetune(
     nodes: int = 1,
     stop_after: Callable[[fit.Position], bool] | None = None,
 ) -> Run:
-    """Train the preset made of `preset_names` and `settings` on identity `name`.
+    """Train the preset made of `preset_names` and `settings` on identity `name`; by default
+    `presets.usual` of the device.
 
     prior: name of the prior to start from; by default the newest that fits, if there is one; "none"
     starts from nothing.  This is one of `devices` processes on each of `nodes` machines, if there
     are several (`team.run`).
     An interrupted run resumes from its last save; a finished one is left as it is.
     """
-    preset, space = _asked_for(home, name, preset_names, settings)
     where = march.device_of(device)
+    preset_names = preset_names or presets.usual(where.type, progress)
+    preset, space = _asked_for(home, name, preset_names, settings)
     hears = priors.speech_facts(space, preset)
     start = _start(home, space, preset, prior, run_name, preset_names, hears, fresh, progress)
     run = Run.named(space.runs, run_name or _run_name(preset_names, start))

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from talkhead_cli.contracts import MisuseError, Size, TalkheadError
+from talkhead_cli.contracts import MisuseError, Progress, Size, TalkheadError
 
 Region = Literal["all", "lips", "eyes"]
 
@@ -207,6 +207,17 @@ def adapted_to_start(preset: Preset, shared: Collection[str] | None, seconds: fl
 def share_of_steps(preset: Preset, seconds: float) -> float:
     """Return the share of its steps that a run begun from a prior takes on `seconds` of footage."""
     return min(1.0, seconds / preset.train.enough_s) if preset.train.enough_s else 1.0
+
+
+def usual(device_kind: str, progress: Progress) -> list[str]:
+    """Return the presets to train with if none is named: small ones without a GPU, with a note."""
+    if device_kind != "cpu":
+        return ["lokitalk"]
+    progress.note(
+        "no GPU is used: training 256 px, -p lokitalk -p small (-p lokitalk alone is 512 px, which "
+        "takes a CPU days)"
+    )
+    return ["lokitalk", "small"]
 
 
 def warning_of_slow_training(preset: Preset, train: Train, device_kind: str) -> str | None:

@@ -36,7 +36,7 @@ def pretrain(
     out: str | None,
     progress: Progress,
     *,
-    preset_names: Sequence[str] = ("lokitalk",),
+    preset_names: Sequence[str] | None = None,
     settings: Sequence[str] = (),
     device: str = "auto",
     seed: int = 0,
@@ -46,12 +46,15 @@ def pretrain(
     stop_after: Callable[[fit.Position], bool] | None = None,
 ) -> Run:
     """Train what identities `names` share into the prior `out` of the home; by default "prior", or
-    the method's name if its fine-tuning has no stage `speech`.
+    the method's name if its fine-tuning has no stage `speech`.  preset_names: by default
+    `presets.usual` of the device.
 
     An identity that is missing, damaged or without sound is left out with a note.  An interrupted
     prior resumes from its last save; a finished one is left as it is.  This is one of `devices`
     processes on each of `nodes` machines, if there are several (`team.run`).
     """
+    where = march.device_of(device)
+    preset_names = preset_names or presets.usual(where.type, progress)
     preset = presets.load(preset_names, settings)
     avatar_class(preset.method)  # refuses an unknown method before anything is read
     for setting in settings:
@@ -73,7 +76,6 @@ def pretrain(
     prior = Run.named(priors_folder(home), out)
     chief = team.is_chief(devices, nodes)
     with prior.locked() if chief else nullcontext():
-        where = march.device_of(device)
         fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         fabric.barrier()
         asked = _asked_for(home, names, preset, stages, seed, progress)
