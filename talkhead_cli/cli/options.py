@@ -38,7 +38,8 @@ Presets = Annotated[
     typer.Option(
         "-p",
         "--preset",
-        help="Preset by name or file; repeat it, the later wins.  \\[default: lokitalk; without a GPU, small on top]",
+        help="Preset by name or file; repeat it, the later wins.  \\[default: lokitalk, on a "
+        "CPU with small on top]",
     ),
 ]
 Settings = Annotated[
