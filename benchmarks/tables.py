@@ -82,7 +82,7 @@ def filled(text: str) -> str:
         begin, end = f"<!-- table {name} -->\n", "<!-- end -->\n"
         if begin in text:
             head, rest = text.split(begin)
-            _, after = rest.split(end)
+            _, after = rest.split(end, 1)
             text = head + begin + table + "\n" + end + after
     return text
 
