@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import solveh_banded
+from scipy.special import expit
 
 from talkhead_cli.contracts import FPS, LABELS
 from talkhead_cli.track.face import CHIN, FACE_OVAL, INNER_LIPS, TOP, face_height
@@ -80,7 +81,7 @@ class SkinModel:
         small = cv2.resize(rgb, (MAP_PX, MAP_PX), interpolation=cv2.INTER_AREA)
         off = self._space(small) - self.mean
         distance = np.einsum("ni,ij,nj->n", off, self.precision, off)
-        likeness = 1 / (1 + np.exp((distance - 12) / 2))
+        likeness = expit((12 - distance) / 2)
         return (255 * likeness).astype(np.uint8).reshape(MAP_PX, MAP_PX)
 
 
