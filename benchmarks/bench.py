@@ -356,7 +356,7 @@ def main() -> None:
     try:
         today = datetime.date.today().isoformat()
         suffix = "" if options.device == "cpu" else f"-{options.device}"
-        unusual = [name for name in options.presets if name not in ("lokitalk", "tiny")]
+        unusual = [Path(name).stem for name in options.presets if name not in ("lokitalk", "tiny")]
         suffix = "".join(f"-{name}" for name in unusual) + suffix
         options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
         command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])

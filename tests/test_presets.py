@@ -68,8 +68,8 @@ def test_an_overlay_goes_after_its_method() -> None:
 
 def test_without_a_gpu_256_px_are_trained_unless_presets_are_named() -> None:
     progress = SilentProgress()
-    assert preset.usual("cuda", progress) == ["lokitalk"] and not progress.notes
-    small = preset.load(preset.usual("cpu", progress))
+    assert preset.default_presets("cuda", progress) == ["lokitalk"] and not progress.notes
+    small = preset.load(preset.default_presets("cpu", progress))
     assert small == preset.load(["lokitalk", "small"]) and small.data.size_px == 256
     (note,) = progress.notes
     assert "training 256 px" in note

@@ -56,7 +56,7 @@ def finetune(
     stop_after: Callable[[fit.Position], bool] | None = None,
 ) -> Run:
     """Train the preset made of `preset_names` and `settings` on identity `name`; by default
-    `presets.usual` of the device.
+    `presets.default_presets` of the device.
 
     prior: name of the prior to start from; by default the newest that fits, if there is one; "none"
     starts from nothing.  This is one of `devices` processes on each of `nodes` machines, if there
@@ -64,7 +64,7 @@ def finetune(
     An interrupted run resumes from its last save; a finished one is left as it is.
     """
     where = march.device_of(device)
-    preset_names = preset_names or presets.usual(where.type, progress)
+    preset_names = preset_names or presets.default_presets(where.type, progress)
     preset, space = _asked_for(home, name, preset_names, settings)
     hears = priors.speech_facts(space, preset)
     start = _start(home, space, preset, prior, run_name, preset_names, hears, fresh, progress)

@@ -17,6 +17,7 @@ from talkhead_cli.jobs.landmark_track import LandmarkTrack
 from talkhead_cli.jobs.player import Player, eight_bits
 from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.store import Workspace
+from talkhead_cli.store.files import refuse_foreign
 from talkhead_cli.store.pictures import software_of, write_png
 
 MAX_GAIN = 5.0
@@ -54,7 +55,8 @@ def landmarks(
     out = out or Path(f"{name}-{speech.stem}.npz")
     if out.suffix != ".npz":
         raise MisuseError(f"{out}: a landmark track is a .npz file")
-    _refuse_foreign(out, picture)
+    ours = {out: _is_track, out.with_suffix(".png"): _is_sheet}
+    refuse_foreign(ours if picture else {out: _is_track}, SOFTWARE)
     player = Player.load(run, march.device_of(device))
     moves = script.with_available_motion(player, moves or MotionOptions(), progress)
     neutral = script.neutral_of(player)
@@ -86,25 +88,16 @@ def landmarks(
     return made
 
 
-def _refuse_foreign(out: Path, picture: bool) -> None:
-    """Raise MisuseError if an output exists that `landmarks` did not write."""
-    shown = out.with_suffix(".png")
-    foreign = [out] if out.exists() and not _is_track(out) else []
-    if picture and shown.exists() and software_of(shown) != SOFTWARE:
-        foreign.append(shown)
-    if foreign:
-        raise MisuseError(
-            f"{foreign[0]} is there already, and was not made by talkhead landmarks; give another "
-            "-o, or move it away"
-        )
-
-
 def _is_track(path: Path) -> bool:
     try:
         landmark_track.read(path)
     except TalkheadError:
         return False
     return True
+
+
+def _is_sheet(path: Path) -> bool:
+    return software_of(path) == SOFTWARE
 
 
 def _drawn(player: Player, signals: Signals) -> NDArray[np.uint8]:

@@ -209,7 +209,7 @@ def share_of_steps(preset: Preset, seconds: float) -> float:
     return min(1.0, seconds / preset.train.enough_s) if preset.train.enough_s else 1.0
 
 
-def usual(device_kind: str, progress: Progress) -> list[str]:
+def default_presets(device_kind: str, progress: Progress) -> list[str]:
     """Return the presets to train with if none is named: small ones without a GPU, with a note."""
     if device_kind != "cpu":
         return ["lokitalk"]
@@ -227,7 +227,7 @@ def warning_of_slow_training(preset: Preset, train: Train, device_kind: str) -> 
         return None
     return (
         f"no GPU is used, and training at {preset.data.size_px} px takes a CPU days; -p small "
-        "trains 256 px in a quarter of an hour or so, -p tiny 128 px in minutes"
+        "(256 px) and -p tiny (128 px) are made for one"
     )
 
 

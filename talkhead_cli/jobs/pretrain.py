@@ -47,14 +47,14 @@ def pretrain(
 ) -> Run:
     """Train what identities `names` share into the prior `out` of the home; by default "prior", or
     the method's name if its fine-tuning has no stage `speech`.  preset_names: by default
-    `presets.usual` of the device.
+    `presets.default_presets` of the device.
 
     An identity that is missing, damaged or without sound is left out with a note.  An interrupted
     prior resumes from its last save; a finished one is left as it is.  This is one of `devices`
     processes on each of `nodes` machines, if there are several (`team.run`).
     """
     where = march.device_of(device)
-    preset_names = preset_names or presets.usual(where.type, progress)
+    preset_names = preset_names or presets.default_presets(where.type, progress)
     preset = presets.load(preset_names, settings)
     avatar_class(preset.method)  # refuses an unknown method before anything is read
     for setting in settings:

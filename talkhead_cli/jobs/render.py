@@ -26,7 +26,7 @@ from talkhead_cli.jobs.player import Player, eight_bits
 from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.jobs.script import Script
 from talkhead_cli.store import Run, Workspace
-from talkhead_cli.store.files import read_json, sha256_of, write_json
+from talkhead_cli.store.files import read_json, refuse_foreign, sha256_of, write_json
 
 DEPTH_UNIT = 1 / 4096  # face heights per step of the 16-bit depth video
 
@@ -131,7 +131,8 @@ class _Files:
                 raise MisuseError(f"the output would overwrite the {what}; give another -o")
         depth = film.with_name(film.stem + ".depth.mkv") if options.depth else None
         files = cls(film, depth, film.with_name(film.name + ".json"))
-        _refuse_foreign(files.sidecar, files.films)
+        ours = dict.fromkeys(files.films, _is_synthetic) | {files.sidecar: _is_sidecar}
+        refuse_foreign(ours, "talkhead render")
         media.refuse_container(film, alpha=options.alpha)
         return files
 
@@ -240,18 +241,6 @@ def _refuse_contradictions(options: RenderOptions) -> None:
         raise MisuseError(
             f"--into keeps the film's own moves, camera and background, so {', '.join(at_odds)} "
             f"{'does' if len(at_odds) == 1 else 'do'} not go with it"
-        )
-
-
-def _refuse_foreign(sidecar: Path, films: Sequence[Path]) -> None:
-    """Raise MisuseError if an output path exists and was not written by a render."""
-    foreign = [film for film in films if film.exists() and not _is_synthetic(film)]
-    if sidecar.exists() and not _is_sidecar(sidecar):
-        foreign.append(sidecar)
-    if foreign:
-        raise MisuseError(
-            f"{foreign[0]} is there already, and was not made by talkhead render; give another -o, "
-            "or move it away"
         )
 
 

@@ -13,14 +13,14 @@ import tempfile
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.contracts import MisuseError, TalkheadError
 
 UMASK = os.umask(0o077)  # which can only be read by setting it
 os.umask(UMASK)
@@ -89,6 +89,17 @@ def exclusive(lock: Path, what: str) -> Iterator[None]:
                 stacklevel=2,
             )
         yield
+
+
+def refuse_foreign(files: Mapping[Path, Callable[[Path], bool]], command: str) -> None:
+    """Raise MisuseError for the first file that is there and that `command` did not write; each
+    file is given with the function that tells."""
+    for path, is_ours in files.items():
+        if path.exists() and not is_ours(path):
+            raise MisuseError(
+                f"{path} is there already, and was not made by {command}; give another -o, or move "
+                "it away"
+            )
 
 
 def write_json(path: Path, value: Any) -> None:
