@@ -28,7 +28,7 @@ class Fifth(PersonalAvatar):  # brings the speech encoder and mouth landmarks
     def __init__(self, size: str, *, n_steps: int, n_features: int, px: int, n_people: int) -> None:
         ear = SpeechEncoder.of_windows(n_steps, n_features, N_CODES)
         super().__init__([Person() for _ in range(n_people)], ear)
-        self.planes = TriPlanes((24, 48, 96, 192), {"tiny": 4, "full": 16}[size])
+        self.planes = TriPlanes((24, 48, 96, 192), {"tiny": 4, "small": 8, "full": 16}[size])
         self.pull = Mlp(3 * (1 + 2 * 4) + N_CODES + N_EYES, 48, 3, 3, last_scale=0.01)
         self.head = Mlp(self.planes.n_out + N_CODES + N_EYES, 48, 1 + 3)
 

@@ -41,12 +41,13 @@ class DiskPixels:
         return _shares(colours), _whole_labels(labels, self.pictures.shape[1])
 
     def at(self, row: Tensor, line: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
-        frame, y, x = row.numpy(), line.numpy(), column.numpy()
+        frame = row.numpy()
+        colours = torch.from_numpy(self.pictures[frame, line.numpy(), column.numpy()])
         labels = _interpolated(
             lambda y, x: torch.from_numpy(self.labels[frame, :, y.numpy(), x.numpy()]),
             line, column, self.pictures.shape[1], self.labels.shape[-1],
         )  # fmt: skip
-        return _shares(torch.from_numpy(self.pictures[frame, y, x])), labels
+        return _shares(colours), labels
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,9 @@ def pick_run(space: Workspace, name: str | None, progress: Progress) -> Run:
         )
     if name is None:
         settings = runs[0].meta().get("asked", {}).get("settings", [])
-        scaled = [f" (-s {s}; --run chooses another)" for s in settings if s.startswith("train.sc")]
-        progress.note(f"run: {runs[0].name}{''.join(scaled)}")
+        scaled = [setting for setting in settings if setting.startswith("train.scale=")]
+        hint = f" (-s {scaled[-1]}; --run chooses another)" if scaled else ""
+        progress.note(f"run: {runs[0].name}{hint}")
         return runs[0]
     return _only([run for run in runs if run.name == name], space, name)
 
