@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar, runtime_checkable
@@ -392,26 +392,3 @@ class Field(Protocol):
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, 3), unit d (N, 3), row (N,) -> density (N,), channels (N, C)."""
-
-
-@runtime_checkable
-class RayMarcher(Protocol):
-    """Turns rays into composited channels; sees points, directions and row numbers only.
-
-    `exploring`: surfaces are not located yet, so samples must cover all occupied space instead of
-    following the weights observed so far.
-    """
-
-    exploring: bool
-
-    def march(self, field: Field, rays: RayBundle) -> Rendered:
-        """Integrate `field` along `rays`."""
-
-    def refresh(self, field: Field, step: int) -> None:
-        """Update the occupancy grid from the field, when it is due."""
-
-    def rebuild_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Rebuild the occupancy grid from views of an untrained person; fields of one row."""
-
-    def extend_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Add poses and views that training did not cover to the grid; fields of one row."""

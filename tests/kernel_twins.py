@@ -98,9 +98,9 @@ def marching() -> dict[str, float]:
     """Where samples lie, without and with a shift, and what they add up to."""
     worst: dict[str, float] = {}
     for n_samples in (5, 8):
-        options = march.MarchOptions(n_steps=24, n_samples=n_samples, resolution=31, kind="packed")
-        marcher, _ = march.build(options, BOX, "cpu")
-        there, _ = march.build(options, BOX, DEVICE, kernels=True)
+        sampling = {"n_steps": 24, "n_samples": n_samples, "resolution": 31}
+        marcher, _ = march.build(BOX, "cpu", kind="packed", **sampling)
+        there, _ = march.build(BOX, DEVICE, kind="packed", kernels=True, **sampling)
         assert isinstance(marcher, march.GuidedMarcher)
         assert isinstance(there, march.FusedMarcher)
         grid = marcher.occupancy
@@ -236,11 +236,11 @@ def fused() -> dict[str, float]:
     """Pictures marched without waiting beside those of the twin; and, while it explores, beside
     the lattice's, how far opacities are on average."""
     avatar, signals = someone("tiny", 2)
-    options = march.MarchOptions(
-        n_steps=24, n_samples=6, resolution=16, early_stop=0.0, kind="packed"
+    sampling = {"n_steps": 24, "n_samples": 6, "resolution": 16}
+    marcher, _ = march.build(avatar.aabb, "cpu", kind="packed", early_stop=0.0, **sampling)
+    there, _ = march.build(
+        avatar.aabb, DEVICE, kind="packed", early_stop=0.0, kernels=True, **sampling
     )
-    marcher, _ = march.build(options, avatar.aabb, "cpu")
-    there, _ = march.build(options, avatar.aabb, DEVICE, kernels=True)
     assert isinstance(marcher, march.GuidedMarcher) and isinstance(there, march.FusedMarcher)
     grid = marcher.occupancy
     grid.occupied.copy_(torch.rand(16, 16, 16) < 0.6)

@@ -8,10 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from talkhead_cli.contracts import Camera, Field, RayBundle, RayMarcher, Rendered
+from talkhead_cli.contracts import Camera, Field, RayBundle, Rendered
 from talkhead_cli.march import (
     DenseMarcher,
     GuidedMarcher,
+    Marcher,
     OccupancyGrid,
     PackedMarcher,
     intersect_box,
@@ -93,7 +94,7 @@ def packed(n_steps: int = N_STEPS, early_stop: float = 0.0) -> PackedMarcher:
     return PackedMarcher(OccupancyGrid(BOX, step, 16), step, early_stop=early_stop).eval()
 
 
-def marchers(n_steps: int = N_STEPS) -> list[RayMarcher]:
+def marchers(n_steps: int = N_STEPS) -> list[Marcher]:
     few = GuidedMarcher(packed(n_steps), n_steps, n_steps).eval()
     return [packed(n_steps), DenseMarcher(BOX, n_steps).eval(), few]
 

@@ -406,12 +406,11 @@ def test_a_step_that_is_recorded_waits_for_nobody(
     cpu = torch.device("cpu")
     avatar, _, _ = build_avatar(preset, clip.signals.audio.shape[1:], box, cpu)
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
-    options = march.MarchOptions(n_steps=24, n_samples=5)
-    marcher, _ = march.build(options, box, cpu, kernels=True)
+    marcher, _ = march.build(box, cpu, n_steps=24, n_samples=5, kernels=True)
     assert isinstance(marcher, march.FusedMarcher) and avatar.has_kernel
     stage = preset.train.stages[name]
     shot = shots.draw(clip, stage, 4000, box, torch.Generator().manual_seed(0))
-    marcher.keeps_misses = True
+    assert marcher.fix_shapes(True) == 5
 
     def laid(marcher: march.FusedMarcher, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
         room = rays.near.expand(-1, marcher.n_samples).contiguous()

@@ -347,7 +347,7 @@ def test_whole_pictures_have_a_torso_and_patches_a_head(clip: Footage, avatar: L
         rows.camera, torch.zeros(16, dtype=torch.long), rays.pixel[:16], avatar.aabb,
         layout=(1, 4, 4),
     )  # fmt: skip
-    marcher, _ = march.build(march.MarchOptions(n_steps=16, n_samples=4), avatar.aabb, "cpu")
+    marcher, _ = march.build(avatar.aabb, "cpu", n_steps=16, n_samples=4)
     marcher.eval()
     try:
         with torch.no_grad():
@@ -408,7 +408,7 @@ def test_half_precision_draws_the_same_heads(clip: Footage, avatar: Landmark) ->
     """Sixteen bits in the networks, as on a GPU, and thirty-two where things are."""
     rows = clip.signals[clip.train[:2]]
     rays = march.picture_rays(rows.camera, torch.arange(2), avatar.aabb)
-    marcher, _ = march.build(march.MarchOptions(n_steps=16, n_samples=4), avatar.aabb, "cpu")
+    marcher, _ = march.build(avatar.aabb, "cpu", n_steps=16, n_samples=4)
     marcher.eval()
     found = []
     for enabled in (False, True):

@@ -195,7 +195,7 @@ def test_half_precision_places_heads_exactly(clip: Footage, avatar: LokiTalk) ->
     """Sixteen bits will do for networks, not for where things are."""
     rows = clip.signals[clip.train[:3]]
     rays = march.picture_rays(rows.camera, torch.arange(3), avatar.aabb)
-    marcher, _ = march.build(march.MarchOptions(n_steps=16, n_samples=6), avatar.aabb, "cpu")
+    marcher, _ = march.build(avatar.aabb, "cpu", n_steps=16, n_samples=6)
     marcher.eval()
     found = []
     for enabled in (False, True):

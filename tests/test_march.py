@@ -26,12 +26,11 @@ from solids import (
 )
 from torch import Tensor
 
-from talkhead_cli.contracts import Field, MisuseError, RayBundle, RayMarcher, TalkheadError
+from talkhead_cli.contracts import Field, MisuseError, RayBundle, TalkheadError
 from talkhead_cli.march import (
     DenseMarcher,
     FusedMarcher,
     GuidedMarcher,
-    MarchOptions,
     NerfaccMarcher,
     PackedMarcher,
     build,
@@ -261,30 +260,35 @@ def test_misses_are_transparent_and_cost_nothing() -> None:
 
 
 def test_build_says_what_it_chose() -> None:
-    marcher, why = build(MarchOptions(n_steps=8, resolution=8), BOX, "cpu")
+    marcher, why = build(BOX, "cpu", n_steps=8, resolution=8)
     assert type(marcher) is PackedMarcher and "nerfacc" in why and "\n" not in why
     assert marcher.step == pytest.approx(1.6 / 8)
-    few, _ = build(MarchOptions(n_samples=4, resolution=8), BOX, "cpu")
-    assert isinstance(few, GuidedMarcher) and isinstance(few, RayMarcher) and few.n_samples == 4
-    dense, _ = build(MarchOptions(kind="dense"), BOX, "cpu")
-    assert isinstance(dense, DenseMarcher) and isinstance(dense, RayMarcher)
+    few, _ = build(BOX, "cpu", n_samples=4, resolution=8)
+    assert isinstance(few, GuidedMarcher) and few.n_samples == 4
+    dense, _ = build(BOX, "cpu", kind="dense")
+    assert isinstance(dense, DenseMarcher)
     assert isinstance(Solid(smooth), Field)
     with pytest.raises(MisuseError, match="march.kind"):
-        build(MarchOptions(kind="fast"), BOX, "cpu")  # type: ignore[arg-type]
+        build(BOX, "cpu", kind="fast")  # type: ignore[arg-type]
     assert all(not need.required and (need.ok or need.fix) for need in check())
 
 
 def test_what_is_asked_for_and_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TalkheadError, match="nerfacc cannot be used.*march.kind=packed"):
-        build(MarchOptions(kind="nerfacc"), BOX, "cpu")
+        build(BOX, "cpu", kind="nerfacc")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(TalkheadError, match="no CUDA device is found; use --device cpu"):
         device_of("cuda")
     with pytest.raises(MisuseError, match="auto, cpu or cuda, not 'tpu'"):
         device_of("tpu")
     assert device_of("auto") == device_of("cpu") == torch.device("cpu")
-    few, _ = build(MarchOptions(n_samples=4, resolution=8), BOX, "cpu", kernels=True)
-    assert isinstance(few, FusedMarcher)
+    few, _ = build(BOX, "cpu", kernels=True, n_samples=4, resolution=8)
+    assert isinstance(few, FusedMarcher) and not few.waits
+    assert (few.fix_shapes(True), few.keeps_misses) == (4, True)
+    few.exploring = True
+    assert few.fix_shapes(True) == 3 * 4 and few.waits, "evenly in occupied cells"
+    assert (few.fix_shapes(False), few.keeps_misses) == (0, False)
+    assert all(marcher.waits and not marcher.fix_shapes(True) for marcher in marchers())
     few.look_closely(BOX[None], 9)
     few.look_closely(BOX[None], 6)
     assert few.n_samples == 9, "of every ray, since kernels take as many of all"
@@ -320,7 +324,7 @@ def test_headers_are_taken_from_pip_where_the_toolkit_lacks_them(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("training", [False, True])
 def test_nerfacc_equals_packed(training: bool) -> None:
-    marcher, why = build(MarchOptions(early_stop=0.0), BOX, "cuda")
+    marcher, why = build(BOX, "cuda", early_stop=0.0)
     if not isinstance(marcher, NerfaccMarcher):
         pytest.skip(why)
     plain = PackedMarcher(marcher.occupancy, marcher.step, early_stop=0.0).cuda()

@@ -167,8 +167,7 @@ def test_before_training_the_picture_itself_comes_back(
 
 
 def picture(speaker, row, clip, preset, seed=0):  # type: ignore[no-untyped-def]
-    options = march.MarchOptions(n_steps=24, n_samples=6, resolution=48)
-    marcher, _ = march.build(options, speaker.aabb, CPU)
+    marcher, _ = march.build(speaker.aabb, CPU, n_steps=24, n_samples=6, resolution=48)
     marcher.eval()
     views.rebuild_from_views(speaker, marcher, row, CPU)
     with torch.no_grad():
@@ -301,7 +300,7 @@ def test_a_step_teaches_every_part_that_learns(
     assert preset.pretrain is not None
     rng = torch.Generator().manual_seed(0)
     aabb = torch.tensor(S3D.box)
-    marcher, _ = march.build(march.MarchOptions(n_steps=16, n_samples=4, resolution=16), aabb, CPU)
+    marcher, _ = march.build(aabb, CPU, n_steps=16, n_samples=4, resolution=16)
     step = Step(dreaming(avatar), marcher).train()
     for name in ("pairs", "finish"):
         stage = preset.pretrain.stages[name]

@@ -74,7 +74,7 @@ def drawn(avatar: Talk3D, rows: Signals) -> tuple[Talk3DField, Rendered, Frame]:
     """Whole pictures of the rows, before a black wall."""
     size = PX // avatar.magnification
     rays = march.picture_rays(rows.camera.resized(size), torch.arange(len(rows)), avatar.aabb)
-    marcher, _ = march.build(march.MarchOptions(n_steps=16, n_samples=6), avatar.aabb, "cpu")
+    marcher, _ = march.build(avatar.aabb, "cpu", n_steps=16, n_samples=6)
     marcher.eval()
     with torch.no_grad():
         field = avatar.condition(rows)
@@ -173,7 +173,7 @@ def test_latents_and_generator_learn_from_what_is_drawn(clip: Footage, fresh: Ta
     stage = stages.stages["detail"]
     shot = shots.draw(clip, stage, 64, crowd.aabb, torch.Generator().manual_seed(0))
     assert isinstance(shot, RayShot)
-    marcher, _ = march.build(march.MarchOptions(n_steps=16), crowd.aabb, "cpu")
+    marcher, _ = march.build(crowd.aabb, "cpu", n_steps=16)
     field = crowd.condition(shot.signals)
     rendered = marcher.march(field, shot.rays)
     frame = crowd.compose(rendered, shot.rays, shot.signals, shot.truth.plate)
@@ -299,7 +299,7 @@ def test_loose_rays_are_not_upscaled(clip: Footage, avatar: Talk3D) -> None:
     stage = presets.load(["talk3d", "tiny"]).train.stages["speak"]
     shot = shots.draw(clip, stage, 64, avatar.aabb, torch.Generator().manual_seed(0))
     assert isinstance(shot, RayShot)
-    marcher, _ = march.build(march.MarchOptions(n_steps=16), avatar.aabb, "cpu")
+    marcher, _ = march.build(avatar.aabb, "cpu", n_steps=16)
     marcher.eval()
     found = []
     for _ in range(2):

@@ -196,6 +196,7 @@ class _StageLoop:
         self.learns_space = (
             stage.rays != "none" and not stage.freeze_grid and self.avatar.field_learns()
         )
+        self.samples_per_ray = job.module.marcher.fix_shapes(self._is_steady())
         self.replay = self._recording()
         self._next: tuple[int, int, list[Shot]] | None = None
         self._pending_losses: _PendingLosses | None = None
@@ -211,18 +212,19 @@ class _StageLoop:
         self.critic = None if learner is None else critic.CriticTrainer(learner, stage, job.fabric)
 
     def _recording(self) -> march.Replay[StepLosses] | None:
-        """Return the CUDA-graph replay of this stage's steps, or None.  It needs a GPU, one
-        process, one person, no portraits and no host syncs; the number of rays is then constant."""
-        marcher, stage = self.job.module.marcher, self.stage
-        alone = self.job.fabric.world_size == 1 and len(self.people) == 1 and not stage.portraits
-        fused = isinstance(marcher, march.FusedMarcher)
-        steady = stage.rays == "none" or (stage.rays != "picture" and fused)
-        recorded = (
-            self.job.fabric.device.type == "cuda" and alone and steady and self.avatar.has_kernel
-        )
-        if isinstance(marcher, march.FusedMarcher):
-            marcher.keeps_misses = recorded
+        """Return the CUDA-graph replay of this stage's steps, or None; with it the number of rays
+        is constant."""
+        free = self.stage.rays == "none" or self.samples_per_ray > 0  # of host syncs
+        recorded = free and self._is_steady()
         return march.Replay(self._learn, self.job.fabric.device) if recorded else None
+
+    def _is_steady(self) -> bool:
+        """Whether, on a GPU, all steps are the same operations if the marcher's shapes are fixed:
+        one process, one person, no portraits, no whole pictures."""
+        fabric, stage = self.job.fabric, self.stage
+        alone = fabric.world_size == 1 and len(self.people) == 1 and not stage.portraits
+        steady = alone and stage.rays != "picture" and self.avatar.has_kernel
+        return steady and fabric.device.type == "cuda"
 
     def _place_rates(self) -> None:
         """Keep learning rates as tensors on the device if steps are recorded, else as floats; a
@@ -287,10 +289,8 @@ class _StageLoop:
         """
         self._schedule(position.step)
         _seed_noise(self._seed(position.total, 7919), self.job.fabric.device)
-        if self.replay is not None and self.stage.rays != "none":
-            marcher = self.job.module.marcher
-            assert isinstance(marcher, march.FusedMarcher)
-            position.n_rays = min(self.stage.n_points // marcher.samples_per_ray, self._most_rays())
+        if self.replay is not None and self.samples_per_ray:
+            position.n_rays = min(self.stage.n_points // self.samples_per_ray, self._most_rays())
         drawn = self._drawn(position.total, position)
         if self.learns_space and position.total % self.job.preset.march.every == 0:
             # people in turn, since the grid must hold all of them
@@ -365,8 +365,7 @@ class _StageLoop:
                 "CPU to start their operations one by one, which takes several times as long"
             )
             self.replay = self._next = None
-            if isinstance(self.job.module.marcher, march.FusedMarcher):
-                self.job.module.marcher.keeps_misses = False  # drop rays that miss
+            self.job.module.marcher.fix_shapes(False)
             return self._step(drawn)
 
     def _learn(self, *tensors: Tensor) -> StepLosses:

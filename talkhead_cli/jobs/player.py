@@ -78,7 +78,8 @@ class Player:
             module.eval()
         plate = read_plate(run.plate_file, preset.data.size_px)
         speaker = enrolled(avatar, run, device)
-        _look_at_lips_and_eyes(speaker, marcher, preset.march.n_close)
+        if speaker.neutral is not None:
+            marcher.look_closely(lively_boxes(speaker.neutral), preset.march.n_close)
         return cls(run, preset, speaker, marcher, plate, device, why)
 
     def pictures(
@@ -122,15 +123,12 @@ class Player:
     @property
     def _renders_without_sync(self) -> bool:
         """Whether a picture is rendered without host syncs."""
-        fused = isinstance(self.marcher, march.FusedMarcher)
-        return fused and not self.marcher.exploring and self.avatar.has_kernel
+        return self.avatar.has_kernel and not self.marcher.waits
 
     def _replayed(self, signals: Signals, background: Tensor) -> tuple[Frame, Any]:
         """Render all rows by replaying a recorded march: the CPU takes longer to launch a picture's
         thousand small operations than the GPU to run them."""
-        assert isinstance(self.marcher, march.GuidedMarcher)
-        key = len(signals), signals.camera.size_px, self.marcher.n_samples, self.marcher.n_cells
-
+        key = len(signals), signals.camera.size_px, *self.marcher.sampling
         if key not in self._recorded:
             if len(self._recorded) == MAX_RECORDINGS:
                 del self._recorded[next(iter(self._recorded))]
@@ -172,10 +170,8 @@ class Player:
     def open_views(self, signals: Signals) -> None:
         """Show the marcher poses and views that the footage does not contain."""
         views.open_views(self.avatar, self.marcher, signals, self.device)
-        if isinstance(self.marcher, march.GuidedMarcher):
-            # From new views the guiding grid is coarser than a surface: few samples give speckle.
-            closer = CLOSER * self.preset.march.n_samples
-            self.marcher.n_samples = max(self.marcher.n_samples, closer)
+        # From new views the guiding grid is coarser than a surface: few samples give speckle.
+        self.marcher.sample_more(CLOSER * self.preset.march.n_samples)
 
     def listen_to_rows(self, signals: Signals, rows: Tensor) -> Signals:
         """Return rows (n,) of a film's signals after `listen` on the stretch that they span."""
@@ -249,12 +245,6 @@ def eight_bits(frame: Frame, alpha: bool = False) -> NDArray[np.uint8]:
 def to_bytes(picture: Tensor) -> NDArray[np.uint8]:
     """Convert a picture (1, H, W, C) in [0, 1] to (H, W, C) uint8."""
     return (picture[0].float().clamp(0, 1) * 255).round().to(torch.uint8).cpu().numpy()
-
-
-def _look_at_lips_and_eyes(speaker: Speaker, marcher: march.Marcher, n_samples: int) -> None:
-    """Let rays through lips or eyes take n_samples (0: no change), if a neutral face is known."""
-    if isinstance(marcher, march.GuidedMarcher) and speaker.neutral is not None and n_samples:
-        marcher.look_closely(lively_boxes(speaker.neutral), n_samples)
 
 
 def still_signals(audio: Tensor, moment: Tensor, camera: Camera, **given: Tensor) -> Signals:

@@ -86,10 +86,11 @@ def build_avatar(
         px=preset.data.size_px, n_people=n_people,
         **({} if generator is None else {"borrowed": generator}),
     )  # fmt: skip
-    options = march.MarchOptions(**preset.march.model_dump(exclude={"n_close"}))
     on_gpu = device.type == "cuda"
     lacks = why_no_triton() if on_gpu else "there is no GPU"
-    marcher, why = march.build(options, aabb, device, kernels=not lacks)
+    marcher, why = march.build(
+        aabb, device, kernels=not lacks, **preset.march.model_dump(exclude={"n_close"})
+    )
     if on_gpu and lacks:
         why += f"; planes and samples go through plain torch, more slowly ({lacks})"
     return avatar.to(device), marcher.to(device), why

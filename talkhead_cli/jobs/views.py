@@ -38,10 +38,9 @@ def rebuild_from_views(
 def _views(
     avatar: Speaker, marcher: march.Marcher, signals: Signals, device: torch.device, n: int
 ) -> list[tuple[Field, RayBundle]]:
-    grid = getattr(marcher, "occupancy", None)
-    if grid is None:
+    if not marcher.resolution:
         return []
-    size_px = 2 * grid.resolution  # two rays per cell if the picture is as wide as the box
+    size_px = 2 * marcher.resolution  # two rays per cell if the picture is as wide as the box
     views, alone = [], torch.zeros(1, dtype=torch.long, device=device)
     for row in dict.fromkeys(np.linspace(0, len(signals) - 1, n).astype(int).tolist()):
         one = signals[row].to(device)

@@ -6,8 +6,7 @@ numbers only; deforming points is up to the field.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from .cuda import NerfaccMarcher, check, why_no_nerfacc
 from .dense import DenseMarcher
 from .fused import FusedMarcher
 from .guided import GuidedMarcher
+from .marcher import Marcher
 from .occupancy import OccupancyGrid
 from .packed import PackedMarcher
 from .rays import intersect_box, picture_rays, pixel_rays, step_length
@@ -27,7 +27,6 @@ __all__ = [
     "DenseMarcher",
     "FusedMarcher",
     "GuidedMarcher",
-    "MarchOptions",
     "Marcher",
     "NerfaccMarcher",
     "OccupancyGrid",
@@ -45,28 +44,7 @@ __all__ = [
     "step_length",
 ]
 
-Marcher: TypeAlias = DenseMarcher | PackedMarcher | GuidedMarcher
 KINDS = ("auto", "packed", "dense", "nerfacc")
-
-
-@dataclass(frozen=True)
-class MarchOptions:
-    """Options of ray marching.
-
-    n_steps     samples of a ray straight through the box: step = depth (z) / n_steps
-    n_samples   samples per ray of the guided march; 0: all lattice samples in occupied cells
-    resolution  cells of the occupancy grid along each axis
-    early_stop  transmittance at which a ray ends in marches without gradients; 0: never
-    every       training steps between updates of the grid
-    kind        marcher of the lattice; "auto": nerfacc if its kernels are available, else packed
-    """
-
-    n_steps: int = 64
-    n_samples: int = 0
-    resolution: int = 64
-    early_stop: float = 1e-4
-    every: int = 16
-    kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto"
 
 
 def device_of(name: str) -> torch.device:
@@ -91,34 +69,42 @@ def room_on(device: torch.device) -> int:
 
 
 def build(
-    options: MarchOptions, aabb: Tensor, device: torch.device | str, *, kernels: bool = False
-) -> tuple[Marcher, str]:
+    aabb: Tensor, device: torch.device | str, *, n_steps: int = 64, n_samples: int = 0,
+    resolution: int = 64, early_stop: float = 1e-4, every: int = 16,
+    kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto", kernels: bool = False,
+) -> tuple[Marcher, str]:  # fmt: skip
     """Return the marcher for a box aabb (6,) on a device, and one line on why it was chosen.
 
-    kernels: whether Triton kernels compile on that device
+    n_steps     samples of a ray straight through the box: step = depth (z) / n_steps
+    n_samples   samples per ray of the guided march; 0: all lattice samples in occupied cells
+    resolution  cells of the occupancy grid along each axis
+    early_stop  transmittance at which a ray ends in marches without gradients; 0: never
+    every       training steps between updates of the grid
+    kind        marcher of the lattice; "auto": nerfacc if its kernels are available, else packed
+    kernels     whether Triton kernels compile on that device
     """
     device = torch.device(device)
-    if options.kind not in KINDS:
-        raise MisuseError(f"march.kind is {options.kind!r}; use one of {', '.join(KINDS)}")
+    if kind not in KINDS:
+        raise MisuseError(f"march.kind is {kind!r}; use one of {', '.join(KINDS)}")
     aabb = aabb.to(device)
-    if options.kind == "dense":
-        return DenseMarcher(aabb, options.n_steps), "dense: asked for"
+    if kind == "dense":
+        return DenseMarcher(aabb, n_steps), "dense: asked for"
 
-    step = step_length(aabb, options.n_steps)
-    grid = OccupancyGrid(aabb, step, options.resolution)
+    step = step_length(aabb, n_steps)
+    grid = OccupancyGrid(aabb, step, resolution)
 
-    def made(kind: type[PackedMarcher]) -> PackedMarcher | GuidedMarcher:
-        lattice = kind(grid, step, early_stop=options.early_stop, every=options.every)
-        if not options.n_samples:
-            return lattice
+    def made(lattice: type[PackedMarcher]) -> PackedMarcher | GuidedMarcher:
+        marcher = lattice(grid, step, early_stop=early_stop, every=every)
+        if not n_samples:
+            return marcher
         guided = FusedMarcher if kernels else GuidedMarcher
-        return guided(lattice, options.n_samples, options.n_steps)
+        return guided(marcher, n_samples, n_steps)
 
-    if options.kind == "packed":
+    if kind == "packed":
         return made(PackedMarcher), "packed: asked for"
     why_not = why_no_nerfacc() if device.type == "cuda" else "nerfacc needs a CUDA device"
     if not why_not:
         return made(NerfaccMarcher), "nerfacc: CUDA kernels"
-    if options.kind == "nerfacc":
+    if kind == "nerfacc":
         raise TalkheadError(f"nerfacc cannot be used ({why_not}); set march.kind=packed")
     return made(PackedMarcher), f"packed in plain torch: {why_not}"

@@ -57,7 +57,6 @@ class NerfaccMarcher(PackedMarcher):
         return pack(samples.vals, samples.packed_info[:, 1])
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
-        """Integrate `field` along `rays`."""
         if not torch.is_grad_enabled():
             return super().march(field, rays)
         packed = self.sample(rays)

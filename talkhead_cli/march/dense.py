@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..contracts import Field, RayBundle, Rendered
+from .marcher import Marcher
 from .rays import step_length
 
 SHORT = 32  # up to so many samples, a matrix product beats cumsum on a GPU
@@ -43,10 +43,8 @@ def _before(tau: Tensor) -> Tensor:
     return nn.functional.pad(tau[:, :-1].cumsum(1), (1, 0))
 
 
-class DenseMarcher(nn.Module):
+class DenseMarcher(Marcher):
     """Marcher of all samples, `n_steps` through the box's depth, with one spacing for all rays."""
-
-    exploring = False  # no effect: nothing is ever skipped
 
     def __init__(self, aabb: Tensor, n_steps: int) -> None:
         super().__init__()
@@ -83,12 +81,3 @@ class DenseMarcher(nn.Module):
         mean = depth / opacity.clamp_min(1e-10)
         spread = (w * (t - mean) ** 2).sum(1, keepdim=True)
         return Rendered(feature, opacity, depth, spread, t.numel())
-
-    def refresh(self, field: Field, step: int) -> None:
-        """Do nothing: there is no grid."""
-
-    def rebuild_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Do nothing: there is no grid."""
-
-    def extend_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Do nothing: there is no grid."""

@@ -25,6 +25,14 @@ class FusedMarcher(GuidedMarcher):
         self.keeps_misses = False
 
     @property
+    def waits(self) -> bool:
+        return self.exploring
+
+    def fix_shapes(self, on: bool) -> int:
+        self.keeps_misses = on
+        return self.samples_per_ray if on else 0
+
+    @property
     def samples_per_ray(self) -> int:
         """Samples of each ray of the guided march (the lattice march's number varies)."""
         return self.n_samples * (EVENLY if self.exploring else 1)
@@ -38,9 +46,8 @@ class FusedMarcher(GuidedMarcher):
         return self._guided(field, rays)
 
     def look_closely(self, boxes: Tensor, n_samples: int) -> None:
-        """Raise the samples of all rays to `n_samples`; boxes (B, 6) are ignored, because the
-        kernels take the same number on every ray."""
-        self.n_samples = max(self.n_samples, n_samples)
+        """As `sample_more`: kernels take the same number of samples on every ray."""
+        self.sample_more(n_samples)
 
     @torch.no_grad()
     def lay(self, rays: RayBundle, n_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contracts import Field, RayBundle, Rendered
 from .dense import quadrature
+from .marcher import Marcher
 from .occupancy import OccupancyGrid
 from .packed import PackedMarcher, ask, rays_at_once
 from .rays import intersect_box
@@ -27,7 +28,7 @@ AT_FIRST = 0.7
 POINTS_AT_ONCE = {"cpu": 32_768, "cuda": 2**20}
 
 
-class GuidedMarcher(nn.Module):
+class GuidedMarcher(Marcher):
     """Marcher with `n_samples` importance samples on each ray that crosses an occupied cell.
 
     A ray is cut into intervals of equal mass under the weights that samples had in training
@@ -51,27 +52,26 @@ class GuidedMarcher(nn.Module):
         super().__init__()
         assert n_samples > 0 and n_cells > 0
         self.lattice, self.n_samples, self.n_cells = lattice, n_samples, n_cells
-        self.exploring = False
         self._close: tuple[Tensor, int] | None = None
 
     @property
     def occupancy(self) -> OccupancyGrid:
         return self.lattice.occupancy
 
+    @property
+    def resolution(self) -> int:
+        return self.occupancy.resolution
+
     def refresh(self, field: Field, step: int) -> None:
-        """Update the grid when it is due."""
         self.lattice.refresh(field, step)
 
     def rebuild_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Fill the grid from scratch, by marching the lattice once."""
         self.lattice.rebuild_from_views(views)
 
     def extend_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
-        """Extend the grid to new poses and views, by marching the lattice once."""
         self.lattice.extend_from_views(views)
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
-        """Integrate `field` along `rays`."""
         if self.exploring:
             return self.lattice.march(field, rays)
         return self._guided(field, rays)
@@ -85,10 +85,15 @@ class GuidedMarcher(nn.Module):
         feature, moments, origin = sums.split((field.channels, 3, 1), 1)
         return Rendered.of_moments(feature, moments, origin, n_points)
 
+    @property
+    def sampling(self) -> tuple[int, ...]:
+        return self.n_samples, self.n_cells
+
     def look_closely(self, boxes: Tensor, n_samples: int) -> None:
-        """Without gradients, let rays that hit one of the boxes (B, 6) take `n_samples` samples, if
-        that is more than the others take."""
         self._close = boxes, n_samples
+
+    def sample_more(self, n_samples: int) -> None:
+        self.n_samples = max(self.n_samples, n_samples)
 
     def _shares(self, rays: RayBundle) -> list[tuple[Tensor | None, int]]:
         """Return groups of rays: indices (R',), or None for all, and their samples per ray."""

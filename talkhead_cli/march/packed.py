@@ -6,10 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..contracts import Field, RayBundle, Rendered
 from .dense import first_sample, quadrature
+from .marcher import Marcher
 from .occupancy import OccupancyGrid
 from .rays import intersect_box
 
@@ -32,7 +33,7 @@ class Packed:
     count: Tensor
 
 
-class PackedMarcher(nn.Module):
+class PackedMarcher(Marcher):
     """Marcher of the samples of `DenseMarcher`'s lattice that lie in occupied cells.
 
     With gradients, all are evaluated at once.  Without, rays are marched front to back in rounds
@@ -40,8 +41,6 @@ class PackedMarcher(nn.Module):
     the error of a channel is at most `early_stop` times its largest value.  In training every ray's
     lattice is shifted by a random fraction of a step.
     """
-
-    exploring = False  # no effect: occupied cells are never skipped
 
     def __init__(
         self,
@@ -58,12 +57,15 @@ class PackedMarcher(nn.Module):
         self.watching = False
 
     @property
+    def resolution(self) -> int:
+        return self.occupancy.resolution
+
+    @property
     def reports(self) -> bool:
         """Whether compositing weights of samples are reported to the grid."""
         return self.watching or (self.training and torch.is_grad_enabled())
 
     def march(self, field: Field, rays: RayBundle) -> Rendered:
-        """Integrate `field` along `rays`."""
         packed = self.sample(rays)
         origin = first_distance(packed)
         feature = rays.origins.new_zeros(len(rays), field.channels, dtype=torch.float32)
@@ -105,7 +107,6 @@ class PackedMarcher(nn.Module):
         return Rendered.of_moments(feature, moments, origin, n_points)
 
     def refresh(self, field: Field, step: int) -> None:
-        """Update the grid on every `every`-th step."""
         if step % self.every == 0:
             self.occupancy.update(field, step)
 
