@@ -50,9 +50,15 @@ def _acted(home: Path, films: Path, pair: tuple[str, str]) -> str | None:
     if (home / name / "manifest.json").exists():
         return name
     run = finetune(
-        home, face, SilentProgress(), preset_names=PRESETS, prior="none", device="cpu",
-        run_name="acts", settings=[f"train.scale={SCALE}", "data.holdout=0"],
-    )  # fmt: skip
+        home,
+        face,
+        SilentProgress(),
+        preset_names=PRESETS,
+        prior="none",
+        device="cpu",
+        run_name="acts",
+        settings=[f"train.scale={SCALE}", "data.holdout=0"],
+    )
     player = Player.load(run, torch.device("cpu"))
     assert isinstance(player.avatar, LokiTalk)
     spaces = [Workspace.open(home, who) for who in pair]

@@ -59,37 +59,62 @@ def part_core(work: Path, options: argparse.Namespace) -> Iterator[dict[str, Any
     bench = core.load(work / "home", name, options.device, trained)
     took = {"load": round(time.perf_counter() - began, 1)}
     found: dict[str, Any] = {
-        "identity": name, "device": options.device, "size_px": bench.clip.size_px,
+        "identity": name,
+        "device": options.device,
+        "size_px": bench.clip.size_px,
         "seconds": took,
-    }  # fmt: skip
-    for look in (core.by_size, core.by_batch, core.against_reference, core.by_points,
-                 core.roofline):  # fmt: skip
+    }
+    for look in (
+        core.by_size,
+        core.by_batch,
+        core.against_reference,
+        core.by_points,
+        core.roofline,
+    ):
         began = time.perf_counter()
         found[look.__name__] = look(bench)
         took[look.__name__] = round(time.perf_counter() - began, 1)
         yield found
     sizes = found["by_size"]
     line_chart(
-        options.chart("core-pixels"), "million pixels", "milliseconds per frame",
-        {"one frame": ([r["size_px"] ** 2 / 1e6 for r in sizes],
-                       [1000 / r["frames_per_second"] for r in sizes])},
-    )  # fmt: skip
+        options.chart("core-pixels"),
+        "million pixels",
+        "milliseconds per frame",
+        {
+            "one frame": (
+                [r["size_px"] ** 2 / 1e6 for r in sizes],
+                [1000 / r["frames_per_second"] for r in sizes],
+            )
+        },
+    )
     guided = bench.marcher
     line_chart(
-        options.chart("core-points"), "thousand points per frame", "milliseconds per frame",
-        {label: ([r["points_per_frame"] / 1e3 for r in rows], [r["milliseconds"] for r in rows])
-         for label, rows in {
-             "samples per ray vary": [
-                 r for r in found["by_points"] if r["n_cells"] == guided.n_cells],
-             "cells of the guide vary": [
-                 r for r in found["by_points"] if r["n_samples"] == guided.n_samples],
-         }.items()},
-    )  # fmt: skip
+        options.chart("core-points"),
+        "thousand points per frame",
+        "milliseconds per frame",
+        {
+            label: ([r["points_per_frame"] / 1e3 for r in rows], [r["milliseconds"] for r in rows])
+            for label, rows in {
+                "samples per ray vary": [
+                    r for r in found["by_points"] if r["n_cells"] == guided.n_cells
+                ],
+                "cells of the guide vary": [
+                    r for r in found["by_points"] if r["n_samples"] == guided.n_samples
+                ],
+            }.items()
+        },
+    )
     line_chart(
-        options.chart("core-batch"), "frames in a march", "milliseconds per frame",
-        {"frames together": ([r["frames_in_a_march"] for r in found["by_batch"]],
-                             [1000 / r["frames_per_second"] for r in found["by_batch"]])},
-    )  # fmt: skip
+        options.chart("core-batch"),
+        "frames in a march",
+        "milliseconds per frame",
+        {
+            "frames together": (
+                [r["frames_in_a_march"] for r in found["by_batch"]],
+                [1000 / r["frames_per_second"] for r in found["by_batch"]],
+            )
+        },
+    )
 
 
 def part_parity(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -138,17 +163,26 @@ def part_curve(work: Path, options: argparse.Namespace) -> Iterator[dict[str, An
         )
         bench = core.load(work / "home", name, options.device, trained.name, every=4)
         figures = bench.psnr(bench.pictures()[0])
-        rows.append({
-            "scale": scale, "seconds": trained.meta()["seconds"], "steps": trained.meta()["steps"],
-            "held_out": figures, "stages": stages,
-        })  # fmt: skip
+        rows.append(
+            {
+                "scale": scale,
+                "seconds": trained.meta()["seconds"],
+                "steps": trained.meta()["steps"],
+                "held_out": figures,
+                "stages": stages,
+            }
+        )
         yield {"identity": name, "presets": options.presets, "rows": rows}
     seconds = [r["seconds"] for r in rows]
     line_chart(
-        options.chart("curve"), "seconds of training", "held-out PSNR, dB",
-        {where: (seconds, [r["held_out"][f"{where}_db"] for r in rows])
-         for where in ("face", "full")},
-    )  # fmt: skip
+        options.chart("curve"),
+        "seconds of training",
+        "held-out PSNR, dB",
+        {
+            where: (seconds, [r["held_out"][f"{where}_db"] for r in rows])
+            for where in ("face", "full")
+        },
+    )
 
 
 def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -157,9 +191,14 @@ def part_transfer(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     others = [name for name in people_of(work, options) if name not in options.ids]
     found = transfer.compare(
-        work / "home", options.ids, others, work, seconds=options.seconds, scales=options.shares,
+        work / "home",
+        options.ids,
+        others,
+        work,
+        seconds=options.seconds,
+        scales=options.shares,
         seeds=options.seeds,
-    )  # fmt: skip
+    )
     for figure in ("psnr_face_db", "lips_r", "eyes_r"):
         lines = {}
         for length in options.seconds:
@@ -188,9 +227,14 @@ def part_ablation(work: Path, options: argparse.Namespace) -> dict[str, Any]:
 
     others = [name for name in people_of(work, options) if name not in options.ids]
     return loki.transfer(
-        work / "home", options.ids, others, work, scale=options.scale,
-        seconds=options.seconds[0], share=options.shares[0],
-    )  # fmt: skip
+        work / "home",
+        options.ids,
+        others,
+        work,
+        scale=options.scale,
+        seconds=options.seconds[0],
+        share=options.shares[0],
+    )
 
 
 def part_voices(work: Path, options: argparse.Namespace) -> dict[str, Any]:

@@ -110,8 +110,12 @@ def against_reference(bench: Bench) -> dict[str, Any]:
         rows[name]["db_against_reference"] = round(difference, 2)
         ratio = rows[name]["frames_per_second"] / rows["reference"]["frames_per_second"]
         rows[name]["times_as_fast"] = round(ratio, 2)
-    return {"n_steps": n_steps, "n_samples": few.n_samples, "early_stop": lattice.early_stop,
-            **rows}  # fmt: skip
+    return {
+        "n_steps": n_steps,
+        "n_samples": few.n_samples,
+        "early_stop": lattice.early_stop,
+        **rows,
+    }
 
 
 def by_size(bench: Bench) -> list[dict[str, Any]]:
@@ -125,10 +129,15 @@ def by_size(bench: Bench) -> list[dict[str, Any]]:
             with _at_once(1):
                 alone = frames_per_second(bench, rows, plate)
             stages = _stages(bench, rows[0], plate)
-        found.append({
-            "size_px": size, "frames_per_second": alone, "frames_per_second_together": together,
-            **stages, "peak_mb": peak(),
-        })  # fmt: skip
+        found.append(
+            {
+                "size_px": size,
+                "frames_per_second": alone,
+                "frames_per_second_together": together,
+                **stages,
+                "peak_mb": peak(),
+            }
+        )
     return found
 
 
@@ -260,10 +269,17 @@ def train(
     """Train with a share of the preset's steps; return run and steps, seconds, rays per stage."""
     clock = _Clock()
     run = finetune.finetune(
-        home, name, clock, preset_names=presets, settings=[f"train.scale={scale}"],
-        run_name=f"curve-{scale:g}", device=device, seed=seed, fresh=True,
+        home,
+        name,
+        clock,
+        preset_names=presets,
+        settings=[f"train.scale={scale}"],
+        run_name=f"curve-{scale:g}",
+        device=device,
+        seed=seed,
+        fresh=True,
         prior="none",
-    )  # fmt: skip
+    )
     return run, clock.closed()
 
 

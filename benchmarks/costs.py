@@ -36,9 +36,15 @@ def part_preprocess(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     rows = {}
     for name in options.ids:
         made = talkhead(
-            "preprocess", str(clip(name, work)), "--id", name, "--home", str(work / "home"),
-            "--fresh", "--json",
-        )  # fmt: skip
+            "preprocess",
+            str(clip(name, work)),
+            "--id",
+            name,
+            "--home",
+            str(work / "home"),
+            "--fresh",
+            "--json",
+        )
         manifest = json.loads(made.pop("stdout"))["manifest"]
         rows[name] = made | {
             "frames": manifest["n_frames"],
@@ -54,9 +60,17 @@ def part_quality(work: Path, options: argparse.Namespace) -> Iterator[dict[str, 
     for name in options.ids:
         preprocessed(name, work)
         trained = talkhead(
-            "finetune", "--id", name, *presets_as_words(options), "--fresh", *home,
-            "--device", options.device, "--seed", str(options.seed),
-        )  # fmt: skip
+            "finetune",
+            "--id",
+            name,
+            *presets_as_words(options),
+            "--fresh",
+            *home,
+            "--device",
+            options.device,
+            "--seed",
+            str(options.seed),
+        )
         scored = talkhead("evaluate", "--id", name, "--json", *home, "--device", options.device)
         figures = json.loads(scored.pop("stdout"))["figures"]
         trained.pop("stdout")
@@ -78,8 +92,15 @@ def part_seventh(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     for told in (made, trained):
         told.pop("stdout")
     minutes = round((made["seconds"] + trained["seconds"]) / 60, 2)
-    return {"six": six, "seventh": name, "minutes": minutes, "pretrain": made,
-            "finetune": trained, "evaluate": scored, "figures": figures}  # fmt: skip
+    return {
+        "six": six,
+        "seventh": name,
+        "minutes": minutes,
+        "pretrain": made,
+        "finetune": trained,
+        "evaluate": scored,
+        "figures": figures,
+    }
 
 
 def part_render(work: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -136,9 +157,11 @@ def part_sound(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     lengths, walls = ([r[k] for r in rows] for k in ("seconds_of_sound", "seconds"))
     slope, start = np.polyfit(lengths, walls, 1)
     line_chart(
-        options.chart("sound"), "seconds of sound", "wall seconds",
+        options.chart("sound"),
+        "seconds of sound",
+        "wall seconds",
         {"render, end to end": (lengths, walls)},
-    )  # fmt: skip
+    )
     return {"rows": rows, "start_s": round(start, 2), "per_second_of_sound_s": round(slope, 3)}
 
 
@@ -187,24 +210,34 @@ def part_files(work: Path, options: argparse.Namespace) -> dict[str, Any]:
         home = str(work / "files")
         looked = asked("check", str(film), "--json")
         done = asked("preprocess", str(film), "--id", name, "--home", home, "--fresh", "--json")
-        row = {"check": _verdict(looked), "exit": done["exit"], "seconds": done["seconds"],
-               "notes": done["notes"]}  # fmt: skip
+        row = {
+            "check": _verdict(looked),
+            "exit": done["exit"],
+            "seconds": done["seconds"],
+            "notes": done["notes"],
+        }
         if done["exit"] == 0:
             manifest = json.loads(done["stdout"])["manifest"]
             kept = ("n_frames", "n_found", "n_cut_away", "faces_seen", "offset", "backends")
             row |= {k: manifest[k] for k in kept}
         rows[f"{film.parent.name}/{film.name}"] = row
-    return {"files": len(rows), "tracked": sum(r["exit"] == 0 for r in rows.values()),
-            "traceback": sum("Traceback" in " ".join(r["notes"]) for r in rows.values()),
-            "rows": rows}  # fmt: skip
+    return {
+        "files": len(rows),
+        "tracked": sum(r["exit"] == 0 for r in rows.values()),
+        "traceback": sum("Traceback" in " ".join(r["notes"]) for r in rows.values()),
+        "rows": rows,
+    }
 
 
 def _verdict(looked: dict[str, Any]) -> dict[str, Any]:
     if not looked["stdout"]:
         return {"error": looked["notes"]}
     facts = json.loads(looked["stdout"])
-    points = {f["name"]: f"{f['verdict']}: {f['found']}" for f in facts["findings"]
-              if f["verdict"] != "pass"}  # fmt: skip
+    points = {
+        f["name"]: f"{f['verdict']}: {f['found']}"
+        for f in facts["findings"]
+        if f["verdict"] != "pass"
+    }
     return {"verdict": facts["verdict"], "points": points, "figures": facts["figures"]}
 
 
@@ -219,9 +252,13 @@ def part_trackers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     home = work / "trackers"
     table: dict[str, Any] = {}
     plain = {kind: names[-1] for kind, names in backends.BEST_FIRST.items()}
-    better = [(kind, name) for listed in (backends.BEST_FIRST, backends.ON_REQUEST)
-              for kind, names in listed.items() for name in names
-              if kind != "voice" and name != plain[kind]]  # fmt: skip
+    better = [
+        (kind, name)
+        for listed in (backends.BEST_FIRST, backends.ON_REQUEST)
+        for kind, names in listed.items()
+        for name in names
+        if kind != "voice" and name != plain[kind]
+    ]
     for kind, name in [("", "default"), *better]:
         if kind and weights.find(name) is None:
             table[f"{kind}={name}"] = "not run: its weights are not on this machine"
@@ -237,7 +274,8 @@ def part_trackers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     for source in sorted(p for f in ("clips", "clips/more") for p in (CLIPS / f).glob("*.mp4")):
         done = asked("preprocess", str(source), "--id", source.stem, "--home", str(home))
         clips[source.stem] = (
-            done["notes"] if done["exit"]
+            done["notes"]
+            if done["exit"]
             else trackers.against_itself(Workspace.open(home, source.stem))
-        )  # fmt: skip
+        )
     return {"speaker": table, "clips": clips}

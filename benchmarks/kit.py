@@ -109,10 +109,17 @@ def asked(*words: str) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-m", "talkhead_cli.cli.app", *words], capture_output=True, text=True
     )
-    said = [line.replace(f"{CLIPS}/", "") for line in done.stderr.splitlines()
-            if line.startswith(("note:", "error:", "Traceback"))]  # fmt: skip
-    return {"exit": done.returncode, "seconds": round(time.perf_counter() - began, 1),
-            "stdout": done.stdout, "notes": said}  # fmt: skip
+    said = [
+        line.replace(f"{CLIPS}/", "")
+        for line in done.stderr.splitlines()
+        if line.startswith(("note:", "error:", "Traceback"))
+    ]
+    return {
+        "exit": done.returncode,
+        "seconds": round(time.perf_counter() - began, 1),
+        "stdout": done.stdout,
+        "notes": said,
+    }
 
 
 def machine() -> dict[str, Any]:
@@ -177,10 +184,18 @@ def trained_run(name: str, work: Path, options: argparse.Namespace) -> str:
     """Fine-tune a run and return its name, as a kept folder may hold newer runs."""
     preprocessed(name, work)
     told = talkhead(
-        "finetune", "--id", name, *presets_as_words(options), "--home", str(work / "home"),
-        "--device", options.device, "--seed", str(options.seed),
+        "finetune",
+        "--id",
+        name,
+        *presets_as_words(options),
+        "--home",
+        str(work / "home"),
+        "--device",
+        options.device,
+        "--seed",
+        str(options.seed),
         *(["-s", f"train.scale={SHARE[options.device]}"] if options.device in SHARE else []),
-    )  # fmt: skip
+    )
     return Path(str(told["stdout"]).split()[-1]).name
 
 

@@ -73,8 +73,13 @@ def hearing(home: Path, names: Sequence[str], others: Sequence[str], seeds: int)
         }
         for label, people in rows.items()
     }
-    return {"people": list(names), "others": list(others), "seeds": seeds, "mean": means,
-            "rows": rows}  # fmt: skip
+    return {
+        "people": list(names),
+        "others": list(others),
+        "seeds": seeds,
+        "mean": means,
+        "rows": rows,
+    }
 
 
 def ears(home: Path, names: Sequence[str], seconds: Sequence[float]) -> dict[str, Any]:
@@ -86,8 +91,10 @@ def ears(home: Path, names: Sequence[str], seconds: Sequence[float]) -> dict[str
         for voice in ("embedding", "mel"):
             for name in names:
                 clip = _heard(home, name, preset, voice)
-                rows.append({"voice": voice, "train_s": length, "name": name}
-                            | _score(preset, clip, None, 0, windows=True))  # fmt: skip
+                rows.append(
+                    {"voice": voice, "train_s": length, "name": name}
+                    | _score(preset, clip, None, 0, windows=True)
+                )
     figures = ("landmark_error_face_heights", "opening_r")
     means = [
         {"voice": voice, "train_s": length}
@@ -113,9 +120,12 @@ def _heard(home: Path, name: str, preset: Preset, voice: str) -> Footage:
 
 
 def _fit_speech(
-    preset: Preset, train: Train | None, clips: list[Footage], prior: PersonalAvatar | None,
+    preset: Preset,
+    train: Train | None,
+    clips: list[Footage],
+    prior: PersonalAvatar | None,
     windows: bool,
-) -> PersonalAvatar:  # fmt: skip
+) -> PersonalAvatar:
     """Train an avatar's speech stages on the clips; the field is never evaluated."""
     assert train is not None
     n_steps, n_features = clips[0].signals.audio.shape[1:]
@@ -127,8 +137,10 @@ def _fit_speech(
         avatar.past = 0
     if prior is not None:
         avatar.take_common(prior.common_state())
-    clips = [replace(c, signals=c.signals.with_(person=torch.full_like(c.signals.person, i)))
-             for i, c in enumerate(clips)]  # fmt: skip
+    clips = [
+        replace(c, signals=c.signals.with_(person=torch.full_like(c.signals.person, i)))
+        for i, c in enumerate(clips)
+    ]
     rows = [c.signals[c.speaking] for c in clips]
     if len(rows) > 1:
         avatar.survey(rows)
@@ -173,9 +185,14 @@ def _fit_speech(
 
 
 def _score(
-    preset: Preset, clip: Footage, prior: PersonalAvatar | None, seed: int, *,
-    windows: bool = False, deaf: Sequence[int] = (),
-) -> dict[str, Any]:  # fmt: skip
+    preset: Preset,
+    clip: Footage,
+    prior: PersonalAvatar | None,
+    seed: int,
+    *,
+    windows: bool = False,
+    deaf: Sequence[int] = (),
+) -> dict[str, Any]:
     torch.manual_seed(seed)
     if deaf:
         audio = clip.signals.audio.clone()
@@ -189,13 +206,16 @@ def _score(
     said = said[clip.held - first]
     mouth = avatar.person(held).mouth
     error = (said - held.landmarks)[:, MOUTH].norm(dim=2).mean()
-    true, heard = (mouth.opening(mouth.code(held.with_(landmarks=m))).numpy()
-                   for m in (held.landmarks, said))  # fmt: skip
+    true, heard = (
+        mouth.opening(mouth.code(held.with_(landmarks=m))).numpy() for m in (held.landmarks, said)
+    )
     found = correlation(true, heard)
     return {
         "landmark_error_face_heights": round(float(error), 5),
-        "opening_r": found["r"], "interval_90": found["interval_90"], "spread": found["spread"],
-    }  # fmt: skip
+        "opening_r": found["r"],
+        "interval_90": found["interval_90"],
+        "spread": found["spread"],
+    }
 
 
 # -- stage two ---------------------------------------------------------------------------------
@@ -263,8 +283,14 @@ def coding(home: Path, names: Sequence[str], seeds: int, scale: float) -> dict[s
         ]
         for by in ("tracked", "heard")
     }
-    return {"people": list(names), "seeds": seeds, "scale": scale, "parameters": n_parameters,
-            "gaussian_minus_plain_db": gain, "rows": rows}  # fmt: skip
+    return {
+        "people": list(names),
+        "seeds": seeds,
+        "scale": scale,
+        "parameters": n_parameters,
+        "gaussian_minus_plain_db": gain,
+        "rows": rows,
+    }
 
 
 @contextlib.contextmanager

@@ -87,9 +87,10 @@ FIELDS: dict[str, tuple[type[LokiField], list[str]]] = {
     "two fields, side by side": (_SideBySide, []),
     "one field": (_OneField, []),
     "without the attention loss": (
-        LokiField, _without_attention_loss("train", ("shape", "detail", "lips", "eyes")),
+        LokiField,
+        _without_attention_loss("train", ("shape", "detail", "lips", "eyes")),
     ),
-}  # fmt: skip
+}
 
 
 def fields(home: Path, names: Sequence[str], work: Path, scale: float) -> dict[str, Any]:
@@ -98,11 +99,19 @@ def fields(home: Path, names: Sequence[str], work: Path, scale: float) -> dict[s
     folder = work / "fields"
     folder.mkdir(exist_ok=True)
     with ProcessPoolExecutor(len(names), get_context("spawn")) as pool:
-        people = list(pool.map(_fields_of, [home] * len(names), names, [folder] * len(names),
-                               [scale] * len(names)))  # fmt: skip
+        people = list(
+            pool.map(
+                _fields_of, [home] * len(names), names, [folder] * len(names), [scale] * len(names)
+            )
+        )
     rows = dict(zip(names, people, strict=True))
-    mean = {label: {figure: round(float(np.mean([rows[n][label][figure] for n in names])), 3)
-                    for figure in rows[names[0]][label]} for label in FIELDS}  # fmt: skip
+    mean = {
+        label: {
+            figure: round(float(np.mean([rows[n][label][figure] for n in names])), 3)
+            for figure in rows[names[0]][label]
+        }
+        for label in FIELDS
+    }
     return {"people": list(names), "scale": scale, "mean": mean, "rows": rows}
 
 
@@ -114,10 +123,16 @@ def _fields_of(home: Path, name: str, folder: Path, scale: float) -> dict[str, A
         def made(kind: type[LokiField] = kind, settings: list[str] = settings) -> dict[str, Any]:
             with mock.patch("talkhead_cli.avatars.lokitalk.method.LokiField", kind):
                 run = finetune(
-                    home, name, SilentProgress(), preset_names=PRESETS,
-                    settings=[f"train.scale={scale}", *settings], run_name="ablation",
-                    device="cpu", fresh=True, prior="none",
-                )  # fmt: skip
+                    home,
+                    name,
+                    SilentProgress(),
+                    preset_names=PRESETS,
+                    settings=[f"train.scale={scale}", *settings],
+                    run_name="ablation",
+                    device="cpu",
+                    fresh=True,
+                    prior="none",
+                )
                 return _regions(home, name, run.name)
 
         rows[label] = _kept(folder / f"{name}-{label}.json", made)
@@ -139,9 +154,10 @@ def _regions(home: Path, name: str, run_name: str) -> dict[str, float]:
         wrong = (frame.rgb[0].clamp(0, 1).numpy() - true) ** 2
         labels = clip.labels[row] / np.float32(255)
         for region, where in (
-            ("face", labels[FACE].sum(0) > 0.5), ("neck and shoulders", labels[BODY].sum(0) > 0.5),
+            ("face", labels[FACE].sum(0) > 0.5),
+            ("neck and shoulders", labels[BODY].sum(0) > 0.5),
             ("full", np.ones_like(labels[0], bool)),
-        ):  # fmt: skip
+        ):
             errors[region].append(-10 * float(np.log10(max(wrong[where].mean(), 1e-10))))
     row = clip.held[len(clip.held) // 2 : len(clip.held) // 2 + 1]
     mouths = views.opening_mouths(player.avatar, clip.signals[row], N_MOUTHS)
@@ -161,9 +177,15 @@ WITHOUT = ("nothing", "cascade", "attention loss", "hyper-network", "encoder's s
 
 
 def transfer(
-    home: Path, names: Sequence[str], others: Sequence[str], work: Path, *, scale: float,
-    seconds: float, share: float,
-) -> dict[str, Any]:  # fmt: skip
+    home: Path,
+    names: Sequence[str],
+    others: Sequence[str],
+    work: Path,
+    *,
+    scale: float,
+    seconds: float,
+    share: float,
+) -> dict[str, Any]:
     """Train priors of `others`, each without one part, in `scale` of the steps; return the figures
     of `names`, none of them in `others`, after `share` of the steps on `seconds` of footage."""
     assert not set(names) & set(others)
@@ -175,12 +197,26 @@ def transfer(
     # One process per person: a training locks the person's workspace.
     with ProcessPoolExecutor(len(names), spawn) as pool:
         people = list(pool.map(partial(_begun_without, home, folder, seconds, share), names))
-    rows = {part: {name: person[part] for name, person in zip(names, people, strict=True)}
-            for part in WITHOUT}  # fmt: skip
-    mean = {part: {f: round(float(np.mean([row[f] for row in found.values()])), 3)
-                   for f in others_worth.FIGURES} for part, found in rows.items()}  # fmt: skip
-    return {"people": list(names), "prior_of": list(others), "scale": scale, "seconds": seconds,
-            "share": share, "mean": mean, "rows": rows}  # fmt: skip
+    rows = {
+        part: {name: person[part] for name, person in zip(names, people, strict=True)}
+        for part in WITHOUT
+    }
+    mean = {
+        part: {
+            f: round(float(np.mean([row[f] for row in found.values()])), 3)
+            for f in others_worth.FIGURES
+        }
+        for part, found in rows.items()
+    }
+    return {
+        "people": list(names),
+        "prior_of": list(others),
+        "scale": scale,
+        "seconds": seconds,
+        "share": share,
+        "mean": mean,
+        "rows": rows,
+    }
 
 
 def _prior_without(home: Path, others: Sequence[str], scale: float, part: str) -> None:
@@ -188,9 +224,14 @@ def _prior_without(home: Path, others: Sequence[str], scale: float, part: str) -
     more = _without_attention_loss("pretrain", ("shape", "detail"))
     with _left_out(part):
         pretrain(
-            home, others, _named(part), SilentProgress(), preset_names=PRESETS, device="cpu",
+            home,
+            others,
+            _named(part),
+            SilentProgress(),
+            preset_names=PRESETS,
+            device="cpu",
             settings=[f"pretrain.scale={scale}", *(more if part == "attention loss" else [])],
-        )  # fmt: skip
+        )
 
 
 def _begun_without(
@@ -211,10 +252,16 @@ def _begun_without(
         ) -> dict[str, Any]:
             with _left_out(part), contextlib.nullcontext() if met else others_worth._unmet():
                 finetune(
-                    home, name, SilentProgress(), preset_names=PRESETS, settings=settings,
-                    run_name=label, prior=_named(part if met else WITHOUT[0]), device="cpu",
+                    home,
+                    name,
+                    SilentProgress(),
+                    preset_names=PRESETS,
+                    settings=settings,
+                    run_name=label,
+                    prior=_named(part if met else WITHOUT[0]),
+                    device="cpu",
                     fresh=True,
-                )  # fmt: skip
+                )
                 return others_worth.score(home, name, label)
 
         found[part] = _kept(folder / f"{label}.json", made)

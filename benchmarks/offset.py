@@ -44,9 +44,12 @@ def leave_one_out(talks: dict[str, Talk]) -> dict[str, Any]:
     for name in talks:
         maps[name], _ = lipsync.train([t for n, t in talks.items() if n != name], rounds=2)
         own[name] = lipsync.measure(
-            talks[name].stream, talks[name].frames, talks[name].lips, maps[name],
+            talks[name].stream,
+            talks[name].frames,
+            talks[name].lips,
+            maps[name],
             min_seconds=lipsync.MIN_LEARN_SECONDS,
-        )  # fmt: skip
+        )
     table = {}
     for seconds in PIECES_S:
         found = [
@@ -57,18 +60,23 @@ def leave_one_out(talks: dict[str, Talk]) -> dict[str, Any]:
         ]
         sure = [right for right, is_sure in found if is_sure]
         table[f"{seconds} s"] = {
-            "pieces": len(found) // len(SHIFTS), "shifted": len(found),
+            "pieces": len(found) // len(SHIFTS),
+            "shifted": len(found),
             "within_a_frame": _share([right for right, _ in found]),
             "sure": _share([is_sure for _, is_sure in found]),
             "within_a_frame_when_sure": _share(sure),
             "wrong_sound_believed": _share(list(_wrong(talks, maps, seconds))),
-        }  # fmt: skip
+        }
     offsets = {
-        n: None if o is None else {"sound_after_lips_ms": round(1000 * o.sound_after_lips_s),
-                                   "agreement": round(o.agreement, 3),
-                                   "margin": round(o.margin, 3)}
+        n: None
+        if o is None
+        else {
+            "sound_after_lips_ms": round(1000 * o.sound_after_lips_s),
+            "agreement": round(o.agreement, 3),
+            "margin": round(o.margin, 3),
+        }
         for n, o in own.items()
-    }  # fmt: skip
+    }
     return {"people": len(talks), "own_offsets": offsets, "shifted_copies": table}
 
 
@@ -82,8 +90,9 @@ def _pieces(one: Talk, weight: Any, own_s: float, seconds: int) -> list[tuple[bo
             # the piece's sound alone, late by `shift` rows, as in a film that was cut and shifted
             rows = np.arange(4 * n) + 4 * first - shift
             stream = one.stream[np.clip(rows, 0, len(one.stream) - 1)]
-            found = lipsync.measure(stream, one.frames[inside] - first, one.lips[inside], weight,
-                                    min_seconds=0)  # fmt: skip
+            found = lipsync.measure(
+                stream, one.frames[inside] - first, one.lips[inside], weight, min_seconds=0
+            )
             if found is not None:
                 error = found.sound_after_lips_s - own_s - shift / voice.RATE_HZ
                 hits.append((abs(error) <= 1 / FPS, found.is_sure))
@@ -96,9 +105,12 @@ def _wrong(talks: dict[str, Talk], maps: dict[str, Any], seconds: int) -> Any:
         for other, sound in talks.items():
             if other != name and len(sound.stream) >= seconds * voice.RATE_HZ:
                 found = lipsync.measure(
-                    sound.stream[: seconds * voice.RATE_HZ], one.frames[inside],
-                    one.lips[inside], maps[name], min_seconds=0,
-                )  # fmt: skip
+                    sound.stream[: seconds * voice.RATE_HZ],
+                    one.frames[inside],
+                    one.lips[inside],
+                    maps[name],
+                    min_seconds=0,
+                )
                 if found is not None and inside.sum() >= 0.9 * seconds * FPS:
                     yield found.is_sure
 

@@ -38,7 +38,7 @@ EXPERT_SCALE = 1.0  # of the expert's training steps
 
 def strangers(
     home: Path, everybody: Sequence[str], groups: Sequence[Sequence[str]], *, scale: float = 1.0
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return figures of each person of `groups`, from a prior of everybody outside the group."""
     rows: dict[str, Any] = {}
     for group in groups:
@@ -52,7 +52,7 @@ def strangers(
 
 def crowded(
     home: Path, everybody: Sequence[str], group: Sequence[str], work: Path, *, scale: float
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Compare, on `group`, a prior of everybody else with one also trained on synthetic speakers
     with the same faces, in equally many steps."""
     others, left_out = _others(everybody, group), "-".join(group)
@@ -60,17 +60,29 @@ def crowded(
     made = acted.cast(home, others, work)
     asked = {"people": others, "and synthetic speakers": [*others, *made]}
     with ProcessPoolExecutor(len(asked), get_context("spawn")) as pool:
-        rows = dict(zip(asked, pool.map(
-            partial(_strangers_by, home, group, scale), asked.values(),
-            [f"{kind}-{left_out}" for kind in ("strangers", "crowded")],
-        ), strict=True))  # fmt: skip
-    return {"left_out": list(group), "scale": scale, "synthetic": made, "table": _table(rows),
-            "rows": rows}  # fmt: skip
+        rows = dict(
+            zip(
+                asked,
+                pool.map(
+                    partial(_strangers_by, home, group, scale),
+                    asked.values(),
+                    [f"{kind}-{left_out}" for kind in ("strangers", "crowded")],
+                ),
+                strict=True,
+            )
+        )
+    return {
+        "left_out": list(group),
+        "scale": scale,
+        "synthetic": made,
+        "table": _table(rows),
+        "rows": rows,
+    }
 
 
 def _strangers_by(
     home: Path, group: Sequence[str], scale: float, others: Sequence[str], name: str
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     torch.set_num_threads(1)
     prior = _pretrained(home, others, name, scale)
     return {name: _scored(home, name, prior) for name in group}
@@ -78,7 +90,7 @@ def _strangers_by(
 
 def deformations(
     home: Path, everybody: Sequence[str], group: Sequence[str], *, scale: float
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Compare, on `group`, the kinds of deformation, and training without the expert's sync loss,
     at `scale` of the steps each."""
     others = _others(everybody, group)
@@ -99,19 +111,22 @@ def deformations(
 def _table(rows: dict[str, dict[str, Any]]) -> dict[str, dict[str, float | None]]:
     """Return means over people, by kind."""
     return {
-        kind: {key: _mean([_at(person["figures"], path) for person in people.values()])
-               for key, path in _KEYS.items()}
+        kind: {
+            key: _mean([_at(person["figures"], path) for person in people.values()])
+            for key, path in _KEYS.items()
+        }
         for kind, people in rows.items()
-    }  # fmt: skip
+    }
 
 
 _KEYS = {
-    "lmd_px_at_512": ("lmd_px_at_512",), "lips_r": ("lips", "correlation", "r"),
+    "lmd_px_at_512": ("lmd_px_at_512",),
+    "lips_r": ("lips", "correlation", "r"),
     "control_r": ("lips", "mismatched_control", "r"),
     "sync_confidence": ("sync", "render", "confidence"),
     "sync_pairs_found": ("sync", "render", "pairs_found"),
     "psnr_face_db": ("picture", "face_box", "psnr_db"),
-}  # fmt: skip
+}
 
 
 def ears(home: Path, everybody: Sequence[str], groups: Sequence[Sequence[str]]) -> dict[str, Any]:
@@ -126,9 +141,10 @@ def ears(home: Path, everybody: Sequence[str], groups: Sequence[Sequence[str]]) 
     misses = [m for row in rows.values() for m in row["misses_frames"]]
     return {
         "pairs_found": _mean([row["pairs_found"] for row in rows.values()]),
-        "within_one_frame": _mean([abs(m) <= 1 for m in misses]), "n_shifts": len(misses),
+        "within_one_frame": _mean([abs(m) <= 1 for m in misses]),
+        "n_shifts": len(misses),
         "rows": rows,
-    }  # fmt: skip
+    }
 
 
 def _judged(judge: expert.Judge, home: Path, name: str) -> dict[str, Any]:
@@ -182,25 +198,41 @@ def _others(everybody: Sequence[str], group: Sequence[str]) -> list[str]:
 
 def _expert(home: Path, others: Sequence[str], name: str) -> expert.Judge:
     made = pretrain(
-        home, others, f"ear-{name}", SilentProgress(), preset_names=["expert", "tiny"],
-        settings=[f"pretrain.scale={EXPERT_SCALE}"], device="cpu",
-    )  # fmt: skip
+        home,
+        others,
+        f"ear-{name}",
+        SilentProgress(),
+        preset_names=["expert", "tiny"],
+        settings=[f"pretrain.scale={EXPERT_SCALE}"],
+        device="cpu",
+    )
     made.write_meta(finished_at=time.time())  # the newest expert is used
     return expert.load_expert(made)
 
 
 def _pretrained(home: Path, others: Sequence[str], name: str, scale: float, *more: str) -> Run:
     return pretrain(
-        home, others, f"{name}-x{scale:g}", SilentProgress(), preset_names=PRESETS,
-        settings=[f"pretrain.scale={scale}", *more], device="cpu",
-    )  # fmt: skip
+        home,
+        others,
+        f"{name}-x{scale:g}",
+        SilentProgress(),
+        preset_names=PRESETS,
+        settings=[f"pretrain.scale={scale}", *more],
+        device="cpu",
+    )
 
 
 def _scored(home: Path, name: str, prior: Run) -> dict[str, Any]:
     run = finetune(
-        home, name, SilentProgress(), preset_names=PRESETS, prior=prior.name, device="cpu",
-        run_name=f"s3d-from-{prior.name}", fresh=True,
-    )  # fmt: skip
+        home,
+        name,
+        SilentProgress(),
+        preset_names=PRESETS,
+        prior=prior.name,
+        device="cpu",
+        run_name=f"s3d-from-{prior.name}",
+        fresh=True,
+    )
     figures, _ = evaluate(home, name, SilentProgress(), run_name=run.name, device="cpu")
     return {"prior": {k: prior.meta()[k] for k in ("seconds", "steps")}, "figures": figures}
 

@@ -17,9 +17,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 FILES = {  # by method; lokitalk is the default of bench.py
-    "lokitalk": "*-quality.json", "landmark": "*-quality-landmark.json",
-    "talk3d": "*-quality-talk3d.json", "s3d": "*-quality-s3d.json",
-}  # fmt: skip
+    "lokitalk": "*-quality.json",
+    "landmark": "*-quality-landmark.json",
+    "talk3d": "*-quality-talk3d.json",
+    "s3d": "*-quality-s3d.json",
+}
 SMALL = {"lokitalk": "*-quality-small.json"}
 FEW_BLINKS = 2  # with fewer in the truth, figures of eyes mean little
 
@@ -36,8 +38,10 @@ def quality(files: str) -> dict[str, dict[str, Any]]:
 
 def short() -> str:
     """Return README's table: a line per method and person."""
-    lines = ["| preset | test clip | PSNR | lips | linear predictor | other speech | eyes |",
-             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| preset | test clip | PSNR | lips | linear predictor | other speech | eyes |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for method, files in FILES.items():
         for name, row in quality(files).items():
             lips = row["lips"]
@@ -51,9 +55,11 @@ def short() -> str:
 
 def whole(of: dict[str, str]) -> str:
     """Return a table, from the files of each method, with more of the figures of `evaluate`."""
-    lines = ["| preset | person | PSNR face / full | SSIM face | mouth landmarks off | lips, 90 % "
-             "| baseline | other speech, three stretches | spread | eyes | jitter / truth's |",
-             "|---|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
+    lines = [
+        "| preset | person | PSNR face / full | SSIM face | mouth landmarks off | lips, 90 % "
+        "| baseline | other speech, three stretches | spread | eyes | jitter / truth's |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for method, files in of.items():
         for name, row in quality(files).items():
             picture, lips = row["picture"], row["lips"]

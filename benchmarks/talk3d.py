@@ -155,9 +155,15 @@ def heads(
         rows: dict[str, Any] = {}
         for start, begun in (("none", "none"), ("others", "heads")):
             run = finetune(
-                home, name, quiet, preset_names=PRESETS, settings=[f"train.scale={scale}"],
-                run_name=f"head-{start}", prior=begun, device="cpu",
-            )  # fmt: skip
+                home,
+                name,
+                quiet,
+                preset_names=PRESETS,
+                settings=[f"train.scale={scale}"],
+                run_name=f"head-{start}",
+                prior=begun,
+                device="cpu",
+            )
             figures, _ = evaluate(home, name, quiet, run_name=run.name, device="cpu")
             rows[start] = {
                 "psnr_face_db": figures["picture"]["face_box"]["psnr_db"],
@@ -189,10 +195,16 @@ def tokens(home: Path, names: Sequence[str], scale: float) -> dict[str, Any]:
         }.items():
             with _built_by(kind):
                 run = finetune(
-                    home, name, SilentProgress(), preset_names=["talk3d", "tiny"],
-                    settings=[f"train.scale={scale}"], run_name="ablation", device="cpu",
-                    fresh=True, prior="none",
-                )  # fmt: skip
+                    home,
+                    name,
+                    SilentProgress(),
+                    preset_names=["talk3d", "tiny"],
+                    settings=[f"train.scale={scale}"],
+                    run_name="ablation",
+                    device="cpu",
+                    fresh=True,
+                    prior="none",
+                )
                 player = Player.load(run, torch.device("cpu"))
             rows.setdefault(label, {})[name] = _boxes(player, home, name)
     mean = {

@@ -55,10 +55,13 @@ def against_truth(space: Workspace, film: Path) -> dict[str, Any]:
         "mouth_r": _alike(face.lip_aperture(tracks["mesh_px"]), truth.mouth),
         "blink_r": _alike(tracks["eye"].mean(1), truth.eye),
         "mouth_r_of_68": _alike(_opening(tracks["landmarks"]), truth.mouth),
-        "shoulders_r": [_alike(columns @ lever, right), _alike(tracks["body"][:, 1], down),
-                        _alike(tracks["body"][:, 2], roll)],
+        "shoulders_r": [
+            _alike(columns @ lever, right),
+            _alike(tracks["body"][:, 1], down),
+            _alike(tracks["body"][:, 2], roll),
+        ],
         "labels_iou": _overlap(space, truth, crop),
-    }  # fmt: skip
+    }
 
 
 def against_itself(space: Workspace) -> dict[str, Any]:
@@ -74,18 +77,23 @@ def against_itself(space: Workspace) -> dict[str, Any]:
         return round(float(second[steady].mean()), 3)
 
     return {
-        "frames": len(found), "found": round(float(found.mean()), 4),
+        "frames": len(found),
+        "found": round(float(found.mean()), 4),
         "reprojection_px_at_512": {
             "rms": round(float(tracks["residual_px"][found].mean()) * scale, 3),
-            "mean": round(float(np.linalg.norm(_projected(tracks, crop) - seen, axis=-1)[found]
-                                .mean()) * scale, 3),
+            "mean": round(
+                float(np.linalg.norm(_projected(tracks, crop) - seen, axis=-1)[found].mean())
+                * scale,
+                3,
+            ),
         },
         "jitter_px_at_512": {
             "mesh": shake(tracks["mesh_px"][:, RIGID] * float(SIZE_PX)),
             "pose": shake(_projected(tracks, crop) * scale),
         },
-        "backends": space.manifest()["backends"], "stages": VERSIONS,
-    }  # fmt: skip
+        "backends": space.manifest()["backends"],
+        "stages": VERSIONS,
+    }
 
 
 def _projected(tracks: dict[str, NDArray[Any]], crop: dict[str, int]) -> Array:

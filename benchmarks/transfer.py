@@ -36,10 +36,16 @@ FIGURES = ("psnr_face_db", "psnr_full_db", "lmd_px_at_512", "lips_r", "eyes_r", 
 
 
 def compare(
-    home: Path, names: Sequence[str], others: Sequence[str], work: Path, *,
-    seconds: Sequence[float], scales: Sequence[float], starts: Sequence[str] = STARTS[:2],
+    home: Path,
+    names: Sequence[str],
+    others: Sequence[str],
+    work: Path,
+    *,
+    seconds: Sequence[float],
+    scales: Sequence[float],
+    starts: Sequence[str] = STARTS[:2],
     seeds: int = 1,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Compare starts, with one prior of `others`, none of them in `names`; one thread a row."""
     assert not set(names) & set(others)
     prior = "strangers"
@@ -50,9 +56,12 @@ def compare(
     folder = work / "transfer"
     folder.mkdir(exist_ok=True)
     wanted = [
-        (start, float(length), scale, seed) for scale in sorted(scales) for seed in range(seeds)
-        for length in sorted(seconds) for start in starts
-    ]  # fmt: skip
+        (start, float(length), scale, seed)
+        for scale in sorted(scales)
+        for seed in range(seeds)
+        for length in sorted(seconds)
+        for start in starts
+    ]
     rows: list[dict[str, Any]] = []
     # One process per person: a training locks the person's workspace.
     with ProcessPoolExecutor(len(names), get_context("spawn")) as pool:
@@ -61,17 +70,23 @@ def compare(
         ):
             rows += done.result()
     return {
-        "people": list(names), "prior_of": list(others), "seeds": seeds,
+        "people": list(names),
+        "prior_of": list(others),
+        "seeds": seeds,
         "pretrain": {k: made[k] for k in ("seconds", "steps")},
         "protocol": "held-out ends, driven by their own sound; poses and eyes of the footage",
-        "mean": _means(rows), "rows": sorted(rows, key=lambda r: str(list(r.values()))),
-    }  # fmt: skip
+        "mean": _means(rows),
+        "rows": sorted(rows, key=lambda r: str(list(r.values()))),
+    }
 
 
 def heard(
-    home: Path, groups: Sequence[Sequence[str]], everybody: Sequence[str], *,
+    home: Path,
+    groups: Sequence[Sequence[str]],
+    everybody: Sequence[str],
+    *,
     seconds: Sequence[float],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return how well mouth opening is predicted on held-out ends, from scratch and from a prior of
     people outside the group that it is used on.  No field is trained."""
     rows = []
@@ -79,8 +94,15 @@ def heard(
         prior = f"voices-without-{'-'.join(group)}"
         others = [name for name in everybody if name not in group]
         quick = [f"pretrain.stages.{stage}.steps=0" for stage in ("shape", "detail")]
-        made = pretrain(home, others, prior, SilentProgress(), preset_names=PRESETS,
-                        settings=quick, device="cpu")  # fmt: skip
+        made = pretrain(
+            home,
+            others,
+            prior,
+            SilentProgress(),
+            preset_names=PRESETS,
+            settings=quick,
+            device="cpu",
+        )
         assert set(made.meta()["people"]) == set(others), "of other people; use another --work"
         for name in group:
             for length in seconds:
@@ -89,18 +111,26 @@ def heard(
                     settings = [f"train.stages.{stage}.steps=0" for stage in FIELD_STAGES]
                     settings += [f"data.train_s={length:g}", "train.enough_s=0"]
                     run = finetune(
-                        home, name, SilentProgress(), preset_names=PRESETS, settings=settings,
-                        run_name=f"heard-{start}", prior=begun, device="cpu", fresh=True,
-                    )  # fmt: skip
+                        home,
+                        name,
+                        SilentProgress(),
+                        preset_names=PRESETS,
+                        settings=settings,
+                        run_name=f"heard-{start}",
+                        prior=begun,
+                        device="cpu",
+                        fresh=True,
+                    )
                     row[start] = _opening(home, name, run)
                 rows.append(row)
     means = [
-        {"train_s": length} | {
+        {"train_s": length}
+        | {
             start: round(float(np.mean([r[start]["r"] for r in rows if r["train_s"] == length])), 3)
             for start in STARTS[:2]
         }
         for length in seconds
-    ]  # fmt: skip
+    ]
     return {"groups": [list(g) for g in groups], "seed": 0, "mean_r": means, "rows": rows}
 
 
@@ -126,9 +156,15 @@ def _rows(
 
 
 def _row(
-    home: Path, name: str, start: str, length: float, scale: float, seed: int, prior: str,
+    home: Path,
+    name: str,
+    start: str,
+    length: float,
+    scale: float,
+    seed: int,
+    prior: str,
     folder: Path,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return the figures of one training, stored or new."""
     torch.set_num_threads(1)
     label = f"{name}-{start.replace(', ', '-').replace(' ', '-')}-{length:g}s-{scale:g}-{seed}"
@@ -139,12 +175,27 @@ def _row(
     settings = [f"train.scale={scale}", f"data.train_s={length:g}", "train.enough_s=0"]
     with _unmet() if start == STARTS[2] else contextlib.nullcontext():
         run = finetune(
-            home, name, SilentProgress(), preset_names=PRESETS, settings=settings, run_name=label,
-            prior="none" if start == STARTS[0] else prior, device="cpu", seed=seed, fresh=True,
-        )  # fmt: skip
-    row = {"name": name, "start": start, "train_s": length, "scale": scale, "seed": seed,
-           "seconds": run.meta()["seconds"], "steps": run.meta()["steps"],
-           **score(home, name, label)}  # fmt: skip
+            home,
+            name,
+            SilentProgress(),
+            preset_names=PRESETS,
+            settings=settings,
+            run_name=label,
+            prior="none" if start == STARTS[0] else prior,
+            device="cpu",
+            seed=seed,
+            fresh=True,
+        )
+    row = {
+        "name": name,
+        "start": start,
+        "train_s": length,
+        "scale": scale,
+        "seed": seed,
+        "seconds": run.meta()["seconds"],
+        "steps": run.meta()["steps"],
+        **score(home, name, label),
+    }
     kept.write_text(json.dumps(row))
     return row
 
@@ -161,17 +212,18 @@ def score(home: Path, name: str, run_name: str) -> dict[str, float]:
     seen_truth, seen = evaluate.measured(truth, quiet), evaluate.measured(film, quiet)
     boxes = scores.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
     picture = scores.picture_scores(truth, film, boxes)
-    lips = scores.correlation(
-        face.lip_aperture(seen_truth.mesh), face.lip_aperture(seen.mesh)
-    )  # fmt: skip
+    lips = scores.correlation(face.lip_aperture(seen_truth.mesh), face.lip_aperture(seen.mesh))
     eyes = scores.correlation(*(face.lid_gap(m.mesh).mean(1) for m in (seen_truth, seen)))
     return {
-        "psnr_face_db": picture["face_box"]["psnr_db"], "psnr_full_db": picture["full"]["psnr_db"],
+        "psnr_face_db": picture["face_box"]["psnr_db"],
+        "psnr_full_db": picture["full"]["psnr_db"],
         "lmd_px_at_512": scores.mouth_distance(seen_truth, seen),
-        "lips_r": lips["r"], "eyes_r": eyes["r"],
-        "lips_spread": lips["spread"], "lips_interval_90": lips["interval_90"],
+        "lips_r": lips["r"],
+        "eyes_r": eyes["r"],
+        "lips_spread": lips["spread"],
+        "lips_interval_90": lips["interval_90"],
         "eyes_interval_90": eyes["interval_90"],
-    }  # fmt: skip
+    }
 
 
 def _means(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

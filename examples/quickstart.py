@@ -26,9 +26,14 @@ from talkhead_cli.media import write_wav
 
 
 def pipeline(
-    video: Path, speech: Path, folder: Path, progress: Progress, *,
-    presets: Sequence[str] = ("lokitalk", "tiny"), settings: Sequence[str] = (),
-) -> tuple[Path, dict[str, Any]]:  # fmt: skip
+    video: Path,
+    speech: Path,
+    folder: Path,
+    progress: Progress,
+    *,
+    presets: Sequence[str] = ("lokitalk", "tiny"),
+    settings: Sequence[str] = (),
+) -> tuple[Path, dict[str, Any]]:
     """Return the film of the person in `video` saying `speech`, and the held-out figures."""
     home = folder / "avatars"
     person = preprocess(video, home, progress)

@@ -316,9 +316,11 @@ class Portrait:
 
     def to(self, device: Any) -> Portrait:
         return Portrait(
-            self.pictures.to(device), self.labels.to(device), self.signals.to(device),
+            self.pictures.to(device),
+            self.labels.to(device),
+            self.signals.to(device),
             self.relief.to(device),
-        )  # fmt: skip
+        )
 
 
 @dataclass(frozen=True)

@@ -58,11 +58,13 @@ def planes() -> dict[str, float]:
         slopes = torch.autograd.grad((cpu(x) * weight).sum(), [x, *cpu.levels])
         theirs = torch.autograd.grad((twin * weight.to(DEVICE)).sum(), [at, *there.levels])
         named = {"value": (value, twin)} | {
-            name: pair for name, pair in zip(
-                ("x", "level 0", "level 1", "level 2"), zip(slopes, theirs, strict=True),
+            name: pair
+            for name, pair in zip(
+                ("x", "level 0", "level 1", "level 2"),
+                zip(slopes, theirs, strict=True),
                 strict=True,
             )
-        }  # fmt: skip
+        }
         for name, (a, b) in named.items():
             assert n == 0 or a.abs().max() > 0, name
             worst[name] = max(worst.get(name, 0.0), apart(a.detach(), b.detach().cpu()))
@@ -113,8 +115,9 @@ def marching() -> dict[str, float]:
         origins[:20] = torch.tensor([-0.95, 0.0, -4.0])
         away[:20] = torch.nn.functional.normalize(torch.tensor([2e-6, 0.0, 1.0]), dim=0)
         near, far = march.intersect_box(origins, away, BOX)
-        rays = RayBundle(origins, away, near, far, torch.zeros(700, 2),
-                         torch.zeros(700, dtype=torch.long))  # fmt: skip
+        rays = RayBundle(
+            origins, away, near, far, torch.zeros(700, 2), torch.zeros(700, dtype=torch.long)
+        )
         there.load_state_dict(marcher.state_dict())
         far_rays = rays.to(DEVICE)
         t, width, crossing = (v.cpu() for v in there.eval()._laid(far_rays))
@@ -146,9 +149,11 @@ def marching() -> dict[str, float]:
         spread = (w * (t - mean).square()).sum(1, keepdim=True)
         feature = (w[..., None] * channels.view(700, n_samples, 7)).sum(1)
         for name, part, twin in zip(
-            ("feature", "opacity", "depth", "spread"), maps.split((7, 1, 1, 1), 1),
-            (feature, opacity, depth, spread), strict=True,
-        ):  # fmt: skip
+            ("feature", "opacity", "depth", "spread"),
+            maps.split((7, 1, 1, 1), 1),
+            (feature, opacity, depth, spread),
+            strict=True,
+        ):
             found[name] = apart(twin, part)
         worst = {name: max(worst.get(name, 0.0), value) for name, value in found.items()}
     return worst
@@ -172,14 +177,18 @@ def someone(size: Any, n_rows: int) -> tuple[LokiTalk, Signals]:
             part.fill_(value)
     camera = Camera(torch.eye(4).repeat(n_rows, 1, 1), torch.eye(3).repeat(n_rows, 1, 1), 64)
     signals = Signals(
-        audio=torch.zeros(n_rows, 8, 6), eye=torch.rand(n_rows, 2),
-        gaze=0.1 * torch.randn(n_rows, 2), brow=0.05 * torch.randn(n_rows, 2),
+        audio=torch.zeros(n_rows, 8, 6),
+        eye=torch.rand(n_rows, 2),
+        gaze=0.1 * torch.randn(n_rows, 2),
+        brow=0.05 * torch.randn(n_rows, 2),
         landmarks=mouth.neutral + 0.05 * torch.randn(n_rows, 68, 3),
         landmarks_2d=torch.rand(n_rows, 68, 2),
         pose=0.1 * torch.randn(n_rows, 6) + torch.tensor([0, 0, 0, 0, 0, 5.0]),
-        body=0.1 * torch.randn(n_rows, 4), camera=camera,
-        person=torch.zeros(n_rows, dtype=torch.long), moment=torch.arange(n_rows),
-    )  # fmt: skip
+        body=0.1 * torch.randn(n_rows, 4),
+        camera=camera,
+        person=torch.zeros(n_rows, dtype=torch.long),
+        moment=torch.arange(n_rows),
+    )
     return avatar, signals
 
 
@@ -188,9 +197,12 @@ def field() -> dict[str, float]:
     """LokiTalk's: the mean of its differences, by what it says, and the largest of places."""
     worst: dict[str, float] = {}
     for size, n_rows, ordered in (
-        ("tiny", 1, True), ("tiny", 3, False), ("full", 1, True), ("full", 3, False),
+        ("tiny", 1, True),
+        ("tiny", 3, False),
+        ("full", 1, True),
+        ("full", 3, False),
         ("full", 3, True),
-    ):  # fmt: skip
+    ):
         avatar, signals = someone(size, n_rows)
         x = torch.rand(300, 3) * 2.4 - 1.2
         d = torch.nn.functional.normalize(torch.randn(300, 3), dim=1)
@@ -257,8 +269,10 @@ def fused() -> dict[str, float]:
     made = there.eval().march(asked, rays.to(DEVICE))
     assert twin.opacity.mean() > 0.1, float(twin.opacity.mean())
     assert int(made.n_points) == twin.n_points > 0 and there.samples_per_ray == 6
-    found = {name: float((getattr(made, name).cpu() - getattr(twin, name)).abs().mean())
-             for name in ("feature", "opacity", "depth", "spread")}  # fmt: skip
+    found = {
+        name: float((getattr(made, name).cpu() - getattr(twin, name)).abs().mean())
+        for name in ("feature", "opacity", "depth", "spread")
+    }
     there.exploring = there.keeps_misses = True
     even = there.march(asked, rays.to(DEVICE))
     assert there.samples_per_ray == 18 and int(even.n_points) == 3 * int(made.n_points)

@@ -60,10 +60,14 @@ def bring(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bring:
 
             modules = Path(mediapipe.__file__).parent / "modules"
             with zipfile.ZipFile(place, "w") as bundle:
-                bundle.write(modules / "face_detection" / "face_detection_short_range.tflite",
-                             "face_detector.tflite")  # fmt: skip
-                bundle.write(modules / "face_landmark" / "face_landmark.tflite",
-                             "face_landmarks_detector.tflite")  # fmt: skip
+                bundle.write(
+                    modules / "face_detection" / "face_detection_short_range.tflite",
+                    "face_detector.tflite",
+                )
+                bundle.write(
+                    modules / "face_landmark" / "face_landmark.tflite",
+                    "face_landmarks_detector.tflite",
+                )
         else:
             torch.save(_random(name) if state is None else state, place)
         return place
@@ -81,9 +85,12 @@ def test_auto_takes_the_best_that_is_there(bring: Bring) -> None:
     for name in ("retinaface", "bisenet", "face-landmarker", "fan2d"):
         bring(name, {})
     assert backends.choose() == {
-        "voice": "embedding", "detector": "retinaface", "mesh": "face-landmarker",
-        "landmarks": "mesh", "labels": "bisenet",
-    }  # fmt: skip
+        "voice": "embedding",
+        "detector": "retinaface",
+        "mesh": "face-landmarker",
+        "landmarks": "mesh",
+        "labels": "bisenet",
+    }
     assert backends.choose(["landmarks=fan2d"])["landmarks"] == "fan2d"
 
 
@@ -179,11 +186,13 @@ def test_points_of_either_mesh_are_brought_to_pixels() -> None:
 @pytest.mark.parametrize(
     ("name", "build"),
     [
-        ("retinaface", backends.detector_of), ("bisenet", backends.parser_of),
-        ("fan2d", backends.landmarks_of), ("fan3d", backends.landmarks_of),
+        ("retinaface", backends.detector_of),
+        ("bisenet", backends.parser_of),
+        ("fan2d", backends.landmarks_of),
+        ("fan3d", backends.landmarks_of),
         ("lpips", lambda _: loss_networks.lpips()),
     ],
-)  # fmt: skip
+)
 def test_a_file_of_another_shape_is_refused_by_name(
     bring: Bring, name: str, build: Callable[[str], Any]
 ) -> None:
@@ -249,9 +258,13 @@ def test_a_film_is_tracked_by_what_is_named(
         backends, "landmarks_of", lambda _: lambda rgb, mesh: face.to_68(mesh)[:, :2]
     )
     placed = preprocess(
-        speaker_clip, tmp_path, SilentProgress(), name="q", wanted=[*default, "landmarks=fan2d"],
+        speaker_clip,
+        tmp_path,
+        SilentProgress(),
+        name="q",
+        wanted=[*default, "landmarks=fan2d"],
         **part,
-    )  # fmt: skip
+    )
     tracks: dict[str, np.ndarray] = {}
     for made in (plain, placed):
         tracks[made.id] = Workspace.open(tmp_path, made.id).load("tracks")["landmarks"]

@@ -56,11 +56,13 @@ def test_planes_are_bilinear_and_keep_their_axes() -> None:
 def test_planes_roughness_is_zero_only_when_flat() -> None:
     planes = TriPlanes((4, 8), 2, spread=0.1)
     assert planes.roughness() > 0
-    plain = torch.stack([
-        (p[..., 1:, :] - p[..., :-1, :]).square().mean()
-        + (p[..., 1:] - p[..., :-1]).square().mean()
-        for p in planes.levels
-    ]).mean()  # fmt: skip
+    plain = torch.stack(
+        [
+            (p[..., 1:, :] - p[..., :-1, :]).square().mean()
+            + (p[..., 1:] - p[..., :-1]).square().mean()
+            for p in planes.levels
+        ]
+    ).mean()
     torch.testing.assert_close(planes.roughness(), plain)
     levels = list(planes.levels)
     torch.testing.assert_close(
@@ -202,8 +204,9 @@ def test_ridge_finds_a_linear_map_and_shrinks() -> None:
     x, truth = torch.randn(200, 12), torch.randn(12, 3)
     y = x @ truth + 0.7
     weight, bias = ridge_map(x, y, 1e-6)
-    assert torch.allclose(weight, truth, atol=1e-3) and torch.allclose(bias, torch.full((3,), 0.7),
-                                                                       atol=1e-3)  # fmt: skip
+    assert torch.allclose(weight, truth, atol=1e-3) and torch.allclose(
+        bias, torch.full((3,), 0.7), atol=1e-3
+    )
     shrunk, _ = ridge_map(x, y, 1e4)
     assert shrunk.norm() < 0.2 * truth.norm()
 
@@ -312,9 +315,12 @@ def test_ssim_is_one_for_equals_and_falls_with_noise() -> None:
     assert torch.allclose(ssim(a, a), torch.ones(2), atol=1e-5)
     noisy = (a + 0.2 * torch.randn_like(a)).clamp(0, 1)
     reference = structural_similarity_index_measure(
-        a.permute(0, 3, 1, 2), noisy.permute(0, 3, 1, 2), data_range=1.0, gaussian_kernel=False,
+        a.permute(0, 3, 1, 2),
+        noisy.permute(0, 3, 1, 2),
+        data_range=1.0,
+        gaussian_kernel=False,
         kernel_size=7,
-    )  # fmt: skip
+    )
     assert abs(float(ssim(a, noisy).mean()) - float(reference)) < 0.03
 
 
@@ -377,6 +383,7 @@ def test_lively_boxes_hold_lips_and_eyes_and_little_else() -> None:
     boxes = regions.lively_boxes(face)
     for box, part in zip(boxes, (regions.LIPS, *regions.EYES), strict=True):
         assert ((face[part] > box[:3]) & (face[part] < box[3:])).all()
-        others = torch.cat([face[other] for other in (regions.LIPS, *regions.EYES)
-                            if other != part] + [face[:17]])  # fmt: skip
+        others = torch.cat(
+            [face[other] for other in (regions.LIPS, *regions.EYES) if other != part] + [face[:17]]
+        )
         assert not ((others > box[:3]) & (others < box[3:])).all(1).any()

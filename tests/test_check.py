@@ -57,14 +57,21 @@ def test_a_sound_film_passes_but_for_its_length(sound_one: Report) -> None:
         ("clipping", {"warn", "fail"}, ["-af", "volume=40dB", "-c:a", "pcm_s16le"]),
         ("sound", {"warn", "fail"}, ["-af", "volume=-40dB"]),
         ("dead sound", {"warn"}, ["-af", "volume=enable='gt(t,4)':volume=0"]),
-        ("background", {"warn", "fail"},
-         ["-vf", "crop=iw-120:ih-120:60+55*sin(n/5):60+55*cos(n/7)"]),
+        (
+            "background",
+            {"warn", "fail"},
+            ["-vf", "crop=iw-120:ih-120:60+55*sin(n/5):60+55*cos(n/7)"],
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_spoilt_is_named(
-    speaker_clip: Path, sound_one: Report, tmp_path: Path, name: str, worse: set[str],
+    speaker_clip: Path,
+    sound_one: Report,
+    tmp_path: Path,
+    name: str,
+    worse: set[str],
     filters: list[str],
-) -> None:  # fmt: skip
+) -> None:
     film = spoilt(speaker_clip, tmp_path / "spoilt.mov", *filters)
     said = verdicts(check(film, SilentProgress()))
     assert said[name] in worse and verdicts(sound_one)[name] == "pass"
@@ -126,8 +133,9 @@ def test_sigterm_ends_a_job_as_ctrl_c_does(tmp_path: Path) -> None:
 def test_a_closed_stderr_does_no_harm() -> None:
     done = subprocess.run(
         ["sh", "-c", f"{sys.executable} -m talkhead_cli.cli.app presets 2>&-"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0 and "lokitalk" in done.stdout
 
 
@@ -160,10 +168,15 @@ def test_cuts_are_found_where_they_are() -> None:
 def piece_of(n: int, **parts: Any) -> Piece:
     """n frames of a face that does not move, in a grey picture."""
     whole: dict[str, Any] = {
-        "first": 0, "mesh": np.zeros((n, 478, 3)), "found": np.ones(n, bool),
-        "angles": np.zeros((n, 3)), "sharpness": np.full(n, 0.2), "light": np.full((n, 2), 100.0),
-        "thumbs": np.zeros((n, 36, 64, 3)), "shown": np.zeros((18, 32, 3), np.uint8),
-    }  # fmt: skip
+        "first": 0,
+        "mesh": np.zeros((n, 478, 3)),
+        "found": np.ones(n, bool),
+        "angles": np.zeros((n, 3)),
+        "sharpness": np.full(n, 0.2),
+        "light": np.full((n, 2), 100.0),
+        "thumbs": np.zeros((n, 36, 64, 3)),
+        "shown": np.zeros((18, 32, 3), np.uint8),
+    }
     whole["mesh"][:, TOP, 1], whole["mesh"][:, CHIN, 1] = -50, 50
     return Piece(**{**whole, **parts})
 
@@ -189,8 +202,11 @@ def test_the_part_that_shows_most_comes_first() -> None:
 
 def test_of_a_long_film_a_minute_is_named_that_lies_in_it() -> None:
     for start, expected, length in (
-        (0.0, 0.0, 300.0), (100.0, 75.0, 300.0), (290.0, 240.0, 300.0), (120.0, 65.0, 125.6),
-    ):  # fmt: skip
+        (0.0, 0.0, 300.0),
+        (100.0, 75.0, 300.0),
+        (290.0, 240.0, 300.0),
+        (120.0, 65.0, 125.6),
+    ):
         report = Report(segments=[Segment(start, start + 10, 0.05, 1.0, 8.0, 1.0, 1.0)])
         _best_part(report, length)
         assert report.figures["best_from_s"] == expected
@@ -237,8 +253,11 @@ def test_a_page_replaces_no_file_but_a_page(tmp_path: Path) -> None:
     old.write_text(page(Report(), "f"))
     refuse_page(old)
     refuse_page(tmp_path / "new.html")
-    for path, why in ((film, "no page of talkhead"), (tmp_path, "must name a file"),
-                      (tmp_path / "no" / "a.html", "must name a file")):  # fmt: skip
+    for path, why in (
+        (film, "no page of talkhead"),
+        (tmp_path, "must name a file"),
+        (tmp_path / "no" / "a.html", "must name a file"),
+    ):
         with pytest.raises(MisuseError, match=why):
             refuse_page(path)
 

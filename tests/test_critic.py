@@ -93,8 +93,10 @@ def test_both_of_a_pair_are_shown_alike() -> None:
     assert torch.equal(made, same)
     one = made.view(64, -1)
     assert (one - true.view(64, -1)).abs().amax(1).min() > 0, "none as it was"
-    order = [float(torch.corrcoef(torch.stack([m.flatten(), t.flatten()]))[0, 1])
-             for m, t in zip(made, true, strict=True)]  # fmt: skip
+    order = [
+        float(torch.corrcoef(torch.stack([m.flatten(), t.flatten()]))[0, 1])
+        for m, t in zip(made, true, strict=True)
+    ]
     mirrored = sum(r < 0.5 for r in order)
     assert 16 < mirrored < 48
 
@@ -140,11 +142,17 @@ def test_a_critic_is_asked_only_where_it_can_be_heard() -> None:
 def test_a_killed_run_goes_on_with_its_critic(speaker_home: Path, tmp_path: Path) -> None:
     home = Path(shutil.copytree(speaker_home, tmp_path / "home"))
     shutil.copytree(home / "speaker", home / "twin")
-    settings = ["data.size_px=64", "march.resolution=16", "march.n_steps=12",
-                "pretrain.stages.speech.steps=1", "pretrain.stages.speech_all.steps=1",
-                "pretrain.stages.pairs.steps=1", "pretrain.stages.finish.steps=6",
-                "pretrain.stages.finish.critic_rate=0.01",
-                "pretrain.stages.sync.steps=0"]  # fmt: skip
+    settings = [
+        "data.size_px=64",
+        "march.resolution=16",
+        "march.n_steps=12",
+        "pretrain.stages.speech.steps=1",
+        "pretrain.stages.speech_all.steps=1",
+        "pretrain.stages.pairs.steps=1",
+        "pretrain.stages.finish.steps=6",
+        "pretrain.stages.finish.critic_rate=0.01",
+        "pretrain.stages.sync.steps=0",
+    ]
     told: list[float] = []
 
     def train(name: str, until: int = 99) -> Run:
@@ -152,8 +160,16 @@ def test_a_killed_run_goes_on_with_its_critic(speaker_home: Path, tmp_path: Path
             told.append(place.figures.get("told_apart", -1.0))
             return place.total >= until
 
-        return pretrain(home, ["speaker", "twin"], name, SilentProgress(), settings=settings,
-                        preset_names=["s3d", "tiny"], device="cpu", stop_after=watch)  # fmt: skip
+        return pretrain(
+            home,
+            ["speaker", "twin"],
+            name,
+            SilentProgress(),
+            settings=settings,
+            preset_names=["s3d", "tiny"],
+            device="cpu",
+            stop_after=watch,
+        )
 
     whole = train("whole").weights()
     assert told[:3] == [-1] * 3 and len(set(told[3:])) == 6 and min(told[3:]) > 0

@@ -76,10 +76,12 @@ def test_cameras_of_other_frames_are_found_out(exported: Path, brought: Workspac
     cameras = read_cameras(exported)
     assert cameras is not None
     good = missed(brought, cameras)
-    lagging = job.Cameras(cameras.frames, np.roll(cameras.c2w, 40, 0), cameras.focal,
-                          cameras.centre, cameras.n_held)  # fmt: skip
-    turned = job.Cameras(cameras.frames, np.linalg.inv(cameras.c2w), cameras.focal,
-                         cameras.centre, cameras.n_held)  # fmt: skip
+    lagging = job.Cameras(
+        cameras.frames, np.roll(cameras.c2w, 40, 0), cameras.focal, cameras.centre, cameras.n_held
+    )
+    turned = job.Cameras(
+        cameras.frames, np.linalg.inv(cameras.c2w), cameras.focal, cameras.centre, cameras.n_held
+    )
     assert missed(brought, lagging) > 3 * good
     assert missed(brought, turned) > 3 * good
     few = job.Cameras(cameras.frames[:5], cameras.c2w[:5], cameras.focal, cameras.centre, 0)
@@ -148,13 +150,17 @@ def break_into_films(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spoil", "words"),
     [
-        (break_gap, "lacks picture 7"), (break_picture, "9.jpg is damaged"),
-        (break_size, "5.jpg is damaged, or of another size"), (break_sound, "has no sound"),
-        (break_all, "is no dataset"), (break_into_films, "tracked by: talkhead preprocess"),
+        (break_gap, "lacks picture 7"),
+        (break_picture, "9.jpg is damaged"),
+        (break_size, "5.jpg is damaged, or of another size"),
+        (break_sound, "has no sound"),
+        (break_all, "is no dataset"),
+        (break_into_films, "tracked by: talkhead preprocess"),
         (break_json, "cannot be read as JSON"),
-        (break_camera, "has no camera of 4 x 4"), (break_focal, "lacks what the layout has"),
+        (break_camera, "has no camera of 4 x 4"),
+        (break_focal, "lacks what the layout has"),
     ],
-)  # fmt: skip
+)
 def test_a_broken_dataset_is_named_and_nothing_is_left(
     exported: Path, tmp_path: Path, spoil: object, words: str
 ) -> None:

@@ -97,8 +97,12 @@ def frames_of(film: Path) -> np.ndarray:
 def test_a_run_holds_what_a_run_holds(home: Path, method: str) -> None:
     run = home / "speaker" / "runs" / f"{method}+tiny"
     assert {p.name for p in run.iterdir()} >= {
-        "preset.yaml", "avatar.safetensors", "meta.json", "drive.npz", "plate.png",
-    }  # fmt: skip
+        "preset.yaml",
+        "avatar.safetensors",
+        "meta.json",
+        "drive.npz",
+        "plate.png",
+    }
     assert not list(run.glob(".part-*"))
 
 
@@ -185,8 +189,10 @@ def test_what_speech_said_can_be_seen_edited_and_drawn(
     assert np.abs(closed.landmarks[:, 48:68] - closed.neutral[48:68]).max() < 1e-6
     films = {}
     for name, words in {
-        "plain": [], "said": ["--landmarks", track], "shut": ["--landmarks", shut],
-    }.items():  # fmt: skip
+        "plain": [],
+        "said": ["--landmarks", track],
+        "shut": ["--landmarks", shut],
+    }.items():
         ok("render", *common, "-o", tmp_path / f"{name}.mp4", *words)
         films[name] = frames_of(tmp_path / f"{name}.mp4").astype(int)
     assert np.abs(films["plain"] - films["said"]).max() <= 2, "an unedited track changes nothing"
@@ -277,9 +283,12 @@ def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path, metho
     # frame 40 of an orbit looks from 28.5 degrees, frame 0 from straight ahead
     orbit, ahead, aside = (
         film(f"{at}.mp4", *words)
-        for at, words in (("orbit", ["--orbit"]), ("0", ["--yaw", "0.001"]),
-                          ("28", ["--yaw", "28.5"]))
-    )  # fmt: skip
+        for at, words in (
+            ("orbit", ["--orbit"]),
+            ("0", ["--yaw", "0.001"]),
+            ("28", ["--yaw", "28.5"]),
+        )
+    )
     near, far = (np.abs(orbit - other).mean((1, 2, 3)) for other in (ahead, aside))
     assert near[0] < 0.7 * far[0] and far[40] < 0.7 * near[40]
     still = film("still.mp4", "--pose", "still", "--blink", "none")
@@ -313,8 +322,10 @@ def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path, method
     made = ok(*base, "-o", out, "--alpha", "--depth", "--home", home)
     assert out in made and tmp_path / "clear.depth.mkv" in made
     rgba = stored(out, "rgba", 4, "-c:v", "libvpx-vp9").astype(float)
-    corner, face = (slice(None), slice(0, 5), slice(0, 5)), (slice(None), slice(26, 34),
-                                                             slice(28, 36))  # fmt: skip
+    corner, face = (
+        (slice(None), slice(0, 5), slice(0, 5)),
+        (slice(None), slice(26, 34), slice(28, 36)),
+    )
     assert rgba[corner][..., 3].mean() < 25 and rgba[face][..., 3].mean() > 220
     # straight colours: laid over green they make the film that has a green background
     ok(*base, "-o", tmp_path / "green.mp4", "--background", "#00ff00", "--home", home)
@@ -327,9 +338,17 @@ def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path, method
     assert len(depth) == 50 and 1 < away.mean() < 30 and away.std() < 1
     assert np.median(depth[corner]) == 65_535
     refused = talkhead(
-        "render", "--id", "speaker", "--audio", speech, "-o", tmp_path / "x.mp4", "--alpha",
-        "--home", home,
-    )  # fmt: skip
+        "render",
+        "--id",
+        "speaker",
+        "--audio",
+        speech,
+        "-o",
+        tmp_path / "x.mp4",
+        "--alpha",
+        "--home",
+        home,
+    )
     assert refused.exit_code in (1, 2) and not (tmp_path / "x.mp4").exists()
 
 
@@ -359,8 +378,11 @@ def test_evaluate_writes_figures_and_films(home: Path) -> None:
     figures = json.loads(result.stdout)["figures"]
     folder = home / "speaker" / "runs" / f"{figures['run']}" / "evaluate"
     assert {p.name for p in folder.iterdir()} >= {
-        "metrics.json", "truth.mp4", "render.mp4", "side_by_side.mp4",
-    }  # fmt: skip
+        "metrics.json",
+        "truth.mp4",
+        "render.mp4",
+        "side_by_side.mp4",
+    }
     truth, made = frames_of(folder / "truth.mp4"), frames_of(folder / "render.mp4")
     assert truth.shape == made.shape and len(truth) == figures["protocol"]["n_frames"]
     # the figure must be that of the films it stands beside
@@ -454,9 +476,11 @@ def test_films_take_the_place_of_our_own_alone(home: Path, speech: Path, tmp_pat
 
 
 def test_homes_are_listed(home: Path, tmp_path: Path) -> None:
-    (row,) = [json.loads(line) for line in
-              talkhead("list", "--json", "--home", home).stdout.splitlines()
-              if '"id": "speaker"' in line]  # fmt: skip
+    (row,) = [
+        json.loads(line)
+        for line in talkhead("list", "--json", "--home", home).stdout.splitlines()
+        if '"id": "speaker"' in line
+    ]
     assert row["finished"] and row["seconds"] == pytest.approx(8.0)
     assert {"name": "lokitalk+tiny", "finished": True} in row["runs"]
     Workspace(tmp_path, "ghost").note(finished=False)
@@ -570,11 +594,16 @@ def test_a_picture_is_refused_in_one_sentence(
     with monkeypatch.context() as patch:
         patch.setattr(render_job, "enroll", lambda *_, **__: pytest.fail("enrolled first"))
         for words in (
-            ["--pose", "nowhere.csv"], ["--background", "green"], ["--yaw", "90"],
-            ["--alpha"], ["--landmarks", speech], ["--blink", "often"],
-        ):  # fmt: skip
-            result = talkhead("render", "--home", home, "--image", face, "--audio", speech, "-o",
-                              out, *words)  # fmt: skip
+            ["--pose", "nowhere.csv"],
+            ["--background", "green"],
+            ["--yaw", "90"],
+            ["--alpha"],
+            ["--landmarks", speech],
+            ["--blink", "often"],
+        ):
+            result = talkhead(
+                "render", "--home", home, "--image", face, "--audio", speech, "-o", out, *words
+            )
             assert result.exit_code in (1, 2) and "enrolled first" not in str(result.exception)
             assert len([w for w in result.stderr.splitlines() if w.startswith("error:")]) == 1
     for words, code, why in (
@@ -599,8 +628,9 @@ def test_a_picture_is_refused_in_one_sentence(
 def test_an_expert_is_trained_and_heard(home: Path) -> None:
     ok("pretrain", "--expert", "-p", "tiny", "--ids", "speaker,twin", "-o", "ear", "--home", home,
        "-s", "pretrain.stages.match.steps=40", "-s", "data.size_px=128")  # fmt: skip
-    result = talkhead("evaluate", "--id", "speaker", "--run", "lokitalk+tiny", "--home", home,
-                      "--json")  # fmt: skip
+    result = talkhead(
+        "evaluate", "--id", "speaker", "--run", "lokitalk+tiny", "--home", home, "--json"
+    )
     assert result.exit_code == 0, result.stderr
     sync = json.loads(result.stdout)["figures"]["sync"]
     assert sync["expert"] == "ear" and sync["knew_person"] is True

@@ -129,7 +129,7 @@ def test_controls_are_three_different_stretches(n_heard: int) -> None:
     clip: Any = SimpleNamespace(
         speaking=torch.arange(n_heard),
         signals=SimpleNamespace(audio=torch.arange(n_heard)[:, None]),
-    )  # fmt: skip
+    )
     found = torch.stack(job._other_speech(clip, 100))[..., 0]
     assert found.shape == (3, 100)
     starts = found[:, 0].sort().values
@@ -139,26 +139,28 @@ def test_controls_are_three_different_stretches(n_heard: int) -> None:
 
 def test_a_newest_run_that_was_a_quick_look_is_named_as_such(tmp_path: Path) -> None:
     space, progress = Workspace(tmp_path, "speaker"), SilentProgress()
-    for age, (name, settings) in enumerate({"whole": ["data.size_px=64"], "look": [
-        "data.size_px=64", "train.scale=0.1"]}.items()):  # fmt: skip
+    for age, (name, settings) in enumerate(
+        {"whole": ["data.size_px=64"], "look": ["data.size_px=64", "train.scale=0.1"]}.items()
+    ):
         Run.named(space.runs, name).write_meta(
             finished=True, finished_at=float(age), asked={"presets": [], "settings": settings}
         )
         assert pick_run(space, None, progress).name == name
     assert pick_run(space, "whole", progress).name == "whole"
-    assert progress.notes == [
-        "run: whole", "run: look (-s train.scale=0.1; --run chooses another)"
-    ]  # fmt: skip
+    assert progress.notes == ["run: whole", "run: look (-s train.scale=0.1; --run chooses another)"]
 
 
-@pytest.mark.parametrize(("word", "name"), [
-    ("lokitalk+tiny", "lokitalk+tiny"),
-    ("lokitalk", "lokitalk+tiny+from-crowd"),
-    ("lokitalk+tiny+from", "lokitalk+tiny+from-crowd"),
-    ("land", "landmark+tiny+from-crowd"),
-    ("look", "look2"),
-    ("lok", "lokitalk+tiny+from-crowd"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("word", "name"),
+    [
+        ("lokitalk+tiny", "lokitalk+tiny"),
+        ("lokitalk", "lokitalk+tiny+from-crowd"),
+        ("lokitalk+tiny+from", "lokitalk+tiny+from-crowd"),
+        ("land", "landmark+tiny+from-crowd"),
+        ("look", "look2"),
+        ("lok", "lokitalk+tiny+from-crowd"),
+    ],
+)
 def test_the_beginning_of_a_run_s_name_is_enough(tmp_path: Path, word: str, name: str) -> None:
     """Of several such runs the newest is meant; a whole name means that run alone."""
     space = Workspace(tmp_path, "speaker")
@@ -260,9 +262,9 @@ def test_each_fault_lowers_the_figure_that_is_to_tell_of_it(scored: Any) -> None
     dark, _, _ = scored(lambda rgb, _: (0.7 * rgb).astype(np.uint8))
     assert dark["likeness"]["colour_of_255"] > 20
     assert dark["picture"]["full"]["psnr_db"] < 25
-    wide, _, _ = scored(lambda rgb, _: np.ascontiguousarray(
-        cv2.resize(rgb, None, fx=1.15, fy=1.0)[:, 9:137]
-    ))  # fmt: skip
+    wide, _, _ = scored(
+        lambda rgb, _: np.ascontiguousarray(cv2.resize(rgb, None, fx=1.15, fy=1.0)[:, 9:137])
+    )
     assert wide["likeness"]["geometry_percent_of_face_height"] > 2
     assert wide["lmd_px_at_512"] > 1
 
@@ -284,8 +286,10 @@ def test_figures_need_the_footage_that_the_run_was_trained_on(scored: Any, tmp_p
     run.write_meta(footage="of before")
     with pytest.raises(TalkheadError, match="preprocessed again"):
         scored()
-    run.write_meta(footage=Workspace.open(tmp_path, "speaker").fingerprint,
-                   prior={"name": "crowd", "knew_person": True})  # fmt: skip
+    run.write_meta(
+        footage=Workspace.open(tmp_path, "speaker").fingerprint,
+        prior={"name": "crowd", "knew_person": True},
+    )
     _, _, progress = scored()
     assert any(
         "was trained on 'speaker': these figures are too good" in note for note in progress.notes

@@ -24,10 +24,14 @@ from talkhead_cli.store import Workspace
 
 FIFTH, PRESET = ROOT / "examples" / "fifth_method.py", ROOT / "examples" / "fifth_method.yaml"
 SMALL = [
-    "data.size_px=64", "march.resolution=32", "train.stages.speech.steps=60",
-    "train.stages.shape.steps=140", "train.stages.detail.steps=80",
-    "train.stages.shape.n_points=6000", "train.stages.detail.n_points=6000",
-]  # fmt: skip
+    "data.size_px=64",
+    "march.resolution=32",
+    "train.stages.speech.steps=60",
+    "train.stages.shape.steps=140",
+    "train.stages.detail.steps=80",
+    "train.stages.shape.n_points=6000",
+    "train.stages.detail.n_points=6000",
+]
 
 
 def talkhead(*words: str | Path) -> Result:
@@ -157,10 +161,11 @@ def test_a_package_s_method_that_cannot_be_had_is_refused(packages: Path) -> Non
     for number in "12":
         install(packages, f"twin{number}_package", "", f"twin = twin{number}_package:Twin")
     for method, said in {
-        "broken": "broken_package:Broken .division by zero", "odd": "no class of avatars: 3",
+        "broken": "broken_package:Broken .division by zero",
+        "odd": "no class of avatars: 3",
         "lost": "cannot be loaded from odd_package:Lost",
         "twin": "several methods 'twin': twin1_package:Twin, twin2_package:Twin",
-    }.items():  # fmt: skip
+    }.items():
         with pytest.raises(TalkheadError, match=said):
             avatars.avatar_class(method)
 

@@ -31,9 +31,13 @@ def ngp(pose: np.ndarray, scale: float = 4.0) -> np.ndarray:
 
 def test_every_frame_has_its_files(dataset: Path, speaker_home: Path) -> None:
     n = len(Workspace.open(speaker_home, "speaker").load("tracks")["pose"])
-    for folder, suffixes in {"ori_imgs": (".jpg", ".lms"), "gt_imgs": (".jpg",),
-                             "parsing": (".png", "_face.png"), "torso_imgs": (".png",),
-                             "teeth_mask": (".npy",)}.items():  # fmt: skip
+    for folder, suffixes in {
+        "ori_imgs": (".jpg", ".lms"),
+        "gt_imgs": (".jpg",),
+        "parsing": (".png", "_face.png"),
+        "torso_imgs": (".png",),
+        "teeth_mask": (".npy",),
+    }.items():
         found = {p.name for p in (dataset / folder).iterdir()}
         assert found == {f"{i}{suffix}" for suffix in suffixes for i in range(n)}, folder
     assert (dataset / "aud.wav").exists() and (dataset / "speaker.mp4").exists()
@@ -50,8 +54,11 @@ def test_expressions_of_other_trackers_follow_ours(dataset: Path, speaker_truth:
     shapes = np.load(dataset / "bs.npy")
     assert shapes.shape == (len(speaker_truth.eye), 52)
     assert shapes.min() >= 0 and shapes.max() <= 1
-    for column, true in ((8, 1 - speaker_truth.eye), (9, 1 - speaker_truth.eye),
-                         (24, speaker_truth.mouth)):  # fmt: skip
+    for column, true in (
+        (8, 1 - speaker_truth.eye),
+        (9, 1 - speaker_truth.eye),
+        (24, speaker_truth.mouth),
+    ):
         assert np.corrcoef(shapes[:, column], true)[0, 1] > 0.9, column
     with (dataset / "au.csv").open() as handle:
         lips = [float(row[" AU25_r"]) for row in csv.DictReader(handle)]
@@ -130,8 +137,12 @@ def test_pictures_follow_the_labels(dataset: Path, speaker_home: Path) -> None:
     seen = exchange._Straight(space.load("tracks")["k"], 512).points(centres)
     columns, rows = seen.astype(int).transpose(2, 0, 1)
     parsing = cv2.imread(str(dataset / "parsing" / "10.png"))[..., ::-1][rows, columns]
-    for name, colour in {"face": (0, 0, 255), "hair": (0, 0, 0), "torso": (255, 0, 0),
-                         "background": (255, 255, 255)}.items():  # fmt: skip
+    for name, colour in {
+        "face": (0, 0, 255),
+        "hair": (0, 0, 0),
+        "torso": (255, 0, 0),
+        "background": (255, 255, 255),
+    }.items():
         where = sure[LABELS.index(name)]
         assert where.any() and (parsing[where] == colour).all(1).mean() > 0.9, name
     pasted = cv2.imread(str(dataset / "parsing" / "10_face.png"))[..., 1]  # green, as it is read

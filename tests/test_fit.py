@@ -88,26 +88,41 @@ class Losses(SilentProgress):
         self.told += [figures["loss"]] if "loss" in figures else []
 
 
-@pytest.mark.parametrize(("broken", "good_every", "heard_after"), [
-    (0, 100, 0),
-    (9, 100, 10),  # when the next one is told of
-    (9, 9, 9),  # before a state that holds it is called good
-    (24, 100, 24),  # before the stage ends
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("broken", "good_every", "heard_after"),
+    [
+        (0, 100, 0),
+        (9, 100, 10),  # when the next one is told of
+        (9, 9, 9),  # before a state that holds it is called good
+        (24, 100, 24),  # before the stage ends
+    ],
+)
 def test_nobody_waits_for_a_recorded_step(
     home: Path, monkeypatch: pytest.MonkeyPatch, broken: int, good_every: int, heard_after: int
 ) -> None:
     """It learns what any other does, from what was drawn while the one before it ran, and is told
     of one step later; where one breaks, training goes back all the same."""
     monkeypatch.setattr(fit, "GOOD_EVERY", good_every)
-    settings = [*SHORT, *(f"train.stages.{name}.steps=0" for name in
-                          ("speech_all", "shape", "detail", "lips", "eyes"))]  # fmt: skip
+    settings = [
+        *SHORT,
+        *(
+            f"train.stages.{name}.steps=0"
+            for name in ("speech_all", "shape", "detail", "lips", "eyes")
+        ),
+    ]
     seen: list[int] = []
 
     def trained(name: str) -> tuple[dict[str, Tensor], list[float]]:
         progress = Losses()
-        run = finetune(home, "speaker", progress, preset_names=PRESETS, settings=settings,
-                       device="cpu", run_name=name)  # fmt: skip
+        run = finetune(
+            home,
+            "speaker",
+            progress,
+            preset_names=PRESETS,
+            settings=settings,
+            device="cpu",
+            run_name=name,
+        )
         return run.weights(), progress.told
 
     plain, told = trained("plain")
@@ -141,13 +156,22 @@ def test_training_bears_half_precision(
     stages = presets.load([method, "tiny"]).train.stages
     settings = ["data.size_px=64", "march.resolution=32", "march.n_steps=16"]
     for name, stage in stages.items():
-        settings += [f"train.stages.{name}.steps={3 if stage.steps else 0}",
-                     f"train.stages.{name}.n_points=2000"]  # fmt: skip
+        settings += [
+            f"train.stages.{name}.steps={3 if stage.steps else 0}",
+            f"train.stages.{name}.n_points=2000",
+        ]
     losses = {}
     for precision in ("32-true", "bf16-mixed"):
         monkeypatch.setitem(team.PRECISION, "cpu", precision)
-        run = finetune(home, "speaker", SilentProgress(), preset_names=[method, "tiny"],
-                       settings=settings, device="cpu", run_name=precision)  # fmt: skip
+        run = finetune(
+            home,
+            "speaker",
+            SilentProgress(),
+            preset_names=[method, "tiny"],
+            settings=settings,
+            device="cpu",
+            run_name=precision,
+        )
         losses[precision] = run.meta()["figures"]["loss"]
         assert all(w.dtype != torch.bfloat16 for w in run.weights().values())
     assert losses["bf16-mixed"] == pytest.approx(losses["32-true"], rel=0.2)
@@ -246,16 +270,24 @@ def test_nothing_is_lost_by_a_command_that_is_refused(home: Path) -> None:
     root = Workspace.open(home, "speaker").runs / "lokitalk+tiny"
     before = {file.name: file.stat().st_mtime_ns for file in root.rglob("*") if file.is_file()}
     assert "avatar.safetensors" in before and "optim.pt" not in before
-    misspelt = ["train.stages.lips.learn=[volume, deform, static, pose, voluem]",
-                "train.stages.lips.rates.voluem=0.1"]  # fmt: skip
+    misspelt = [
+        "train.stages.lips.learn=[volume, deform, static, pose, voluem]",
+        "train.stages.lips.rates.voluem=0.1",
+    ]
     for settings, why in (
         (["train.stages.lips.weights.colr=1"], "'lips'.*no 'colr' among its weights"),
         (["train.stages.lips.weights.sync=1"], "no 'sync' among its weights; known: attention"),
         (misspelt, "no 'voluem' among its learn; known: deform"),
     ):
         with pytest.raises(MisuseError, match=why):
-            finetune(home, "speaker", SilentProgress(), preset_names=PRESETS,
-                     settings=[*SHORT, *settings], fresh=True)  # fmt: skip
+            finetune(
+                home,
+                "speaker",
+                SilentProgress(),
+                preset_names=PRESETS,
+                settings=[*SHORT, *settings],
+                fresh=True,
+            )
     assert before == {f.name: f.stat().st_mtime_ns for f in root.rglob("*") if f.is_file()}
 
 
@@ -343,8 +375,16 @@ def test_draws_follow_the_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> N
             seen.append(position.figures["loss"])
             return position.total >= 2
 
-        finetune(home, "speaker", SilentProgress(), preset_names=PRESETS, settings=SHORT,
-                 run_name=f"run{index}", seed=seed, stop_after=watch)  # fmt: skip
+        finetune(
+            home,
+            "speaker",
+            SilentProgress(),
+            preset_names=PRESETS,
+            settings=SHORT,
+            run_name=f"run{index}",
+            seed=seed,
+            stop_after=watch,
+        )
         first.append(losses)
     assert first[0] == first[1] != first[2]
 
@@ -388,9 +428,13 @@ def test_training_lowers_the_colour_loss(home: Path) -> None:
 
     only = [f"train.stages.{name}.steps=0" for name in ("speech_all", "detail", "lips", "eyes")]
     finetune(
-        home, "speaker", SilentProgress(), preset_names=PRESETS,
-        settings=[*SHORT, *only, "train.stages.shape.steps=90"], stop_after=watch,
-    )  # fmt: skip
+        home,
+        "speaker",
+        SilentProgress(),
+        preset_names=PRESETS,
+        settings=[*SHORT, *only, "train.stages.shape.steps=90"],
+        stop_after=watch,
+    )
     assert len(seen) == 90 and sum(seen[-8:]) < 0.4 * sum(seen[:8])
 
 
@@ -423,9 +467,10 @@ def test_a_step_that_is_recorded_waits_for_nobody(
     monkeypatch.setattr("talkhead_cli.blocks.planes.why_no_triton", lambda: "there is none")
     halves = torch.autocast  # which knows no such device
     monkeypatch.setattr(
-        torch, "autocast",
+        torch,
+        "autocast",
         lambda kind, *a, **k: nullcontext() if kind == "meta" else halves(kind, *a, **k),
-    )  # fmt: skip
+    )
     step(drawn, stage.weights)  # constants cross once
 
     class Fetched(TorchDispatchMode):

@@ -85,8 +85,10 @@ def test_labels_between_stored_ones_are_interpolated(size: int) -> None:
     labels = np.stack([ramp, ramp.T, *[np.zeros((64, 64), np.uint8)] * 4])[None]
     pictures = np.zeros((1, size, size, 3), np.uint8)
     disk = DiskPixels(pictures, labels)
-    line, column = (part.flatten() for part in torch.meshgrid(
-        torch.arange(size), torch.arange(size), indexing="ij"))  # fmt: skip
+    line, column = (
+        part.flatten()
+        for part in torch.meshgrid(torch.arange(size), torch.arange(size), indexing="ij")
+    )
     row = torch.zeros(len(line), dtype=torch.long)
     along, down = (((p + 0.5) * 64 / size - 0.5).clamp(0, 63) for p in (column, line))
     for pixels in (disk, DevicePixels.of(disk, torch.device("cpu"))):
@@ -99,8 +101,9 @@ def test_footage_goes_to_the_gpu_as_far_as_half_of_it_goes(
     speaker_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """However many people there are: training needs the other half."""
-    clip = footage.load(Workspace.open(speaker_home, "speaker"), presets.load(PRESETS, SHORT).data,
-                        SilentProgress())  # fmt: skip
+    clip = footage.load(
+        Workspace.open(speaker_home, "speaker"), presets.load(PRESETS, SHORT).data, SilentProgress()
+    )
     monkeypatch.setattr(fit.march, "room_on", lambda _: 5 * clip.n_bytes)
     sent = fit._brought_near([clip] * 6, torch.device("cpu"))
     assert [isinstance(c.pixels, DevicePixels) for c in sent] == [True] * 2 + [False] * 4
@@ -171,10 +174,18 @@ def test_a_stage_that_listens_mixes_what_is_said_with_what_was_tracked(speaker_h
     stage = preset.train.stages["lips"].model_copy(update={"listen": 0.5, "n_frames": 8})
     box = footage.box_of(clip.signals.camera[clip.train])
     n_said = [
-        int((shots.draw(clip, stage, 8 * 24**2, box, torch.Generator().manual_seed(s))
-             .signals.landmarks == 7).all((1, 2)).sum())
+        int(
+            (
+                shots.draw(
+                    clip, stage, 8 * 24**2, box, torch.Generator().manual_seed(s)
+                ).signals.landmarks
+                == 7
+            )
+            .all((1, 2))
+            .sum()
+        )
         for s in range(20)
-    ]  # fmt: skip
+    ]
     assert 40 < sum(n_said) < 120 and len(set(n_said)) > 1
 
 

@@ -112,9 +112,13 @@ def test_a_portrait_of_another_shape_is_answered(
             "gaze": (1, 2), "brow": (1, 2), "landmarks": (1, 68, 3), "landmarks_2d": (1, 68, 2),
             "pose": (1, 6), "body": (1, 4)}  # fmt: skip
     arrays: dict[str, Any] = {k: rng.random(s, np.float32) for k, s in real.items()}
-    arrays |= {"pictures": np.zeros((1, 8, 8, 3), np.uint8), "size_px": np.array(8),
-               "labels": np.zeros((1, 6, 4, 4), np.uint8), "person": np.zeros(1, np.int64),
-               "moment": np.zeros(1, np.int64)}  # fmt: skip
+    arrays |= {
+        "pictures": np.zeros((1, 8, 8, 3), np.uint8),
+        "size_px": np.array(8),
+        "labels": np.zeros((1, 6, 4, 4), np.uint8),
+        "person": np.zeros(1, np.int64),
+        "moment": np.zeros(1, np.int64),
+    }
     assert len(portraits.from_arrays(arrays)) == 1
     arrays[name] = np.zeros(shape, kind)
     if missing:
@@ -126,8 +130,10 @@ def test_a_portrait_of_another_shape_is_answered(
 
 
 @often
-@given(text=st.text(max_size=80) | st.lists(st.lists(numbers, max_size=3), max_size=4).map(str),
-       suffix=st.sampled_from([".csv", ".txt", ".npy"]))  # fmt: skip
+@given(
+    text=st.text(max_size=80) | st.lists(st.lists(numbers, max_size=3), max_size=4).map(str),
+    suffix=st.sampled_from([".csv", ".txt", ".npy"]),
+)
 def test_any_table_is_numbers_or_a_sentence(tmp_path: Path, text: str, suffix: str) -> None:
     file = tmp_path / f"table{suffix}"
     file.write_bytes(text.encode("utf-8", "replace"))
@@ -197,8 +203,13 @@ def test_a_damaged_film_is_read_or_answered(
 @seldom
 @given(raw=st.binary(max_size=200), kind=st.sampled_from(["png", "jpg", "webp", "gif", "tif"]))
 def test_any_bytes_are_a_picture_or_a_sentence(tmp_path: Path, raw: bytes, kind: str) -> None:
-    heads = {"png": b"\x89PNG\r\n\x1a\n", "jpg": b"\xff\xd8\xff\xe0", "webp": b"RIFF",
-             "gif": b"GIF89a", "tif": b"II*\x00"}  # fmt: skip
+    heads = {
+        "png": b"\x89PNG\r\n\x1a\n",
+        "jpg": b"\xff\xd8\xff\xe0",
+        "webp": b"RIFF",
+        "gif": b"GIF89a",
+        "tif": b"II*\x00",
+    }
     file = tmp_path / f"wild.{kind}"
     file.write_bytes(heads[kind] + raw)
     try:

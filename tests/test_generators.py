@@ -73,15 +73,22 @@ def persistent(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     easy = type("EasyDict", (dict,), {"__module__": "dnnlib.util"})
     util.EasyDict = easy  # type: ignore[attr-defined]
     for name, module in {
-        "torch_utils": package, "torch_utils.persistence": persistence,
-        "dnnlib": types.ModuleType("dnnlib"), "dnnlib.util": util,
-    }.items():  # fmt: skip
+        "torch_utils": package,
+        "torch_utils.persistence": persistence,
+        "dnnlib": types.ModuleType("dnnlib"),
+        "dnnlib.util": util,
+    }.items():
         monkeypatch.setitem(sys.modules, name, module)
 
     class Persistent(nn.Module):
         def __reduce__(self) -> Any:
-            meta = easy(type="class", version=6, module_src="import os; os.abort()",
-                        class_name="TriPlaneGenerator", state=dict(vars(self)))  # fmt: skip
+            meta = easy(
+                type="class",
+                version=6,
+                module_src="import os; os.abort()",
+                class_name="TriPlaneGenerator",
+                state=dict(vars(self)),
+            )
             return run_it, (meta,)
 
     return types.SimpleNamespace(module=Persistent, easy=easy)
@@ -111,9 +118,12 @@ def as_modules(state: dict[str, Tensor], persistent: types.SimpleNamespace) -> n
 def published(persistent: types.SimpleNamespace, tmp_path: Path) -> Path:
     path = tmp_path / "ffhq-fixed-triplane512-128.pkl"
     held = {
-        "G": None, "D": None, "G_ema": as_modules(random_state(), persistent),
-        "training_set_kwargs": persistent.easy(path="x.zip", max_size=10), "augment_pipe": None,
-    }  # fmt: skip
+        "G": None,
+        "D": None,
+        "G_ema": as_modules(random_state(), persistent),
+        "training_set_kwargs": persistent.easy(path="x.zip", max_size=10),
+        "augment_pipe": None,
+    }
     with path.open("wb") as file:
         pickle.dump(held, file)
     return path
@@ -258,8 +268,12 @@ def reference(state: dict[str, Tensor], styles: np.ndarray) -> Iterator[np.ndarr
                 full = full[:-1, :-1]
                 found.append(4 * signal.convolve2d(np.pad(full, 1), blur, mode="valid"))
             else:
-                found.append(sum(ndimage.correlate(w, k, mode="constant")
-                                 for w, k in zip(x, kernel, strict=True)))  # fmt: skip
+                found.append(
+                    sum(
+                        ndimage.correlate(w, k, mode="constant")
+                        for w, k in zip(x, kernel, strict=True)
+                    )
+                )
         y = np.stack(found) + held[f"{name}.noise_const"] * held[f"{name}.noise_strength"]
         y = y + held[f"{name}.bias"][some][:, None, None]
         return np.sqrt(2) * np.where(y < 0, 0.2 * y, y)
@@ -379,9 +393,12 @@ def test_a_person_begins_with_it_and_ends_as_planes(speaker_home: Path) -> None:
 
 
 def test_training_goes_through_finding_and_tuning(
-    speaker_home: Path, published: Path, cache: Path, tmp_path: Path,
+    speaker_home: Path,
+    published: Path,
+    cache: Path,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+) -> None:
     # a minute at full size; what it does is no different here
     monkeypatch.setattr(views, "open_views", lambda *_: None)
     home = Path(shutil.copytree(speaker_home, tmp_path / "home"))
@@ -396,8 +413,13 @@ def test_training_goes_through_finding_and_tuning(
         finetune(home, "speaker", SilentProgress(), **words)  # type: ignore[arg-type]
     job.import_generator("eg3d-fixed", published)
     progress, seen = SilentProgress(), set()
-    run = finetune(home, "speaker", progress, **words,  # type: ignore[arg-type]
-                   stop_after=lambda p: bool(seen.add(p.stage)))  # fmt: skip
+    run = finetune(
+        home,
+        "speaker",
+        progress,
+        **words,  # type: ignore[arg-type]
+        stop_after=lambda p: bool(seen.add(p.stage)),
+    )
     assert run.is_finished and any("its licence" in note for note in progress.notes)
     assert run.meta()["steps"] == 5, "speech, invert and tune; not the free fit"
     assert "non-commercial" in run.meta()["generator"]["licence"]
@@ -408,8 +430,14 @@ def test_training_goes_through_finding_and_tuning(
     with pytest.raises(MisuseError, match="teaches a generator of its own"):
         pretrain(home, ["speaker"], "p", SilentProgress(), preset_names=["talk3d", "eg3d"])
     with pytest.raises(MisuseError, match="does not begin with a generator"):
-        finetune(home, "speaker", SilentProgress(), preset_names=["lokitalk"], device="cpu",
-                 settings=["avatar.generator=eg3d"])  # fmt: skip
+        finetune(
+            home,
+            "speaker",
+            SilentProgress(),
+            preset_names=["lokitalk"],
+            device="cpu",
+            settings=["avatar.generator=eg3d"],
+        )
     with pytest.raises(MisuseError, match="goes with size full"):
         presets.load(["talk3d", "eg3d", "tiny"])
 

@@ -22,20 +22,26 @@ def twins(device: str) -> dict[str, dict[str, float]]:
     interpreted = {"TRITON_INTERPRET": "1"} if device == "cpu" else {}
     script = Path(__file__).with_name("kernel_twins.py")
     done = subprocess.run(
-        [sys.executable, str(script), device], env={**os.environ, **interpreted},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, str(script), device],
+        env={**os.environ, **interpreted},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr
     found: dict[str, dict[str, float]] = json.loads(done.stdout)
     return found
 
 
-@pytest.mark.parametrize("device", [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(
-        not torch.cuda.is_available(), reason="needs a CUDA device"
-    )),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",
+        pytest.param(
+            "cuda",
+            marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+        ),
+    ],
+)
 def test_kernels_equal_their_twins(device: str) -> None:
     found = twins(device)
     planes = found["planes"]
@@ -64,12 +70,17 @@ def compiled(kernel: Any, architecture: int, kinds: dict[str, str], **constants:
     from triton.compiler import ASTSource
 
     # tensors begin where an access of sixteen bytes may
-    aligned = {(kernel.arg_names.index(name),): [["tt.divisibility", 16]]
-               for name, kind in kinds.items() if kind.startswith("*")}  # fmt: skip
+    aligned = {
+        (kernel.arg_names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in kinds.items()
+        if kind.startswith("*")
+    }
     source = ASTSource(
-        fn=kernel, signature={**kinds, **dict.fromkeys(constants, "constexpr")},
-        constexprs=constants, attrs=aligned,
-    )  # fmt: skip
+        fn=kernel,
+        signature={**kinds, **dict.fromkeys(constants, "constexpr")},
+        constexprs=constants,
+        attrs=aligned,
+    )
     made = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
     assert len(made.asm["cubin"]) > 1000
     return made
@@ -83,8 +94,14 @@ def test_planes_kernels_compile(architecture: int, precision: str) -> None:
 
     counts = dict.fromkeys(("n", "side", "n_levels", "level"), "i32")
     read = {"x": "*fp32", "texels": "*fp32", "out": precision, **counts}
-    spread = {"x": "*fp32", "texels": "*fp32", "grad": precision, "grad_x": "*fp32",
-              "grad_texels": "*fp32", **counts}  # fmt: skip
+    spread = {
+        "x": "*fp32",
+        "texels": "*fp32",
+        "grad": precision,
+        "grad_x": "*fp32",
+        "grad_texels": "*fp32",
+        **counts,
+    }
     for kernel, kinds in ((kernels._read, read), (kernels._spread, spread)):
         compiled(kernel, architecture, kinds, C=4, ROOM=4, BLOCK=kernels.BLOCK)
 
@@ -94,8 +111,14 @@ def test_texels_are_read_and_added_to_as_one() -> None:
     from talkhead_cli.blocks import planes_triton as kernels
 
     counts = dict.fromkeys(("n", "side", "n_levels", "level"), "i32")
-    kinds = {"x": "*fp32", "texels": "*fp32", "grad": "*fp16", "grad_x": "*fp32",
-             "grad_texels": "*fp32", **counts}  # fmt: skip
+    kinds = {
+        "x": "*fp32",
+        "texels": "*fp32",
+        "grad": "*fp16",
+        "grad_x": "*fp32",
+        "grad_texels": "*fp32",
+        **counts,
+    }
     ptx = compiled(kernels._spread, 90, kinds, C=4, ROOM=4, BLOCK=kernels.BLOCK).asm["ptx"]
     assert ptx.count("relaxed.add.v4.f32") == 3 * 4
     assert ptx.count("ld.global.v4.b32") == 3 * 4
@@ -106,8 +129,15 @@ def test_motions_kernels_compile(architecture: int) -> None:
     from talkhead_cli.blocks import rigid_triton as kernels
 
     move = {"x": "*fp32", "motion": "*fp32", "row": "*i64", "out": "*fp32", "n": "i32"}
-    back = {"x": "*fp32", "motion": "*fp32", "row": "*i64", "grad": "*fp32", "grad_x": "*fp32",
-            "grad_motion": "*fp32", "n": "i32"}  # fmt: skip
+    back = {
+        "x": "*fp32",
+        "motion": "*fp32",
+        "row": "*i64",
+        "grad": "*fp32",
+        "grad_x": "*fp32",
+        "grad_motion": "*fp32",
+        "n": "i32",
+    }
     for many in (True, False):
         shape = {"MANY": many, "BLOCK": kernels.BLOCK}
         compiled(kernels._move, architecture, move, **shape)
@@ -125,14 +155,26 @@ def test_marching_kernels_compile(architecture: int) -> None:
     )
     for shifted in (True, False):
         compiled(
-            kernels._lay, architecture, {**floats, "alive": "*i1", "n": "i32"},
-            D=128, N=48, K=8, ROOM=8, SHIFTED=shifted, BLOCK=kernels.BLOCK,
-        )  # fmt: skip
+            kernels._lay,
+            architecture,
+            {**floats, "alive": "*i1", "n": "i32"},
+            D=128,
+            N=48,
+            K=8,
+            ROOM=8,
+            SHIFTED=shifted,
+            BLOCK=kernels.BLOCK,
+        )
     floats = dict.fromkeys(("density", "channels", "t", "width", "maps"), "*fp32")
     compiled(
-        kernels._composite, architecture, {**floats, "alive": "*i1", "n": "i32"},
-        K=8, C=8, ROOM=8, BLOCK=kernels.BLOCK,
-    )  # fmt: skip
+        kernels._composite,
+        architecture,
+        {**floats, "alive": "*i1", "n": "i32"},
+        K=8,
+        C=8,
+        ROOM=8,
+        BLOCK=kernels.BLOCK,
+    )
 
 
 @pytest.mark.parametrize("architecture", [80, 90])
@@ -152,8 +194,9 @@ def test_the_fields_kernels_compile_and_keep_to_their_registers(architecture: in
         ("read", "texels"),
         "*i32",  # two channels at a time
     )
-    shade = kinds("x", "d", "row", "read", "found", "channels", "n", "matrices", "biases", "rows",
-                  "density")  # fmt: skip
+    shade = kinds(
+        "x", "d", "row", "read", "found", "channels", "n", "matrices", "biases", "rows", "density"
+    )
     for kernel, told, constants in (
         (kernels._deform, deform, nets),
         (kernels._read, read, {"L": 5, "BLOCK": kernels.READ_BLOCK}),

@@ -71,11 +71,14 @@ def test_the_code_says_how_near_and_how_far_along_the_axis() -> None:
     found = code_of(code, x, mark, axis, torch.zeros(4, dtype=torch.long))[..., 0]
     near, far = math.exp(-0.5), math.exp(-2)
     z = 1.0  # 0.2 along the axis in units of 0.2
-    expected = torch.tensor([
-        [0, 0, 1, 0, 1], [0, 0, near, 0, near],
-        [far * z, far * math.sin(z), far * math.cos(z), far * math.sin(2), far * math.cos(2)],
-        [0, 0, 0, 0, 0],
-    ])  # fmt: skip
+    expected = torch.tensor(
+        [
+            [0, 0, 1, 0, 1],
+            [0, 0, near, 0, near],
+            [far * z, far * math.sin(z), far * math.cos(z), far * math.sin(2), far * math.cos(2)],
+            [0, 0, 0, 0, 0],
+        ]
+    )
     assert torch.allclose(found, expected, atol=1e-5)
 
 
@@ -344,9 +347,12 @@ def test_whole_pictures_have_a_torso_and_patches_a_head(clip: Footage, avatar: L
     rows = clip.signals[clip.train[:2]]
     rays = march.picture_rays(rows.camera, torch.arange(2), avatar.aabb)
     patch = march.pixel_rays(
-        rows.camera, torch.zeros(16, dtype=torch.long), rays.pixel[:16], avatar.aabb,
+        rows.camera,
+        torch.zeros(16, dtype=torch.long),
+        rays.pixel[:16],
+        avatar.aabb,
         layout=(1, 4, 4),
-    )  # fmt: skip
+    )
     marcher, _ = march.build(avatar.aabb, "cpu", n_steps=16, n_samples=4)
     marcher.eval()
     try:

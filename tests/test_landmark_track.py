@@ -42,16 +42,19 @@ def test_a_foreign_track_moves_the_own_face(track: LandmarkTrack) -> None:
     assert np.allclose(moved.landmarks - own, track.landmarks - track.neutral, atol=1e-6)
 
 
-@pytest.mark.parametrize(("change", "told"), [
-    ({"landmarks": None}, "has no array 'landmarks'"),
-    ({"neutral": None}, "has no array 'neutral'"),
-    ({"landmarks": np.zeros((5, 67, 3))}, r"must be numbers \(T, 68, 3\)"),
-    ({"landmarks": np.zeros((0, 68, 3))}, "must be numbers"),
-    ({"landmarks": np.full((3, 68, 3), np.nan), "eye": None}, "not numbers"),
-    ({"landmarks": np.full((3, 68, 3), 100.0), "eye": None}, "face heights"),
-    ({"landmarks": np.array(["a"])}, "must be numbers"),
-    ({"eye": np.zeros((7, 2))}, "'eye'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"landmarks": None}, "has no array 'landmarks'"),
+        ({"neutral": None}, "has no array 'neutral'"),
+        ({"landmarks": np.zeros((5, 67, 3))}, r"must be numbers \(T, 68, 3\)"),
+        ({"landmarks": np.zeros((0, 68, 3))}, "must be numbers"),
+        ({"landmarks": np.full((3, 68, 3), np.nan), "eye": None}, "not numbers"),
+        ({"landmarks": np.full((3, 68, 3), 100.0), "eye": None}, "face heights"),
+        ({"landmarks": np.array(["a"])}, "must be numbers"),
+        ({"eye": np.zeros((7, 2))}, "'eye'"),
+    ],
+)
 def test_wrong_tracks_are_refused_by_what_is_wrong(
     track: LandmarkTrack, tmp_path: Path, change: dict, told: str
 ) -> None:

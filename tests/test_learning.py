@@ -45,8 +45,11 @@ def test_stages_teach_all_that_they_name(speaker_home: Path, method: str, size: 
         parameters = [p for part in parts.values() for p in part]
         loss = step(UncastShots([shot]), stage.weights).loss
         gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-        heard = {id(p) for p, g in zip(parameters, gradients, strict=True)
-                 if g is not None and g.abs().max() > 0}  # fmt: skip
+        heard = {
+            id(p)
+            for p, g in zip(parameters, gradients, strict=True)
+            if g is not None and g.abs().max() > 0
+        }
         for part, own in parts.items():
             assert any(id(p) in heard for p in own), (name, part)
         taught |= {module_of[number] for number in heard}

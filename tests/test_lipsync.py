@@ -151,9 +151,11 @@ def test_what_was_measured_is_undone_when_it_is_sure(
     assert space.manifest()["offset"]["corrected_s"] == 0.12
     assert any("118 ms after the lips" in note for note in progress.notes)
     for offset, corrected in (
-        (Offset(0.118, 0.3, 0.05), 0), (Offset(0.05, 0.3, 0.3), 0), (None, 0),
+        (Offset(0.118, 0.3, 0.05), 0),
+        (Offset(0.05, 0.3, 0.3), 0),
+        (None, 0),
         (Offset(-0.09, 0.3, 0.2), -0.09),
-    ):  # fmt: skip
+    ):
         told["it"] = offset
         space.note(stages={k: v for k, v in space.manifest()["stages"].items() if k != "sound"})
         again = preprocess(speaker_clip, tmp_path, SilentProgress(), name="s")

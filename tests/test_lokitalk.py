@@ -60,8 +60,9 @@ def test_listening_writes_mouths_that_read_back_as_the_same_code(
         )
     assert torch.allclose(mouth.code(heard), code, atol=1e-3)
     others = [i for i in range(68) if i not in (*range(4, 13), *range(48, 68))]
-    assert torch.allclose(heard.landmarks[:, others], mouth.neutral[others].expand(
-        len(heard), -1, -1))  # fmt: skip
+    assert torch.allclose(
+        heard.landmarks[:, others], mouth.neutral[others].expand(len(heard), -1, -1)
+    )
 
 
 def test_the_code_keeps_the_mouth_and_ignores_the_eyes(clip: Footage, mouth: Mouth) -> None:
@@ -91,8 +92,9 @@ def test_widening_opens_the_mouth_further_and_leaves_the_rest(mouth: Mouth) -> N
     try:
         mouth.gain.fill_(1.7)
         wide = mouth.with_gain(code)
-        assert torch.allclose(mouth.opening(wide) - rest, 1.7 * (mouth.opening(code) - rest),
-                              atol=1e-5)  # fmt: skip
+        assert torch.allclose(
+            mouth.opening(wide) - rest, 1.7 * (mouth.opening(code) - rest), atol=1e-5
+        )
         across = code - (code @ slope)[:, None] * slope / slope.square().sum()
         assert torch.allclose(mouth.with_gain(across), across, atol=1e-5)
     finally:
@@ -224,10 +226,16 @@ def test_attention_starts_on_the_regions(avatar: LokiTalk, clip: Footage, mouth:
     lips = (mouth.neutral[LIPS].mean(0) * 2 + mouth.neutral[8]) / 3
     eye = mouth.neutral[EYES[1]].mean(0)
     under = mouth.neutral[8] + torch.tensor([0, 0.12, 0])
-    places = torch.stack([
-        lips, lips + torch.tensor([0, 0, 0.35]), eye, eye + torch.tensor([0.16, 0, 0]), under,
-        under + torch.tensor([0, 0.1, 0]),
-    ])  # fmt: skip
+    places = torch.stack(
+        [
+            lips,
+            lips + torch.tensor([0, 0, 0.35]),
+            eye,
+            eye + torch.tensor([0.16, 0, 0]),
+            under,
+            under + torch.tensor([0, 0.1, 0]),
+        ]
+    )
     logits = field._prior(places)
     assert torch.allclose(logits[:2, 0], torch.tensor([3.0, -1]), atol=1e-4)
     assert torch.allclose(logits[2:4, 1], torch.tensor([3.0, -1]), atol=1e-4)
@@ -255,9 +263,12 @@ def test_signals_move_only_their_region(clip: Footage, avatar: LokiTalk, mouth: 
     moved[:, 57:60, 1] += 0.1
     moved[:, 65:68, 1] += 0.1
     places = torch.stack(
-        [mouth.neutral[LIPS].mean(0), mouth.neutral[27] - torch.tensor([0, 0.35, 0]),
-         mouth.neutral[8] + torch.tensor([0.6, 0.5, 0.4])]
-    )  # fmt: skip
+        [
+            mouth.neutral[LIPS].mean(0),
+            mouth.neutral[27] - torch.tensor([0, 0.35, 0]),
+            mouth.neutral[8] + torch.tensor([0.6, 0.5, 0.4]),
+        ]
+    )
     zero = torch.zeros(3, dtype=torch.long)
     look = torch.tensor([[0.0, 0, 1]]).expand(3, 3)
     with torch.no_grad():

@@ -44,8 +44,10 @@ def test_a_folder_of_videos_is_tracked_past_its_bad_files(
     assert good["id"] == "one-person" and good["n_frames"] > 100
     assert Path(bad["video"]).name == "broken.mov" and "Traceback" not in result.stderr
     assert not (home / "broken" / "manifest.json").exists()
-    alone, among = (Workspace.open(*who).load("tracks")
-                    for who in ((speaker_home, "speaker"), (home, "one-person")))  # fmt: skip
+    alone, among = (
+        Workspace.open(*who).load("tracks")
+        for who in ((speaker_home, "speaker"), (home, "one-person"))
+    )
     assert alone.keys() == among.keys()
     for name, value in alone.items():
         assert np.array_equal(value, among[name], equal_nan=value.dtype.kind == "f"), name
@@ -61,8 +63,9 @@ def test_ray_does_the_same(speaker_clip: Path, speaker_home: Path, tmp_path: Pat
     assert result.exit_code == 1 and "1 of 2 videos" in result.stderr, result.stderr
     outcomes = {Path(v["video"]).name: v for v in json.loads(result.stdout)["videos"]}
     assert outcomes["one.mp4"]["error"] is None and outcomes["broken.mov"]["error"]
-    alone, among = (Workspace.open(*who).load("tracks")
-                    for who in ((speaker_home, "speaker"), (home, "one")))  # fmt: skip
+    alone, among = (
+        Workspace.open(*who).load("tracks") for who in ((speaker_home, "speaker"), (home, "one"))
+    )
     assert np.array_equal(alone["pose"], among["pose"])
 
 

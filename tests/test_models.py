@@ -38,9 +38,12 @@ def hubert_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_auto_takes_what_is_there_and_never_downloads(cache: Path, hubert_file: Path) -> None:
     assert backends.choose() == {
-        "voice": "embedding", "detector": "mediapipe", "mesh": "mediapipe", "landmarks": "mesh",
+        "voice": "embedding",
+        "detector": "mediapipe",
+        "mesh": "mediapipe",
+        "landmarks": "mesh",
         "labels": "colour+motion",
-    }  # fmt: skip
+    }
     with pytest.raises(TalkheadError, match="models import hubert"):
         backends.choose(["voice=hubert"])
     weights.import_file("hubert", hubert_file)

@@ -176,11 +176,13 @@ def test_an_archive_of_another_kind_is_refused(space: Workspace, tmp_path: Path)
         "avatar.talkhed",
         "avatar.7z",
     ):  # nor is footage written where an avatar was meant
-        asked = talkhead("export", "--id", space.id, "-o", tmp_path / name, "--home",
-                         space.root.parent)  # fmt: skip
+        asked = talkhead(
+            "export", "--id", space.id, "-o", tmp_path / name, "--home", space.root.parent
+        )
         assert asked.exit_code == 2 and not (tmp_path / name).exists()
-    asked = talkhead("export", "--id", space.id, "-o", tmp_path / "avatar.zip",
-                     "--home", space.root.parent)  # fmt: skip
+    asked = talkhead(
+        "export", "--id", space.id, "-o", tmp_path / "avatar.zip", "--home", space.root.parent
+    )
     assert asked.exit_code == 2 and "NAME.talkhead" in asked.stderr
     assert not (tmp_path / "avatar.zip").exists()
 

@@ -75,10 +75,17 @@ def levels(frames: Any) -> list[int]:
     return [round((float(frame.mean()) - 20) / 5) for frame in frames]
 
 
-@pytest.mark.parametrize("rows", [
-    [*range(5, 12)], [9], [7, 6, 5], [*range(N), *range(N - 2, -1, -1), 1, 2], [3, 4, 3, 2, 3],
-    [*range(N - 1, -1, -1)],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [*range(5, 12)],
+        [9],
+        [7, 6, 5],
+        [*range(N), *range(N - 2, -1, -1), 1, 2],
+        [3, 4, 3, 2, 3],
+        [*range(N - 1, -1, -1)],
+    ],
+)
 def test_a_film_is_played_in_any_order(film: Path, rows: list[int]) -> None:
     assert levels(media.Part(film).played(np.array(rows))) == rows
 
@@ -198,10 +205,18 @@ def test_it_must_be_the_film_and_the_track_that_the_run_learnt_from(
         Original.of(space, run_of(space), copy)
 
 
-@pytest.mark.parametrize(("option", "value"), [
-    ("pose", "still"), ("background", "#00ff00"), ("alpha", True), ("depth", True),
-    ("yaw_deg", 5.0), ("pitch_deg", 5.0), ("orbit", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("pose", "still"),
+        ("background", "#00ff00"),
+        ("alpha", True),
+        ("depth", True),
+        ("yaw_deg", 5.0),
+        ("pitch_deg", 5.0),
+        ("orbit", True),
+    ],
+)
 def test_what_the_film_has_of_its_own_is_not_asked_for(option: str, value: Any) -> None:
     _refuse_contradictions(RenderOptions(into=Path("film.mp4"), blink="auto"))
     with pytest.raises(MisuseError, match="--" + option.removesuffix("_deg")):

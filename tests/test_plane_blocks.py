@@ -20,8 +20,9 @@ def test_planes_of_many_rows_are_read_as_each_alone(dtype: torch.dtype) -> None:
     planes = torch.randn(16, 3, 2, 256, 256, dtype=dtype)
     x, row = 2.6 * torch.rand(200, 3) - 1.3, torch.randint(16, (200,))  # some outside
     found = RowPlanes(planes)(x, row)
-    alone = torch.cat([RowPlanes(planes[r : r + 1])(x[None, n], row[:1])
-                       for n, r in enumerate(row.tolist())])  # fmt: skip
+    alone = torch.cat(
+        [RowPlanes(planes[r : r + 1])(x[None, n], row[:1]) for n, r in enumerate(row.tolist())]
+    )
     assert found.shape == (200, 2) and torch.allclose(found, alone, atol=2e-3)
 
 
@@ -86,16 +87,17 @@ def test_a_split_convolution_is_one_over_the_plane_and_the_others_spread_over_it
         own, along, down = (
             w.unflatten(0, (3, -1))[plane] for w in (conv.own, conv.wide, conv.tall)
         )
-        joined = torch.cat([
-            planes[:, plane],
-            wide[:, plane, :, None].expand(-1, -1, 6, -1),
-            tall[:, plane, :, :, None].expand(-1, -1, -1, 6),
-        ], 1)  # fmt: skip
+        joined = torch.cat(
+            [
+                planes[:, plane],
+                wide[:, plane, :, None].expand(-1, -1, 6, -1),
+                tall[:, plane, :, :, None].expand(-1, -1, -1, 6),
+            ],
+            1,
+        )
         # any kernel of that sum along the axis on which the map is constant
         share = torch.tensor([0.2, 0.5, 0.3])
-        kernel = torch.cat([
-            own, along[:, :, None] * share[:, None], down[..., None] * share,
-        ], 1)  # fmt: skip
+        kernel = torch.cat([own, along[:, :, None] * share[:, None], down[..., None] * share], 1)
         padded = F.pad(joined, (1, 1, 1, 1), mode="replicate")
         want = F.conv2d(padded, kernel, conv.bias.view(3, -1)[plane])
         assert torch.allclose(found[:, plane], want, atol=1e-5)

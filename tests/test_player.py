@@ -149,8 +149,15 @@ def test_rows_of_a_film_are_heard_with_what_came_before_them(
 
     preset = presets.load(["lokitalk", "tiny"], ["data.size_px=64"])
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
-    player = Player(Run(tmp_path), preset, Adding(), nn.Identity(), clip.plate,  # type: ignore[arg-type]
-                  torch.device("cpu"), "")  # fmt: skip
+    player = Player(
+        Run(tmp_path),
+        preset,
+        Adding(),
+        nn.Identity(),
+        clip.plate,  # type: ignore[arg-type]
+        torch.device("cpu"),
+        "",
+    )
     whole = player.listen(clip.signals).landmarks
     for rows in (torch.arange(40, 50), torch.tensor([0, 1]), torch.tensor([30, 47, 60])):
         heard = player.listen_to_rows(clip.signals, rows)

@@ -230,9 +230,7 @@ def test_one_run_or_a_prior_can_be_removed(home: Path) -> None:
     listed = talkhead("list", "--home", home).stdout.splitlines()
     assert listed[-1] == "crowd\tprior of 2 people\tlokitalk"
     told = json.loads(talkhead("list", "--json", "--home", home).stdout.splitlines()[-1])
-    assert told == {
-        "prior": "crowd", "finished": True, "method": "lokitalk", "people": ["a", "b"]
-    }  # fmt: skip
+    assert told == {"prior": "crowd", "finished": True, "method": "lokitalk", "people": ["a", "b"]}
     for words in ([], ["speaker", "--prior", "crowd"], ["--prior", "crowd", "--run", "one"]):
         assert talkhead("remove", *words, "--yes", "--home", home).exit_code == 2
     assert "known: " in error_of(talkhead("remove", "speaker", "--run", "no", "--home", home))
@@ -554,9 +552,17 @@ def test_a_part_of_a_film_is_tracked_as_if_it_were_all(
 
 @pytest.mark.parametrize(
     ("option", "second"),
-    [("--from", "7"), ("--from", "-1"), ("--from", "9"), ("--from", "nan"), ("--to", "2"),
-     ("--to", "nan"), ("--to", "inf"), ("--to", "60")],
-)  # fmt: skip
+    [
+        ("--from", "7"),
+        ("--from", "-1"),
+        ("--from", "9"),
+        ("--from", "nan"),
+        ("--to", "2"),
+        ("--to", "nan"),
+        ("--to", "inf"),
+        ("--to", "60"),
+    ],
+)
 def test_a_part_that_is_none_is_refused(
     speaker_clip: Path, tmp_path: Path, option: str, second: str
 ) -> None:

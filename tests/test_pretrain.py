@@ -20,11 +20,19 @@ PRESETS = ["lokitalk", "tiny"]
 SMALL = ["data.size_px=64", "march.resolution=32", "march.n_steps=16"]
 FIELDS = ("shape", "detail")
 QUICK = [  # speech alone
-    *SMALL, "pretrain.stages.speech.steps=30", "pretrain.stages.speech.n_people=2",
+    *SMALL,
+    "pretrain.stages.speech.steps=30",
+    "pretrain.stages.speech.n_people=2",
     *(f"pretrain.stages.{stage}.steps=0" for stage in FIELDS),
-]  # fmt: skip
-WHOLE = [*QUICK, *(f"pretrain.stages.{stage}.{setting}" for stage in FIELDS
-                   for setting in ("steps=4", "n_points=3000", "n_people=2"))]  # fmt: skip
+]
+WHOLE = [
+    *QUICK,
+    *(
+        f"pretrain.stages.{stage}.{setting}"
+        for stage in FIELDS
+        for setting in ("steps=4", "n_points=3000", "n_people=2")
+    ),
+]
 ONE_LOOK = [*SMALL]
 for _name in ("speech", "shape", "detail", "lips", "eyes"):
     ONE_LOOK.append(f"train.stages.{_name}.steps=0")

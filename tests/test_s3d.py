@@ -252,9 +252,13 @@ def test_of_several_pictures_the_one_most_like_the_row_has_its_say(
     true = torch.from_numpy(clip.pictures[int(rows[1])]).float() / 255
     face = torch.from_numpy(clip.labels[int(rows[1]), 0] > 250)[::2, ::2]
     errors = [
-        float((picture(who, clip.signals[rows[1:]], clip, preset)[0].rgb[0] - true)[face]
-              .square().mean()) for who in (alone, speaker)
-    ]  # fmt: skip
+        float(
+            (picture(who, clip.signals[rows[1:]], clip, preset)[0].rgb[0] - true)[face]
+            .square()
+            .mean()
+        )
+        for who in (alone, speaker)
+    ]
     assert errors[1] < errors[0], errors
 
 
@@ -353,8 +357,10 @@ def test_landmarks_teach_where_points_lie(clip: Footage, avatar: S3D) -> None:
 
 
 def test_losses_of_speech_are_those_of_each_person(clip: Footage, avatar: S3D) -> None:
-    people = [clip.signals[clip.train], clip.signals[clip.train].with_(
-        landmarks=clip.signals.landmarks[clip.train] * 1.1)]  # fmt: skip
+    people = [
+        clip.signals[clip.train],
+        clip.signals[clip.train].with_(landmarks=clip.signals.landmarks[clip.train] * 1.1),
+    ]
     people[1] = people[1].with_(person=torch.ones(len(people[1]), dtype=torch.long))
     avatar.survey(people)
     batch = [SpeechShot(p[:16]) for p in people]

@@ -35,9 +35,9 @@ def test_crop_lies_inside_the_picture_and_holds_the_face(a_face: Array) -> None:
         square = choose_crop(points.astype(np.float32), np.ones(6, bool), (0, 0, width, height))
         assert square.side % 2 == 0
         assert 0 <= square.x <= width - square.side and 0 <= square.y <= height - square.side
-        inside = (mesh >= [square.x, square.y]) & (mesh <= [square.x + square.side] * 2 + np.array(
-            [0, square.y - square.x]
-        ))  # fmt: skip
+        inside = (mesh >= [square.x, square.y]) & (
+            mesh <= [square.x + square.side] * 2 + np.array([0, square.y - square.x])
+        )
         assert inside.mean() > 0.95
 
 

@@ -56,8 +56,11 @@ def test_an_uncut_film_is_kept_whole() -> None:
 def test_fades_are_told_from_exposure(other: float) -> None:
     """From black or white and back is a fade; a tenth more or less light is none."""
     ramp = [ROOM * k + other * (1 - k) for k in np.linspace(0, 1, 20)]
-    fades = film(*((picture, 1, HERE) for picture in ramp), (ROOM, 80, HERE),
-                 *((picture, 1, HERE) for picture in ramp[::-1]))  # fmt: skip
+    fades = film(
+        *((picture, 1, HERE) for picture in ramp),
+        (ROOM, 80, HERE),
+        *((picture, 1, HERE) for picture in ramp[::-1]),
+    )
     faded = fades.faded()
     assert faded[:15].all() and faded[-15:].all() and not faded[20:100].any()
     drift = film(*((ROOM * k, 2, HERE) for k in np.linspace(0.85, 1.15, 50)))
@@ -116,10 +119,14 @@ def test_motion_and_fades_are_no_cuts() -> None:
 
 # -- zooms ---------------------------------------------------------------------------------------
 
-SCENE = sum(
-    k * cv2.GaussianBlur(np.random.default_rng(k).uniform(-255, 255, (360, 640, 3)), (0, 0), k)
-    for k in (2, 4, 8)
-) / 2 + 128  # fmt: skip
+SCENE = (
+    sum(
+        k * cv2.GaussianBlur(np.random.default_rng(k).uniform(-255, 255, (360, 640, 3)), (0, 0), k)
+        for k in (2, 4, 8)
+    )
+    / 2
+    + 128
+)
 
 
 def shown(zoom: Zoom, picture: np.ndarray = SCENE) -> np.ndarray:
@@ -135,8 +142,9 @@ def seen_at(zoom: Zoom, x: float, y: float, height: float) -> np.ndarray:
     return mesh
 
 
-@pytest.mark.parametrize("zoom", [Zoom(1.25, (-70.0, -60.0)), Zoom(0.8, (60.0, 40.0)),
-                                  Zoom(1.08, (-20.0, -30.0))])  # fmt: skip
+@pytest.mark.parametrize(
+    "zoom", [Zoom(1.25, (-70.0, -60.0)), Zoom(0.8, (60.0, 40.0)), Zoom(1.08, (-20.0, -30.0))]
+)
 def test_a_zoom_is_measured_though_the_person_has_moved(zoom: Zoom) -> None:
     """What stands still tells how near a picture is; the face is a first guess that is 6 % off."""
     known = seen_at(STILL, 300, 140, 90)
@@ -172,8 +180,9 @@ def test_a_soft_cut_shows_in_a_face_that_leaps() -> None:
     zoom = Zoom(1.2, (-60.0, -40.0))
     near, far = (seen_at(z, 300, 140, 90) for z in (zoom, STILL))
     assert film((wall, 60, far), (shown(zoom, wall), 60, near), noise=0.3).edges() == [
-        (0, 60), (60, 120)
-    ]  # fmt: skip
+        (0, 60),
+        (60, 120),
+    ]
     calm = film((wall, 60, far), (shown(zoom, wall), 60, far), noise=0.3)
     assert calm.edges() == [(0, 120)], "or else the cut would be found without the face"
 
@@ -190,8 +199,9 @@ def test_zooms_are_carried_from_pixels_to_pixels() -> None:
     depths = zoom.undone(np.array([[1.0, 2.0, 5.0]]))
     assert depths[0, 2] == 4.0
     left, top, right, bottom = zoom.window((640, 360))
-    assert np.allclose(zoom.undone(np.array([[0.0, 0.0], [640.0, 360.0]])),
-                       [[left, top], [right, bottom]])  # fmt: skip
+    assert np.allclose(
+        zoom.undone(np.array([[0.0, 0.0], [640.0, 360.0]])), [[left, top], [right, bottom]]
+    )
     assert common_window([STILL, zoom], (640, 360)) == (left, top, right, bottom)
     assert common_window([STILL], (640, 360)) == (0, 0, 640, 360)
 
@@ -258,9 +268,12 @@ def test_a_film_that_zooms_is_tracked_as_one_that_does_not(
     room = tmp_path / "room.png"
     cv2.imwrite(str(room), cv2.resize(SCENE, (1024, 576)).clip(0, 255).astype(np.uint8))
     nearer = "crop=iw/1.25:ih/1.25:120:80,scale=1024:576"
-    plans = {"plain": "null", "zoomed": f"split=3[a][b][c];[a]trim=0:2,setpts=PTS-STARTPTS[d];"
-             f"[b]trim=2:4,setpts=PTS-STARTPTS,{nearer},setsar=1[e];[c]trim=4:6,setpts=PTS-STARTPTS[f];"
-             "[d][e][f]concat=n=3"}  # fmt: skip
+    plans = {
+        "plain": "null",
+        "zoomed": f"split=3[a][b][c];[a]trim=0:2,setpts=PTS-STARTPTS[d];"
+        f"[b]trim=2:4,setpts=PTS-STARTPTS,{nearer},setsar=1[e];[c]trim=4:6,setpts=PTS-STARTPTS[f];"
+        "[d][e][f]concat=n=3",
+    }
     tracks, notes = {}, {}
     for name, plan in plans.items():
         out, progress = tmp_path / f"{name}.mp4", SilentProgress()

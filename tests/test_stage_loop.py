@@ -23,10 +23,13 @@ from talkhead_cli.store import Run
 
 N = {"speech": 90, "speech_all": 3, "shape": 40, "detail": 6, "lips": 3, "eyes": 0}
 SETTINGS = [
-    "data.size_px=64", "march.resolution=32", "march.every=2", "train.stages.speech.batch=8",
+    "data.size_px=64",
+    "march.resolution=32",
+    "march.every=2",
+    "train.stages.speech.batch=8",
     *(f"train.stages.{name}.steps={n}" for name, n in N.items()),
     *(f"train.stages.{name}.n_points=3000" for name in ("shape", "detail", "lips")),
-]  # fmt: skip
+]
 
 
 @pytest.fixture
@@ -34,8 +37,16 @@ def train(speaker_home: Path, tmp_path: Path) -> Callable[..., Run]:
     home = Path(shutil.copytree(speaker_home, tmp_path / "home"))
 
     def trained(*, fresh: bool = True, **options: Any) -> Run:
-        return finetune(home, "speaker", SilentProgress(), preset_names=["lokitalk", "tiny"],
-                        settings=SETTINGS, device="cpu", fresh=fresh, **options)  # fmt: skip
+        return finetune(
+            home,
+            "speaker",
+            SilentProgress(),
+            preset_names=["lokitalk", "tiny"],
+            settings=SETTINGS,
+            device="cpu",
+            fresh=fresh,
+            **options,
+        )
 
     return trained
 
@@ -117,25 +128,34 @@ def test_going_back_restores_all_that_learns(
     def spied(loop: Any, position: fit.Position, good: Any) -> None:
         def apart() -> dict[str, bool]:
             (state, _), now = good, loop._state()
-            moments = [{n: s["exp_avg"] for n, s in of["optimizer"]["state"].items()}
-                       for of in (state, now)]  # fmt: skip
+            moments = [
+                {n: s["exp_avg"] for n, s in of["optimizer"]["state"].items()}
+                for of in (state, now)
+            ]
             assert moments[0].keys() == moments[1].keys() and moments[0]
             return {
-                "weights": any(not torch.equal(v, now["module"][n])
-                               for n, v in state["module"].items()),
+                "weights": any(
+                    not torch.equal(v, now["module"][n]) for n, v in state["module"].items()
+                ),
                 "moments": any(not torch.equal(v, moments[1][n]) for n, v in moments[0].items()),
                 "average": any(
                     p.requires_grad and not torch.equal(loop.job.average.weights[n], p)
                     for n, p in loop.avatar.named_parameters()
                 ),
-            }  # fmt: skip
+            }
 
         rates = [group["rate"] for group in loop.optimizer.param_groups]
         before = apart()
         roll_back(loop, position, good)
         halved = [group["rate"] for group in loop.optimizer.param_groups]
-        seen.append({"before": before, "after": apart(), "step": position.step,
-                     "halved": halved == [0.5 * rate for rate in rates]})  # fmt: skip
+        seen.append(
+            {
+                "before": before,
+                "after": apart(),
+                "step": position.step,
+                "halved": halved == [0.5 * rate for rate in rates],
+            }
+        )
 
     monkeypatch.setattr(fit._StageLoop, "_roll_back", spied)
     train()
@@ -165,11 +185,14 @@ def test_going_back_twice_goes_back_to_the_same_state_more_slowly(
     def spied(loop: Any, position: fit.Position, good: Any) -> None:
         roll_back(loop, position, good)
         state = copy.deepcopy(loop._state())
-        seen.append({
-            "step": position.step, "module": state["module"],
-            "moments": {n: s["exp_avg"] for n, s in state["optimizer"]["state"].items()},
-            "rates": [group["rate"] for group in loop.optimizer.param_groups],
-        })  # fmt: skip
+        seen.append(
+            {
+                "step": position.step,
+                "module": state["module"],
+                "moments": {n: s["exp_avg"] for n, s in state["optimizer"]["state"].items()},
+                "rates": [group["rate"] for group in loop.optimizer.param_groups],
+            }
+        )
 
     monkeypatch.setattr(fit._StageLoop, "_roll_back", spied)
     train(fresh=False)

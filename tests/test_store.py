@@ -441,8 +441,10 @@ def test_a_damaged_run_stands_last_and_hides_no_other(tmp_path: Path) -> None:
     (damaged.root / "meta.json").write_text('{"finished": tr')
     found = list_runs(tmp_path)
     assert [(run.name, run.is_finished) for run in found] == [
-        ("new", True), ("old", True), ("damaged", False),
-    ]  # fmt: skip
+        ("new", True),
+        ("old", True),
+        ("damaged", False),
+    ]
     with pytest.raises(TalkheadError, match=r"meta.json is damaged"):
         damaged.meta()
 

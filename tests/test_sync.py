@@ -149,7 +149,7 @@ def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
     stage = preset.pretrain.stages["match"]
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     torch.manual_seed(0)
-    net = expert.Expert.build("tiny", **hearing(clip.signals), px=128)  # fmt: skip
+    net = expert.Expert.build("tiny", **hearing(clip.signals), px=128)
     step = Step(net, DenseMarcher(net.aabb, 2)).train()
     optimizer = torch.optim.Adam(net.parameters(), lr=2e-3)
     rng = torch.Generator().manual_seed(0)

@@ -201,17 +201,36 @@ def test_a_person_is_found_in_a_prior_and_goes_on_after_a_kill(
         settings=[*small, *(f"pretrain.stages.{stage}.{value}" for stage in preset.pretrain.stages
                             for value in ("steps=3", "n_points=2000"))],
     )  # fmt: skip
-    settings = [*small, *(f"train.stages.{stage}.{value}" for stage in preset.train.stages
-                          for value in ("steps=3", "n_points=2000"))]  # fmt: skip
+    settings = [
+        *small,
+        *(
+            f"train.stages.{stage}.{value}"
+            for stage in preset.train.stages
+            for value in ("steps=3", "n_points=2000")
+        ),
+    ]
     weights = {}
     for run_name, kills in (("whole", ()), ("cut", (8, 11, 14))):  # invert, tune, speak
         for kill in kills:
             finetune(
-                tmp_path, "new", SilentProgress(), preset_names=names, settings=settings,
-                run_name=run_name, device="cpu", stop_after=lambda p, k=kill: p.total >= k,
-            )  # fmt: skip
-        run = finetune(tmp_path, "new", SilentProgress(), preset_names=names, settings=settings,
-                       run_name=run_name, device="cpu")  # fmt: skip
+                tmp_path,
+                "new",
+                SilentProgress(),
+                preset_names=names,
+                settings=settings,
+                run_name=run_name,
+                device="cpu",
+                stop_after=lambda p, k=kill: p.total >= k,
+            )
+        run = finetune(
+            tmp_path,
+            "new",
+            SilentProgress(),
+            preset_names=names,
+            settings=settings,
+            run_name=run_name,
+            device="cpu",
+        )
         assert run.meta()["steps"] == 18 and run.meta()["prior"]["name"] == "heads"
         weights[run_name] = run.weights()
     assert not any("generator" in name or "latents" in name for name in weights["whole"])
@@ -286,9 +305,13 @@ def test_what_is_marched_small_comes_out_whole_in_films_and_in_training(
     shutil.copytree(speaker_home / "speaker", tmp_path / "speaker")
     quick = [f"train.stages.{stage}.steps=3" for stage in presets.load(["talk3d"]).train.stages]
     run = finetune(
-        tmp_path, "speaker", SilentProgress(), preset_names=["talk3d", "tiny"],
-        settings=[f"data.size_px={PX}", "march.resolution=16", *quick], device="cpu",
-    )  # fmt: skip
+        tmp_path,
+        "speaker",
+        SilentProgress(),
+        preset_names=["talk3d", "tiny"],
+        settings=[f"data.size_px={PX}", "march.resolution=16", *quick],
+        device="cpu",
+    )
     player = Player.load(run, torch.device("cpu"))
     ((frame, _),) = player.pictures(clip.signals[clip.train[:1]])
     assert player.avatar.magnification == 2 and frame.rgb.shape == (1, PX, PX, 3)
@@ -356,8 +379,11 @@ def test_every_part_learns_and_parts_are_all_there_is(clip: Footage, from_prior:
     stages = begun.train.stages
     named = [id(p) for name in avatar.parts() for p in avatar.part(name)]
     taught = {id(p) for s in stages.values() for name in s.learn for p in avatar.part(name)}
-    learnable = {id(p) for n, p in avatar.named_parameters() if n != "speech.linear.weight"
-                 and n != "speech.linear.bias"}  # fmt: skip
+    learnable = {
+        id(p)
+        for n, p in avatar.named_parameters()
+        if n != "speech.linear.weight" and n != "speech.linear.bias"
+    }
     assert len(named) == len(set(named)) and set(named) == learnable == taught
 
 

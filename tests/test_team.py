@@ -27,12 +27,17 @@ from talkhead_cli.store import Run, Workspace
 
 CPU = torch.device("cpu")
 SMALL = [
-    "data.size_px=64", "march.resolution=32", "march.n_steps=16",
-    "train.stages.speech.steps=4", "train.stages.speech_all.steps=0",
-    "train.stages.shape.steps=20", "train.stages.detail.steps=4",
-    "train.stages.lips.steps=2", "train.stages.eyes.steps=0",
+    "data.size_px=64",
+    "march.resolution=32",
+    "march.n_steps=16",
+    "train.stages.speech.steps=4",
+    "train.stages.speech_all.steps=0",
+    "train.stages.shape.steps=20",
+    "train.stages.detail.steps=4",
+    "train.stages.lips.steps=2",
+    "train.stages.eyes.steps=0",
     *(f"train.stages.{name}.n_points=3000" for name in ("shape", "detail", "lips")),
-]  # fmt: skip
+]
 ONLY_SPEECH = [*SMALL, *(f"train.stages.{name}.steps=0" for name in ("shape", "detail", "lips"))]
 
 
@@ -142,8 +147,11 @@ def test_what_each_process_saw_is_its_own_until_grids_are_shared(home: Path) -> 
 def learn_of_people(home: Path, progress: Progress, *, devices: int, nodes: int) -> None:
     """Pretrain on the speaker and on herself as another; write what this process ends with."""
     settings = [*SMALL, "pretrain.stages.speech.steps=2"]
-    settings += [f"pretrain.stages.{stage}.{setting}" for stage in ("shape", "detail")
-                 for setting in ("steps=3", "n_points=2000", "n_people=2")]  # fmt: skip
+    settings += [
+        f"pretrain.stages.{stage}.{setting}"
+        for stage in ("shape", "detail")
+        for setting in ("steps=3", "n_points=2000", "n_people=2")
+    ]
     preset = presets.load(["lokitalk", "tiny"], settings)
     assert preset.pretrain is not None
     fabric = team.fabric(CPU, "32-true", devices, nodes)

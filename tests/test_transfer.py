@@ -108,10 +108,14 @@ def laid(
     signals = portrait.signals
     neutral = crowd.person(signals).mouth.neutral
     return in_plane_layout(
-        portrait, px=96, reach=crowd.reach, shared=alignment(neutral, crowd.face),
-        aimed=crowd.correction(signals), chin=float(neutral[8, 1]),
+        portrait,
+        px=96,
+        reach=crowd.reach,
+        shared=alignment(neutral, crowd.face),
+        aimed=crowd.correction(signals),
+        chin=float(neutral[8, 1]),
         shoulders=crowd.shoulders(signals) if shoulders is None else shoulders,
-    )  # fmt: skip
+    )
 
 
 def test_pictures_are_laid_out_alike_however_the_head_is_turned(

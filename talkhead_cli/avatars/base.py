@@ -100,9 +100,8 @@ class Avatar(nn.Module):
 
     @classmethod
     def build(
-        cls, size: Size, *, n_steps: int, n_features: int, px: int,
-        n_people: int = 1,
-    ) -> Self:  # fmt: skip
+        cls, size: Size, *, n_steps: int, n_features: int, px: int, n_people: int = 1
+    ) -> Self:
         """Return an untrained avatar for speech windows (n_steps, n_features), pictures of px; by
         default the constructor is called with these arguments."""
         return cls(  # type: ignore[call-arg]  # subclasses take them, this base does not
@@ -112,9 +111,10 @@ class Avatar(nn.Module):
     def common_state(self) -> dict[str, Tensor]:
         """Return the tensors that people share, which a prior consists of."""
         return {
-            k: v for k, v in self.state_dict().items()
+            k: v
+            for k, v in self.state_dict().items()
             if k.startswith(self.common) and not k.endswith(self.own)
-        }  # fmt: skip
+        }
 
     def common_parts(self) -> list[str]:
         """Return the names of parts that hold any of the common parameters."""
@@ -127,8 +127,9 @@ class Avatar(nn.Module):
         """Load a prior strictly; ValueError names a tensor that does not fit."""
         own = self.common_state()
         for name in own.keys() | tensors.keys():
-            have, want = (t.shape if t is not None else None
-                          for t in (tensors.get(name), own.get(name)))  # fmt: skip
+            have, want = (
+                t.shape if t is not None else None for t in (tensors.get(name), own.get(name))
+            )
             if have != want:
                 raise ValueError(f"{name} is {have and tuple(have)}, not {want and tuple(want)}")
             own[name].copy_(tensors[name])

@@ -33,9 +33,8 @@ class Expert(Avatar):
 
     @classmethod
     def build(
-        cls, size: Size, *, n_steps: int, n_features: int, px: int,
-        n_people: int = 1,
-    ) -> Self:  # fmt: skip
+        cls, size: Size, *, n_steps: int, n_features: int, px: int, n_people: int = 1
+    ) -> Self:
         return cls(size, n_steps=n_steps, n_features=n_features)
 
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:

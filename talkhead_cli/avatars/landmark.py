@@ -141,9 +141,8 @@ class Landmark(PersonalAvatar):
     maps = MappingProxyType({"ambient": ("ambient coordinates",)})
 
     def __init__(
-        self, size: Size, *, n_steps: int, n_features: int, px: int,
-        n_people: int = 1,
-    ) -> None:  # fmt: skip
+        self, size: Size, *, n_steps: int, n_features: int, px: int, n_people: int = 1
+    ) -> None:
         super().__init__(
             [Face() for _ in range(n_people)],
             SpeechEncoder.of_sequences(n_steps, n_features, N_CODES, n_people=n_people),
@@ -249,10 +248,15 @@ class Landmark(PersonalAvatar):
             **super().modules_of_parts(),
             "volume": [self.volume, self.ambient],
             "coding": [self.code],
-            "static": [self.to_ambient, self.ambient_net, self.density_net, self.colour_net,
-                       self.shading],
+            "static": [
+                self.to_ambient,
+                self.ambient_net,
+                self.density_net,
+                self.colour_net,
+                self.shading,
+            ],
             "torso": [self.torso],
-        }  # fmt: skip
+        }
 
 
 class LandmarkField:

@@ -96,13 +96,14 @@ class _Widths:
 
 
 SIZES = {
-    "tiny": _Widths((16, 32, 64, 128), 16, 64, (16, 32, 48), (64, 64, 48, 32, 24), 48, 12, 1,
-                    24),
-    "small": _Widths((16, 32, 64, 128, 256), 16, 64, (16, 32, 48), (64, 64, 48, 32, 24, 16), 48,
-                     12, 2, 24),
-    "full": _Widths((16, 32, 64, 128, 256), 32, 256, (64, 128, 256),
-                    (256, 256, 256, 128, 96, 64), 64, 32, 4, 64),
-}  # fmt: skip
+    "tiny": _Widths((16, 32, 64, 128), 16, 64, (16, 32, 48), (64, 64, 48, 32, 24), 48, 12, 1, 24),
+    "small": _Widths(
+        (16, 32, 64, 128, 256), 16, 64, (16, 32, 48), (64, 64, 48, 32, 24, 16), 48, 12, 2, 24
+    ),
+    "full": _Widths(
+        (16, 32, 64, 128, 256), 32, 256, (64, 128, 256), (256, 256, 256, 128, 96, 64), 64, 32, 4, 64
+    ),
+}
 
 
 class Talk3D(SharedAvatar):
@@ -114,9 +115,13 @@ class Talk3D(SharedAvatar):
 
     common = (*SharedAvatar.common, "generator.", "decoder.", "upscaler.")
     expert_losses = frozenset({"sync"})
-    loss_names = SOLID | PATCH | WHOLE | expert_losses | {
-        "speech", "colour", "relief", "rough", "symmetry", "latent", "raw", "mouth",
-    }  # fmt: skip
+    loss_names = (
+        SOLID
+        | PATCH
+        | WHOLE
+        | expert_losses
+        | {"speech", "colour", "relief", "rough", "symmetry", "latent", "raw", "mouth"}
+    )
     composing = frozenset({"upscaler"})
     generators = frozenset(KINDS)
     generator_parts = ("generator", "decoder")
@@ -125,9 +130,15 @@ class Talk3D(SharedAvatar):
     placing: EG3DPlacing | None
 
     def __init__(
-        self, size: Size, *, n_steps: int, n_features: int, n_people: int = 1,
-        split: bool = True, borrowed: Kind | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        size: Size,
+        *,
+        n_steps: int,
+        n_features: int,
+        n_people: int = 1,
+        split: bool = True,
+        borrowed: Kind | None = None,
+    ) -> None:
         """borrowed: kind of the published generator whose decoder is used."""
         super().__init__(
             [Person() for _ in range(n_people)],
@@ -140,15 +151,18 @@ class Talk3D(SharedAvatar):
         self.planes = PlanePyramid(widths.planes, widths.channels)
         self.borrowed = borrowed
         self.decoder: nn.Module = (
-            EG3DDecoder() if borrowed
+            EG3DDecoder()
+            if borrowed
             else Mlp(widths.channels, widths.decoder, 1 + widths.features, 3)
-        )  # fmt: skip
-        self.tokens = nn.ModuleDict({
-            "speech": Mlp(N_CODES, TOKEN_WIDTH, TOKEN_WIDTH),
-            "eyes": Mlp(N_EYES, TOKEN_WIDTH, TOKEN_WIDTH),
-            "rotation": Mlp(3, TOKEN_WIDTH, TOKEN_WIDTH),
-            "place": Mlp(3 + 4, TOKEN_WIDTH, TOKEN_WIDTH),
-        })  # fmt: skip
+        )
+        self.tokens = nn.ModuleDict(
+            {
+                "speech": Mlp(N_CODES, TOKEN_WIDTH, TOKEN_WIDTH),
+                "eyes": Mlp(N_EYES, TOKEN_WIDTH, TOKEN_WIDTH),
+                "rotation": Mlp(3, TOKEN_WIDTH, TOKEN_WIDTH),
+                "place": Mlp(3 + 4, TOKEN_WIDTH, TOKEN_WIDTH),
+            }
+        )
         self.nothing = nn.Parameter(torch.randn(TOKEN_WIDTH))
         self.editor = PlaneUNet(
             widths.channels, widths.edited, widths.unet, len(TOKENS), TOKEN_WIDTH, split=split
@@ -160,9 +174,15 @@ class Talk3D(SharedAvatar):
 
     @classmethod
     def build(
-        cls, size: Size, *, n_steps: int, n_features: int, px: int,
-        n_people: int = 1, borrowed: Kind | None = None,
-    ) -> Self:  # fmt: skip
+        cls,
+        size: Size,
+        *,
+        n_steps: int,
+        n_features: int,
+        px: int,
+        n_people: int = 1,
+        borrowed: Kind | None = None,
+    ) -> Self:
         return cls(
             size, n_steps=n_steps, n_features=n_features, n_people=n_people, borrowed=borrowed
         )
@@ -308,14 +328,16 @@ class Talk3D(SharedAvatar):
         small, behind = (_smaller(x, self.magnification) for x in (truth, plate))
         lips = picture_masks(result.signals, labels)[..., 0]
         error = F.smooth_l1_loss(frame.rgb, truth, beta=0.1, reduction="none").mean(-1)
-        return {
-            "raw": F.mse_loss(raw[..., :3] + (1 - raw[..., -1:]) * behind, small),
-            "whole": error.mean(),
-            "mouth": (error * lips).sum() / lips.sum().clamp_min(1),
-            "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
-        } | patch_losses(frame.rgb, truth, self.loss_networks, "whole_") | sync_losses(
-            self.loss_networks, frame.rgb, result.signals
-        )  # fmt: skip
+        return (
+            {
+                "raw": F.mse_loss(raw[..., :3] + (1 - raw[..., -1:]) * behind, small),
+                "whole": error.mean(),
+                "mouth": (error * lips).sum() / lips.sum().clamp_min(1),
+                "whole_matte": (frame.alpha - (1 - labels[..., 5:6])).square().mean(),
+            }
+            | patch_losses(frame.rgb, truth, self.loss_networks, "whole_")
+            | sync_losses(self.loss_networks, frame.rgb, result.signals)
+        )
 
     # -- parts -----------------------------------------------------------------------------
 
@@ -351,9 +373,17 @@ class Talk3DField:
     n_detached = 0
 
     def __init__(
-        self, avatar: Talk3D, *, identity: Tensor, drawn: Tensor | None, change: Tensor | None,
-        shared: Tensor, shoulders: Tensor, light: Tensor, chin: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        avatar: Talk3D,
+        *,
+        identity: Tensor,
+        drawn: Tensor | None,
+        change: Tensor | None,
+        shared: Tensor,
+        shoulders: Tensor,
+        light: Tensor,
+        chin: Tensor,
+    ) -> None:
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(shoulders)
         self.channels, self.drawn = avatar.n_features, drawn
         self._identity = RowPlanes(identity[None])

@@ -32,10 +32,13 @@ class AppearanceEncoder(nn.Module):
         self.down = nn.ModuleList(_halving(a, b) for a, b in zip(ins, widths, strict=True))
         self.across = nn.ModuleList(nn.Conv2d(w, widths[-1], 1) for w in widths)
         self.planes = nn.ModuleList(
-            nn.Sequential(_padded(widths[-1], widths[-1]), nn.LeakyReLU(0.2),
-                          nn.Conv2d(widths[-1], 3 * channels, 1))
+            nn.Sequential(
+                _padded(widths[-1], widths[-1]),
+                nn.LeakyReLU(0.2),
+                nn.Conv2d(widths[-1], 3 * channels, 1),
+            )
             for _ in range(n_scales)
-        )  # fmt: skip
+        )
         self.n_out = channels * n_scales
         self.n_deep = widths[-1]
 
@@ -63,9 +66,13 @@ def _padded(n_in: int, n_out: int, stride: int = 1) -> nn.Conv2d:
 
 def _halving(n_in: int, n_out: int) -> nn.Sequential:
     return nn.Sequential(
-        _padded(n_in, n_out, stride=2), nn.GroupNorm(N_GROUPS, n_out), nn.LeakyReLU(0.2),
-        _padded(n_out, n_out), nn.GroupNorm(N_GROUPS, n_out), nn.LeakyReLU(0.2),
-    )  # fmt: skip
+        _padded(n_in, n_out, stride=2),
+        nn.GroupNorm(N_GROUPS, n_out),
+        nn.LeakyReLU(0.2),
+        _padded(n_out, n_out),
+        nn.GroupNorm(N_GROUPS, n_out),
+        nn.LeakyReLU(0.2),
+    )
 
 
 class Slots(nn.Module):
@@ -77,13 +84,12 @@ class Slots(nn.Module):
     def __init__(self, n_in: int, n_slots: int, width: int) -> None:
         super().__init__()
         self.start = nn.Parameter(torch.randn(n_slots, width) / width**0.5)
-        self.enter, self.between, self.after = (
-            nn.LayerNorm(n) for n in (n_in, width, width)
-        )  # fmt: skip
+        self.enter, self.between, self.after = (nn.LayerNorm(n) for n in (n_in, width, width))
         self.ask, self.key, self.value = (
-            nn.Linear(width, width, bias=False), nn.Linear(n_in, width, bias=False),
+            nn.Linear(width, width, bias=False),
             nn.Linear(n_in, width, bias=False),
-        )  # fmt: skip
+            nn.Linear(n_in, width, bias=False),
+        )
         self.update = nn.GRUCell(width, width)
         self.think = nn.Sequential(
             nn.Linear(width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)

@@ -22,9 +22,10 @@ LIGHT, CONTRAST = 0.1, 0.2  # largest random changes of brightness and contrast
 REACH = 0.6  # half a crop's side over the longer side of the landmarks' bounding box
 # Side of the crops and widths of the stride-2 levels; receptive fields: 46, 94, 190 px.
 SIZES: dict[str, tuple[int, tuple[int, ...]]] = {
-    "tiny": (64, (24, 48, 96)), "small": (128, (24, 48, 96, 96)),
+    "tiny": (64, (24, 48, 96)),
+    "small": (128, (24, 48, 96, 96)),
     "full": (256, (32, 64, 128, 256, 256)),
-}  # fmt: skip
+}
 
 
 class Critic(nn.Module):

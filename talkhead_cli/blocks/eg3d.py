@@ -53,15 +53,18 @@ def layout() -> dict[str, tuple[int, ...]]:
         for layer, n_in in [("conv0", before), ("conv1", width)][not before :]:
             name = f"{block}.{layer}"
             found |= {
-                f"{name}.weight": (width, n_in, 3, 3), f"{name}.bias": (width,),
-                f"{name}.noise_strength": (), f"{name}.noise_const": (side, side),
-                f"{name}.resample_filter": (4, 4), **_linear(f"{name}.affine", N_STYLE, n_in),
-            }  # fmt: skip
+                f"{name}.weight": (width, n_in, 3, 3),
+                f"{name}.bias": (width,),
+                f"{name}.noise_strength": (),
+                f"{name}.noise_const": (side, side),
+                f"{name}.resample_filter": (4, 4),
+                **_linear(f"{name}.affine", N_STYLE, n_in),
+            }
         found |= {
             f"{block}.torgb.weight": (3 * CHANNELS, width, 1, 1),
             f"{block}.torgb.bias": (3 * CHANNELS,),
             **_linear(f"{block}.torgb.affine", N_STYLE, width),
-        }  # fmt: skip
+        }
         before = width
     return found
 
@@ -194,9 +197,12 @@ class EG3DGenerator(nn.Module):
 
 
 _NAMES = {
-    "weight": "weight", "bias": "bias", "strength": "noise_strength",
-    "scale.weight": "affine.weight", "scale.bias": "affine.bias",
-}  # fmt: skip
+    "weight": "weight",
+    "bias": "bias",
+    "strength": "noise_strength",
+    "scale.weight": "affine.weight",
+    "scale.bias": "affine.bias",
+}
 
 
 class EG3DPlacing(nn.Module):
@@ -225,9 +231,13 @@ class EG3DPlacing(nn.Module):
         ears = ours.new_tensor(EARS) + PLACING * self.shift
         x, y, z = (2 * (ours * flip * face + ears)).unbind(1)
         if self.kind == "eg3d-fixed":
-            return torch.stack([
-                _read(planes[0], x, y), _read(planes[1], x, z), _read(planes[2], z, y, turned=True),
-            ])  # fmt: skip
+            return torch.stack(
+                [
+                    _read(planes[0], x, y),
+                    _read(planes[1], x, z),
+                    _read(planes[2], z, y, turned=True),
+                ]
+            )
         flat = _read(planes[1], x, z) + _read(planes[2], z, x, turned=True)
         return torch.stack([_read(planes[0], x, y), flat, torch.zeros_like(flat)])
 

@@ -53,9 +53,9 @@ class GaussianCode(nn.Module):
         constant = (pulled * landmarks.transpose(1, 2)).sum(1, keepdim=True)
         distance = torch.cat([square, -2 * pulled, constant], 1)  # (T, 10, L)
         ahead = axis[:, :, None].expand(-1, -1, landmarks.shape[1]) / self.unit
-        depth = torch.cat([
-            torch.zeros_like(square), ahead, -(ahead * landmarks.transpose(1, 2)).sum(1, True),
-        ], 1)  # fmt: skip
+        depth = torch.cat(
+            [torch.zeros_like(square), ahead, -(ahead * landmarks.transpose(1, 2)).sum(1, True)], 1
+        )
         return torch.cat([distance, depth], 2)
 
     def forward(self, x: Tensor, tables: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:

@@ -37,9 +37,12 @@ class Mlp(nn.Sequential):
         nn.init.zeros_(final.bias)
 
     def forward(
-        self, x: Tensor, driven: tuple[Tensor, Tensor] | None = None, *,
+        self,
+        x: Tensor,
+        driven: tuple[Tensor, Tensor] | None = None,
+        *,
         told: tuple[Tensor, Tensor] | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """x (N, n_in) -> (N, n_out).
 
         driven: (N, K) and (K, width), an extra input and its weights into the first layer ·

@@ -84,9 +84,15 @@ class Mouth(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         for name, shape in {
-            "neutral": (68, 3), "basis": (3 * len(MOUTH), N_CODES), "scale": (N_CODES,),
-            "extent": (), "gain": (), "lean": (6, N_CODES), "pose_mean": (6,), "pose_scale": (6,),
-        }.items():  # fmt: skip
+            "neutral": (68, 3),
+            "basis": (3 * len(MOUTH), N_CODES),
+            "scale": (N_CODES,),
+            "extent": (),
+            "gain": (),
+            "lean": (6, N_CODES),
+            "pose_mean": (6,),
+            "pose_scale": (6,),
+        }.items():
             self.register_buffer(name, torch.zeros(shape))
 
     @torch.no_grad()

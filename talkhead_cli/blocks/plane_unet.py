@@ -166,9 +166,16 @@ class PlaneUNet(nn.Module):
     position: Tensor
 
     def __init__(
-        self, channels: int, size: int, widths: Sequence[int], n_tokens: int, n_token: int, *,
-        n_layers: int = 2, split: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        channels: int,
+        size: int,
+        widths: Sequence[int],
+        n_tokens: int,
+        n_token: int,
+        *,
+        n_layers: int = 2,
+        split: bool = True,
+    ) -> None:
         """size: side of the planes, halved once per width · widths: channels of the levels,
         multiples of 4 · n_tokens: number of tokens, of n_token numbers each"""
         super().__init__()
@@ -230,10 +237,12 @@ def _positions(size: int, width: int) -> Tensor:
     line = (torch.arange(size) + 0.5) / size * 2 - 1
     second, first = torch.meshgrid(line, line, indexing="ij")
     zero = torch.zeros_like(first)
-    places = torch.stack([
-        torch.stack(place, -1).view(-1, 3)
-        for place in ((first, second, zero), (first, zero, second), (zero, first, second))
-    ])  # fmt: skip
+    places = torch.stack(
+        [
+            torch.stack(place, -1).view(-1, 3)
+            for place in ((first, second, zero), (first, zero, second), (zero, first, second))
+        ]
+    )
     n_waves = min(width // 6, N_OCTAVES)
     angle = places[..., None] * (torch.pi / 2 * 2.0 ** torch.arange(n_waves))
     waves = torch.cat([angle.sin(), angle.cos()], -1).flatten(2)

@@ -66,10 +66,14 @@ class TriPlanes(nn.Module):
         parts = 2 if torch.get_num_threads() > 1 and self.channels % 2 == 0 else 1
         grid = grid.repeat_interleave(parts, 0)
         found = [
-            F.grid_sample(level.unflatten(1, (parts, -1)).flatten(0, 1), grid,
-                          padding_mode="border", align_corners=False).flatten(0, 1)
+            F.grid_sample(
+                level.unflatten(1, (parts, -1)).flatten(0, 1),
+                grid,
+                padding_mode="border",
+                align_corners=False,
+            ).flatten(0, 1)
             for level in self.levels
-        ]  # fmt: skip
+        ]
         # Joined channels-first, as they lie in memory; a matrix product takes the transposed view.
         return torch.cat(found).flatten(1).T
 

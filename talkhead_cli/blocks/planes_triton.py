@@ -34,9 +34,17 @@ class ReadPlanes(torch.autograd.Function):
         for index, texels in enumerate(turned):
             if len(x):
                 _read[(triton.cdiv(len(x), BLOCK), 3)](
-                    x, texels, out, len(x), texels.shape[1], len(turned), index,
-                    C=channels, ROOM=triton.next_power_of_2(channels), BLOCK=BLOCK,
-                )  # fmt: skip
+                    x,
+                    texels,
+                    out,
+                    len(x),
+                    texels.shape[1],
+                    len(turned),
+                    index,
+                    C=channels,
+                    ROOM=triton.next_power_of_2(channels),
+                    BLOCK=BLOCK,
+                )
         ctx.save_for_backward(x, *turned)
         return out
 
@@ -71,9 +79,17 @@ def _corners(x, point, here, axis, side):
 
 @triton.jit
 def _read(
-    x, texels, out, n, side, n_levels, level,
-    C: tl.constexpr, ROOM: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x,
+    texels,
+    out,
+    n,
+    side,
+    n_levels,
+    level,
+    C: tl.constexpr,
+    ROOM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     point = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     plane = tl.program_id(1)
     here = point < n

@@ -43,10 +43,18 @@ class Move(torch.autograd.Function):
         if len(x):
             # placeholders for the unused outputs, which the kernel does not touch
             _move_back[(triton.cdiv(len(x), BLOCK),)](
-                x, motion, row, grads[0].contiguous(), x if grad_x is None else grad_x,
-                motion if grad_motion is None else grad_motion, len(x),
-                MANY=len(motion) > 1, OF_X=of_x, OF_MOTION=of_motion, BLOCK=BLOCK,
-            )  # fmt: skip
+                x,
+                motion,
+                row,
+                grads[0].contiguous(),
+                x if grad_x is None else grad_x,
+                motion if grad_motion is None else grad_motion,
+                len(x),
+                MANY=len(motion) > 1,
+                OF_X=of_x,
+                OF_MOTION=of_motion,
+                BLOCK=BLOCK,
+            )
         return grad_x, grad_motion, None
 
 

@@ -85,10 +85,12 @@ class SpeechEncoder(nn.Module):
         # Drawing normal noise costs more than the networks: it is drawn once, and each network gets
         # it rolled by another number of rows.
         noise = torch.randn_like(heard)
-        return torch.stack([
-            net(_disturbed(heard, noise.roll(index, 0)), signals)
-            for index, net in enumerate(self.nets)
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                net(_disturbed(heard, noise.roll(index, 0)), signals)
+                for index, net in enumerate(self.nets)
+            ]
+        )
 
     @torch.no_grad()
     def change_basis(self, change: Tensor) -> None:
@@ -189,8 +191,9 @@ class SpeechTransformer(nn.Module):
         self.styles = nn.Parameter(torch.zeros(n_people, self.WIDTH))
         n_hidden = self.window.last.in_features
         self.token = nn.Linear(n_hidden, self.WIDTH)
-        self.layers = nn.ModuleList(_Attention(self.WIDTH, self.N_HEADS, self.REACH)
-                                    for _ in range(self.N_LAYERS))  # fmt: skip
+        self.layers = nn.ModuleList(
+            _Attention(self.WIDTH, self.N_HEADS, self.REACH) for _ in range(self.N_LAYERS)
+        )
         # one layer for window features and attention output; the latter's weights start at zero
         self.last = nn.Linear(n_hidden + self.WIDTH, n_out)
         self.last.weight.data[:, n_hidden:] = 0
@@ -224,9 +227,12 @@ class _Attention(nn.Module):
         self.ask = nn.Linear(width, 3 * width)
         self.answer = nn.Linear(width, width)
         self.think = nn.Sequential(
-            nn.Linear(width, 2 * width), nn.GELU(), nn.Dropout(0.4), nn.Linear(2 * width, width),
+            nn.Linear(width, 2 * width),
+            nn.GELU(),
             nn.Dropout(0.4),
-        )  # fmt: skip
+            nn.Linear(2 * width, width),
+            nn.Dropout(0.4),
+        )
         # ALiBi's slopes: the first head is the most local
         self.register_buffer("slope", 2.0 ** (-8 * torch.arange(1, n_heads + 1) / n_heads))
 

@@ -71,12 +71,14 @@ class StyleUNet(nn.Module):
         )
         deep = list(reversed(list(enumerate(widths))))
         self.up = nn.ModuleList(
-            nn.ModuleList([
-                ModulatedConv(w if i == 0 else w + deep[i - 1][1], w, n_style),
-                ModulatedConv(w, w, n_style),
-            ])
+            nn.ModuleList(
+                [
+                    ModulatedConv(w if i == 0 else w + deep[i - 1][1], w, n_style),
+                    ModulatedConv(w, w, n_style),
+                ]
+            )
             for i, (_, w) in enumerate(deep)
-        )  # fmt: skip
+        )
         self.tell = nn.ModuleList(_silent(nn.Conv2d(w, bands, 1)) for _, w in deep)
 
     def forward(self, head: Tensor, signals: Tensor, carry: Tensor) -> Tensor:
@@ -85,9 +87,11 @@ class StyleUNet(nn.Module):
         -> (B, 4, H, W), premultiplied."""
         style = self.style(signals)
         canvas = F.grid_sample(
-            PAINT * self.canvas.expand(len(head), -1, -1, -1), _places(carry, head),
-            padding_mode="border", align_corners=False,
-        )  # fmt: skip
+            PAINT * self.canvas.expand(len(head), -1, -1, -1),
+            _places(carry, head),
+            padding_mode="border",
+            align_corners=False,
+        )
         kept: list[Tensor] = []
         x, bands = head.new_zeros(0), haar(head)
         for level, (take, down) in enumerate(zip(self.take, self.down, strict=True)):

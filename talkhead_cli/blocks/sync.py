@@ -28,17 +28,29 @@ class SyncExpert(nn.Module):
     def __init__(self, n_steps: int, n_features: int, width: int = 32, n_out: int = 64) -> None:
         super().__init__()
         self.look = nn.Sequential(
-            nn.Conv2d(2 * N_FRAMES - 1, width, 5, stride=2, padding=2), nn.GELU(),
-            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.GELU(), nn.Dropout2d(0.1),
-            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1), nn.GELU(), nn.Flatten(),
-            nn.Dropout(0.3), nn.Linear(2 * width * (CROP_PX // 8) ** 2, n_out),
-        )  # fmt: skip
+            nn.Conv2d(2 * N_FRAMES - 1, width, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Conv2d(width, 2 * width, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Dropout2d(0.1),
+            nn.Conv2d(2 * width, 2 * width, 3, stride=2, padding=1),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(2 * width * (CROP_PX // 8) ** 2, n_out),
+        )
         self.hear = nn.Sequential(
-            nn.Conv1d(n_features, width, 5, padding=2), nn.GELU(),
-            nn.Conv1d(width, width, 5, stride=2, padding=2), nn.GELU(), nn.Dropout(0.2),
-            nn.Conv1d(width, width, 5, stride=2, padding=2), nn.GELU(), nn.Flatten(),
-            nn.Dropout(0.3), nn.Linear(width * ((n_steps + 3) // 4), n_out),
-        )  # fmt: skip
+            nn.Conv1d(n_features, width, 5, padding=2),
+            nn.GELU(),
+            nn.Conv1d(width, width, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Dropout(0.2),
+            nn.Conv1d(width, width, 5, stride=2, padding=2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Dropout(0.3),
+            nn.Linear(width * ((n_steps + 3) // 4), n_out),
+        )
 
     def embed_lips(self, crops: Tensor) -> Tensor:
         """Embed grey crops (N, N_FRAMES, CROP_PX, CROP_PX): (N, n_out).
@@ -116,8 +128,9 @@ def agreement(seen: Tensor, heard: Tensor, moments: Tensor, near: int = 2) -> di
     odds = seen @ heard.T
     apart = (moments[:, None] - moments).abs() > near
     own = odds.diagonal()
-    masked = (odds / TEMPERATURE).masked_fill(~apart & ~torch.eye(len(odds)).bool().to(odds.device),
-                                              -torch.inf)  # fmt: skip
+    masked = (odds / TEMPERATURE).masked_fill(
+        ~apart & ~torch.eye(len(odds)).bool().to(odds.device), -torch.inf
+    )
     target = torch.arange(len(odds), device=odds.device)
     contrast = (F.cross_entropy(masked, target) + F.cross_entropy(masked.T, target)) / 2
     found = (own[:, None] > odds)[apart].float()

@@ -97,12 +97,15 @@ def models_pull(
     name: Annotated[str, typer.Argument(help="Which weights.")],
     source: Annotated[
         str | None,
-        typer.Option("--from", help="A mirror (https://...) or folder that holds the file.  "
-                     "\\[default: where it is published]"),
+        typer.Option(
+            "--from",
+            help="A mirror (https://...) or folder that holds the file.  "
+            "\\[default: where it is published]",
+        ),
     ] = None,
     sha256: Annotated[str, typer.Option(help="The sha256 that the file must have.")] = "",
     verbose: Verbose = False,
-) -> None:  # fmt: skip
+) -> None:
     """Download weights from their publisher or a mirror; their sha256 is checked."""
     with speaking(verbose) as report:
         from talkhead_cli.store import weights

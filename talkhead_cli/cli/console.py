@@ -30,9 +30,17 @@ from talkhead_cli.contracts import MisuseError, TalkheadError
 
 PLAIN_EVERY_S = 10.0
 CANNOT_WRITE = (
-    errno.ENOSPC, errno.EACCES, errno.EPERM, errno.EROFS, errno.EDQUOT,
-    errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT, errno.ENAMETOOLONG,
-)  # fmt: skip
+    errno.ENOSPC,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EDQUOT,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENOENT,
+    errno.ENAMETOOLONG,
+)
 
 err = Console(stderr=True, highlight=False)
 
@@ -50,10 +58,16 @@ class Reporter:
         self._done, self._began, self._said = 0, 0.0, 0.0
         if err.is_terminal:
             self._bars = Progress(
-                TextColumn("{task.description:24}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("{task.fields[rate]}"), TimeElapsedColumn(), TimeRemainingColumn(),
-                TextColumn("[dim]{task.fields[figures]}"), console=err, redirect_stdout=False,
-            )  # fmt: skip
+                TextColumn("{task.description:24}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[rate]}"),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("[dim]{task.fields[figures]}"),
+                console=err,
+                redirect_stdout=False,
+            )
 
     def __enter__(self) -> Reporter:
         Reporter.shown = self
@@ -207,8 +221,9 @@ def native_stderr_silenced() -> Iterator[None]:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     if ours:
         python.flush()
-        sys.stderr = os.fdopen(os.dup(heard), "w", buffering=1, encoding=python.encoding,
-                               errors=python.errors)  # fmt: skip
+        sys.stderr = os.fdopen(
+            os.dup(heard), "w", buffering=1, encoding=python.encoding, errors=python.errors
+        )
     os.dup2(nowhere, 2)
     os.close(nowhere)
     try:

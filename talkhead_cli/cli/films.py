@@ -81,17 +81,31 @@ def render(
             if into is not None:
                 raise MisuseError("--into goes with --id; a picture has no film to be set into")
             paths = render_picture(
-                image, home_folder(home), audio, report, preset_names=preset or ["s3d"],
-                prior=prior, which_face=face or "largest", out=out, options=options, device=device,
-            )  # fmt: skip
+                image,
+                home_folder(home),
+                audio,
+                report,
+                preset_names=preset or ["s3d"],
+                prior=prior,
+                which_face=face or "largest",
+                out=out,
+                options=options,
+                device=device,
+            )
         else:
             assert name is not None
             if preset or prior or face:
                 raise MisuseError("--preset, --prior and --face go with --image; a run has its own")
             paths = job(
-                home_folder(home), name, audio, report, out=out, run_name=run, options=options,
+                home_folder(home),
+                name,
+                audio,
+                report,
+                out=out,
+                run_name=run,
+                options=options,
                 device=device,
-            )  # fmt: skip
+            )
         say(paths, {}, json)
 
 
@@ -121,10 +135,18 @@ def landmarks(
         from talkhead_cli.store import home_folder
 
         paths = job(
-            home_folder(home), name, audio, report, out=out, run_name=run,
-            moves=MotionOptions(blink=blink, seed=seed), lips=lips, jaw=jaw, picture=picture,
+            home_folder(home),
+            name,
+            audio,
+            report,
+            out=out,
+            run_name=run,
+            moves=MotionOptions(blink=blink, seed=seed),
+            lips=lips,
+            jaw=jaw,
+            picture=picture,
             device=device,
-        )  # fmt: skip
+        )
         say(paths, {}, json)
 
 
@@ -175,19 +197,23 @@ def _table(figures: dict[str, Any]) -> None:
     rows = [
         ("PSNR, face box", f"{picture['face_box']['psnr_db']:.2f} dB"),
         ("PSNR, full", f"{picture['full']['psnr_db']:.2f} dB"),
-        ("SSIM, face box / full",
-         f"{picture['face_box']['ssim']:.3f} / {picture['full']['ssim']:.3f}"),
+        (
+            "SSIM, face box / full",
+            f"{picture['face_box']['ssim']:.3f} / {picture['full']['ssim']:.3f}",
+        ),
         ("lips against truth", f"{lips['correlation']['r']:.2f}  [{low:.2f}, {high:.2f}]"),
         ("  linear baseline", f"{lips['linear_baseline']['r']:.2f}"),
         ("  other speech (control)", f"{lips['mismatched_control']['r']:.2f}"),
         ("  spread", f"{lips['correlation']['spread']:.2f}"),
-        ("eyes against truth",
-         f"{eyes['correlation']['r']:.2f}  ({eyes['blinks_in_truth']} blinks)"),
+        (
+            "eyes against truth",
+            f"{eyes['correlation']['r']:.2f}  ({eyes['blinks_in_truth']} blinks)",
+        ),
         ("LMD, mouth", f"{figures['lmd_px_at_512']:.2f} px at 512"),
         *_sync_rows(figures["sync"]),
         ("jitter against truth's", f"{figures['jitter_px_at_512']['ratio']:.2f}"),
         ("marching", f"{figures['render']['frames_per_second']:.1f} frames/s"),
-    ]  # fmt: skip
+    ]
     for label, value in rows:
         err.print(f"  {label:26}{value}")
     err.print(
@@ -201,7 +227,9 @@ def _sync_rows(sync: dict[str, Any]) -> list[tuple[str, str]]:
     if sync["expert"] is None:
         return []
     return [
-        (f"lip sync ({name})",
-         f"{judged['confidence']:.3f}, sound {1000 * judged['sound_after_lips_s']:+.0f} ms")
+        (
+            f"lip sync ({name})",
+            f"{judged['confidence']:.3f}, sound {1000 * judged['sound_after_lips_s']:+.0f} ms",
+        )
         for name, judged in ((n, sync[n]) for n in ("render", "truth"))
-    ]  # fmt: skip
+    ]

@@ -80,9 +80,13 @@ def preprocess(
         from talkhead_cli.store import Workspace, home_folder
 
         options: dict[str, Any] = {
-            "which_face": face, "with_audio": not no_audio, "wanted": backend or [],
-            "offset": offset, "consent": consent, "fresh": fresh,
-        }  # fmt: skip
+            "which_face": face,
+            "with_audio": not no_audio,
+            "wanted": backend or [],
+            "offset": offset,
+            "consent": consent,
+            "fresh": fresh,
+        }
         where, found = home_folder(home), videos_of(videos)
         if len(found) == 1 and not videos[0].is_dir():
             if engine != "processes" or address is not None or jobs:
@@ -198,9 +202,11 @@ def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> No
             runs = [(r.name, r.is_finished) for r in list_runs(space.runs)]
             if json:
                 facts = [{"name": run, "finished": done} for run, done in runs]
-                answer(jsonlib.dumps(
-                    {"id": name, "finished": finished, "seconds": seconds, "runs": facts}
-                ))  # fmt: skip
+                answer(
+                    jsonlib.dumps(
+                        {"id": name, "finished": finished, "seconds": seconds, "runs": facts}
+                    )
+                )
             else:
                 told = [run + ("" if done else " (unfinished)") for run, done in runs]
                 length = f"{seconds:.1f} s" if finished else "(unfinished)"
@@ -210,10 +216,16 @@ def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> No
             meta = prior.meta() if prior.is_finished else {}
             people, method = list(meta.get("people", {})), meta.get("method", "")
             if json:
-                answer(jsonlib.dumps(
-                    {"prior": prior.name, "finished": prior.is_finished, "method": method,
-                     "people": people}
-                ))  # fmt: skip
+                answer(
+                    jsonlib.dumps(
+                        {
+                            "prior": prior.name,
+                            "finished": prior.is_finished,
+                            "method": method,
+                            "people": people,
+                        }
+                    )
+                )
             else:
                 what = f"prior of {len(people)} people" if meta else "prior (unfinished)"
                 answer(f"{prior.name}\t{what}\t{method}".rstrip())

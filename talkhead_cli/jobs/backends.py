@@ -41,9 +41,13 @@ class Voice(Protocol):
     rate_hz: int
 
     def features(
-        self, samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0,
+        self,
+        samples: NDArray[Any],
+        n_rows: int | None = None,
+        *,
+        first: int = 0,
         scale: float = 1.0,
-    ) -> NDArray[np.float32]: ...  # fmt: skip
+    ) -> NDArray[np.float32]: ...
 
 
 class Detector(Protocol):
@@ -87,7 +91,7 @@ def warnings(chosen: Chosen) -> list[str]:
         f"{kind} by {name} take about {SLOW_S[name]} s a frame on two cores "
         f"(--backend {kind}={BEST_FIRST[kind][-1]} is many times faster)"
         for kind, name in slow.items()
-    ]  # fmt: skip
+    ]
 
 
 def _one(kind: str, name: str) -> str:

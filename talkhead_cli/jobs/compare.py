@@ -52,8 +52,9 @@ def compare(
     figures = {run.name: _figures(home, name, run, progress, device) for run in runs}
     _same_protocol(figures)
     folder = space.root / "compare" / re.sub(r"[^\w.+-]", "-", "-and-".join(figures))
-    table = {label: {run: _at(found, path) for run, found in figures.items()}
-             for label, path in ROWS}  # fmt: skip
+    table = {
+        label: {run: _at(found, path) for run, found in figures.items()} for label, path in ROWS
+    }
     first = next(iter(figures.values()))
     answer = {"identity": name, "protocol": first["protocol"], "table": table}
     folder.mkdir(parents=True, exist_ok=True)
@@ -111,8 +112,9 @@ def _write_side_by_side(films: list[tuple[str, Path]], sound: Path, out: Path) -
         for stream in streams:  # stops ffmpeg if a film is not read to its end
             open_films.callback(stream.close)
         names = [name for name, _ in films]
-        pictures = (side_by_side(list(zip(names, row, strict=True)))
-                    for row in zip(*streams, strict=True))  # fmt: skip
+        pictures = (
+            side_by_side(list(zip(names, row, strict=True))) for row in zip(*streams, strict=True)
+        )
         first = next(pictures)
         writer = open_films.enter_context(
             media.VideoWriter(

@@ -94,8 +94,10 @@ def read_cameras(folder: Path) -> Cameras | None:
             continue
         facts = _json(path)
         try:
-            found = [(int(f["img_id"]), np.array(f["transform_matrix"], np.float64))
-                     for f in facts["frames"]]  # fmt: skip
+            found = [
+                (int(f["img_id"]), np.array(f["transform_matrix"], np.float64))
+                for f in facts["frames"]
+            ]
             focal = float(facts["focal_len"] if "focal_len" in facts else facts["fl_x"])
             centre = np.array([facts["cx"], facts["cy"]], np.float64)
         except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -170,8 +172,11 @@ def _encoded(pictures: list[Path], sound: Path, out: Path, progress: Progress) -
 
 def _pictures(folder: Path) -> list[Path]:
     """Return the pictures 0.jpg, 1.jpg ... in order; TalkheadError if one is missing."""
-    numbered = {int(p.stem): p for p in folder.glob("*.*")
-                if p.suffix in (".jpg", ".png") and p.stem.isdecimal()}  # fmt: skip
+    numbered = {
+        int(p.stem): p
+        for p in folder.glob("*.*")
+        if p.suffix in (".jpg", ".png") and p.stem.isdecimal()
+    }
     missing = next((i for i in range(len(numbered)) if i not in numbered), None)
     if missing is not None:
         raise TalkheadError(f"{folder} lacks picture {missing}; copy the dataset anew")

@@ -41,11 +41,17 @@ BLINK_SHAPE = np.array([0.75, 0.35, 0.05, 0.0, 0.15, 0.4, 0.7, 0.9])
 
 
 # Footage of a single frame, straight ahead, on which options can be tried out.
-MOTIONLESS: Mapping[str, NDArray[Any]] = MappingProxyType({
-    "pose": np.array([[0.0, 0, 0, 0, 0, 5]]), "body": np.zeros((1, 4)), "k": np.eye(3),
-    "eye": np.ones((1, 2)), "gaze": np.zeros((1, 2)), "brow": np.zeros((1, 2)),
-    "usable": np.array([True]),
-})  # fmt: skip
+MOTIONLESS: Mapping[str, NDArray[Any]] = MappingProxyType(
+    {
+        "pose": np.array([[0.0, 0, 0, 0, 0, 5]]),
+        "body": np.zeros((1, 4)),
+        "k": np.eye(3),
+        "eye": np.ones((1, 2)),
+        "gaze": np.zeros((1, 2)),
+        "brow": np.zeros((1, 2)),
+        "usable": np.array([True]),
+    }
+)
 
 
 @dataclass(frozen=True)

@@ -31,10 +31,16 @@ SIDES_DEG = (-14.0, -5.0, 5.0, 14.0)  # yaw of the views that seed the occupancy
 
 
 def enroll(
-    images: Sequence[Path], priors_home: Path, home: Path, preset_names: Sequence[str],
-    progress: Progress, *, prior: str | None = None, which_face: str = "largest",
+    images: Sequence[Path],
+    priors_home: Path,
+    home: Path,
+    preset_names: Sequence[str],
+    progress: Progress,
+    *,
+    prior: str | None = None,
+    which_face: str = "largest",
     device: str = "auto",
-) -> tuple[Workspace, Run]:  # fmt: skip
+) -> tuple[Workspace, Run]:
     """Make the person in some pictures an identity of `home`, with a finished run; the first
     picture is the main one.
 
@@ -92,10 +98,14 @@ def _keep(run: Run, seen: Sequence[Photo], start: Run) -> None:
     main, signals = seen[0], seen[0].portrait.signals
     run.save_portrait(portraits.to_arrays(portraits.joined([one.portrait for one in seen])))
     write_png(run.plate_file, main.plate)
-    run.save_drive({
-        **{key: getattr(signals, key).numpy() for key in DRIVEN},
-        "k": main.k, "usable": np.array([True]), **start.drive(),
-    })  # fmt: skip
+    run.save_drive(
+        {
+            **{key: getattr(signals, key).numpy() for key in DRIVEN},
+            "k": main.k,
+            "usable": np.array([True]),
+            **start.drive(),
+        }
+    )
 
 
 def _build(
@@ -112,9 +122,11 @@ def _build(
     speaker = enrolled(avatar, run, where)
     rows = views.opening_mouths(speaker, signals, len(SIDES_DEG))
     cameras = [
-        drives.make(run.drive(), 1, MotionOptions(pose="still", yaw_deg=yaw))
-        .camera(signals.pose.numpy(), preset.data.size_px, np.zeros(1)) for yaw in SIDES_DEG
-    ]  # fmt: skip
+        drives.make(run.drive(), 1, MotionOptions(pose="still", yaw_deg=yaw)).camera(
+            signals.pose.numpy(), preset.data.size_px, np.zeros(1)
+        )
+        for yaw in SIDES_DEG
+    ]
     views.rebuild_from_views(speaker, marcher, rows.with_(camera=_together(cameras)), where)
     if further := [one.signals.camera for one in seen[1:]]:
         rows = views.opening_mouths(speaker, signals, len(further))

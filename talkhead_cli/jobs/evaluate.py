@@ -85,9 +85,13 @@ def evaluate(
     sound = media.read_wav(space.audio)
     boxes = scores.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
     figures = {
-        "identity": name, "run": run.name, "talkhead": __version__,
+        "identity": name,
+        "run": run.name,
+        "talkhead": __version__,
         "protocol": {
-            "frames": [int(held[0]), int(held[-1])], "n_frames": len(held), "fps": FPS,
+            "frames": [int(held[0]), int(held[-1])],
+            "n_frames": len(held),
+            "fps": FPS,
             "size_px": clip.size_px,
             "driven_by": "held-out sound; pose, shoulders, eyes, gaze, brows of the footage",
             "face_box": "bounding box of the tracked face mesh, per frame",
@@ -100,9 +104,7 @@ def evaluate(
         "eyes": scores.eye_scores(truth, rendered),
         "likeness": scores.likeness_scores(truth, rendered, clip.labels[held, 0]),
         "lmd_px_at_512": scores.mouth_distance(truth, rendered),
-        "sync": _sync_figures(
-            judge, space, truth, rendered, clip.signals[clip.held], progress
-        ),
+        "sync": _sync_figures(judge, space, truth, rendered, clip.signals[clip.held], progress),
         "jitter_px_at_512": scores.jitter_scores(truth, rendered),
         "face_found": float(rendered.found.mean()),
         "render": {
@@ -112,7 +114,7 @@ def evaluate(
         },
         "training_seconds": run.meta().get("seconds"),
         "prior": run.meta().get("prior"),
-    }  # fmt: skip
+    }
     files = _write_films(run.evaluation, true_pictures, made.pictures, sound, held)
     if maps:
         files.append(sheets.draw(player, heard, true_pictures, run.evaluation / "maps.png"))
@@ -180,9 +182,11 @@ def _other_speech(clip: Footage, n: int) -> list[torch.Tensor]:
 
 
 def _pasted_figures(
-    clip: Footage, truth: NDArray[np.uint8], heads: NDArray[np.uint8] | None,
+    clip: Footage,
+    truth: NDArray[np.uint8],
+    heads: NDArray[np.uint8] | None,
     boxes: NDArray[np.int64],
-) -> dict[str, Any] | None:  # fmt: skip
+) -> dict[str, Any] | None:
     """Return picture figures of the marched heads, if there are any, pasted on the true rest by the
     true labels, as part of the literature scores.  They flatter, so no table shows them with the
     others."""
@@ -219,9 +223,13 @@ def _linear_baseline(clip: Footage, sound: Array) -> Array:
 
 
 def _sync_figures(
-    found: expert.Judge | None, space: Workspace, truth: Seen, rendered: Seen, signals: Signals,
+    found: expert.Judge | None,
+    space: Workspace,
+    truth: Seen,
+    rendered: Seen,
+    signals: Signals,
     progress: Progress,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Return the scores of talkhead's own lip-sync expert, if there is one."""
     if found is None:
         return {"expert": None, "note": "no expert of this home; talkhead pretrain --expert"}
@@ -241,15 +249,20 @@ def _sync_figures(
         progress.note(f"the lip-sync expert '{found.name}' says nothing: {error}")
         return {"expert": None, "note": str(error)}
     return {
-        "expert": found.name, "knew_person": found.knows(space), **judged,
+        "expert": found.name,
+        "knew_person": found.knows(space),
+        **judged,
         "note": "talkhead's own expert; not comparable with SyncNet's LSE-C, LSE-D",
-    }  # fmt: skip
+    }
 
 
 def _write_films(
-    folder: Path, truth: NDArray[np.uint8], rendered: NDArray[np.uint8], sound: Array,
+    folder: Path,
+    truth: NDArray[np.uint8],
+    rendered: NDArray[np.uint8],
+    sound: Array,
     held: NDArray[np.int64],
-) -> list[Path]:  # fmt: skip
+) -> list[Path]:
     """Write truth.mp4 and render.mp4, near-lossless, sound.wav, and side_by_side.mp4 with sound."""
     folder.mkdir(parents=True, exist_ok=True)
     made = []

@@ -46,9 +46,13 @@ WHITE = 255
 # RGB.  TalkingGaussian distinguishes hair and the inner mouth from the rest of the head.
 HEAD = (0, 0, WHITE)
 PARSING = {
-    "face": HEAD, "mouth": (100, 100, 100), "hair": (0, 0, 0), "neck": (0, WHITE, 0),
-    "torso": (WHITE, 0, 0), "background": (WHITE, WHITE, WHITE),
-}  # fmt: skip
+    "face": HEAD,
+    "mouth": (100, 100, 100),
+    "hair": (0, 0, 0),
+    "neck": (0, WHITE, 0),
+    "torso": (WHITE, 0, 0),
+    "background": (WHITE, WHITE, WHITE),
+}
 # Top of OpenFace's scale of action units; tracked values are scaled to reach it at *_REACH.
 STRONGEST = 5.0
 BROW_REACH, LID_REACH, LIP_REACH = 0.04, 0.2, 0.12  # face heights, openness above 1, face heights
@@ -98,9 +102,10 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
     shutil.copyfile(space.audio, out / "aud.wav")
     seen = _Straight(tracks["k"], size)
     plate = cv2.resize(
-        read_picture(space.plate_file, cure="run preprocess again")[..., ::-1], (size, size),
+        read_picture(space.plate_file, cure="run preprocess again")[..., ::-1],
+        (size, size),
         interpolation=cv2.INTER_AREA,
-    )  # fmt: skip
+    )
     plate = seen.picture(plate)
     _save(out / "bc.jpg", plate)
     features = speech_features(voice.features(media.sound(space.audio)), n_frames)
@@ -117,11 +122,17 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
     poses = transforms(c2w)
     train, held = split_rows(tracks["usable"], holdout)
     for label, frames in (("train", train.tolist()), ("val", held.tolist())):
-        text = json.dumps({
-            "focal_len": seen.focal, "cx": size / 2, "cy": size / 2,
-            "frames": [{"img_id": int(i), "aud_id": int(i),
-                        "transform_matrix": poses[i].tolist()} for i in frames],
-        })  # fmt: skip
+        text = json.dumps(
+            {
+                "focal_len": seen.focal,
+                "cx": size / 2,
+                "cy": size / 2,
+                "frames": [
+                    {"img_id": int(i), "aud_id": int(i), "transform_matrix": poses[i].tolist()}
+                    for i in frames
+                ],
+            }
+        )
         (out / f"transforms_{label}.json").write_text(text)
     _write_nerfstudio(
         out, c2w, usable=torch.cat([train, held]).tolist(), focal=seen.focal, size=size
@@ -167,9 +178,11 @@ class _Straight:
         """Warp a crop (s, s, C) to the rotated view; beyond the crop its border is replicated."""
         to_corner = np.array([[1, 0, 0.5], [0, 1, 0.5], [0, 0, 1]])  # OpenCV: 0 is a pixel's centre
         return cv2.warpPerspective(
-            np.ascontiguousarray(crop), np.linalg.inv(to_corner) @ self.homography @ to_corner,
-            (self.size, self.size), borderMode=cv2.BORDER_REPLICATE,
-        )  # fmt: skip
+            np.ascontiguousarray(crop),
+            np.linalg.inv(to_corner) @ self.homography @ to_corner,
+            (self.size, self.size),
+            borderMode=cv2.BORDER_REPLICATE,
+        )
 
 
 def _write_nerfstudio(
@@ -187,9 +200,8 @@ def _write_nerfstudio(
 
 
 def _write_frame(
-    out: Path, i: int, bgr: NDArray[np.uint8], labels: NDArray[np.float32],
-    plate: NDArray[np.uint8],
-) -> None:  # fmt: skip
+    out: Path, i: int, bgr: NDArray[np.uint8], labels: NDArray[np.float32], plate: NDArray[np.uint8]
+) -> None:
     """Write all pictures of frame i; labels (6, s, s) in [0, 1]."""
     of = dict(zip(LABELS, labels, strict=True))
     _save(out / "ori_imgs" / f"{i}.jpg", bgr)
@@ -217,10 +229,14 @@ def action_units(tracks: dict[str, NDArray[Any]]) -> dict[int, NDArray[np.float6
 
     nothing = np.zeros(len(eye))
     return {
-        1: strength(brow / BROW_REACH), 4: strength(-brow / BROW_REACH),
-        5: strength((eye - 1) / LID_REACH), 6: nothing, 7: nothing,
-        25: strength(lips / LIP_REACH), 45: 2 * (1 - eye.clip(0, 1).astype(np.float64)),
-    }  # fmt: skip
+        1: strength(brow / BROW_REACH),
+        4: strength(-brow / BROW_REACH),
+        5: strength((eye - 1) / LID_REACH),
+        6: nothing,
+        7: nothing,
+        25: strength(lips / LIP_REACH),
+        45: 2 * (1 - eye.clip(0, 1).astype(np.float64)),
+    }
 
 
 def blend_shapes(tracks: dict[str, NDArray[Any]]) -> NDArray[np.float64]:

@@ -56,25 +56,35 @@ class Judge:
         """
         marks = torch.from_numpy(marks_2d).float()
         # cropped in chunks: whole films of float pictures would not fit in memory
-        crops = torch.cat([
-            self.net.crops(torch.from_numpy(pictures[a : a + CHUNK]).float() / 255,
-                           marks[a : a + CHUNK]) for a in range(0, len(marks), CHUNK)
-        ])  # fmt: skip
+        crops = torch.cat(
+            [
+                self.net.crops(
+                    torch.from_numpy(pictures[a : a + CHUNK]).float() / 255, marks[a : a + CHUNK]
+                )
+                for a in range(0, len(marks), CHUNK)
+            ]
+        )
         seen, heard, middle = self.net.embedded(crops, audio, moment)
         if len(seen) < FPS:
             raise TalkheadError("less than a second in a row shows a face; sync needs that much")
         shift, confidence = offset_of(seen, heard, moment[middle])
         found = agreement(seen, heard, moment[middle])["found"]
         return {
-            "confidence": round(confidence, 4), "sound_after_lips_s": round(shift / FPS, 4),
+            "confidence": round(confidence, 4),
+            "sound_after_lips_s": round(shift / FPS, 4),
             "pairs_found": round(float(found), 4),
-        }  # fmt: skip
+        }
 
 
 def expert_if_weighed(
-    home: Path, method: str, train: Train, speech: dict[str, Any], progress: Progress, *,
+    home: Path,
+    method: str,
+    train: Train,
+    speech: dict[str, Any],
+    progress: Progress,
+    *,
     wanted: str | None = None,
-) -> Judge | None:  # fmt: skip
+) -> Judge | None:
     """Return the expert for stages with a weight for the loss `sync`: the wanted one, else the
     newest; None if no stage has one or, with a note, if the home has no expert."""
     stages = train.stages_weighing("sync")

@@ -88,10 +88,13 @@ def finetune(
         judge = expert.expert_if_weighed(home, preset.method, stages.train, hears, progress)
         loss_networks.attach(avatar, judge, stages, stages.train, fabric.device, progress)
         training.begin(
-            preset.to_yaml(), identity=name, footage=space.fingerprint, asked=asked,
+            preset.to_yaml(),
+            identity=name,
+            footage=space.fingerprint,
+            asked=asked,
             prior=None if start is None else start.facts(),
             **generators.facts(preset.avatar.generator),
-        )  # fmt: skip
+        )
         if avatar.needs_portrait:
             if training.is_chief:
                 run.save_portrait(portraits.to_arrays(clip.portrait(clip.best_likeness())))
@@ -102,10 +105,14 @@ def finetune(
             progress.stage("views of held-out frames")
             _save(avatar, marcher, clip, run, space, fabric.device)
             training.finish(
-                position, n_train=len(clip.train), n_held=len(clip.held),
-                device=march.device_name(fabric.device), speech=hears,
-                source=space.manifest()["source"], consent=space.manifest().get("consent", []),
-            )  # fmt: skip
+                position,
+                n_train=len(clip.train),
+                n_held=len(clip.held),
+                device=march.device_name(fabric.device),
+                speech=hears,
+                source=space.manifest()["source"],
+                consent=space.manifest().get("consent", []),
+            )
     return run
 
 
@@ -131,9 +138,16 @@ def _asked_for(
 
 
 def _start(
-    home: Path, space: Workspace, preset: Preset, prior: str | None, run_name: str | None,
-    preset_names: Sequence[str], hears: dict[str, Any], fresh: bool, progress: Progress,
-) -> Start | None:  # fmt: skip
+    home: Path,
+    space: Workspace,
+    preset: Preset,
+    prior: str | None,
+    run_name: str | None,
+    preset_names: Sequence[str],
+    hears: dict[str, Any],
+    fresh: bool,
+    progress: Progress,
+) -> Start | None:
     """Return the prior to start from, None to start from nothing: that of `prior`, else that of the
     run to continue, if there is one, else the newest that fits."""
     cannot_without = avatar_class(preset.method).needs_portrait
@@ -147,9 +161,10 @@ def _start(
         raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
     if prior is None and not fresh:
         prior = priors.prior_of_begun_run(
-            list_runs(space.runs), run_name or presets.run_name(preset_names),
+            list_runs(space.runs),
+            run_name or presets.run_name(preset_names),
             exactly=run_name is not None,
-        )  # fmt: skip
+        )
     if prior is None and cannot_without:
         prior = priors.newest(home, preset.method, preset, hears)
     return priors.choose_start(home, prior, preset, space, hears, progress)
@@ -204,9 +219,13 @@ def _discover(
 
 
 def _save(
-    avatar: Avatar, marcher: march.Marcher, clip: Footage, run: Run, space: Workspace,
+    avatar: Avatar,
+    marcher: march.Marcher,
+    clip: Footage,
+    run: Run,
+    space: Workspace,
     where: torch.device,
-) -> None:  # fmt: skip
+) -> None:
     """Save all that rendering the person needs."""
     avatar.finish()
     avatar.eval()

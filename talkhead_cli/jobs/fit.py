@@ -82,11 +82,19 @@ def fit(
     people = _brought_near(people, fabric.device)
     position, held = Position(), run.resume_state()
     job = _Job(
-        preset, Step(avatar, marcher), Average(avatar, preset.train.ema), people, run, fabric,
-        progress, writer=_log_writer(run, progress) if fabric.is_global_zero else None,
-        rng=torch.Generator().manual_seed(seed), seed=seed, clock=_Clock(),
+        preset,
+        Step(avatar, marcher),
+        Average(avatar, preset.train.ema),
+        people,
+        run,
+        fabric,
+        progress,
+        writer=_log_writer(run, progress) if fabric.is_global_zero else None,
+        rng=torch.Generator().manual_seed(seed),
+        seed=seed,
+        clock=_Clock(),
         threads=threads,
-    )  # fmt: skip
+    )
     if held is not None:
         try:
             position = Position(**held["position"])
@@ -203,9 +211,12 @@ class _StageLoop:
         # Most texels' gradients are about as small as Adam's usual epsilon, which would damp their
         # steps; Instant-NGP takes 1e-15.
         optimizer = torch.optim.Adam(
-            groups, betas=(0.9, 0.99), eps=1e-12 if stage.rays != "none" else 1e-8, fused=True,
+            groups,
+            betas=(0.9, 0.99),
+            eps=1e-12 if stage.rays != "none" else 1e-8,
+            fused=True,
             capturable=self.replay is not None,
-        )  # fmt: skip
+        )
         self.wrapped, self.optimizer = job.fabric.setup(job.module, optimizer)
         self._place_rates()
         learner = critic.critic_of(self.avatar)
@@ -330,9 +341,13 @@ class _StageLoop:
 
     def _draw(self, person: Footage, n_rays: int) -> Shot:
         shot = shots.draw(
-            person, self.stage, n_rays, self.boxes[person.device], self.job.rng,
+            person,
+            self.stage,
+            n_rays,
+            self.boxes[person.device],
+            self.job.rng,
             self.avatar.magnification,
-        )  # fmt: skip
+        )
         tensors = (t.to(self.job.fabric.device) for t in unpacked(shot))
         return repacked(shot, tensors)
 
@@ -451,9 +466,9 @@ class _StageLoop:
         self.job.clock.read(position)
         if not self.job.fabric.is_global_zero:
             return
-        self.job.run.save_resume({
-            "position": {**vars(position)}, "average": self.job.average.state(), **self._state(),
-        })  # fmt: skip
+        self.job.run.save_resume(
+            {"position": {**vars(position)}, "average": self.job.average.state(), **self._state()}
+        )
 
     def _state(self) -> dict[str, Any]:
         """Return the state of everything that the stage trains."""

@@ -41,9 +41,11 @@ N_SKIN = 468  # mesh points that lie on the face; the rest are irises
 
 # Landmarks inside each box, and the factors by which it is wider and higher than they are.
 REGIONS = {
-    "mouth": (LIPS, (1.3, 1.8)), "face": (slice(0, N_LANDMARKS), (1.1, 1.25)),
-    "left eye": (EYES[0], (1.5, 2.4)), "right eye": (EYES[1], (1.5, 2.4)),
-}  # fmt: skip
+    "mouth": (LIPS, (1.3, 1.8)),
+    "face": (slice(0, N_LANDMARKS), (1.1, 1.25)),
+    "left eye": (EYES[0], (1.5, 2.4)),
+    "right eye": (EYES[1], (1.5, 2.4)),
+}
 MIN_HOLDOUT = 4 * FPS
 NEAR_Z, FAR_Z = -0.95, 0.75  # depth of a head, from before the nose to behind the skull
 
@@ -72,8 +74,11 @@ class SpeechStats:
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """Return them as arrays to save."""
-        return {"speech_mean": self.mean, "speech_std": self.std,
-                "speech_rate_hz": np.array(self.rate_hz)}  # fmt: skip
+        return {
+            "speech_mean": self.mean,
+            "speech_std": self.std,
+            "speech_rate_hz": np.array(self.rate_hz),
+        }
 
     def windows(
         self, stream: NDArray[np.float32], frames: NDArray[Any], window: int
@@ -111,10 +116,12 @@ class Footage:
     def on(self, device: torch.device) -> Footage:
         """Return a copy with all that training draws from on a device."""
         return replace(
-            self, signals=self.signals.to(device), plate=self.plate.to(device),
+            self,
+            signals=self.signals.to(device),
+            plate=self.plate.to(device),
             said=None if self.said is None else self.said.to(device),
             pixels=DevicePixels.of(self.stored, device),
-        )  # fmt: skip
+        )
 
     @property
     def pictures(self) -> NDArray[np.uint8]:
@@ -222,9 +229,14 @@ def split_rows(
 
 
 def load(
-    space: Workspace, data: Data, progress: Progress, *, person: int = 0, pictures: bool = True,
+    space: Workspace,
+    data: Data,
+    progress: Progress,
+    *,
+    person: int = 0,
+    pictures: bool = True,
     stats: SpeechStats | None = None,
-) -> Footage:  # fmt: skip
+) -> Footage:
     """Read a workspace at the preset's picture size; caches pixels on first use.
 
     person: number of the person, for its rows, where there are several · pictures: False skips

@@ -78,9 +78,16 @@ def landmarks(
             tiles = []
             for frame in shown:
                 signals = told.signals(np.array([frame]))
-                tiles.append(_drawn(player, signals.with_(
-                    landmarks=signals.landmarks.new_tensor(track.landmarks[frame : frame + 1])
-                )))  # fmt: skip
+                tiles.append(
+                    _drawn(
+                        player,
+                        signals.with_(
+                            landmarks=signals.landmarks.new_tensor(
+                                track.landmarks[frame : frame + 1]
+                            )
+                        ),
+                    )
+                )
                 progress.advance()
             made.append(out.with_suffix(".png"))
             sheet = np.concatenate([np.concatenate(tiles, 1), _curve(track, shown)], 0)

@@ -16,9 +16,13 @@ LOSSES = ("lpips", "whole_lpips")  # losses that LPIPS computes
 
 
 def attach(
-    avatar: Avatar, judge: Judge | None, preset: Preset, train: Train, where: torch.device,
+    avatar: Avatar,
+    judge: Judge | None,
+    preset: Preset,
+    train: Train,
+    where: torch.device,
     progress: Progress,
-) -> None:  # fmt: skip
+) -> None:
     """Add to an avatar's loss networks those that stages have loss weights for: the lip-sync
     expert, if it was found, LPIPS and a picture critic."""
     if judge is not None:

@@ -82,8 +82,11 @@ class Original:
         return cls(
             Part(film, *source.get("part", [source["first_frame"], None])),
             (about.width, about.height),
-            Crop(**known["crop"]), takes, tracks["mesh_px"], stand_ins(tracks["found"], takes),
-        )  # fmt: skip
+            Crop(**known["crop"]),
+            takes,
+            tracks["mesh_px"],
+            stand_ins(tracks["found"], takes),
+        )
 
     @property
     def size(self) -> tuple[int, int]:
@@ -136,9 +139,14 @@ class Original:
                 yield frame
 
     def _pasted(
-        self, frame: NDArray[np.uint8], row: int, face: NDArray[np.uint8], zoom: Zoom,
-        changed: Mask | None, eyes: bool,
-    ) -> Mask | None:  # fmt: skip
+        self,
+        frame: NDArray[np.uint8],
+        row: int,
+        face: NDArray[np.uint8],
+        zoom: Zoom,
+        changed: Mask | None,
+        eyes: bool,
+    ) -> Mask | None:
         """Paste a face into a frame, in place; return where it differs, given that of the frame
         before, or None without a face."""
         if self.stands[row] < 0:

@@ -56,8 +56,12 @@ def read(path: Path) -> NDArray[np.uint8]:
                 upright = Image.fromarray((255 * grey / max(grey.max(), 1)).astype(np.uint8))
             layers = upright.convert("RGBA")
     except (
-        UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError,
-    ) as error:  # fmt: skip
+        UnidentifiedImageError,
+        OSError,
+        ValueError,
+        SyntaxError,
+        Image.DecompressionBombError,
+    ) as error:
         raise TalkheadError(
             f"{path.name} cannot be read as a picture ({error}); give a JPEG or PNG"
         ) from error
@@ -149,8 +153,9 @@ def _doubt(rgb: NDArray[np.uint8], mesh: NDArray[np.float32]) -> bool:
         [[scale, 0, scale * (half - middle[0])], [0, scale, scale * (half - middle[1])]]
     )
     way = cv2.INTER_AREA if scale < 1 else cv2.INTER_CUBIC
-    shown = cv2.warpAffine(rgb, place, (DETECT_PX, DETECT_PX), flags=way,
-                           borderMode=cv2.BORDER_REPLICATE)  # fmt: skip
+    shown = cv2.warpAffine(
+        rgb, place, (DETECT_PX, DETECT_PX), flags=way, borderMode=cv2.BORDER_REPLICATE
+    )
     with face.FaceDetector() as detect:
         _, scores = detect.scored(shown)
     return not len(scores) or float(scores[0]) < SURE

@@ -45,8 +45,11 @@ class DiskPixels:
         colours = torch.from_numpy(self.pictures[frame, line.numpy(), column.numpy()])
         labels = _interpolated(
             lambda y, x: torch.from_numpy(self.labels[frame, :, y.numpy(), x.numpy()]),
-            line, column, self.pictures.shape[1], self.labels.shape[-1],
-        )  # fmt: skip
+            line,
+            column,
+            self.pictures.shape[1],
+            self.labels.shape[-1],
+        )
         return _shares(colours), labels
 
 
@@ -74,8 +77,11 @@ class DevicePixels:
     def at(self, row: Tensor, line: Tensor, column: Tensor) -> tuple[Tensor, Tensor]:
         labels = _interpolated(
             lambda y, x: self.labels[row, y, x],
-            line, column, self.pictures.shape[1], self.labels.shape[1],
-        )  # fmt: skip
+            line,
+            column,
+            self.pictures.shape[1],
+            self.labels.shape[1],
+        )
         return _shares(self.pictures[row, line, column]), labels
 
 

@@ -21,12 +21,15 @@ def joined(parts: Sequence[Portrait]) -> Portrait:
     camera = Camera(
         torch.cat([c.c2w for c in cameras]), torch.cat([c.k for c in cameras]), cameras[0].size_px
     )
-    signals = {name: torch.cat([getattr(p.signals, name) for p in parts])
-               for name in (*_SIGNALS, "audio")}  # fmt: skip
+    signals = {
+        name: torch.cat([getattr(p.signals, name) for p in parts]) for name in (*_SIGNALS, "audio")
+    }
     return Portrait(
-        torch.cat([p.pictures for p in parts]), torch.cat([p.labels for p in parts]),
-        Signals(camera=camera, **signals), torch.cat([p.relief for p in parts]),
-    )  # fmt: skip
+        torch.cat([p.pictures for p in parts]),
+        torch.cat([p.labels for p in parts]),
+        Signals(camera=camera, **signals),
+        torch.cat([p.relief for p in parts]),
+    )
 
 
 def to_arrays(portrait: Portrait) -> dict[str, NDArray[Any]]:
@@ -36,9 +39,11 @@ def to_arrays(portrait: Portrait) -> dict[str, NDArray[Any]]:
         "pictures": (portrait.pictures * 255).round().byte().numpy(),
         "labels": (portrait.labels * 255).round().byte().numpy(),
         "relief": portrait.relief.contiguous().numpy(),
-        "c2w": camera.c2w.numpy(), "k": camera.k.numpy(), "size_px": np.array(camera.size_px),
+        "c2w": camera.c2w.numpy(),
+        "k": camera.k.numpy(),
+        "size_px": np.array(camera.size_px),
         **{name: getattr(signals, name).numpy() for name in _SIGNALS},
-    }  # fmt: skip
+    }
 
 
 def from_arrays(arrays: dict[str, NDArray[Any]]) -> Portrait:
@@ -59,8 +64,10 @@ def from_arrays(arrays: dict[str, NDArray[Any]]) -> Portrait:
 
 def _checked(arrays: dict[str, NDArray[Any]]) -> None:
     """Raise TalkheadError unless exactly the expected arrays are there, with finite values."""
-    n, px = (arrays[k].shape[i] if k in arrays and arrays[k].ndim == 4 else 0
-             for k, i in (("pictures", 0), ("pictures", 1)))  # fmt: skip
+    n, px = (
+        arrays[k].shape[i] if k in arrays and arrays[k].ndim == 4 else 0
+        for k, i in (("pictures", 0), ("pictures", 1))
+    )
     byte, real, whole = np.uint8, np.float32, np.int64
     wanted: dict[str, tuple[Any, tuple[int | None, ...]]] = {
         "pictures": (byte, (n, px, px, 3)), "labels": (byte, (n, 6, None, None)),
@@ -72,9 +79,12 @@ def _checked(arrays: dict[str, NDArray[Any]]) -> None:
     }  # fmt: skip
     for name, (kind, shape) in wanted.items():
         found = arrays.get(name)
-        fits = found is not None and found.dtype == kind and len(found.shape) == len(shape) and all(
-            w is None or w == f for w, f in zip(shape, found.shape, strict=True)
-        )  # fmt: skip
+        fits = (
+            found is not None
+            and found.dtype == kind
+            and len(found.shape) == len(shape)
+            and all(w is None or w == f for w, f in zip(shape, found.shape, strict=True))
+        )
         if not fits or not n or not np.isfinite(found).all():  # type: ignore[arg-type]
             raise TalkheadError(f"the run's portrait.npz is damaged ({name}); enroll it again")
     if extra := set(arrays) - set(wanted):

@@ -78,10 +78,13 @@ def preprocess(
     for warning in backends.warnings(chosen):
         progress.note(warning)
     source: dict[str, Any] = {
-        "name": video.name, "sha256": sha256_of(video), "seconds": probe.duration_s,
-        "synthetic": probe.is_synthetic, "first_frame": part.first,
+        "name": video.name,
+        "sha256": sha256_of(video),
+        "seconds": probe.duration_s,
+        "synthetic": probe.is_synthetic,
+        "first_frame": part.first,
         "part": [part.first, part.n_frames],
-    }  # fmt: skip
+    }
     is_new = not space.root.exists()  # `locked` creates it
     with space.locked(), _nothing_left_of_refused(space, is_new):
         if fresh:
@@ -96,9 +99,13 @@ def preprocess(
         if consent is not None:
             space.keep_consent(consent)
         space.note(
-            finished=True, version=__version__, source=source, dataset=None,
-            consent=space.consents(), **work.facts(),
-        )  # fmt: skip
+            finished=True,
+            version=__version__,
+            source=source,
+            dataset=None,
+            consent=space.consents(),
+            **work.facts(),
+        )
         old = [r for r in finished_runs(space.runs) if r.meta().get("footage") != space.fingerprint]
         if old:
             progress.note(

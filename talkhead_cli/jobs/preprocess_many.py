@@ -55,8 +55,11 @@ def videos_of(paths: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for path in paths:
         if path.is_dir():
-            inside = sorted(p for p in path.iterdir() if p.suffix.lower() in VIDEOS
-                            and not p.name.startswith("."))  # fmt: skip
+            inside = sorted(
+                p
+                for p in path.iterdir()
+                if p.suffix.lower() in VIDEOS and not p.name.startswith(".")
+            )
             if not inside:
                 raise TalkheadError(f"there is no video in the folder {path}")
             found += inside
@@ -66,9 +69,15 @@ def videos_of(paths: Sequence[Path]) -> list[Path]:
 
 
 def preprocess_many(
-    videos: Sequence[Path], home: Path, progress: Progress, *, jobs: int = 0,
-    engine: str = "processes", address: str | None = None, **options: Any,
-) -> list[Outcome]:  # fmt: skip
+    videos: Sequence[Path],
+    home: Path,
+    progress: Progress,
+    *,
+    jobs: int = 0,
+    engine: str = "processes",
+    address: str | None = None,
+    **options: Any,
+) -> list[Outcome]:
     """Preprocess each of `videos` into `home`; return one outcome per video, in order.
 
     jobs: how many at a time; 0: as many as CPU cores and memory allow (with Ray, cores only).
@@ -125,9 +134,13 @@ def preprocess_one(video: Path, home: Path, options: dict[str, Any]) -> Outcome:
 
 
 def _side_by_side(
-    videos: Sequence[Path], home: Path, options: dict[str, Any], n_jobs: int,
-    ended: Callable[[int, Outcome], None], progress: Progress,
-) -> None:  # fmt: skip
+    videos: Sequence[Path],
+    home: Path,
+    options: dict[str, Any],
+    n_jobs: int,
+    ended: Callable[[int, Outcome], None],
+    progress: Progress,
+) -> None:
     """Run `n_jobs` at a time; if a killed process breaks the pool, run the rest one by one."""
     left = _pooled(range(len(videos)), videos, home, options, n_jobs, ended)
     if left:
@@ -145,9 +158,13 @@ def _side_by_side(
 
 
 def _pooled(
-    wanted: Sequence[int], videos: Sequence[Path], home: Path, options: dict[str, Any], n_jobs: int,
+    wanted: Sequence[int],
+    videos: Sequence[Path],
+    home: Path,
+    options: dict[str, Any],
+    n_jobs: int,
     ended: Callable[[int, Outcome], None],
-) -> list[int]:  # fmt: skip
+) -> list[int]:
     """Run each of `wanted` in a fresh process, since the face mesh does not free its memory.
     Return those that are not done because a killed process broke the pool."""
     context = multiprocessing.get_context("spawn")
@@ -174,17 +191,25 @@ def _pooled(
 
 
 def _by_ray(
-    videos: Sequence[Path], home: Path, options: dict[str, Any], jobs: int, address: str | None,
+    videos: Sequence[Path],
+    home: Path,
+    options: dict[str, Any],
+    jobs: int,
+    address: str | None,
     ended: Callable[[int, Outcome], None],
-) -> None:  # fmt: skip
+) -> None:
     """Run them on Ray, `jobs` at a time; 0: as many as the cluster has cores."""
     try:
         import ray
     except ImportError as error:
         raise TalkheadError("--engine ray needs Ray: pip install 'talkhead[ray]'") from error
     try:
-        ray.init(address=address or "local", log_to_driver=False, logging_level=logging.ERROR,
-                 include_dashboard=None if address else False)  # fmt: skip
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            include_dashboard=None if address else False,
+        )
     except (ConnectionError, ValueError, RuntimeError) as error:
         where = f" at {address}" if address else ""
         raise TalkheadError(f"no Ray cluster could be reached{where}: {error}") from error

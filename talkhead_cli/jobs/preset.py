@@ -129,9 +129,10 @@ class Train(_Strict):
     def stages_weighing(self, *losses: str) -> list[str]:
         """Return the names of the stages with steps in which one of the losses has a weight."""
         return [
-            name for name, stage in self.stages.items()
+            name
+            for name, stage in self.stages.items()
             if stage.steps and any(stage.weights.get(loss) for loss in losses)
-        ]  # fmt: skip
+        ]
 
     @model_validator(mode="after")
     def _common_rates_are_for_what_learns(self) -> Train:
@@ -195,11 +196,14 @@ def adapted_to_start(preset: Preset, shared: Collection[str] | None, seconds: fl
     slower = {p: share for p, share in preset.train.common_rates.items() if p in (shared or ())}
     other = "prior" if shared is None else "nothing"
     stages = {
-        name: stage.model_copy(update={"rates": {
-            part: rate * slower.get(part, 1) for part, rate in stage.rates.items()
-        }})
-        for name, stage in preset.train.stages.items() if stage.start != other
-    }  # fmt: skip
+        name: stage.model_copy(
+            update={
+                "rates": {part: rate * slower.get(part, 1) for part, rate in stage.rates.items()}
+            }
+        )
+        for name, stage in preset.train.stages.items()
+        if stage.start != other
+    }
     train = {"stages": stages, "scale": share * preset.train.scale}
     return preset.model_copy(update={"train": preset.train.model_copy(update=train)})
 

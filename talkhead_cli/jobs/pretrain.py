@@ -159,16 +159,20 @@ def _train(training: Training, home: Path, asked: _Asked, preset: Preset, stages
     progress.note(f"marching: {why}")
     loss_networks.attach(avatar, judge, preset, stages, where, progress)
     training.begin(
-        asked.preset_text, people=sources, key=asked.key,
+        asked.preset_text,
+        people=sources,
+        key=asked.key,
         expert=None if judge is None else judge.name,
         expert_key=None if judge is None else judge.prior.meta()["key"],
-    )  # fmt: skip
+    )
     rows = [clip.speaking for clip in clips]
     few = max(SURVEYED // len(clips), MIN_SURVEYED)
-    avatar.survey([
-        clip.signals[own[:: -(-len(own) // few)]].to(where)
-        for clip, own in zip(clips, rows, strict=True)
-    ])  # fmt: skip
+    avatar.survey(
+        [
+            clip.signals[own[:: -(-len(own) // few)]].to(where)
+            for clip, own in zip(clips, rows, strict=True)
+        ]
+    )
     for clip, own in zip(clips, rows, strict=True):
         avatar.calibrate(clip.signals[own].to(where), clip.mesh.to(where), aabb.to(where))
     trained = preset.model_copy(update={"train": stages})
@@ -185,9 +189,14 @@ def _train(training: Training, home: Path, asked: _Asked, preset: Preset, stages
 
 
 def _judge(
-    name: str, begun: dict[str, Any], home: Path, preset: Preset, stages: Train,
-    hears: dict[str, Any], progress: Progress,
-) -> expert.Judge | None:  # fmt: skip
+    name: str,
+    begun: dict[str, Any],
+    home: Path,
+    preset: Preset,
+    stages: Train,
+    hears: dict[str, Any],
+    progress: Progress,
+) -> expert.Judge | None:
     """Return the lip-sync expert that the stages use; after a resume, the same one as before."""
     if "expert_key" in begun and begun["expert"] is None:
         return None

@@ -21,10 +21,12 @@ def speech_facts(space: Workspace, preset: Preset) -> dict[str, Any]:
     """Return what must agree before speech networks can be shared."""
     stream, rate_hz = speech_of(space)
     return {
-        "backend": space.manifest()["backends"]["voice"], "rate_hz": rate_hz,
+        "backend": space.manifest()["backends"]["voice"],
+        "rate_hz": rate_hz,
         "n_features": stream.shape[1],
-        "n_steps": voice.n_steps(preset.data.window, rate_hz), "says": "mouths, in their own size",
-    }  # fmt: skip
+        "n_steps": voice.n_steps(preset.data.window, rate_hz),
+        "says": "mouths, in their own size",
+    }
 
 
 @dataclass(frozen=True)
@@ -41,15 +43,21 @@ class Start:
     def facts(self) -> dict[str, Any]:
         """Return what a run records of it."""
         return {
-            "name": self.prior.name, "key": self.prior.meta()["key"], "n_people": self.n_people,
+            "name": self.prior.name,
+            "key": self.prior.meta()["key"],
+            "n_people": self.n_people,
             "knew_person": self.knows,
-        }  # fmt: skip
+        }
 
 
 def choose_start(
-    home: Path, wanted: str | None, preset: Preset, space: Workspace, speech: dict[str, Any],
+    home: Path,
+    wanted: str | None,
+    preset: Preset,
+    space: Workspace,
+    speech: dict[str, Any],
     progress: Progress,
-) -> Start | None:  # fmt: skip
+) -> Start | None:
     """Return the named prior, which must fit; without a name the newest that fits, preferably one
     not trained on this person.  None if there is none, or if `wanted` is "none"."""
     if wanted == "none":
@@ -130,8 +138,9 @@ def named_prior(home: Path, wanted: str, method: str, speech: dict[str, Any] | N
         )
     meta = known[wanted].meta()
     for what, has, wants in (
-        ("its method", meta["method"], method), ("what it hears", meta["speech"], speech),
-    ):  # fmt: skip
+        ("its method", meta["method"], method),
+        ("what it hears", meta["speech"], speech),
+    ):
         if wants is not None and has != wants:
             raise TalkheadError(f"prior '{wanted}' does not fit: {what} is {has}, not {wants}")
     return known[wanted]

@@ -159,11 +159,15 @@ class _Shoot:
         behind = torch.zeros_like(self.plate) if options.alpha else self.plate
         with (
             media.VideoWriter(
-                self.files.film, self.size_px, audio=self.speech, crf=self.player.preset.render.crf,
-                alpha=options.alpha, metadata=self.tags,
+                self.files.film,
+                self.size_px,
+                audio=self.speech,
+                crf=self.player.preset.render.crf,
+                alpha=options.alpha,
+                metadata=self.tags,
             ) as film,
             _maybe_depth(self.files.depth, side, self.tags) as depth_film,
-        ):  # fmt: skip
+        ):
 
             def drawn() -> Iterator[NDArray[np.uint8]]:
                 nonlocal n_empty
@@ -194,23 +198,43 @@ class _Shoot:
 
 
 def render_picture(
-    images: Sequence[Path], priors_home: Path, speech: Path, progress: Progress, *,
-    preset_names: Sequence[str] = ("s3d",), prior: str | None = None, which_face: str = "largest",
-    out: Path | None = None, options: RenderOptions | None = None, device: str = "auto",
-) -> list[Path]:  # fmt: skip
+    images: Sequence[Path],
+    priors_home: Path,
+    speech: Path,
+    progress: Progress,
+    *,
+    preset_names: Sequence[str] = ("s3d",),
+    prior: str | None = None,
+    which_face: str = "largest",
+    out: Path | None = None,
+    options: RenderOptions | None = None,
+    device: str = "auto",
+) -> list[Path]:
     """Render the person of some pictures speaking `speech`; keep only the files of the render."""
     script.require_audio_track(speech)
     options = options or RenderOptions()
     _refuse_unfit(options, id_of(images), speech, out)  # before the pictures are enrolled
     with tempfile.TemporaryDirectory(prefix="talkhead-") as folder:
         space, run = enroll(
-            images, priors_home, Path(folder), preset_names, progress, prior=prior,
-            which_face=which_face, device=device,
-        )  # fmt: skip
-        return render(
-            Path(folder), space.id, speech, progress, out=out, run_name=run.name, options=options,
+            images,
+            priors_home,
+            Path(folder),
+            preset_names,
+            progress,
+            prior=prior,
+            which_face=which_face,
             device=device,
-        )  # fmt: skip
+        )
+        return render(
+            Path(folder),
+            space.id,
+            speech,
+            progress,
+            out=out,
+            run_name=run.name,
+            options=options,
+            device=device,
+        )
 
 
 def _refuse_unfit(
@@ -232,10 +256,14 @@ def _refuse_contradictions(options: RenderOptions) -> None:
     if options.into is None:
         return
     own = {
-        "--pose": options.pose != "footage", "--background": options.background != "plate",
-        "--alpha": options.alpha, "--depth": options.depth, "--yaw": bool(options.yaw_deg),
-        "--pitch": bool(options.pitch_deg), "--orbit": options.orbit,
-    }  # fmt: skip
+        "--pose": options.pose != "footage",
+        "--background": options.background != "plate",
+        "--alpha": options.alpha,
+        "--depth": options.depth,
+        "--yaw": bool(options.yaw_deg),
+        "--pitch": bool(options.pitch_deg),
+        "--orbit": options.orbit,
+    }
     at_odds = [option for option, asked in own.items() if asked]
     if at_odds:
         raise MisuseError(

@@ -82,10 +82,13 @@ def build_avatar(
     if generator is not None and generator not in method.generators:
         raise MisuseError(f"preset {preset.method} does not begin with a generator: {generator}")
     avatar = method.build(
-        preset.avatar.size, n_steps=n_steps, n_features=n_features,
-        px=preset.data.size_px, n_people=n_people,
+        preset.avatar.size,
+        n_steps=n_steps,
+        n_features=n_features,
+        px=preset.data.size_px,
+        n_people=n_people,
         **({} if generator is None else {"borrowed": generator}),
-    )  # fmt: skip
+    )
     on_gpu = device.type == "cuda"
     lacks = why_no_triton() if on_gpu else "there is no GPU"
     marcher, why = march.build(

@@ -86,9 +86,10 @@ def _lpips_scores(truth: Pixels, rendered: Pixels, boxes: NDArray[np.int64]) -> 
     return {
         "lpips": {
             "face_box": mean(lambda x, box: x[box[1] : box[3], box[0] : box[2]]),
-            "full": mean(lambda x, box: x), "net": "alex, version 0.1",
+            "full": mean(lambda x, box: x),
+            "net": "alex, version 0.1",
         }
-    }  # fmt: skip
+    }
 
 
 def correlation(a: Array, b: Array) -> dict[str, Any]:
@@ -107,9 +108,14 @@ def correlation(a: Array, b: Array) -> dict[str, Any]:
         return np.array(values) if pick.ndim > 1 else np.array(values[0])
 
     interval = bootstrap(
-        (np.arange(len(blocks)),), resampled, n_resamples=1000, confidence_level=0.9,
-        method="percentile", vectorized=True, random_state=np.random.default_rng(0),
-    ).confidence_interval  # fmt: skip
+        (np.arange(len(blocks)),),
+        resampled,
+        n_resamples=1000,
+        confidence_level=0.9,
+        method="percentile",
+        vectorized=True,
+        random_state=np.random.default_rng(0),
+    ).confidence_interval
     return {
         "r": round(one(a, b), 4),
         "interval_90": [round(float(interval.low), 4), round(float(interval.high), 4)],
@@ -154,8 +160,9 @@ def likeness_scores(truth: Seen, rendered: Seen, skin: Array) -> dict[str, float
     colours = []
     weight = skin.astype(np.float64)[..., None]
     for film in (truth, rendered):
-        small = np.stack([cv2.resize(p, skin.shape[2:0:-1], interpolation=cv2.INTER_AREA)
-                          for p in film.pictures])  # fmt: skip
+        small = np.stack(
+            [cv2.resize(p, skin.shape[2:0:-1], interpolation=cv2.INTER_AREA) for p in film.pictures]
+        )
         colours.append((small * weight).sum((0, 1, 2)) / weight.sum())
     return {
         "geometry_percent_of_face_height": round(100 * geometry, 3),

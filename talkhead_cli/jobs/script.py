@@ -127,9 +127,13 @@ def poses_in_grid(player: Player) -> tuple[str, ...]:
 
 @contextmanager
 def open_script(
-    player: Player, speech: Path, moves: MotionOptions, progress: Progress, *,
+    player: Player,
+    speech: Path,
+    moves: MotionOptions,
+    progress: Progress,
+    *,
     as_filmed: NDArray[np.int64] | None = None,
-) -> Iterator[Script]:  # fmt: skip
+) -> Iterator[Script]:
     """Yield the script of a video of `speech` (any file with sound), in constant memory.
 
     as_filmed: (T,) rows of the footage to replay in order, one for each frame of the video that the

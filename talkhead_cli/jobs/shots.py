@@ -18,9 +18,13 @@ ALIKE = 0.05  # eye openness; smaller differences count as none
 
 
 def draw(
-    footage: Footage, stage: Stage, n_rays: int, aabb: Tensor, rng: torch.Generator,
+    footage: Footage,
+    stage: Stage,
+    n_rays: int,
+    aabb: Tensor,
+    rng: torch.Generator,
     magnification: int = 1,
-) -> Shot:  # fmt: skip
+) -> Shot:
     """Draw one person's shot; whole pictures are marched `magnification` times smaller."""
     if stage.rays == "none":
         return _speech_shot(footage, stage, rng)
@@ -120,9 +124,13 @@ def _in_sequence(rows: Tensor, n: int, length: int, rng: torch.Generator) -> Ten
 
 
 def _pixels(
-    footage: Footage, rows: Tensor, n_rays: int, rng: torch.Generator, n_lids: int = 0,
+    footage: Footage,
+    rows: Tensor,
+    n_rays: int,
+    rng: torch.Generator,
+    n_lids: int = 0,
     lids: float = 0.0,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Draw random pixels by region, row after row: row (R,), pixel centres (R, 2).  The last
     `n_lids` rows get eye pixels only, a share `lids` of all eye pixels."""
     n_whole = len(rows) - n_lids

@@ -52,9 +52,15 @@ class Stages:
     """The stages, in order; one is skipped if its stored key matches its inputs."""
 
     def __init__(
-        self, space: Workspace, part: Part, probe: media.Probe, progress: Progress, chosen: Chosen,
-        *, with_audio: bool = True,
-    ) -> None:  # fmt: skip
+        self,
+        space: Workspace,
+        part: Part,
+        probe: media.Probe,
+        progress: Progress,
+        chosen: Chosen,
+        *,
+        with_audio: bool = True,
+    ) -> None:
         self.space, self.part, self.video = space, part, part.path
         self.probe, self.progress, self.chosen = probe, progress, chosen
         self.with_audio = with_audio
@@ -74,9 +80,13 @@ class Stages:
         networks = [self.chosen[kind] for kind in ("detector", "mesh", "landmarks")]
         self.do("mesh", lambda: self.mesh(which_face), source, which_face, place, networks)
         self.do(
-            "sound", lambda: self.sound(offset_s), self.with_audio, self.chosen["voice"], offset_s,
+            "sound",
+            lambda: self.sound(offset_s),
+            self.with_audio,
+            self.chosen["voice"],
+            offset_s,
             needs=("mesh",),
-        )  # fmt: skip
+        )
         if self.crop.side < FILM_PX:
             self.progress.note(
                 f"the head's square is {self.crop.side} px in the film; it is enlarged to "
@@ -91,17 +101,21 @@ class Stages:
         """Return what the manifest records of the stages' results."""
         kept = self.space.load("shots")["kept"]
         return {
-            "fps": FPS, "size_px": FILM_PX, "n_frames": self.n_frames,
-            "n_found": int(self.faces.found.sum()), "n_cut_away": int((~kept).sum()),
+            "fps": FPS,
+            "size_px": FILM_PX,
+            "n_frames": self.n_frames,
+            "n_found": int(self.faces.found.sum()),
+            "n_cut_away": int((~kept).sum()),
             "crop": {"x": self.crop.x, "y": self.crop.y, "side": self.crop.side},
             "backends": {
-                **self.chosen, "matte": "mediapipe-selfie",
+                **self.chosen,
+                "matte": "mediapipe-selfie",
                 "voice": self.chosen["voice"] if self.with_audio else "none",
             },
             "has_audio": self.with_audio,
             "offset": self._recorded_offset() if self.with_audio else None,
             "faces_seen": int(self.space.load("mesh")["n_faces"]),
-        }  # fmt: skip
+        }
 
     def do(
         self, stage: str, work: Callable[[], None], *inputs: Any, needs: tuple[str, ...] = ()
@@ -137,9 +151,11 @@ class Stages:
         """Choose the face to follow, then track its mesh in every frame."""
         self.progress.stage("looking for faces")
         scene = scout(
-            self.part.frames(max_side=640, stride=SCOUT_EVERY), self.size, which_face,
+            self.part.frames(max_side=640, stride=SCOUT_EVERY),
+            self.size,
+            which_face,
             lambda: backends.detector_of(self.chosen["detector"]),
-        )  # fmt: skip
+        )
         if scene.n_faces > 1:
             self.progress.note(
                 f"{scene.n_faces} faces are in the film; following the {which_face} one "
@@ -217,10 +233,14 @@ class Stages:
         for of_film in placed.values():
             takes.undo(of_film)
         colours = [skin[index] for index in skin if kept[index]]
-        self.space.save("shots", {
-            "kept": kept, "takes": takes.to_array(),
-            "skin": np.concatenate(colours) if colours else np.zeros((0, 3), np.float32),
-        })  # fmt: skip
+        self.space.save(
+            "shots",
+            {
+                "kept": kept,
+                "takes": takes.to_array(),
+                "skin": np.concatenate(colours) if colours else np.zeros((0, 3), np.float32),
+            },
+        )
         return {"points": points, "found": found & kept, **placed}
 
     def _remaining(self, takes: Takes, faded: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -257,9 +277,11 @@ class Stages:
         """Yield crops (FILM_PX, FILM_PX, 3) from frame `first` on, with zooms undone."""
         for begin, end, zoom in self._takes().spans(first, first + n_frames):
             yield from self.part.frames(
-                first=begin, n_frames=end - begin, crop=self.crop.zoomed(zoom, self.size),
+                first=begin,
+                n_frames=end - begin,
+                crop=self.crop.zoomed(zoom, self.size),
                 size=(FILM_PX, FILM_PX),
-            )  # fmt: skip
+            )
 
     def sound(self, offset_s: float | None) -> None:
         """Save the 16 kHz sound, in sync with the lips, and its speech features."""
@@ -291,11 +313,16 @@ class Stages:
             )
         media.write_wav(self.space.audio, samples)
         listener = backends.voice_of(self.chosen["voice"])
-        self.space.save("voice", {
-            "stream": listener.features(samples), "rate_hz": np.array(listener.rate_hz),
-            "heard": heard,
-            "undone_s": np.array(offset_s or 0.0), **found,
-        })  # fmt: skip
+        self.space.save(
+            "voice",
+            {
+                "stream": listener.features(samples),
+                "rate_hz": np.array(listener.rate_hz),
+                "heard": heard,
+                "undone_s": np.array(offset_s or 0.0),
+                **found,
+            },
+        )
 
     def _offset(self, samples: NDArray[np.float32]) -> lipsync.Offset | None:
         """Measure how late the sound is; None if there is too little lip motion or sound."""
@@ -326,8 +353,9 @@ class Stages:
         return {
             "sound_after_lips_s": None if late is None else round(late, 4),
             "margin": None if margin is None else round(margin, 4),
-            "sure_from": lipsync.SURE, "corrected_s": round(float(stored["undone_s"]), 4),
-        }  # fmt: skip
+            "sure_from": lipsync.SURE,
+            "corrected_s": round(float(stored["undone_s"]), 4),
+        }
 
     def film(self) -> None:
         """Save the cropped video, mattes, skin maps, shoulder registration and plate."""
@@ -380,10 +408,17 @@ class Stages:
             )
         furniture = matte.fixtures(plate_mattes)
         self._plate(plate_frames, [matte.without(mask, furniture) for mask in plate_mattes])
-        self.space.save("film", {
-            "warps": warps, "tracked": tracked, "thumbs": np.stack(thumbs),
-            "thumbs_at": thumbs_at, "reference": np.array(reference), "furniture": furniture,
-        })  # fmt: skip
+        self.space.save(
+            "film",
+            {
+                "warps": warps,
+                "tracked": tracked,
+                "thumbs": np.stack(thumbs),
+                "thumbs_at": thumbs_at,
+                "reference": np.array(reference),
+                "furniture": furniture,
+            },
+        )
 
     def _plate(self, frames: list[NDArray[np.uint8]], mattes: list[NDArray[np.uint8]]) -> None:
         """Save the background behind the person, estimated from some frames and mattes."""
@@ -418,24 +453,27 @@ class Stages:
         body = matte.body_motion(film["warps"], film["tracked"], pivot)
         to_heights = FILM_PX / k[0, 0] * float(np.median(head.translation[:, 2]))
         near_gap = np.convolve(~faces.found, np.ones(5), "same") > 0
-        self.space.save("tracks", {
-            "pose": head.pose.astype(np.float32),
-            "k": k.astype(np.float32),
-            "eye": eyes.openness(seen["gap"]).astype(np.float32),
-            "gaze": seen["gaze"],
-            "brow": seen["brow"] - seen["brow"].mean(0),
-            "landmarks": seen["landmarks"],
-            "mesh_px": mesh,
-            "body": np.concatenate(
-                [body[:, :2] * to_heights, body[:, 2:], np.zeros((len(body), 1))], -1
-            ).astype(np.float32),
-            "body_px": body.astype(np.float32),
-            "body_pivot": pivot.astype(np.float32),
-            "shape": head.shape.astype(np.float32),
-            "residual_px": head.residual_px.astype(np.float32),
-            "found": faces.found,
-            "usable": ~near_gap,
-        })  # fmt: skip
+        self.space.save(
+            "tracks",
+            {
+                "pose": head.pose.astype(np.float32),
+                "k": k.astype(np.float32),
+                "eye": eyes.openness(seen["gap"]).astype(np.float32),
+                "gaze": seen["gaze"],
+                "brow": seen["brow"] - seen["brow"].mean(0),
+                "landmarks": seen["landmarks"],
+                "mesh_px": mesh,
+                "body": np.concatenate(
+                    [body[:, :2] * to_heights, body[:, 2:], np.zeros((len(body), 1))], -1
+                ).astype(np.float32),
+                "body_px": body.astype(np.float32),
+                "body_pivot": pivot.astype(np.float32),
+                "shape": head.shape.astype(np.float32),
+                "residual_px": head.residual_px.astype(np.float32),
+                "found": faces.found,
+                "usable": ~near_gap,
+            },
+        )
 
     def _marks(self) -> NDArray[np.float32]:
         """Return landmarks (T, 68, 2) in pixels of the source video, gaps interpolated."""

@@ -19,8 +19,9 @@ def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
     otherwise be ignored."""
     for name, stage in train.stages.items():
         for what, named, known in (
-            ("learn", stage.learn, avatar.parts()), ("weights", stage.weights, avatar.loss_names)
-        ):  # fmt: skip
+            ("learn", stage.learn, avatar.parts()),
+            ("weights", stage.weights, avatar.loss_names),
+        ):
             for strange in sorted(set(named) - set(known)):
                 raise MisuseError(
                     f"stage '{name}': preset {method} knows no '{strange}' among its {what}; "

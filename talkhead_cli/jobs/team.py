@@ -41,9 +41,13 @@ PATIENCE_S = 30.0  # for the others to end once the chief has
 
 
 def run(
-    job: Callable[..., Made], *args: Any, progress: Progress, devices: int, nodes: int,
+    job: Callable[..., Made],
+    *args: Any,
+    progress: Progress,
+    devices: int,
+    nodes: int,
     **options: Any,
-) -> Made:  # fmt: skip
+) -> Made:
     """Run `job(*args, progress, devices=, nodes=, **options)` in a team; return the chief's result.
 
     On other machines it returns when the job ends, with a result that stands for what the chief
@@ -61,10 +65,13 @@ def run(
     context = multiprocessing.get_context("spawn")
     with _named_place(devices) as place:
         others = [
-            context.Process(target=_join_in, daemon=True,
-                            args=(job, args, options, {**place, "LOCAL_RANK": str(number)}))
+            context.Process(
+                target=_join_in,
+                daemon=True,
+                args=(job, args, options, {**place, "LOCAL_RANK": str(number)}),
+            )
             for number in range(1, devices)
-        ]  # fmt: skip
+        ]
         for other in others:
             other.start()
         leads = is_chief(devices, nodes)
@@ -105,11 +112,14 @@ def fabric(device: torch.device, precision: Precision, devices: int, nodes: int)
     if device.type == "cpu":
         torch.set_num_threads(max(1, n_cores() // devices))
     made = Fabric(
-        accelerator=device.type, devices=devices, num_nodes=nodes, precision=precision,
+        accelerator=device.type,
+        devices=devices,
+        num_nodes=nodes,
+        precision=precision,
         # Parameters may be unused: a step may sample no point of the shoulders, say.  Buffers:
         # each process keeps its own observations of the grid until the grid is updated.
         strategy=DDPStrategy(find_unused_parameters=True, broadcast_buffers=False),
-    )  # fmt: skip
+    )
     made.launch()
     return made
 

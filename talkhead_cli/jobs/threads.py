@@ -42,9 +42,12 @@ class Threads:
     """Adapts torch's number of threads, from 1 to what it was; as a context, sets it back."""
 
     def __init__(
-        self, progress: Progress, *, wanted: bool = True,
+        self,
+        progress: Progress,
+        *,
+        wanted: bool = True,
         times: Callable[[], Times | None] = cpu_times,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """wanted: False leaves the number alone · times: see `cpu_times`"""
         self.most = torch.get_num_threads()
         self._progress, self._times, self._told = progress, times, False

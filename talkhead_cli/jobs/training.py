@@ -60,9 +60,17 @@ class Training:
         alone = self.fabric.device.type == "cpu" and self.fabric.world_size == 1
         with Threads(self.progress, wanted=alone) as threads:
             position = fit.fit(
-                preset, avatar, marcher, people, self.run, self.fabric, self.progress,
-                seed=self.seed, stop_after=self.stop_after, threads=threads,
-            )  # fmt: skip
+                preset,
+                avatar,
+                marcher,
+                people,
+                self.run,
+                self.fabric,
+                self.progress,
+                seed=self.seed,
+                stop_after=self.stop_after,
+                threads=threads,
+            )
         if not self.is_chief:
             return None
         self.run.write_meta(seconds=round(set_up + position.seconds, 1))
@@ -71,7 +79,11 @@ class Training:
     def finish(self, position: fit.Position, **facts: Any) -> None:
         """Mark the run as finished, once all its files are written."""
         self.run.write_meta(
-            finished=True, finished_at=time.time(), steps=position.total,
-            figures=position.figures, torch=torch.__version__, **facts,
-        )  # fmt: skip
+            finished=True,
+            finished_at=time.time(),
+            steps=position.total,
+            figures=position.figures,
+            torch=torch.__version__,
+            **facts,
+        )
         self.run.drop_resume()

@@ -69,10 +69,17 @@ def room_on(device: torch.device) -> int:
 
 
 def build(
-    aabb: Tensor, device: torch.device | str, *, n_steps: int = 64, n_samples: int = 0,
-    resolution: int = 64, early_stop: float = 1e-4, every: int = 16,
-    kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto", kernels: bool = False,
-) -> tuple[Marcher, str]:  # fmt: skip
+    aabb: Tensor,
+    device: torch.device | str,
+    *,
+    n_steps: int = 64,
+    n_samples: int = 0,
+    resolution: int = 64,
+    early_stop: float = 1e-4,
+    every: int = 16,
+    kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto",
+    kernels: bool = False,
+) -> tuple[Marcher, str]:
     """Return the marcher for a box aabb (6,) on a device, and one line on why it was chosen.
 
     n_steps     samples of a ray straight through the box: step = depth (z) / n_steps

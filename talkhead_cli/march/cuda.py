@@ -195,9 +195,11 @@ def _homes() -> list[Path]:
     nvcc = shutil.which("nvcc")
     said = os.environ.get("CUDA_HOME")
     return [
-        *([Path(said)] if said else []), *([Path(nvcc).resolve().parents[1]] if nvcc else []),
-        Path("/usr/local/cuda"), Path("/opt/cuda"),
-    ]  # fmt: skip
+        *([Path(said)] if said else []),
+        *([Path(nvcc).resolve().parents[1]] if nvcc else []),
+        Path("/usr/local/cuda"),
+        Path("/opt/cuda"),
+    ]
 
 
 def _headers() -> Path | None:

@@ -144,10 +144,16 @@ class GuidedMarcher(Marcher):
         channels = channels.view(n, k, field.channels)
         attached = field.channels - field.n_detached
         s = t - origin
-        return torch.cat([
-            _sum(w, channels[..., :attached]), _sum(w.detach(), channels[..., attached:]),
-            w.sum(1, keepdim=True), (w * s).sum(1, keepdim=True), (w * s * s).sum(1, keepdim=True),
-        ], 1)  # fmt: skip
+        return torch.cat(
+            [
+                _sum(w, channels[..., :attached]),
+                _sum(w.detach(), channels[..., attached:]),
+                w.sum(1, keepdim=True),
+                (w * s).sum(1, keepdim=True),
+                (w * s * s).sum(1, keepdim=True),
+            ],
+            1,
+        )
 
     def _worth(self) -> Tensor:
         """Return the sampling weight of each cell of the grid, (D, D, D)."""

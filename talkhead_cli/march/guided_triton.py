@@ -17,9 +17,14 @@ BLOCK = 64  # rays per program
 
 
 def lay(
-    rays: RayBundle, box: Tensor, aabb: Tensor, worth: Tensor, n_cells: int, n_samples: int,
+    rays: RayBundle,
+    box: Tensor,
+    aabb: Tensor,
+    worth: Tensor,
+    n_cells: int,
+    n_samples: int,
     shift: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:
     """`GuidedMarcher.lay` for all rays: t, width (R, K), and whether they have samples (R,).
 
     box (6,) around occupied cells · aabb (6,) of the grid · worth (D, D, D) sampling weights of its

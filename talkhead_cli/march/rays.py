@@ -84,6 +84,12 @@ def picture_rays(camera: Camera, rows: Tensor, aabb: Tensor) -> RayBundle:
     origins = c2w[..., :3, 3].expand(*everywhere, 3).flatten(0, 1)
     near, far = intersect_box(origins, directions, aabb)
     return RayBundle(
-        origins, directions, near, far, pixel.expand(*everywhere, 2).flatten(0, 1),
-        rows[:, None].expand(everywhere).flatten(), (len(rows), size, size), whole=True,
-    )  # fmt: skip
+        origins,
+        directions,
+        near,
+        far,
+        pixel.expand(*everywhere, 2).flatten(0, 1),
+        rows[:, None].expand(everywhere).flatten(),
+        (len(rows), size, size),
+        whole=True,
+    )

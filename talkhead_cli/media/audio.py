@@ -21,9 +21,11 @@ TRUNCATION_S = 0.5  # by how much a file may fall short of its declared duration
 
 
 def sound(
-    path: Path | str, *, n_samples: int | None = None,
+    path: Path | str,
+    *,
+    n_samples: int | None = None,
     on_warning: Callable[[str], None] | None = None,
-) -> Samples:  # fmt: skip
+) -> Samples:
     """Return the sound (N,), float32 in [-1, 1], from time 0 of the file; late tracks are padded.
 
     Padded with silence or cut to `n_samples` when given, and not read further.  `on_warning` gets

@@ -156,8 +156,11 @@ def probe(path: Path | str) -> Probe:
     tracks = [] if re.search(r"^Input #0, tty,", head, re.M) else streams
     # Only a track's first line is ffmpeg's own; metadata below it may contain anything.
     lines = [track.partition("\n")[0] for track in tracks]
-    shown = (s for s, line in zip(tracks, lines, strict=True) if _VIDEO.search(line)
-             and "(attached pic)" not in line)  # fmt: skip
+    shown = (
+        s
+        for s, line in zip(tracks, lines, strict=True)
+        if _VIDEO.search(line) and "(attached pic)" not in line
+    )
     video = next(shown, "")
     audio = next((line for line in lines if ": Audio: " in line), "")
     if not (video or audio):

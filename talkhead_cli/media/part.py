@@ -35,9 +35,12 @@ class Part:
         left = None if self.n_frames is None else math.ceil((self.n_frames - first) / stride)
         limits = [n for n in (left, n_frames) if n is not None]
         return frames(
-            self.path, start_s=(self.first + first) / FPS, n_frames=min(limits, default=None),
-            stride=stride, **options,
-        )  # fmt: skip
+            self.path,
+            start_s=(self.first + first) / FPS,
+            n_frames=min(limits, default=None),
+            stride=stride,
+            **options,
+        )
 
     def played(self, rows: NDArray[np.integer[Any]], **options: Any) -> Generator[Picture]:
         """Yield frames in the order of `rows` (n,), which may run backwards, in constant memory."""

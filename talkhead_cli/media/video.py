@@ -281,8 +281,15 @@ def _codec(
     if gray16:
         return {"vcodec": "ffv1", "pix_fmt": "gray16le", "acodec": "aac"}
     if suffix == ".webm":
-        vp9 = {"vcodec": "libvpx-vp9", "pix_fmt": "yuv420p", "row-mt": 1, "crf": crf,
-               "video_bitrate": 0, "cpu-used": 4, "acodec": "libopus"}  # fmt: skip
+        vp9 = {
+            "vcodec": "libvpx-vp9",
+            "pix_fmt": "yuv420p",
+            "row-mt": 1,
+            "crf": crf,
+            "video_bitrate": 0,
+            "cpu-used": 4,
+            "acodec": "libopus",
+        }
         # VP9 loses transparency with alternate reference frames
         return vp9 | ({"pix_fmt": "yuva420p", "auto-alt-ref": 0} if alpha else {})
     codec: dict[str, Any] = {"acodec": "aac", "audio_bitrate": "128k"}

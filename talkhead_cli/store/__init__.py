@@ -11,6 +11,13 @@ from talkhead_cli.store.workspace import (
 )
 
 __all__ = [
-    "FILM_PX", "Run", "Workspace", "check_id", "finished_runs", "home_folder", "list_ids",
-    "list_runs", "priors_folder",
-]  # fmt: skip
+    "FILM_PX",
+    "Run",
+    "Workspace",
+    "check_id",
+    "finished_runs",
+    "home_folder",
+    "list_ids",
+    "list_runs",
+    "priors_folder",
+]

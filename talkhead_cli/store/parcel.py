@@ -44,9 +44,11 @@ def pack(space: Workspace, run: Run, out: Path) -> Path:
     if absent:
         raise TalkheadError(f"'{space.id}' lacks {', '.join(absent)}; run finetune again")
     record = {
-        "format": FORMAT, "id": space.id, "run": run.name,
+        "format": FORMAT,
+        "id": space.id,
+        "run": run.name,
         "files": {n: {"size": p.stat().st_size, "sha256": sha256_of(p)} for n, p in files.items()},
-    }  # fmt: skip
+    }
     with atomic(out) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(zipfile.ZipInfo("parcel.json", _STAMP), json.dumps(record, indent=2))
         for name, path in files.items():

@@ -262,8 +262,13 @@ def _download(address: str, part: Path, weights: Weights, progress: Progress) ->
             while piece := answer.read(CHUNK):
                 out.write(piece)
                 progress.advance()
-    except (urllib.error.URLError, http.client.HTTPException, TimeoutError,
-            ConnectionError, ValueError) as error:  # fmt: skip
+    except (
+        urllib.error.URLError,
+        http.client.HTTPException,
+        TimeoutError,
+        ConnectionError,
+        ValueError,
+    ) as error:
         reason = getattr(error, "reason", None) or error
         raise TalkheadError(
             f"{address} could not be fetched ({reason}); name a mirror or a folder that holds the "

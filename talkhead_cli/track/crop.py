@@ -41,11 +41,13 @@ class Crop:
     ) -> NDArray[np.float64]:
         """Return the intrinsics (3, 3) of the square at `size_px`, from those of the source."""
         scale = self.scale(size_px)
-        return np.array([
-            [focal_px * scale, 0, (centre_px[0] - self.x) * scale],
-            [0, focal_px * scale, (centre_px[1] - self.y) * scale],
-            [0, 0, 1],
-        ])  # fmt: skip
+        return np.array(
+            [
+                [focal_px * scale, 0, (centre_px[0] - self.x) * scale],
+                [0, focal_px * scale, (centre_px[1] - self.y) * scale],
+                [0, 0, 1],
+            ]
+        )
 
     def zoomed(self, zoom: Zoom, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the same square (x, y, w, h) in a zoomed shot of `size` (w, h)."""
@@ -60,8 +62,9 @@ class Crop:
 def choose_crop(points: NDArray[np.float32], found: NDArray[np.bool_], bounds: Box) -> Crop:
     """Return the square around the head of mesh points (T, 478, >=2), inside `bounds`."""
     left, top, right, bottom = (
-        *(math.ceil(edge) for edge in bounds[:2]), *(math.floor(edge) for edge in bounds[2:])
-    )  # fmt: skip
+        *(math.ceil(edge) for edge in bounds[:2]),
+        *(math.floor(edge) for edge in bounds[2:]),
+    )
     seen = points[found]
     if len(seen) == 0:
         raise UnfitError("no face was found in any frame; film one person facing the camera")

@@ -57,9 +57,13 @@ class EmbeddingVoice:
         ]
 
     def features(
-        self, samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0,
+        self,
+        samples: NDArray[Any],
+        n_rows: int | None = None,
+        *,
+        first: int = 0,
         scale: float = 1.0,
-    ) -> Array:  # fmt: skip
+    ) -> Array:
         """Return features (n_rows, 576) from row `first` on of mono 16 kHz samples (N,).
 
         Samples are in [-1, 1] after `scale`, with silence beyond their ends.  One row per video

@@ -88,10 +88,12 @@ class TaskMesh:
 
         try:
             # as bytes: the library resolves paths relative to its own files
-            self._mesh = vision.FaceLandmarker.create_from_options(vision.FaceLandmarkerOptions(
-                base_options=BaseOptions(model_asset_buffer=bundle.read_bytes()),
-                running_mode=vision.RunningMode.VIDEO,
-            ))  # fmt: skip
+            self._mesh = vision.FaceLandmarker.create_from_options(
+                vision.FaceLandmarkerOptions(
+                    base_options=BaseOptions(model_asset_buffer=bundle.read_bytes()),
+                    running_mode=vision.RunningMode.VIDEO,
+                )
+            )
         except (RuntimeError, ValueError) as error:
             raise TalkheadError(
                 f"{bundle.name} is no face landmarker of MediaPipe; fetch the file again"

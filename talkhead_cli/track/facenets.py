@@ -109,8 +109,10 @@ class FanLandmarks:
 
         self._find = Aligner(
             LandmarksType.TWO_HALF_D if in_space else LandmarksType.TWO_D,
-            device=best_device().type, face_detector="folder", compile=False,
-        )  # fmt: skip
+            device=best_device().type,
+            face_detector="folder",
+            compile=False,
+        )
 
     def __call__(self, rgb: Picture, mesh: Array) -> NDArray[np.float32]:
         """rgb (H, W, 3), its mesh (478, >= 2) in pixels -> landmarks (68, 2) in pixels."""

@@ -62,8 +62,10 @@ def lip_motion(mesh: Array) -> Array:
         mesh[:, i, :2].astype(np.float64) for i in chosen
     )
     eyes = np.linalg.norm(eye - other_eye, axis=1)
-    parts = [np.linalg.norm(a - b, axis=1) / np.maximum(eyes, 1e-6)
-             for a, b in ((upper, lower), (left, right), (chin, nose))]  # fmt: skip
+    parts = [
+        np.linalg.norm(a - b, axis=1) / np.maximum(eyes, 1e-6)
+        for a, b in ((upper, lower), (left, right), (chin, nose))
+    ]
     quick = without_slow(np.stack(parts, 1))
     return quick / np.maximum(quick.std(0), 1e-9)
 
@@ -89,9 +91,13 @@ def shipped() -> NDArray[np.float32]:
 
 
 def measure(
-    stream: Array, frames: NDArray[Any], lips: Array, weight: Array | None = None, *,
+    stream: Array,
+    frames: NDArray[Any],
+    lips: Array,
+    weight: Array | None = None,
+    *,
     min_seconds: float = MIN_SECONDS,
-) -> Offset | None:  # fmt: skip
+) -> Offset | None:
     """Estimate the offset from speech features (rows, A) and `lip_motion` (n, 3) of frames (n,).
 
     Returns None if less than `min_seconds` is usable or the mouth does not move.
@@ -102,11 +108,13 @@ def measure(
     if kept.sum() < min_seconds * FPS - 2 * REACH or lips[kept].std(0).min() < 1e-6:
         return None
     every = np.arange(total)
-    said = np.concatenate([
-        windows_of @ weight
-        for a in range(0, total, ROWS)
-        for windows_of in [windows(stream, every[a : a + ROWS])]
-    ])  # fmt: skip
+    said = np.concatenate(
+        [
+            windows_of @ weight
+            for a in range(0, total, ROWS)
+            for windows_of in [windows(stream, every[a : a + ROWS])]
+        ]
+    )
     said, seen, at = without_slow(said), lips[kept], frames[kept]
     agreed = np.array([_agreement(seen, said[at + s]) for s in range(-REACH, REACH + 1)])
     best = int(agreed.argmax())
@@ -159,9 +167,13 @@ def train(
         x_x, x_y = (sum(part) for part in zip(*sums, strict=True))
         found = []
         for talk, (own_x, own_y) in zip(talks, sums, strict=True):
-            offset = measure(talk.stream, talk.frames, talk.lips,
-                             _solved(x_x - own_x, x_y - own_y, ridge),
-                             min_seconds=MIN_LEARN_SECONDS)  # fmt: skip
+            offset = measure(
+                talk.stream,
+                talk.frames,
+                talk.lips,
+                _solved(x_x - own_x, x_y - own_y, ridge),
+                min_seconds=MIN_LEARN_SECONDS,
+            )
             found.append(0.0 if offset is None else offset.sound_after_lips_s)
         late = np.array(found) - np.median(found)
         late = late.clip(-0.2, 0.2)

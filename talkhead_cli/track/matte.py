@@ -115,9 +115,14 @@ class BodyTracker:
         criteria = (cv2.TERM_CRITERIA_EPS | cv2.TERM_CRITERIA_COUNT, 20, 1e-4)
         try:
             _, warp = cv2.findTransformECC(
-                self._grey(rgb), self._reference, self._warp.copy(), cv2.MOTION_EUCLIDEAN,
-                criteria, self._mask, 5,
-            )  # fmt: skip
+                self._grey(rgb),
+                self._reference,
+                self._warp.copy(),
+                cv2.MOTION_EUCLIDEAN,
+                criteria,
+                self._mask,
+                5,
+            )
         except cv2.error:  # no convergence: the next frame starts from the identity
             self._warp = np.eye(2, 3, dtype=np.float32)
             return None

@@ -237,17 +237,22 @@ def _normalise(shape: Array, pose: Array) -> tuple[Array, Array]:
 
 
 def _solve_poses(
-    pose: Array, shape: Array, focal: float, centre: Array, targets: NDArray[np.floating[Any]],
+    pose: Array,
+    shape: Array,
+    focal: float,
+    centre: Array,
+    targets: NDArray[np.floating[Any]],
     weight: Array,
-) -> Array:  # fmt: skip
+) -> Array:
     """One Gauss-Newton step on all poses at once, under the smoothness prior."""
     n_frames = len(pose)
     rotation = Rotation.from_rotvec(pose[:, :3])
     blocks = [
-        _normal_equations(pose[a : a + BLOCK], shape, focal, centre, targets[a : a + BLOCK],
-                          weight[a : a + BLOCK])
+        _normal_equations(
+            pose[a : a + BLOCK], shape, focal, centre, targets[a : a + BLOCK], weight[a : a + BLOCK]
+        )
         for a in range(0, n_frames, BLOCK)
-    ]  # fmt: skip
+    ]
     normal, right = (np.concatenate(part) for part in zip(*blocks, strict=True))
 
     # Rotation increments are composed on the left, so the prior's second differences are
@@ -294,8 +299,10 @@ def _normal_equations(
     # The mesh's depth is in pixels too, under weak perspective and relative to its own mean.
     scale = (focal / pose[:, 5])[:, None]
     deep = turned[..., 2] * scale
-    told = np.stack([focal * x / z + centre[0], focal * y / z + centre[1],
-                     deep - deep.mean(1, keepdims=True)], -1)  # fmt: skip
+    told = np.stack(
+        [focal * x / z + centre[0], focal * y / z + centre[1], deep - deep.mean(1, keepdims=True)],
+        -1,
+    )
     error = targets - told
     zero = np.zeros_like(x)
     # d pixel / d camera point, then d camera point / d (left rotation increment, translation)
@@ -304,9 +311,12 @@ def _normal_equations(
     dw = np.stack([zero, zero, np.broadcast_to(scale, x.shape)], -1)
     deeper = np.concatenate([np.cross(turned, dw), np.zeros_like(dw)], -1)
     jacobian = np.stack(
-        [*(np.concatenate([np.cross(turned, d), d], -1) for d in (du, dv)),
-         deeper - deeper.mean(1, keepdims=True)], -2
-    )  # fmt: skip
+        [
+            *(np.concatenate([np.cross(turned, d), d], -1) for d in (du, dv)),
+            deeper - deeper.mean(1, keepdims=True),
+        ],
+        -2,
+    )
     # (T, n, 3, 6)
     strength = np.sqrt([1.0, 1.0, DEPTH_WEIGHT])
     jacobian, error = jacobian * strength[:, None], error * strength

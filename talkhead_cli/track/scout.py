@@ -27,9 +27,11 @@ class Scene:
 
 
 def scout(
-    frames: Iterable[NDArray[np.uint8]], size: tuple[int, int], which: str = "largest",
+    frames: Iterable[NDArray[np.uint8]],
+    size: tuple[int, int],
+    which: str = "largest",
     detector: Callable[[], AbstractContextManager[Any]] | None = None,
-) -> Scene:  # fmt: skip
+) -> Scene:
     """Choose the face to track from a few frames (of any one size) of a film, or from a picture.
 
     size: (width, height) of the film · which: largest, left or right · detector: by default

@@ -48,9 +48,13 @@ class SslVoice:
 
     @torch.no_grad()
     def features(
-        self, samples: NDArray[Any], n_rows: int | None = None, *, first: int = 0,
+        self,
+        samples: NDArray[Any],
+        n_rows: int | None = None,
+        *,
+        first: int = 0,
         scale: float = 1.0,
-    ) -> NDArray[np.float32]:  # fmt: skip
+    ) -> NDArray[np.float32]:
         """Return features (n_rows, 768) from row `first` on of mono 16 kHz samples (N,)."""
         n_rows = len(samples) // HOP - first if n_rows is None else n_rows
         out = []

@@ -28,8 +28,13 @@ _HANN = np.hanning(WINDOW + 1)[:-1].astype(np.float32)
 RATE_HZ = SAMPLE_RATE_HZ // HOP
 FEATURE_NAMES = (
     *(f"mel{i}" for i in range(N_MEL)),
-    "f1", "f2", "f3", "energy", "voicing", "flatness",
-)  # fmt: skip
+    "f1",
+    "f2",
+    "f3",
+    "energy",
+    "voicing",
+    "flatness",
+)
 N_FEATURES = len(FEATURE_NAMES)
 
 

@@ -39,9 +39,16 @@ class LokiField:
     skips = False
 
     def __init__(
-        self, avatar: LokiTalk, person: Person, *, face: Tensor, density: Tensor, torso: Tensor,
-        shoulders: Tensor, light: Tensor,
-    ) -> None:  # fmt: skip
+        self,
+        avatar: LokiTalk,
+        person: Person,
+        *,
+        face: Tensor,
+        density: Tensor,
+        torso: Tensor,
+        shoulders: Tensor,
+        light: Tensor,
+    ) -> None:
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(torso)
         self._codes = self._face, self._density, self._torso = face, density, torso
         self._shoulders, self._light = shoulders, light
@@ -49,8 +56,10 @@ class LokiField:
         low, high = avatar.frame[:3], avatar.frame[3:]
         middle, half = (low + high) / 2, (high - low) / 2 * 1.1
         self._shared = avatar.shared(person)
-        self._framed = torch.cat([self._shared[..., :3], self._shared[..., 3:] - middle[:, None]],
-                                 2) / half[:, None]  # fmt: skip
+        self._framed = (
+            torch.cat([self._shared[..., :3], self._shared[..., 3:] - middle[:, None]], 2)
+            / half[:, None]
+        )
         self._reach = avatar.reach
         neutral = person.mouth.neutral
         self._prior_weight, self._prior_bias = remembered(
@@ -65,10 +74,15 @@ class LokiField:
     def kernel_inputs(self) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor, Tensor]]:
         """Return the kernel's inputs besides weights: constants of all points (55,), shoulders and
         light of each row (T, 24), and the rows' codes."""
-        everywhere = torch.cat([
-            self._framed.flatten(), self._shared.flatten(), self._prior_weight.flatten(),
-            self._prior_bias, self._reach,
-        ])  # fmt: skip
+        everywhere = torch.cat(
+            [
+                self._framed.flatten(),
+                self._shared.flatten(),
+                self._prior_weight.flatten(),
+                self._prior_bias,
+                self._reach,
+            ]
+        )
         rows = torch.cat([self._shoulders.flatten(1), self._light.flatten(1)], 1)
         return everywhere.float(), rows.float(), self._codes
 
@@ -166,10 +180,12 @@ def _prior(neutral: Tensor) -> tuple[Tensor, Tensor]:
     """
     mouth = (neutral[LIPS].mean(0) * 2 + neutral[CHIN]) / 3
     weight, bias = neutral.new_zeros(6, 4), neutral.new_zeros(4)
-    for column, (centre, radius) in enumerate([
-        (mouth, neutral.new_tensor([0.28, 0.28, 0.35])),
-        *((neutral[eye].mean(0), neutral.new_tensor([0.16, 0.12, 0.3])) for eye in EYES),
-    ]):  # fmt: skip
+    for column, (centre, radius) in enumerate(
+        [
+            (mouth, neutral.new_tensor([0.28, 0.28, 0.35])),
+            *((neutral[eye].mean(0), neutral.new_tensor([0.16, 0.12, 0.3])) for eye in EYES),
+        ]
+    ):
         # 3 - 4 |(x - centre) / radius|^2
         weight[:3, column], weight[3:, column] = 8 * centre / radius**2, -4 / radius**2
         bias[column] = 3 - 4 * (centre / radius).square().sum()

@@ -80,8 +80,13 @@ def fused_field(field: LokiField) -> Callable[[Tensor, Tensor, Tensor], tuple[Te
 
 def _layers(avatar: LokiTalk) -> list[nn.Linear]:
     """Return the linear layers in the order in which points pass them."""
-    nets = (avatar.attention, avatar.face_field, avatar.torso_field, avatar.density_net,
-            avatar.colour_net)  # fmt: skip
+    nets = (
+        avatar.attention,
+        avatar.face_field,
+        avatar.torso_field,
+        avatar.density_net,
+        avatar.colour_net,
+    )
     return [m for net in nets for m in net if isinstance(m, nn.Linear)]
 
 
@@ -96,14 +101,25 @@ def packed(avatar: LokiTalk) -> Packed:
     layers = _layers(avatar)
     colour = layers[-2].weight
     # column 0 of the density net's output is the density, which the colour net ignores
-    maps = [*(layer.weight for layer in layers[:-2]), F.pad(colour[:, :N_HIDDEN], (1, 0)),
-            layers[-1].weight]  # fmt: skip
+    maps = [
+        *(layer.weight for layer in layers[:-2]),
+        F.pad(colour[:, :N_HIDDEN], (1, 0)),
+        layers[-1].weight,
+    ]
     # each level's inputs are padded separately, since `_shade` consumes them level by level
     read = maps[-4].unflatten(1, (len(levels), -1))
     maps[-4] = F.pad(read, (0, OUT - read.shape[2])).flatten(1)
     field = [(encoded, trunk), (trunk, trunk), (trunk, OUT)]
-    rooms = [(encoded, 32), (32, OUT), *field, *field, (len(levels) * OUT, head), (head, 32),
-             (32, 32), (32, OUT)]  # fmt: skip
+    rooms = [
+        (encoded, 32),
+        (32, OUT),
+        *field,
+        *field,
+        (len(levels) * OUT, head),
+        (head, 32),
+        (32, 32),
+        (32, OUT),
+    ]
     matrices = [
         F.pad(w.T, (0, b - w.shape[0], 0, a - w.shape[1]))
         for w, (a, b) in zip(maps, rooms, strict=True)
@@ -140,9 +156,14 @@ def _rounded(n: int) -> int:
 
 @torch.no_grad()
 def evaluate(
-    weights: Packed, x: Tensor, d: Tensor, row: Tensor, affine: Tensor, rows: Tensor,
+    weights: Packed,
+    x: Tensor,
+    d: Tensor,
+    row: Tensor,
+    affine: Tensor,
+    rows: Tensor,
     codes: Sequence[Tensor],
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Return density (N,) and channels (N, 8) of points.
 
     affine (55,) constants: framing (12), alignment (12), position-only attention (6, 4) and (4,),
@@ -167,9 +188,15 @@ def evaluate(
         E=encoded, W=trunk, BLOCK=BLOCK, num_warps=WARPS, maxnreg=REGISTERS,
     )  # fmt: skip
     _read[(triton.cdiv(n, READ_BLOCK), n_levels)](
-        place, row, read.view(torch.int32), n, weights.texels.view(torch.int32), weights.levels,
-        L=n_levels, BLOCK=READ_BLOCK,
-    )  # fmt: skip
+        place,
+        row,
+        read.view(torch.int32),
+        n,
+        weights.texels.view(torch.int32),
+        weights.levels,
+        L=n_levels,
+        BLOCK=READ_BLOCK,
+    )
     _shade[(blocks,)](
         x, d, row, read, found, channels, n, *nets, rows, density,
         E=encoded, W=trunk, H=head, L=n_levels, BLOCK=BLOCK, num_warps=WARPS,
@@ -377,9 +404,7 @@ def _read(places, row, read, n, texels, levels, L: tl.constexpr, BLOCK: tl.const
     c = tl.load(first + (v1 * side + u0) * 2, mask=wanted, other=0)
     d = tl.load(first + (v1 * side + u1) * 2, mask=wanted, other=0)
     low = _between(_half(a), _half(b), _half(c), _half(d), right, below)
-    high = _between(
-        _half(a >> 16), _half(b >> 16), _half(c >> 16), _half(d >> 16), right, below
-    )  # fmt: skip
+    high = _between(_half(a >> 16), _half(b >> 16), _half(c >> 16), _half(d >> 16), right, below)
     at = (point.to(tl.int64)[:, None] * L + level) * 8 + pair
     tl.store(read + at, (_bits(high) << 16) | (_bits(low) & 0xFFFF), mask=here[:, None])
 

@@ -95,10 +95,12 @@ class LokiTalk(SharedAvatar):
     own_shapes = False  # the common networks that render mouths use the shared shapes
     has_kernel = True
     transfer: Transfer | None
-    maps: Mapping[str, tuple[str, ...]] = MappingProxyType({
-        "attention": ("lips attend", "eyes attend", "torso attends"),
-        "shift": ("face moves, face heights", "torso moves, face heights"),
-    })  # fmt: skip
+    maps: Mapping[str, tuple[str, ...]] = MappingProxyType(
+        {
+            "attention": ("lips attend", "eyes attend", "torso attends"),
+            "shift": ("face moves, face heights", "torso moves, face heights"),
+        }
+    )
 
     def __init__(self, size: Size, *, n_steps: int, n_features: int, n_people: int = 1) -> None:
         super().__init__(
@@ -128,9 +130,8 @@ class LokiTalk(SharedAvatar):
 
     @classmethod
     def build(
-        cls, size: Size, *, n_steps: int, n_features: int, px: int,
-        n_people: int = 1,
-    ) -> Self:  # fmt: skip
+        cls, size: Size, *, n_steps: int, n_features: int, px: int, n_people: int = 1
+    ) -> Self:
         return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
 
     # -- identity ----------------------------------------------------------------------------
@@ -162,10 +163,14 @@ class LokiTalk(SharedAvatar):
         signals = portrait.signals
         person = self.person(signals)
         seen = in_plane_layout(
-            portrait, px=self.transfer.px, reach=self.reach, shared=self.shared(person),
-            aimed=self.correction(signals), shoulders=self.shoulders(signals),
+            portrait,
+            px=self.transfer.px,
+            reach=self.reach,
+            shared=self.shared(person),
+            aimed=self.correction(signals),
+            shoulders=self.shoulders(signals),
             chin=float(person.mouth.neutral[CHIN, 1]),
-        )  # fmt: skip
+        )
         return self.transfer(seen, pose_inputs(signals))
 
     # -- rendering ---------------------------------------------------------------------------
@@ -241,11 +246,19 @@ class LokiTalk(SharedAvatar):
         return {
             **super().modules_of_parts(),
             "volume": [self.volume],
-            "deform": [self.face_field, self.torso_field, self.attention, self.lip_code,
-                       self.eye_code, self.pose_code, self.to_face, self.to_torso],
+            "deform": [
+                self.face_field,
+                self.torso_field,
+                self.attention,
+                self.lip_code,
+                self.eye_code,
+                self.pose_code,
+                self.to_face,
+                self.to_torso,
+            ],
             "static": [self.density_net, self.colour_net, self.to_gate, self.gate, self.shading],
             **({} if self.transfer is None else {"transfer": [self.transfer]}),
-        }  # fmt: skip
+        }
 
 
 def _block(n_in: int, n_out: int, *, of: int) -> nn.Linear:

@@ -40,9 +40,13 @@ VECTORS = {
     "dynamic": ("lip_code.0.bias", "eye_code.0.bias", "pose_code.0.bias"),
     "geometry": ("density_net.0.bias",),
     "appearance": ("colour_net.0.bias",),
-    "hyper": ("face_field.4.weight", "face_field.4.bias",
-              "torso_field.4.weight", "torso_field.4.bias"),
-}  # fmt: skip
+    "hyper": (
+        "face_field.4.weight",
+        "face_field.4.bias",
+        "torso_field.4.weight",
+        "torso_field.4.bias",
+    ),
+}
 
 
 class Transfer(nn.Module):
@@ -60,16 +64,19 @@ class Transfer(nn.Module):
         self.encoder = AppearanceEncoder(N_SEEN, widths, volume.channels, n_scales)
         # Each texel of the front plane's two finest levels also sees its own pixel directly.
         self.details = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(N_SEEN, 16, 1), nn.LeakyReLU(0.2),
-                          nn.Conv2d(16, volume.channels, 1))
+            nn.Sequential(
+                nn.Conv2d(N_SEEN, 16, 1), nn.LeakyReLU(0.2), nn.Conv2d(16, volume.channels, 1)
+            )
             for _ in range(2)
-        )  # fmt: skip
+        )
         self.told = Mlp(N_TOLD, 32, 32)
         self.code = Mlp(self.encoder.n_deep + 32, N_CODE, N_CODE)
-        self.items = nn.ModuleDict({
-            item: nn.Linear(N_CODE, sum(s.numel() for s in of.values()))
-            for item, of in self.shapes.items()
-        })  # fmt: skip
+        self.items = nn.ModuleDict(
+            {
+                item: nn.Linear(N_CODE, sum(s.numel() for s in of.values()))
+                for item, of in self.shapes.items()
+            }
+        )
         for parameter in self.items["hyper"].parameters():
             nn.init.zeros_(parameter)  # so that displacements start near zero
 
@@ -112,9 +119,15 @@ def pose_inputs(signals: Signals) -> Tensor:
 
 @torch.no_grad()
 def in_plane_layout(
-    portrait: Portrait, *, px: int, reach: Tensor, shared: Tensor, aimed: Tensor,
-    shoulders: Tensor, chin: float,
-) -> Tensor:  # fmt: skip
+    portrait: Portrait,
+    *,
+    px: int,
+    reach: Tensor,
+    shared: Tensor,
+    aimed: Tensor,
+    shoulders: Tensor,
+    chin: float,
+) -> Tensor:
     """Warp pictures into the layout of the canonical volume's front plane: (P, N_SEEN, px, px).
 
     reach (3,) half-size of the volume's planes · shared (1, 3, 4) from the person's head space to
@@ -126,8 +139,9 @@ def in_plane_layout(
     place = unwarped(torch.stack([x, y, torch.zeros_like(x)], -1).view(-1, 3), reach)
     own = _through(_inverse(shared), place[None])[0]  # (N, 3)
     at = (own[:, :2] / RELIEF_SIDE).expand(len(portrait), 1, -1, -1)
-    depth = F.grid_sample(portrait.relief[:, None, ..., 0], at, padding_mode="border",
-                          align_corners=True)[:, 0, 0]  # fmt: skip
+    depth = F.grid_sample(
+        portrait.relief[:, None, ..., 0], at, padding_mode="border", align_corners=True
+    )[:, 0, 0]
     point = torch.cat([own[:, :2].expand(len(portrait), -1, -1), depth[..., None]], 2)
     carried = _through(_inverse(shoulders), point)
     point = torch.lerp(point, carried, below_chin(point[..., 1:2], chin))

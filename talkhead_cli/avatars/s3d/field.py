@@ -78,10 +78,15 @@ class S3DField:
         rest = faces[0].mouth.neutral
         self.views = [
             # another picture's face rests elsewhere: move the landmarks there
-            _View(avatar, face, signals.with_(
-                landmarks=signals.landmarks + face.mouth.neutral - rest) if i else signals)
+            _View(
+                avatar,
+                face,
+                signals.with_(landmarks=signals.landmarks + face.mouth.neutral - rest)
+                if i
+                else signals,
+            )
             for i, face in enumerate(faces)
-        ]  # fmt: skip
+        ]
         self.likeness = likeness(signals, faces)
 
     def density(self, x: Tensor, row: Tensor) -> Tensor:
@@ -91,8 +96,9 @@ class S3DField:
         return (torch.stack(parts, 1) * self.likeness[row]).sum(1)
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        densities, colours, places = zip(*(view.coloured(x, row) for view in self.views),
-                                         strict=True)  # fmt: skip
+        densities, colours, places = zip(
+            *(view.coloured(x, row) for view in self.views), strict=True
+        )
         if len(densities) == 1:
             one = torch.ones_like(densities[0])[:, None]
             return densities[0], torch.cat([colours[0], one, places[0]], 1)
@@ -143,8 +149,7 @@ class _View:
         self._mouth = (nose + chin) / 2, (chin - nose).norm()
         across, down = MOUTH_REACH
         self._mouth_radii = torch.stack([across * jaw / self._mouth[1], down + 0 * jaw])
-        self._eyes = [(marks[eye].mean(0), (marks[eye][0] - marks[eye][3]).norm())
-                      for eye in EYES]  # fmt: skip
+        self._eyes = [(marks[eye].mean(0), (marks[eye][0] - marks[eye][3]).norm()) for eye in EYES]
         self._told_mouth, self._told_eyes = self._conditioning(signals)
         self._lips = signals.landmarks[:, [UPPER_LIP, LOWER_LIP], :2]  # (T, 2, 5, 2)
         self._lids = torch.cat([self._lids_of(signals, side) for side in (0, 1)])  # (2 T, 2, 4, 2)
@@ -224,9 +229,16 @@ class _View:
 
     @staticmethod
     def _region(
-        net: nn.Module, shift: Tensor, local: Tensor, radii: Tensor, told: Tensor, row: Tensor,
-        unit: Tensor, cues: Callable[[Tensor, Tensor], Tensor], place: int,
-    ) -> Tensor:  # fmt: skip
+        net: nn.Module,
+        shift: Tensor,
+        local: Tensor,
+        radii: Tensor,
+        told: Tensor,
+        row: Tensor,
+        unit: Tensor,
+        cues: Callable[[Tensor, Tensor], Tensor],
+        place: int,
+    ) -> Tensor:
         """Evaluate a net on the points (N,) inside its region; return shift (N, ...) plus its
         output and the region's cues, written from column `place` of the cues."""
         off = ((local[:, :2] / radii).square().sum(1).sqrt() - 1).clamp_min(0)
@@ -249,9 +261,11 @@ class _View:
             face.seen, place[None, :, None, :2], padding_mode="border", align_corners=False
         )[0, :, :, 0].T
         relief = F.grid_sample(
-            face.relief, at[None, :, None, :2] / RELIEF_SIDE, padding_mode="border",
+            face.relief,
+            at[None, :, None, :2] / RELIEF_SIDE,
+            padding_mode="border",
             align_corners=True,
-        )[0, 0, :, 0]  # fmt: skip
+        )[0, 0, :, 0]
         behind = at[:, 2] - relief
         head = seen[:, 3:].sum(1).clamp(0, 1)
         depth = torch.stack([(behind / 0.1).clamp(-3, 3), head], 1)
@@ -270,8 +284,9 @@ def _eye_drives(signals: Signals, home: Signals, side: int) -> Tensor:
     mirror = signals.gaze.new_tensor([1.0 if side == 0 else -1.0, 1.0])
     gaze = 4 * (signals.gaze - home.gaze) * mirror
     brow = 10 * (signals.brow - home.brow)[:, side : side + 1]
-    return torch.cat([eye, (torch.pi * eye).sin(), (torch.pi * eye).cos(), there, eye - there,
-                      gaze, brow], 1)  # fmt: skip
+    return torch.cat(
+        [eye, (torch.pi * eye).sin(), (torch.pi * eye).cos(), there, eye - there, gaze, brow], 1
+    )
 
 
 @exact

@@ -92,9 +92,12 @@ class S3D(Avatar):
     composing = frozenset({"retoucher"})
     needs_portrait = True
     expert_losses = frozenset({"sync", "critic"})
-    loss_names = SOLID | WHOLE | expert_losses | {
-        "speech", "colour", "lively", "own", "anchor", "deform", "mouth",
-    }  # fmt: skip
+    loss_names = (
+        SOLID
+        | WHOLE
+        | expert_losses
+        | {"speech", "colour", "lively", "own", "anchor", "deform", "mouth"}
+    )
     maps = MAPS
     box = (-1.0, -1.1, -0.75, 1.0, 1.1, 0.45)
     common = ("",)  # the whole state is shared
@@ -111,9 +114,11 @@ class S3D(Avatar):
         self.n_features = widths.features
         self.deformation = DEFORMATIONS[-1]
         for name, shape in {
-            "mouth_basis": (3 * len(MOUTH), N_CODES), "mouth_scale": (N_CODES,),
-            "mouth_rest": (), "mouth_gain": (),
-        }.items():  # fmt: skip
+            "mouth_basis": (3 * len(MOUTH), N_CODES),
+            "mouth_scale": (N_CODES,),
+            "mouth_rest": (),
+            "mouth_gain": (),
+        }.items():
             self.register_buffer(name, torch.zeros(shape))
         self.mouths = [Mouth() for _ in range(n_people)]  # a plain list: not part of the state
         self._gains: list[Tensor] = []
@@ -133,9 +138,8 @@ class S3D(Avatar):
 
     @classmethod
     def build(
-        cls, size: Size, *, n_steps: int, n_features: int, px: int,
-        n_people: int = 1,
-    ) -> Self:  # fmt: skip
+        cls, size: Size, *, n_steps: int, n_features: int, px: int, n_people: int = 1
+    ) -> Self:
         return cls(size, n_steps=n_steps, n_features=n_features, n_people=n_people)
 
     # -- measurement -----------------------------------------------------------------------
@@ -190,14 +194,26 @@ class S3D(Avatar):
             only = slice(p, p + 1)
             signals = portrait.signals[p]
             mouth = Mouth().to(slots.device)
-            mouth.init_from_picture(signals.landmarks[0], self.mouth_basis, self.mouth_scale,
-                          self.mouth_rest, self.mouth_gain)  # fmt: skip
-            faces.append(Face(
-                planes=[RowPlanes(level[only]) for level in planes],
-                seen=layers.seen[only], picture=layers.picture[only],
-                shoulders=layers.shoulders[only], signals=signals, slots=slots[p],
-                relief=relief[only, None], mouth=mouth, skin=_mean_colour(layers.seen[p]),
-            ))  # fmt: skip
+            mouth.init_from_picture(
+                signals.landmarks[0],
+                self.mouth_basis,
+                self.mouth_scale,
+                self.mouth_rest,
+                self.mouth_gain,
+            )
+            faces.append(
+                Face(
+                    planes=[RowPlanes(level[only]) for level in planes],
+                    seen=layers.seen[only],
+                    picture=layers.picture[only],
+                    shoulders=layers.shoulders[only],
+                    signals=signals,
+                    slots=slots[p],
+                    relief=relief[only, None],
+                    mouth=mouth,
+                    skin=_mean_colour(layers.seen[p]),
+                )
+            )
         return S3DSpeaker(self, faces)
 
     # -- losses ----------------------------------------------------------------------------

@@ -60,8 +60,11 @@ class S3DSpeaker:
             return Frame(shaped(rgb, rays), shaped(rendered.opacity, rays), depth, {"own": own})
         times = self.magnification
         marched = shaped(torch.cat([rendered.feature, rendered.opacity], 1).float(), rays)
-        raw = F.interpolate(marched.permute(0, 3, 1, 2), scale_factor=times, mode="bilinear") \
-            if times > 1 else marched.permute(0, 3, 1, 2)  # fmt: skip
+        raw = (
+            F.interpolate(marched.permute(0, 3, 1, 2), scale_factor=times, mode="bilinear")
+            if times > 1
+            else marched.permute(0, 3, 1, 2)
+        )
         opacity = raw[:, -1:]
         carried = self._carried(raw[:, N_COLOURS + self.avatar.n_features : -1])
         shoulders = self._shoulders(signals, raw.shape[-1])
@@ -104,9 +107,11 @@ class S3DSpeaker:
         carry = shoulders_in_picture(moved_by, signals.camera, home.pose[0])
         grid = _grid(carry, px)
         return F.grid_sample(
-            self.main.shoulders.expand(len(carry), -1, -1, -1), grid, padding_mode="border",
+            self.main.shoulders.expand(len(carry), -1, -1, -1),
+            grid,
+            padding_mode="border",
             align_corners=False,
-        )  # fmt: skip
+        )
 
 
 @exact

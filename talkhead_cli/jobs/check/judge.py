@@ -33,23 +33,35 @@ def check(video: Path, progress: Progress) -> Report:
     if not about.has_video:
         raise TalkheadError(f"{video.name} has no picture; give a video of somebody talking")
     report = Report()
-    report.more("length", "seconds", about.duration_s, f"{about.duration_s:.1f} s",
-                "film at least 20 s of talking; a minute looks good")  # fmt: skip
+    report.more(
+        "length",
+        "seconds",
+        about.duration_s,
+        f"{about.duration_s:.1f} s",
+        "film at least 20 s of talking; a minute looks good",
+    )
     if report.verdict == "fail":
         return report
     progress.stage("looking for faces")
     size = (about.width, about.height)
     scene = scout(media.frames(video, max_side=640, stride=FPS // 2), size)
     if scene.n_faces > 1:
-        report.findings.append(Finding(
-            "faces", "warn", f"{scene.n_faces} people", "preprocess --face left|right|largest"
-        ))  # fmt: skip
+        report.findings.append(
+            Finding(
+                "faces", "warn", f"{scene.n_faces} people", "preprocess --face left|right|largest"
+            )
+        )
     captions = CaptionFinder()
     pieces = pieces_of(report, video, about.duration_s, scene.roi, captions, progress)
     scale = max(scene.roi[2], scene.roi[3]) / min(MAX_SIDE, max(scene.roi[2], scene.roi[3]))
     found = np.concatenate([p.found for p in pieces])
-    report.more("face", "found", float(found.mean()), f"in {found.mean():.0%} of the frames",
-                "film one person who faces the camera all the time")  # fmt: skip
+    report.more(
+        "face",
+        "found",
+        float(found.mean()),
+        f"in {found.mean():.0%} of the frames",
+        "film one person who faces the camera all the time",
+    )
     if not found.any():
         return report
     _picture(report, pieces, scale)
@@ -75,13 +87,28 @@ def _picture(report: Report, pieces: list[Piece], scale: float) -> None:
         "head", "head", tall, f"face {tall:.0f} px tall", "film closer, or at a larger size"
     )
     sharp = float(np.nanmedian(np.concatenate([p.sharpness for p in pieces])))
-    report.more("sharpness", "sharp", sharp, f"{sharp:.3f} at eyes and mouth",
-                "focus on the eyes, hold the camera still, keep the bit rate up")  # fmt: skip
+    report.more(
+        "sharpness",
+        "sharp",
+        sharp,
+        f"{sharp:.3f} at eyes and mouth",
+        "focus on the eyes, hold the camera still, keep the bit rate up",
+    )
     light, burnt = np.nanmedian(np.concatenate([p.light for p in pieces]), axis=0)
-    report.more("light", "dark", float(light), f"face at {light:.0f} of 255",
-                "light the face from the front")  # fmt: skip
-    report.less("highlights", "burnt", float(burnt), f"{burnt:.1%} of the face burnt out",
-                "soften the light, or expose less")  # fmt: skip
+    report.more(
+        "light",
+        "dark",
+        float(light),
+        f"face at {light:.0f} of 255",
+        "light the face from the front",
+    )
+    report.less(
+        "highlights",
+        "burnt",
+        float(burnt),
+        f"{burnt:.1%} of the face burnt out",
+        "soften the light, or expose less",
+    )
 
 
 def _motion(report: Report, pieces: list[Piece]) -> None:
@@ -100,12 +127,21 @@ def _motion(report: Report, pieces: list[Piece]) -> None:
         angles = np.concatenate(turns)
         away = np.percentile(np.abs(angles - np.median(angles, 0))[:, :2].max(1), 98)
         facing = float(np.abs(np.median(angles[:, 0])))
-        report.less("turns", "turn", max(away, facing),
-                    f"up to {away:.0f} degrees from a middle that is turned by {facing:.0f}",
-                    "face the camera; views beyond 30 degrees are learnt badly")  # fmt: skip
+        report.less(
+            "turns",
+            "turn",
+            max(away, facing),
+            f"up to {away:.0f} degrees from a middle that is turned by {facing:.0f}",
+            "face the camera; views beyond 30 degrees are learnt badly",
+        )
     spread = float(np.percentile(lips, 95) - np.percentile(lips, 5))
-    report.more("mouth shapes", "lips", spread, f"opens by {spread:.3f} face heights",
-                "talk, clearly and all the time")  # fmt: skip
+    report.more(
+        "mouth shapes",
+        "lips",
+        spread,
+        f"opens by {spread:.3f} face heights",
+        "talk, clearly and all the time",
+    )
     blinks = sum(face.n_blinks(gap) for gap in gaps)
     minutes = sum(len(gap) for gap in gaps) / FPS / 60
     rate = blinks / max(minutes, 1e-6)
@@ -119,15 +155,24 @@ def _motion(report: Report, pieces: list[Piece]) -> None:
     report.figures["cuts"] = len(cuts)
     where = " at " + ", ".join(f"{cut / FPS:.1f} s" for cut in cuts[:5]) if cuts else ""
     where += ", ..." if len(cuts) > 5 else ""
-    report.findings.append(Finding(
-        "cuts", "warn" if cuts else "pass", f"{len(cuts)} found{where}",
-        "preprocess keeps the picture that shows most of the face; better film in one go"
-        if cuts else ""
-    ))  # fmt: skip
+    report.findings.append(
+        Finding(
+            "cuts",
+            "warn" if cuts else "pass",
+            f"{len(cuts)} found{where}",
+            "preprocess keeps the picture that shows most of the face; better film in one go"
+            if cuts
+            else "",
+        )
+    )
     moving = float(np.median(still)) if still else 0.0
-    report.less("background", "moving", moving,
-                f"changes by {moving:.1f} of 255 within a second",
-                "put the camera on a stand, before something that does not move")  # fmt: skip
+    report.less(
+        "background",
+        "moving",
+        moving,
+        f"changes by {moving:.1f} of 255 within a second",
+        "put the camera on a stand, before something that does not move",
+    )
 
 
 def _captions(
@@ -142,12 +187,16 @@ def _captions(
     tall = float(np.median(points[:, face.CHIN] - points[:, face.TOP]))
     above, below = (HEIGHTS_PER_SIDE * (0.5 + by) * tall for by in (-ABOVE_CENTRE, ABOVE_CENTRE))
     over = middle - above < bottom and top < middle + below
-    report.findings.append(Finding(
-        "captions", "warn" if over else "pass",
-        "burnt in over the chest" if over else "burnt in, below what is cut out",
-        "take the film without them: they are learnt as if they were part of the person"
-        if over else ""
-    ))  # fmt: skip
+    report.findings.append(
+        Finding(
+            "captions",
+            "warn" if over else "pass",
+            "burnt in over the chest" if over else "burnt in, below what is cut out",
+            "take the film without them: they are learnt as if they were part of the person"
+            if over
+            else "",
+        )
+    )
 
 
 def _cuts(piece: Piece) -> list[int]:
@@ -169,23 +218,43 @@ def _background_motion(piece: Piece) -> float:
 def _sound(report: Report, video: Path, about: media.Probe) -> NDArray[np.float32] | None:
     """Judge level, noise and clipping of the sound; return the samples, if there are any."""
     if not about.has_audio:
-        report.findings.append(Finding(
-            "sound", "fail", "none", "film with sound; preprocess --no-audio tracks pictures alone"
-        ))  # fmt: skip
+        report.findings.append(
+            Finding(
+                "sound",
+                "fail",
+                "none",
+                "film with sound; preprocess --no-audio tracks pictures alone",
+            )
+        )
         return None
     samples = media.sound(video, n_samples=int(about.duration_s * SAMPLE_RATE_HZ))
     loud = np.sqrt((_blocks(samples) ** 2).mean(1) + 1e-12)
     level = 20 * np.log10(np.percentile(loud, 90))
-    report.more("sound", "level", float(level), f"{level:.0f} dBFS",
-                "come nearer to the microphone, or raise its gain")  # fmt: skip
+    report.more(
+        "sound",
+        "level",
+        float(level),
+        f"{level:.0f} dBFS",
+        "come nearer to the microphone, or raise its gain",
+    )
     if level < LIMITS["level"][1]:
         return samples
     noise = 20 * np.log10(np.percentile(loud, 90) / max(np.percentile(loud, 5), 1e-6))
-    report.more("noise", "snr", float(noise), f"speech {noise:.0f} dB above the background",
-                "film in a quiet room, without music")  # fmt: skip
+    report.more(
+        "noise",
+        "snr",
+        float(noise),
+        f"speech {noise:.0f} dB above the background",
+        "film in a quiet room, without music",
+    )
     dead = float(1 - voice.is_audible(samples, int(about.duration_s * FPS)).mean())
-    report.less("dead sound", "dead", dead, f"in {dead:.0%} of the film",
-                "check the microphone; speech is not learnt from that part")  # fmt: skip
+    report.less(
+        "dead sound",
+        "dead",
+        dead,
+        f"in {dead:.0%} of the film",
+        "check the microphone; speech is not learnt from that part",
+    )
     over = float((np.abs(samples) > 0.985).mean())
     report.less("clipping", "clipped", over, f"{over:.2%} of the samples", "lower the gain")
     return samples
@@ -209,10 +278,15 @@ def _lips_and_sound(report: Report, stream: NDArray[np.float32], pieces: list[Pi
     found = lipsync.measure(stream, np.concatenate(frames), np.concatenate(lips)) if lips else None
     if found is None or not found.is_sure:
         why = "too little to tell by" if found is None else "not clear"
-        report.findings.append(Finding(
-            "lip sync", "unknown", why,
-            "watch whether the lips go with the sound; preprocess --offset SECONDS puts it right"
-        ))  # fmt: skip
+        report.findings.append(
+            Finding(
+                "lip sync",
+                "unknown",
+                why,
+                "watch whether the lips go with the sound; "
+                "preprocess --offset SECONDS puts it right",
+            )
+        )
         return
     late = found.sound_after_lips_s
     report.figures |= {"sync_margin": round(found.margin, 4), "sound_after_lips_s": round(late, 4)}
@@ -234,21 +308,30 @@ def _segments(pieces: list[Piece], stream: NDArray[np.float32] | None) -> list[S
         end = piece.first + len(piece.found)
         heard = None if mel is None else mel[piece.first * rate : end * rate]
         views = np.linalg.norm([_range(turn) for turn in piece.angles[piece.found, :2].T])
-        rows.append(Segment(
-            start_s=piece.first / FPS, end_s=end / FPS,
-            lips=_range(face.lip_aperture(piece.mesh[piece.found])),
-            speech=0.0 if heard is None or len(heard) < 2 else float(heard.std(0).mean()),
-            views=min(VIEWS, float(views)), found=float(piece.found.mean()),
-        ))  # fmt: skip
-    best = {k: max((getattr(r, k) for r in rows), default=0.0)
-            for k in ("lips", "speech", "views")}  # fmt: skip
+        rows.append(
+            Segment(
+                start_s=piece.first / FPS,
+                end_s=end / FPS,
+                lips=_range(face.lip_aperture(piece.mesh[piece.found])),
+                speech=0.0 if heard is None or len(heard) < 2 else float(heard.std(0).mean()),
+                views=min(VIEWS, float(views)),
+                found=float(piece.found.mean()),
+            )
+        )
+    best = {k: max((getattr(r, k) for r in rows), default=0.0) for k in ("lips", "speech", "views")}
     best = {k: top for k, top in best.items() if top > 0}  # leave out criteria without data
     scored = [
-        replace(r, score=round(r.found * float(np.prod(
-            [max(getattr(r, k), 1e-3 * top) / top for k, top in best.items()]
-        )) ** (1 / max(1, len(best))), 3))
+        replace(
+            r,
+            score=round(
+                r.found
+                * float(np.prod([max(getattr(r, k), 1e-3 * top) / top for k, top in best.items()]))
+                ** (1 / max(1, len(best))),
+                3,
+            ),
+        )
         for r in rows
-    ]  # fmt: skip
+    ]
     return sorted(scored, key=lambda r: -r.score)
 
 
@@ -270,8 +353,9 @@ def _curves(pieces: list[Piece], samples: NDArray[np.float32] | None) -> list[Cu
     if samples is not None and len(samples) >= SAMPLE_RATE_HZ:
         loud = 10 * np.log10((_blocks(samples) ** 2).mean(1) + 1e-9)
         step = max(1, len(loud) // 2000)  # a plot resolves no more
-        curves.append(Curve("Sound", "dBFS", np.arange(len(loud))[::step] / 20, loud[::step],
-                            LIMITS["level"]))  # fmt: skip
+        curves.append(
+            Curve("Sound", "dBFS", np.arange(len(loud))[::step] / 20, loud[::step], LIMITS["level"])
+        )
     return curves
 
 
@@ -288,7 +372,11 @@ def _best_part(report: Report, seconds: float) -> None:
     start = min(max(0.0, (best.start_s + best.end_s - LONG_S) / 2), seconds - LONG_S)
     start = float(np.floor(start))  # whole seconds, inside the video
     report.figures |= {"best_from_s": start, "best_to_s": start + LONG_S}
-    report.findings.append(Finding(
-        "best part", "pass", f"round {best.start_s:.0f} s, of {len(report.segments)} looked at",
-        f"a minute is enough: preprocess --from {start:.0f} --to {start + LONG_S:.0f}"
-    ))  # fmt: skip
+    report.findings.append(
+        Finding(
+            "best part",
+            "pass",
+            f"round {best.start_s:.0f} s, of {len(report.segments)} looked at",
+            f"a minute is enough: preprocess --from {start:.0f} --to {start + LONG_S:.0f}",
+        )
+    )

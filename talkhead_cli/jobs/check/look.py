@@ -47,9 +47,13 @@ class Piece:
 
 
 def pieces_of(
-    report: Report, video: Path, seconds: float, roi: tuple[int, int, int, int],
-    captions: CaptionFinder, progress: Progress,
-) -> list[Piece]:  # fmt: skip
+    report: Report,
+    video: Path,
+    seconds: float,
+    roi: tuple[int, int, int, int],
+    captions: CaptionFinder,
+    progress: Progress,
+) -> list[Piece]:
     """Analyse the pieces; pictures that end before the declared duration become a finding."""
     pieces: list[Piece] = []
     for first, n in spread(seconds):
@@ -62,10 +66,14 @@ def pieces_of(
                 raise
         if end < first + n:
             if seconds - end / FPS > 1:
-                report.findings.append(Finding(
-                    "picture", "warn", f"none from {end / FPS:.0f} s on, of {seconds:.0f} s",
-                    "copy the file anew from the camera, if it should be whole"
-                ))  # fmt: skip
+                report.findings.append(
+                    Finding(
+                        "picture",
+                        "warn",
+                        f"none from {end / FPS:.0f} s on, of {seconds:.0f} s",
+                        "copy the file anew from the camera, if it should be whole",
+                    )
+                )
             break
     return pieces
 
@@ -80,9 +88,13 @@ def spread(seconds: float) -> list[tuple[int, int]]:
 
 
 def _look(
-    video: Path, first: int, n: int, roi: tuple[int, int, int, int], captions: CaptionFinder,
+    video: Path,
+    first: int,
+    n: int,
+    roi: tuple[int, int, int, int],
+    captions: CaptionFinder,
     progress: Progress,
-) -> Piece:  # fmt: skip
+) -> Piece:
     shrink = min(1.0, MAX_SIDE / max(roi[2], roi[3]))
     size = (max(2, round(roi[2] * shrink)), max(2, round(roi[3] * shrink)))
     progress.stage(f"frames from {first / FPS:.0f} s on", n)
@@ -106,9 +118,15 @@ def _look(
     points = np.stack(rows["mesh"])
     found = ~np.isnan(points[:, 0, 0])
     return Piece(
-        first, points, found, _angles(points, found, size), np.array(rows["sharp"]),
-        np.array(rows["light"]), np.stack(rows["thumb"]), shown,
-    )  # fmt: skip
+        first,
+        points,
+        found,
+        _angles(points, found, size),
+        np.array(rows["sharp"]),
+        np.array(rows["light"]),
+        np.stack(rows["thumb"]),
+        shown,
+    )
 
 
 def _angles(points: Array, found: NDArray[np.bool_], size: tuple[int, int]) -> Array:

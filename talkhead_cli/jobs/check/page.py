@@ -112,13 +112,15 @@ def _plot(curve: Curve) -> str:
         before = second
     drawn = "".join(
         f'<polyline points="{" ".join(line)}" fill="none" stroke="#2a5db0" stroke-width="1.2"/>'
-        for line in [*lines, run] if len(line) > 1
-    )  # fmt: skip
+        for line in [*lines, run]
+        if len(line) > 1
+    )
     dashes = "".join(
         f'<polyline points="{at(first, limit)} {at(last, limit)}" stroke="#b3261e" '
         'stroke-dasharray="5 4"/>'
-        for limit in curve.limits if low <= limit <= high
-    )  # fmt: skip
+        for limit in curve.limits
+        if low <= limit <= high
+    )
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT + 20}" role="img" aria-label="{escape(curve.name)}">'
         f'{dashes}{drawn}<text x="0" y="14">{high:.{digits}f}</text>'

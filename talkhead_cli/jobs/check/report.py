@@ -85,9 +85,12 @@ class Report:
 
     def facts(self) -> dict[str, Any]:
         """Return the report for JSON, without curves and pictures."""
-        return {"verdict": self.verdict, "findings": [asdict(f) for f in self.findings],
-                "figures": self.figures,
-                "segments": [asdict(s) for s in self.segments]}  # fmt: skip
+        return {
+            "verdict": self.verdict,
+            "findings": [asdict(f) for f in self.findings],
+            "figures": self.figures,
+            "segments": [asdict(s) for s in self.segments],
+        }
 
     def more(self, name: str, key: str, value: float, found: str, cure: str) -> None:
         """Add a finding on a value that should be high; `key` names its limits."""
@@ -98,9 +101,15 @@ class Report:
         self._add(name, key, value, found, cure, "at most", lambda limit: value > limit)
 
     def _add(
-        self, name: str, key: str, value: float, found: str, cure: str, bound: str,
+        self,
+        name: str,
+        key: str,
+        value: float,
+        found: str,
+        cure: str,
+        bound: str,
         misses: Callable[[float], bool],
-    ) -> None:  # fmt: skip
+    ) -> None:
         warn, fail = LIMITS[key]
         verdict = "fail" if misses(fail) else "warn" if misses(warn) else "pass"
         self.figures[key] = round(float(value), 4)
