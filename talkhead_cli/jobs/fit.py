@@ -106,7 +106,7 @@ def fit(
                 "talkhead; begin again with --fresh"
             ) from error
         progress.note(f"continuing from step {position.total}")
-    job.clock.begin(position)
+    job.clock.resume(position)
     interrupted = interrupt.delayed() if fabric.is_global_zero else nullcontext(lambda: False)
     with interrupted as asked:
 
@@ -145,9 +145,12 @@ def _go_through(
 class _Clock:
     """Training time, including that before a resume, and when to save."""
 
-    def begin(self, position: Position) -> None:
-        self._saved = time.monotonic()
-        self._began = self._saved - position.seconds
+    def __init__(self) -> None:
+        self._saved = self._began = time.monotonic()
+
+    def resume(self, position: Position) -> None:
+        """Count the seconds of training before a resume."""
+        self._began -= position.seconds
 
     def save_is_due(self) -> bool:
         """Return True once every SAVE_EVERY_S, counted across stages."""

@@ -11,16 +11,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..contracts import MisuseError, TalkheadError
-from .cuda import NerfaccMarcher, check, why_no_nerfacc
-from .dense import DenseMarcher
-from .fused import FusedMarcher
-from .guided import GuidedMarcher
-from .marcher import Marcher
-from .occupancy import OccupancyGrid
-from .packed import PackedMarcher
-from .rays import intersect_box, picture_rays, pixel_rays, step_length
-from .replay import CannotRecordError, Replay
+from talkhead_cli.contracts import MisuseError, TalkheadError
+from talkhead_cli.march.cuda import NerfaccMarcher, check, why_no_nerfacc
+from talkhead_cli.march.dense import DenseMarcher
+from talkhead_cli.march.fused import FusedMarcher
+from talkhead_cli.march.guided import GuidedMarcher
+from talkhead_cli.march.marcher import Marcher
+from talkhead_cli.march.occupancy import OccupancyGrid
+from talkhead_cli.march.packed import PackedMarcher
+from talkhead_cli.march.rays import intersect_box, picture_rays, pixel_rays, step_length
+from talkhead_cli.march.replay import CannotRecordError, Replay
 
 __all__ = [
     "CannotRecordError",

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from ..contracts import Field, Need, RayBundle, Rendered, free_gb, n_cores
-from .dense import first_sample
-from .packed import Packed, PackedMarcher, ask, first_distance, pack
-from .rays import intersect_box
+from talkhead_cli.contracts import Field, Need, RayBundle, Rendered, free_gb, n_cores
+from talkhead_cli.march.dense import first_sample
+from talkhead_cli.march.packed import Packed, PackedMarcher, ask, first_distance, pack
+from talkhead_cli.march.rays import intersect_box
 
 GB_PER_JOB = 3.0  # memory allowed for one nvcc process; a guess on the safe side
 TOO_NEW = (2, 14)  # nerfacc 0.5.3 does not compile with torch from this version on

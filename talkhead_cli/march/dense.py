@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..contracts import Field, RayBundle, Rendered
-from .marcher import Marcher
-from .rays import step_length
+from talkhead_cli.contracts import Field, RayBundle, Rendered
+from talkhead_cli.march.marcher import Marcher
+from talkhead_cli.march.rays import step_length
 
 SHORT = 32  # up to so many samples, a matrix product beats cumsum on a GPU
 

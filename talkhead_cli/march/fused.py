@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contracts import Field, RayBundle, Rendered
-from .guided import GuidedMarcher
-from .packed import PackedMarcher
+from talkhead_cli.contracts import Field, RayBundle, Rendered
+from talkhead_cli.march.guided import GuidedMarcher
+from talkhead_cli.march.packed import PackedMarcher
 
 EVENLY = 3  # factor on the samples per ray while exploring, when they lie evenly in occupied cells
 
@@ -60,7 +60,7 @@ class FusedMarcher(GuidedMarcher):
 
     def _laid(self, rays: RayBundle) -> tuple[Tensor, Tensor, Tensor]:
         """Return t and width (R, K) of all rays, and whether each crosses occupied cells (R,)."""
-        from . import guided_triton as kernels  # not importable without triton
+        from talkhead_cli.march import guided_triton as kernels  # not importable without triton
 
         grid, k = self.occupancy, self.samples_per_ray
         shift = (torch.rand_like(rays.near) - 0.5) / k if self.training else None
@@ -72,7 +72,7 @@ class FusedMarcher(GuidedMarcher):
     def _without_waiting(self, field: Field, rays: RayBundle) -> Rendered:
         """March all rays at once without host sync; the field skips points of row -1, those of rays
         that cross no occupied cell.  No gradients."""
-        from . import guided_triton as kernels
+        from talkhead_cli.march import guided_triton as kernels
 
         t, width, alive = self._laid(rays)
         shape = n, k = t.shape

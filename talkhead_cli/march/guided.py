@@ -9,12 +9,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..contracts import Field, RayBundle, Rendered
-from .dense import quadrature
-from .marcher import Marcher
-from .occupancy import OccupancyGrid
-from .packed import PackedMarcher, ask, rays_at_once
-from .rays import intersect_box
+from talkhead_cli.contracts import Field, RayBundle, Rendered
+from talkhead_cli.march.dense import quadrature
+from talkhead_cli.march.marcher import Marcher
+from talkhead_cli.march.occupancy import OccupancyGrid
+from talkhead_cli.march.packed import PackedMarcher, ask, rays_at_once
+from talkhead_cli.march.rays import intersect_box
 
 # Added to the weight seen in an occupied cell, so that surfaces of new poses are found.  Of 0.001
 # to 0.4, tried on a trained avatar with 4 and 6 samples per ray, 0.05 and 0.1 gave the pictures

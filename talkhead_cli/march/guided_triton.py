@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..contracts import RayBundle
+from talkhead_cli.contracts import RayBundle
 
 BLOCK = 64  # rays per program
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from ..contracts import Field, RayBundle, Rendered
+from talkhead_cli.contracts import Field, RayBundle, Rendered
 
 
 class Marcher(nn.Module, ABC):

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, distributed, nn
 
-from ..contracts import Field
+from talkhead_cli.contracts import Field
 
 ALPHA_THRESHOLD = 0.01  # a cell with less alpha per march step is empty
 CHUNK = {"cpu": 65_536, "cuda": 2**20}  # points per call of the field

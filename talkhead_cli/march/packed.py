@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..contracts import Field, RayBundle, Rendered
-from .dense import first_sample, quadrature
-from .marcher import Marcher
-from .occupancy import OccupancyGrid
-from .rays import intersect_box
+from talkhead_cli.contracts import Field, RayBundle, Rendered
+from talkhead_cli.march.dense import first_sample, quadrature
+from talkhead_cli.march.marcher import Marcher
+from talkhead_cli.march.occupancy import OccupancyGrid
+from talkhead_cli.march.rays import intersect_box
 
 FIRST_ROUND = 4  # samples; about as many as it takes from empty space into skin
 # Step length when looking at new poses, in march steps.  Cells that a step jumps over record no

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..contracts import Camera, RayBundle
+from talkhead_cli.contracts import Camera, RayBundle
 
 NEAR = 0.01  # near plane, face heights from the camera
 

@@ -31,19 +31,19 @@ class Replay(Generic[T]):
         self.work, self.device = work, device
         self._side = torch.cuda.Stream(device)
         self._calls = 0
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self._recording: tuple[torch.cuda.CUDAGraph, list[Tensor], T] | None = None
 
     def __call__(self, *given: Tensor) -> T:
         self._calls += 1
         if self._calls <= WARM_UPS:
             return self._aside(given)
-        if self._graph is None:
-            self._record(given)
-        assert self._graph is not None
-        for held, tensor in zip(self._given, given, strict=True):
+        if self._recording is None:
+            self._recording = self._record(given)
+        graph, inputs, made = self._recording
+        for held, tensor in zip(inputs, given, strict=True):
             held.copy_(tensor, non_blocking=True)
-        self._graph.replay()
-        return self._made
+        graph.replay()
+        return made
 
     def _aside(self, given: Sequence[Tensor]) -> T:
         """Run eagerly on the recording stream, so that whatever caches its stream has this one."""
@@ -54,18 +54,19 @@ class Replay(Generic[T]):
         now.wait_stream(self._side)
         return made
 
-    def _record(self, given: Sequence[Tensor]) -> None:
-        self._given = [torch.empty_like(t, device=self.device).copy_(t) for t in given]
+    def _record(self, given: Sequence[Tensor]) -> tuple[torch.cuda.CUDAGraph, list[Tensor], T]:
+        """Return the graph, and the buffers of its inputs and of its result."""
+        inputs = [torch.empty_like(t, device=self.device).copy_(t) for t in given]
         graph = torch.cuda.CUDAGraph()
         try:
             with torch.cuda.graph(graph, stream=self._side):
-                self._made = self.work(*self._given)
+                made = self.work(*inputs)
         except RuntimeError as error:
             # An aborted capture leaves the default generator in capture mode: give it a new state.
             fresh = torch.Generator(self.device).graphsafe_get_state()
             torch.cuda.default_generators[_number(self.device)].graphsafe_set_state(fresh)
             raise CannotRecordError(str(error).strip().splitlines()[0]) from error
-        self._graph = graph
+        return graph, inputs, made
 
 
 def _number(device: torch.device) -> int:
