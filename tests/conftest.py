@@ -27,6 +27,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name != "test_e2e.py")
 
 
+@pytest.fixture(autouse=True)
+def constant_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever else the machine does: threads order sums, and tests compare trainings."""
+    monkeypatch.setattr("talkhead_cli.jobs.threads.EVERY_S", float("inf"))
+
+
 def hearing(signals: Signals) -> dict[str, int]:
     """What an avatar is told of the speech that it will hear."""
     return dict(zip(("n_steps", "n_features"), signals.audio.shape[1:], strict=True))
