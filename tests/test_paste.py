@@ -17,8 +17,8 @@ from talkhead_cli.jobs.paste import MASK_PX, Original, difference, face_masks, s
 from talkhead_cli.jobs.render import RenderOptions, _refuse_contradictions
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.track.crop import Crop
+from talkhead_cli.track.cuts import Take, Takes
 from talkhead_cli.track.face import EYES, LOWER_LIP, TOP, UPPER_LIP
-from talkhead_cli.track.shots import Take, Takes
 from talkhead_cli.track.zoom import STILL, Zoom
 
 N, SIZE = 40, (96, 64)

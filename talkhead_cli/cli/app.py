@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from talkhead_cli import __version__
-from talkhead_cli.cli import carrying, films, footage, training
+from talkhead_cli.cli import exchange, films, footage, training
 from talkhead_cli.cli.console import answer
 from talkhead_cli.cli.memory import keep_freed_memory
 
@@ -54,13 +54,13 @@ COMMANDS: dict[str, Callable[..., None]] = {
     "info": footage.info,
     "remove": footage.remove,
     "presets": training.presets,
-    "export": carrying.export,
-    "import": carrying.import_,
-    "doctor": carrying.doctor,
+    "export": exchange.export,
+    "import": exchange.import_,
+    "doctor": exchange.doctor,
 }
 for _name, _command in COMMANDS.items():
     app.command(_name)(_command)
-app.add_typer(carrying.models, name="models")
+app.add_typer(exchange.models, name="models")
 
 
 def main() -> None:

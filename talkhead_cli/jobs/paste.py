@@ -18,8 +18,8 @@ from talkhead_cli.media import Part
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import sha256_of
 from talkhead_cli.track.crop import Crop
+from talkhead_cli.track.cuts import Takes
 from talkhead_cli.track.face import CHIN, EYES, FACE_OVAL, MESH_TO_68, face_height
-from talkhead_cli.track.shots import Takes
 from talkhead_cli.track.zoom import STILL, Zoom
 
 NOSE, MOUTH_CORNERS = 2, (61, 291)  # mesh points; NOSE is where the nose meets the lip

@@ -29,9 +29,9 @@ from talkhead_cli.store.pictures import write_png
 from talkhead_cli.track import face, lipsync, matte, pose, voice
 from talkhead_cli.track.captions import CaptionFinder
 from talkhead_cli.track.crop import Crop, choose_crop
+from talkhead_cli.track.cuts import Shots, Takes
 from talkhead_cli.track.pose import HeadTrack
 from talkhead_cli.track.scout import Scene, scout
-from talkhead_cli.track.shots import Shots, Takes
 from talkhead_cli.track.spans import in_words
 from talkhead_cli.track.zoom import STILL, common_window
 

@@ -16,8 +16,8 @@ from talkhead_cli.jobs.stages import MIN_SECONDS
 from talkhead_cli.track import face, lipsync, voice
 from talkhead_cli.track.captions import CaptionFinder
 from talkhead_cli.track.crop import ABOVE_CENTRE, HEIGHTS_PER_SIDE
+from talkhead_cli.track.cuts import THUMB, CutFinder
 from talkhead_cli.track.scout import scout
-from talkhead_cli.track.shots import THUMB, CutFinder
 
 LONG_S = 60.0  # a video twice as long or longer gets a part of this length recommended
 VIEWS = 15.0  # degrees; a larger range of head rotation scores no higher

@@ -17,7 +17,7 @@ from talkhead_cli.contracts import FPS, Progress, TalkheadError
 from talkhead_cli.jobs.check.report import Array, Finding, Report
 from talkhead_cli.track import face, pose
 from talkhead_cli.track.captions import CaptionFinder
-from talkhead_cli.track.shots import thumb
+from talkhead_cli.track.cuts import thumb
 
 PIECE, MAX_PIECES = 10 * FPS, 6
 MAX_SIDE = 1280

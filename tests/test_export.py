@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from talkhead_cli.contracts import LABELS, SilentProgress, TalkheadError
-from talkhead_cli.jobs import exchange
+from talkhead_cli.jobs import export
 from talkhead_cli.jobs.footage import split
 from talkhead_cli.store import Workspace
 
@@ -20,7 +20,7 @@ from talkhead_cli.store import Workspace
 @pytest.fixture(scope="module")
 def dataset(speaker_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "speaker"
-    return exchange.export_dataset(speaker_home, "speaker", out, SilentProgress())
+    return export.export_dataset(speaker_home, "speaker", out, SilentProgress())
 
 
 def ngp(pose: np.ndarray, scale: float = 4.0) -> np.ndarray:
@@ -71,7 +71,7 @@ def test_left_and_right_of_blend_shapes_are_the_persons() -> None:
         "brow": np.array([[0.04, -0.02]]),
         "mesh_px": np.random.default_rng(0).random((1, 478, 2)),
     }
-    shapes = exchange.blend_shapes(tracks)[0]
+    shapes = export.blend_shapes(tracks)[0]
     assert shapes[[8, 9]].tolist() == [0, 1]  # eyeBlinkLeft, eyeBlinkRight
     assert shapes[[3, 4]].tolist() == [0, 1]  # browOuterUpLeft, browOuterUpRight
     assert shapes[[0, 1]].tolist() == [0.5, 0]  # browDownLeft, browDownRight
@@ -89,12 +89,12 @@ def test_landmarks_of_head_space_land_on_their_pixels(dataset: Path, speaker_hom
     ids = [f["img_id"] for label in views for f in views[label]["frames"]]
     assert ids == sorted(ids) == np.flatnonzero(tracks["usable"]).tolist()
     assert views["val"]["frames"][0]["img_id"] >= n - split(n, 1 / 11)
-    turned = exchange.TURNED[:3, :3]
+    turned = export.TURNED[:3, :3]
     for frame in views["train"]["frames"][::40]:
         i = frame["img_id"]
         c2w = ngp(np.array(frame["transform_matrix"]))
         # Head space in the readers' world: our axes turned, scaled, and in their order.
-        world = (tracks["landmarks"][i] @ turned.T * exchange.UNIT * 4)[:, [1, 2, 0]]
+        world = (tracks["landmarks"][i] @ turned.T * export.UNIT * 4)[:, [1, 2, 0]]
         seen = (world - c2w[:3, 3]) @ c2w[:3, :3]
         pixel = views["train"]["focal_len"] * seen[:, :2] / seen[:, 2:] + views["train"]["cx"]
         marks = np.loadtxt(dataset / "ori_imgs" / f"{i}.lms")
@@ -107,7 +107,7 @@ def test_landmarks_of_head_space_land_on_their_pixels(dataset: Path, speaker_hom
 def test_a_crop_beside_the_optical_axis_is_seen_as_by_a_camera_that_looks_at_it() -> None:
     """Readers of the layout know no other principal point than the middle."""
     size, k = 256, np.array([[700.0, 0, -150], [0, 700, 610], [0, 0, 1]], np.float32)
-    seen = exchange._Straight(k, size)
+    seen = export._Straight(k, size)
     pose = np.array([[0.2, -0.1, 0.05, 1.7, -1.8, 5.0]], np.float32)
     turn, place = cv2.Rodrigues(pose[0, :3].astype(float))[0], pose[0, 3:].astype(float)
     marks = np.random.default_rng(0).uniform(-0.3, 0.3, (50, 3))
@@ -134,7 +134,7 @@ def test_pictures_follow_the_labels(dataset: Path, speaker_home: Path) -> None:
     at = np.arange(24, 488, 32)
     sure = (space.labels(10) > 250)[:, at // 4][:, :, at // 4]
     centres = np.stack(np.meshgrid(at, at), -1) + 0.5
-    seen = exchange._Straight(space.load("tracks")["k"], 512).points(centres)
+    seen = export._Straight(space.load("tracks")["k"], 512).points(centres)
     columns, rows = seen.astype(int).transpose(2, 0, 1)
     parsing = cv2.imread(str(dataset / "parsing" / "10.png"))[..., ::-1][rows, columns]
     for name, colour in {
@@ -165,7 +165,7 @@ def test_pictures_follow_the_labels(dataset: Path, speaker_home: Path) -> None:
 def test_windows_of_speech_are_centred(speaker_home: Path) -> None:
     stream = np.zeros((400, 46), np.float32)
     stream[200] = 5.0  # at 2 s, frame 50
-    features = exchange.speech_features(stream, 100)
+    features = export.speech_features(stream, 100)
     loud = np.abs(features - features[0]).sum((1, 2))
     heard = np.flatnonzero(loud > 1e-3)
     assert abs(heard.mean() - 50) <= 0.5 and features[50, 8].mean() > features[50, 4].mean()
@@ -176,12 +176,12 @@ def test_an_export_never_replaces_a_folder_nor_leaves_half_of_one(
 ) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(TalkheadError, match="there already"):
-        exchange.export_dataset(speaker_home, "speaker", tmp_path / "there", SilentProgress())
+        export.export_dataset(speaker_home, "speaker", tmp_path / "there", SilentProgress())
 
     def torn(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(exchange, "_write_frame", torn)
+    monkeypatch.setattr(export, "_write_frame", torn)
     with pytest.raises(TalkheadError, match="No space"):
-        exchange.export_dataset(speaker_home, "speaker", tmp_path / "new", SilentProgress())
+        export.export_dataset(speaker_home, "speaker", tmp_path / "new", SilentProgress())
     assert [p.name for p in tmp_path.iterdir()] == ["there"]

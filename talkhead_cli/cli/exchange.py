@@ -28,7 +28,7 @@ def export(
     """
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
-        from talkhead_cli.jobs.exchange import export_avatar, export_dataset
+        from talkhead_cli.jobs.export import export_avatar, export_dataset
         from talkhead_cli.store import home_folder
         from talkhead_cli.store.parcel import SUFFIX
 
@@ -64,7 +64,7 @@ def import_(
         from talkhead_cli.store.parcel import unpack
 
         if file.is_dir():
-            from talkhead_cli.jobs.dataset import import_dataset
+            from talkhead_cli.jobs.import_dataset import import_dataset
 
             space = import_dataset(file, home_folder(home), report, name=name)
             say([space.root], {"manifest": space.manifest()}, json)

@@ -14,8 +14,8 @@ from talkhead_cli.jobs import footage
 from talkhead_cli.jobs.preprocess import preprocess
 from talkhead_cli.jobs.preset import Data
 from talkhead_cli.media import ffmpeg
+from talkhead_cli.track.cuts import CutFinder, Shots, Take, Takes, thumb
 from talkhead_cli.track.face import CHIN, N_MESH, TOP
-from talkhead_cli.track.shots import CutFinder, Shots, Take, Takes, thumb
 from talkhead_cli.track.zoom import STILL, Zoom, common_window
 
 ROOM, STREET = (np.random.default_rng(i).uniform(0, 255, (72, 128, 3)) for i in range(2))

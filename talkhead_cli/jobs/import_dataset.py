@@ -1,4 +1,4 @@
-"""Import a dataset in RAD-NeRF's layout (see exchange.py) as a workspace.
+"""Import a dataset in RAD-NeRF's layout (see export.py) as a workspace.
 
 Pictures and sound are the dataset's, tracking is ours: readers of the layout disagree on what its
 speech features, eyes and labels are, and none of them measures what we train on.  The dataset's
@@ -23,7 +23,7 @@ from scipy.spatial.transform import Rotation
 
 from talkhead_cli import media
 from talkhead_cli.contracts import Progress, TalkheadError
-from talkhead_cli.jobs.exchange import TURNED, UNIT
+from talkhead_cli.jobs.export import TURNED, UNIT
 from talkhead_cli.jobs.preprocess import id_from, preprocess
 from talkhead_cli.store import Workspace, check_id
 from talkhead_cli.track.pose import RIGID

@@ -14,16 +14,16 @@ from typer.testing import CliRunner
 from talkhead_cli import media
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
-from talkhead_cli.jobs import dataset as job
-from talkhead_cli.jobs import exchange
-from talkhead_cli.jobs.dataset import import_dataset, read_cameras, reprojection_errors
+from talkhead_cli.jobs import export
+from talkhead_cli.jobs import import_dataset as job
+from talkhead_cli.jobs.import_dataset import import_dataset, read_cameras, reprojection_errors
 from talkhead_cli.store import Workspace
 
 
 @pytest.fixture(scope="module")
 def exported(speaker_home: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("data") / "speaker"
-    return exchange.export_dataset(speaker_home, "speaker", out, SilentProgress())
+    return export.export_dataset(speaker_home, "speaker", out, SilentProgress())
 
 
 @pytest.fixture(scope="module")
