@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 from trainings import PRESETS, SHORT, train
 
 from talkhead_cli.contracts import (
@@ -209,13 +210,36 @@ def test_lids_are_drawn_by_how_far_they_are_open(speaker_home: Path) -> None:
     beside = rays.row >= 16
     assert float(beside.float().mean()) == pytest.approx(0.06, abs=0.01)
     moments = drawn[0].signals.moment[rays.row[beside]]
-    corners = torch.stack([clip.regions[f"{side} eye"] for side in ("left", "right")], 1)
-    centre, half = corners[moments][:, :, 0], corners[moments][:, :, 1]
-    off = (rays.pixel[beside][:, None] / clip.size_px - centre).abs() - half
-    assert float(off.amax(2).amin(1).max()) < 1 / clip.size_px, "all of them at eyes"
+
+    def within(region: str) -> Tensor:
+        centre, half = clip.regions[region][moments].unbind(2)
+        off = (rays.pixel[beside][:, None] / clip.size_px - centre).abs() - half
+        return off.amax(2).amin(1) < 1 / clip.size_px
+
+    assert within("around eyes").all() and 0.7 < float(within("eyes").float().mean()) < 0.95
     eyes = preset.train.stages["eyes"].model_copy(update={"lids": 0.5, "n_frames": 8})
     rows = torch.cat([shots.draw(clip, eyes, 8 * 16**2, box, rng).signals.eye for _ in range(60)])
     assert 0.15 < float((rows.mean(1) < 0.5).float().mean()) < 0.28, "in patches, of the rows"
+
+
+def test_gaze_of_shut_eyes_is_that_of_the_open_ones_around(speaker_home: Path) -> None:
+    """Where lids hide an iris, it is tracked anywhere."""
+    space = Workspace.open(speaker_home, "speaker")
+    data, tracks = presets.load(PRESETS, SHORT).data, space.load("tracks")
+    stats = footage.load(space, data, SilentProgress(), pictures=False).stats
+    tracks["eye"][:], tracks["gaze"][:] = 1.0, [0.01, 0.0]
+    tracks["gaze"][12:] = [0.04, 0.0]
+    tracks["eye"][10:12], tracks["gaze"][10:12] = 0.1, [-0.3, 0.5]
+    tracks["eye"][-3:] = 0.2
+    tracks["gaze"][-3:] = 9.0
+
+    def gaze() -> Tensor:
+        return footage.make_signals(tracks, space.load("voice")["stream"], stats, data).gaze
+
+    assert torch.allclose(gaze()[9:13, 0], torch.tensor([0.01, 0.02, 0.03, 0.04]))
+    assert torch.allclose(gaze()[-3:], torch.tensor([0.04, 0.0]))
+    tracks["eye"][:] = 0.1
+    assert torch.equal(gaze(), torch.from_numpy(tracks["gaze"])), "with none open, all as tracked"
 
 
 def test_a_stage_of_pictures_draws_them_whole(speaker_home: Path) -> None:

@@ -35,17 +35,19 @@ from talkhead_cli.jobs.preset import Data
 from talkhead_cli.store import FILM_PX, Workspace
 from talkhead_cli.store.pictures import read_picture
 from talkhead_cli.track import voice
-from talkhead_cli.track.face import MESH_TO_68, lip_aperture
+from talkhead_cli.track.face import MESH_TO_68, fill_gaps, lip_aperture
 
 N_SKIN = 468  # mesh points that lie on the face; the rest are irises
 
-# Landmarks inside each box, and the factors by which it is wider and higher than they are.
+# Landmarks inside each region's boxes, and the factors by which these are wider and higher.  Around
+# eyes there is room for what moves with the lids, up to the brows.
 REGIONS = {
-    "mouth": (LIPS, (1.3, 1.8)),
-    "face": (slice(0, N_LANDMARKS), (1.1, 1.25)),
-    "left eye": (EYES[0], (1.5, 2.4)),
-    "right eye": (EYES[1], (1.5, 2.4)),
+    "mouth": ((LIPS,), (1.3, 1.8)),
+    "face": ((slice(0, N_LANDMARKS),), (1.1, 1.25)),
+    "eyes": (EYES, (1.5, 2.4)),
+    "around eyes": (EYES, (1.8, 4.0)),
 }
+HIDES_IRIS = 0.5  # openness up to which lids hide too much of the iris to tell the gaze
 MIN_HOLDOUT = 4 * FPS
 NEAR_Z, FAR_Z = -0.95, 0.75  # depth of a head, from before the nose to behind the skull
 
@@ -157,14 +159,17 @@ class Footage:
 
     @cached_property
     def regions(self) -> dict[str, Tensor]:
-        """Boxes to draw training pixels from, by name: centre and half-size (T, 2, 2), in shares
-        of the side."""
+        """Boxes to draw training pixels from, by region: centre and half-size (T, K, 2, 2) of each
+        of its K boxes, in shares of the side."""
         marks, found = self.signals.landmarks_2d, {}
-        for name, (points, grow) in REGIONS.items():
-            low, high = marks[:, points].amin(1), marks[:, points].amax(1)
-            half = (high - low) / 2
-            half = torch.maximum(half, half.amax(1, keepdim=True) * 0.35)
-            found[name] = torch.stack([(low + high) / 2, half * marks.new_tensor(grow)], 1)
+        for region, (parts, grow) in REGIONS.items():
+            boxes = []
+            for points in parts:
+                low, high = marks[:, points].amin(1), marks[:, points].amax(1)
+                half = (high - low) / 2
+                half = torch.maximum(half, half.amax(1, keepdim=True) * 0.35)  # of shut eyes
+                boxes.append(torch.stack([(low + high) / 2, half * marks.new_tensor(grow)], 1))
+            found[region] = torch.stack(boxes, 1)
         return found
 
     @cached_property
@@ -298,7 +303,7 @@ def make_signals(
     return Signals(
         audio=torch.from_numpy(window),
         eye=torch.from_numpy(tracks["eye"]),
-        gaze=torch.from_numpy(tracks["gaze"]),
+        gaze=torch.from_numpy(_seen_gaze(tracks["gaze"], tracks["eye"])),
         brow=torch.from_numpy(tracks["brow"]),
         landmarks=torch.from_numpy(tracks["landmarks"]),
         landmarks_2d=torch.from_numpy(marks),
@@ -308,6 +313,13 @@ def make_signals(
         person=torch.zeros(n_frames, dtype=torch.long),
         moment=torch.arange(n_frames),
     )
+
+
+def _seen_gaze(gaze: NDArray[Any], openness: NDArray[Any]) -> NDArray[Any]:
+    """Return gaze (T, 2), interpolated in time where lids hide the iris: where it was tracked there
+    is a guess, far from all that is seen of open eyes."""
+    seen = openness.mean(1) > HIDES_IRIS
+    return fill_gaps(gaze, seen) if seen.any() else gaze
 
 
 def head_camera(pose: Tensor, k: Tensor, size_px: int) -> Camera:

@@ -13,6 +13,9 @@ from talkhead_cli.march import picture_rays, pixel_rays
 # Shares of random rays by region.  Mouth and eyes cover a hundredth of the picture: uniform
 # sampling would rarely hit them, and blinks would not be learnt at all.
 SHARES = {"mouth": 0.18, "eyes": 0.12, "face": 0.32, "all": 0.38}
+# Shares of the rays that are drawn over eye openness.  Without those around the eyes, brows would
+# be free to go anywhere in blinks, which few of the other rays show.
+LID_SHARES = {"eyes": 2 / 3, "around eyes": 1 / 3}
 RAYS_PER_FRAME = 16  # at least: each frame is conditioned on anew
 ALIKE = 0.05  # eye openness; smaller differences count as none
 
@@ -132,7 +135,7 @@ def _pixels(
     lids: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Draw random pixels by region, row after row: row (R,), pixel centres (R, 2).  The last
-    `n_lids` rows get eye pixels only, a share `lids` of all eye pixels."""
+    `n_lids` rows get pixels at and around eyes only, a share `lids` of all eye pixels."""
     n_whole = len(rows) - n_lids
     per_row = max(4, n_rays // n_whole)
     places, number = [], torch.arange(len(rows), device=rows.device)[:, None]
@@ -144,10 +147,11 @@ def _pixels(
     row = number[:n_whole].expand(at.shape[:2])
     at, row = at.flatten(0, 1), row.flatten()
     if n_lids:
-        n = max(1, round(SHARES["eyes"] * lids * per_row * n_whole / n_lids))
-        shut = _places(footage, rows[n_whole:], "eyes", n, rng)
-        at = torch.cat([at, shut.flatten(0, 1)])
-        row = torch.cat([row, number[n_whole:].expand(shut.shape[:2]).flatten()])
+        per_lid = SHARES["eyes"] * lids * per_row * n_whole / n_lids
+        for region, share in LID_SHARES.items():
+            shut = _places(footage, rows[n_whole:], region, max(1, round(share * per_lid)), rng)
+            at = torch.cat([at, shut.flatten(0, 1)])
+            row = torch.cat([row, number[n_whole:].expand(shut.shape[:2]).flatten()])
     size = footage.size_px
     return row, (at * size).floor().clamp(0, size - 1) + 0.5
 
@@ -184,15 +188,14 @@ def _patches(
 def _region(
     footage: Footage, rows: Tensor, region: str, rng: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Return centre and half-size (T, 2) of a region's box, in shares of the side; "eyes" takes one
-    of the two at random."""
-    if region == "eyes":
-        which = _rand(len(rows), 1, 1, rng=rng, on=rows) < 0.5
-        left, right = (footage.regions[eye][rows] for eye in ("left eye", "right eye"))
-        box = torch.where(which, left, right)
-    else:
-        box = footage.regions[region][rows]
-    return box[:, 0], box[:, 1]
+    """Return centre and half-size (T, 2) of a region's box, in shares of the side; of several boxes
+    one at random."""
+    boxes = footage.regions[region][rows]
+    n = boxes.shape[1]
+    if n > 1:
+        which = (n * _rand(len(rows), 1, 1, 1, rng=rng, on=rows)).long()
+        boxes = boxes.take_along_dim(which, 1)
+    return boxes[:, 0, 0], boxes[:, 0, 1]
 
 
 def _sent(rows: Tensor, device: torch.device) -> Tensor:
