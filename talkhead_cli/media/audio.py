@@ -9,12 +9,11 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import ffmpeg as graphs
 import numpy as np
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import SAMPLE_RATE_HZ, TalkheadError
-from talkhead_cli.media.ffmpeg import Run, beside, probe, url
+from talkhead_cli.media.ffmpeg import Run, beside, opened, probe
 
 Samples = NDArray[np.float32]
 TRUNCATION_S = 0.5  # by how much a file may fall short of its declared duration
@@ -88,11 +87,14 @@ def read_wav(path: Path | str) -> Samples:
 
 
 def on_common_clock(path: Path | str, rate_hz: int) -> Any:
-    """Return an ffmpeg-python stream of the first sound track, late starts and gaps silent."""
-    if not probe(path).has_audio:
+    """Return an ffmpeg-python stream of the first sound track, gaps silent."""
+    about = probe(path)
+    if not about.has_audio:
         raise TalkheadError(f"{path} has no sound; give a file that has a sound track")
-    track = graphs.input(url(path))["a:0"]
-    return track.filter("aresample", rate_hz, first_pts=0, **{"async": 1})
+    # The filter's own silence before a late start (`first_pts`) would come again wherever the
+    # number of channels or the rate changes.
+    track = opened(path, "a:0", about.audio_start_s)
+    return track.filter("aresample", rate_hz, **{"async": 1})
 
 
 def _heard(
@@ -100,22 +102,25 @@ def _heard(
 ) -> Iterator[Samples]:
     """Yield samples in [-1, 1], 1 MiB at a time: all of them, or about `n_samples`."""
     track = on_common_clock(path, SAMPLE_RATE_HZ)
+    about = probe(path)
     limit = {} if n_samples is None else {"t": n_samples / SAMPLE_RATE_HZ}
     graph = track.output("pipe:1", format="f32le", ac=1, ar=SAMPLE_RATE_HZ, **limit)
     n_heard = 0
     with closing(Run(graph)) as run:
+        if late := round(about.audio_start_s * SAMPLE_RATE_HZ):
+            yield np.zeros(late, np.float32)
         while chunk := run.out.read(1 << 20):
             samples = np.nan_to_num(np.frombuffer(chunk, "<f4", len(chunk) // 4))
             n_heard += len(samples)
             yield np.clip(samples, -1.0, 1.0, out=samples)
-        run.finish()
+        run.finish_reading(path)
         if not n_heard and n_samples != 0:
             why = run.complaint or "it holds no samples"
             raise TalkheadError(f"{path} has a sound track that cannot be read: {why}")
     if on_warning is None:
         return
-    about = probe(path)
-    heard_s, wanted_s = n_heard / SAMPLE_RATE_HZ, min(about.duration_s, limit.get("t", np.inf))
+    heard_s = about.audio_start_s + n_heard / SAMPLE_RATE_HZ
+    wanted_s = min(about.duration_s, limit.get("t", np.inf))
     # the sound of a film may simply be shorter than its pictures
     is_sure = run.messages or not (about.has_video or about.is_estimated)
     if heard_s < wanted_s - TRUNCATION_S and is_sure:

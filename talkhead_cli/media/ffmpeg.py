@@ -91,6 +91,15 @@ class Run:
             self.messages = [f"ffmpeg ended with code {code}"]
         return code == 0
 
+    def finish_reading(self, path: Path | str) -> None:
+        """`finish`; TalkheadError if the process was killed: what was read may be a beginning."""
+        self.finish()
+        if self._process.returncode < 0:
+            raise TalkheadError(
+                f"ffmpeg was killed (signal {-self._process.returncode}) while it read {path}; run "
+                "the command again, with more free memory if it ran out"
+            )
+
     @property
     def complaint(self) -> str:
         """The last informative message, without memory addresses; "" when there is none."""
@@ -124,6 +133,7 @@ class Probe:
                    "yuv420p10le(tv, bt2020nc/bt2020/smpte2084, progressive)"
     video_start_s, audio_start_s  start of the track on the file's common clock
     has_index      the container indexes its keyframes; seeks in other containers are inexact
+    restarts       ffmpeg begins at 0 with the first track that is read of such a container
     """
 
     width: int
@@ -139,6 +149,7 @@ class Probe:
     audio_start_s: float
     is_synthetic: bool
     has_index: bool
+    restarts: bool
 
 
 def probe(path: Path | str) -> Probe:
@@ -185,7 +196,15 @@ def probe(path: Path | str) -> Probe:
         audio_start_s=_start_s(audio, origin_s),
         is_synthetic=_SYNTHETIC.search(text) is not None,
         has_index=_INDEXED.search(head) is not None,
+        restarts=_RESTARTING.search(head) is not None,
     )
+
+
+def opened(path: Path | str, track: str, start_s: float, **options: Any) -> Any:
+    """Return an ffmpeg-python stream of a track ("V:0", "a:0"), which starts at `start_s` of the
+    file's common clock, on that clock."""
+    late = {"itsoffset": start_s} if start_s and probe(path).restarts else {}
+    return graphs.input(url(path), **late, **options)[track]
 
 
 def count_packets(path: Path | str, track: str) -> tuple[int, float]:
@@ -200,6 +219,7 @@ def count_packets(path: Path | str, track: str) -> tuple[int, float]:
 
 
 _SYNTHETIC = re.compile(r"^ +talkhead_synthetic *: true", re.M | re.I)
+_RESTARTING = re.compile(r"^Input #0, (mpegts|mpeg|ogg),", re.M)
 _INDEXED = re.compile(r"^Input #0, (mov|matroska),", re.M)
 # The pixel format's parentheses may be nested: "yuv420p(tv, bottom coded first (swapped))".
 _VIDEO = re.compile(r": Video: .*?, (\w+(?:\((?:[^()]|\([^()]*\))*\))?), (\d+)x(\d+)")

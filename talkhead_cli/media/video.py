@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from talkhead_cli.contracts import FPS, MisuseError, TalkheadError
 from talkhead_cli.media.audio import TRUNCATION_S, on_common_clock
-from talkhead_cli.media.ffmpeg import Probe, Run, beside, knows, probe, url
+from talkhead_cli.media.ffmpeg import Probe, Run, beside, knows, opened, probe, url
 
 Picture = NDArray[np.uint8]
 
@@ -70,7 +70,7 @@ def frames(
                 break
             n_read += 1
             yield frame
-        run.finish()
+        run.finish_reading(path)
     if not n_read and n_frames != 0:
         why = run.complaint or f"there are no frames at {start_s:g} s"
         raise TalkheadError(f"{path} cannot be read as video: {why}")
@@ -208,7 +208,9 @@ def _graph(
     # would round pictures half-way between two of our frames to the other one.
     skipped = first % FPS if sought else first
     seek = {"ss": first // FPS, "noaccurate_seek": None} if sought else {}
-    stream = graphs.input(url(path), **seek)["V:0"]
+    # The filters go on where the size or range of the pictures changes: begun again, `fps` would
+    # fill the time before with repeated pictures.
+    stream = opened(path, "V:0", about.video_start_s, reinit_filter=0, **seek)
     if re.search(r"\b(top|bottom) (coded )?first\b", about.colour):  # interlaced
         stream = stream.filter("bwdif", mode="send_frame", deint="interlaced")
     # rounds to the nearest: takes the picture on display in the middle of each frame's time
@@ -223,6 +225,7 @@ def _graph(
             raise ValueError(f"crop {crop} leaves the picture of {about.width}x{about.height}")
         # stored pixels (iw, ih) need not be square
         across, down = f"*iw/{about.width}", f"*ih/{about.height}"
+        stream = stream.filter("scale", "iw", "ih")  # pictures of other sizes to that of the first
         stream = stream.filter(
             "crop", f"{width}{across}", f"{height}{down}", f"{x}{across}", f"{y}{down}", exact=1
         )
@@ -230,18 +233,19 @@ def _graph(
     if transfer in HDR and knows("filters", "zscale") and knows("filters", "tonemap"):
         stream = _tone_mapped(stream, matrix, primaries, transfer)
     untagged_hd = matrix == "unknown" and (about.height >= 720 or about.width >= 1280)
+    is_yuv = re.match(r"yuv|nv|p0|uyvy|yvyu|y2", about.colour) is not None
     how = "area" if size[0] * size[1] < width * height else "lanczos"
     return stream.filter(
         "scale",
         *size,
-        in_color_matrix="bt709" if untagged_hd and about.colour.startswith("yuv4") else "auto",
+        in_color_matrix="bt709" if untagged_hd and is_yuv else "auto",
         flags=f"{how}+{EXACT}",
     )
 
 
 def _colour_tags(about: Probe) -> tuple[str, str, str]:
     """Return matrix, primaries, transfer; ffmpeg writes one word where all three agree."""
-    word = re.search(r"[(, ]((?:[\w-]+/){2}[\w-]+|bt709|smpte\d+m)[,)]", about.colour)
+    word = re.search(r"[(, ]((?:[\w-]+/){2}[\w-]+|bt709|bt470bg|smpte\d+m)[,)]", about.colour)
     matrix, primaries, transfer = (word[1] if word else "unknown").split("/") * (
         1 if word and "/" in word[1] else 3
     )
