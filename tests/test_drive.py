@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from talkhead_cli.contracts import FPS, MisuseError, TalkheadError
-from talkhead_cli.jobs import drive
+from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, MisuseError, TalkheadError
+from talkhead_cli.jobs import drive, script
 
 Array = NDArray[np.floating[Any]]
 
@@ -39,6 +39,26 @@ def drive_of(
     footage: dict[str, NDArray[Any]], n_frames: int, as_filmed: Any = None, **moves: Any
 ) -> drive.Drive:
     return drive.make(footage, n_frames, drive.MotionOptions(**moves), as_filmed=as_filmed)
+
+
+# ---------------------------------------------------------------- silence
+
+
+def test_somebody_talks_until_silence_lasts() -> None:
+    frames = np.zeros(150, np.float32)
+    frames[10:40] = 0.1
+    frames[44:60] = 0.1  # a pause of 0.16 s
+    pcm = (np.repeat(frames, SAMPLES_PER_FRAME) * 32767).astype(np.int16)
+    talks = script.talking(pcm, 150)
+    assert (talks[5:65] == 1).all(), "0.2 s before the first sound, and after the last"
+    ending = talks[64:73]
+    assert (np.diff(ending) <= 0).all() and 0 < ending[4] < 1 and ending[-1] == 0
+    assert not talks[75:].any()
+    np.testing.assert_allclose(talks[:5], talks[69:64:-1], atol=1e-6)
+    assert not script.talking(np.zeros(3000, np.int16), 5).any()
+    long = np.zeros(FPS * 130 * SAMPLES_PER_FRAME, np.int16)
+    long[-10 * SAMPLES_PER_FRAME :] = 3000
+    assert script.talking(long, FPS * 130)[-12:].all() and not script.talking(long, 3200).any()
 
 
 # ---------------------------------------------------------------- there and back

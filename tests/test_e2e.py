@@ -17,7 +17,14 @@ from typer.testing import CliRunner, Result
 from talkhead_cli import media
 from talkhead_cli.avatars import METHODS, avatar_class
 from talkhead_cli.cli.app import app
-from talkhead_cli.contracts import SilentProgress, TalkheadError, unpacked
+from talkhead_cli.contracts import (
+    LOWER_LIP,
+    SAMPLE_RATE_HZ,
+    UPPER_LIP,
+    SilentProgress,
+    TalkheadError,
+    unpacked,
+)
 from talkhead_cli.jobs import landmark_track, maps, script
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import render as render_job
@@ -171,6 +178,20 @@ def test_a_frame_does_not_depend_on_what_was_rendered_before(
     assert one.shape == other.shape == (50, 64, 64, 3)
     # sums in another order may round another way
     assert np.abs(one - other).max() <= 1 and (one != other).mean() < 1e-3
+
+
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_mouths_are_shut_where_a_file_is_silent(home: Path, tmp_path: Path, method: str) -> None:
+    import formant_voice
+
+    sound = np.pad(formant_voice.speak(1.0, seed=7).sound, (0, 2 * SAMPLE_RATE_HZ))
+    media.write_wav(tmp_path / "ends.wav", sound)
+    words = ["--audio", tmp_path / "ends.wav", "-o", tmp_path / "ends.npz", "--no-picture"]
+    ok("landmarks", "--id", "speaker", "--run", f"{method}+tiny", *words, "--home", home)
+    said = landmark_track.read(tmp_path / "ends.npz").landmarks
+    gap = said[:, LOWER_LIP, 1] - said[:, UPPER_LIP, 1]
+    assert gap[:25].max() > gap[40:].max(), (gap[:25].max(), gap[40:].max())
+    assert np.abs(np.diff(gap)).max() < 0.05, "eased"
 
 
 @pytest.mark.parametrize("method", sorted(METHODS))

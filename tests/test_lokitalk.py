@@ -10,10 +10,10 @@ from conftest import hearing
 
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk import LokiTalk
-from talkhead_cli.blocks.mouth import N_CODES, SPREAD, Mouth, principal_shapes
+from talkhead_cli.blocks.mouth import MAX_REST, N_CODES, SHUT, SPREAD, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import region_masks, relief_gap, relief_of
 from talkhead_cli.blocks.rigid import moved
-from talkhead_cli.contracts import EYES, LIPS, RayBundle, Signals, SilentProgress
+from talkhead_cli.contracts import EYES, LIPS, LOWER_LIP, RayBundle, Signals, SilentProgress
 from talkhead_cli.jobs import footage
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
@@ -124,6 +124,21 @@ def test_what_is_said_weighs_by_what_it_moves(clip: Footage, mouth: Mouth) -> No
     moved = mouth.landmarks(mouth.from_speech_units(torch.eye(N_CODES))) - mouth.neutral
     distance = moved.flatten(1).norm(dim=1)
     assert torch.allclose(distance, distance.mean().expand(N_CODES), rtol=1e-3)
+
+
+def test_a_mouth_at_rest_is_shut_and_the_rest_is_kept(clip: Footage, mouth: Mouth) -> None:
+    rows = clip.signals[clip.train][:20]
+    rest = mouth.at_rest(rows)
+    code = mouth.code(rest) - mouth.pose_part(rest)
+    if float(code[0].norm()) < MAX_REST - 1e-3:
+        torch.testing.assert_close(mouth.opening(code), torch.full((20,), SHUT), atol=1e-4, rtol=0)
+    assert bool((code.norm(dim=1) < MAX_REST + 1e-3).all())
+    brows = slice(17, 27)
+    assert torch.equal(rest.landmarks[:, brows], rows.landmarks[:, brows])
+    wide = Mouth()
+    wide.load_state_dict(mouth.state_dict())
+    wide.neutral[LOWER_LIP, 1] += 10.0
+    assert float(wide.code(wide.at_rest(rows)).norm(dim=1).max()) < MAX_REST + 3, "no other face"
 
 
 def test_what_the_pose_says_of_the_mouth_is_not_asked_of_speech(

@@ -48,6 +48,7 @@ class Speaker(Protocol):
     @property
     def neutral(self) -> Tensor | None: ...
     def listen(self, signals: Signals) -> Signals: ...
+    def at_rest(self, signals: Signals) -> Signals: ...
     def aim(self, signals: Signals, rays: RayBundle) -> RayBundle: ...
     def condition(self, signals: Signals) -> Field: ...
     def compose(
@@ -168,6 +169,11 @@ class Avatar(nn.Module):
 
         Called once per job or chunk, before `condition`; users may edit the result in between.
         """
+        return signals
+
+    def at_rest(self, signals: Signals) -> Signals:
+        """Return signals after `listen` with the mouth of somebody who is silent; by default
+        unchanged."""
         return signals
 
     @property

@@ -171,6 +171,9 @@ class PersonalAvatar(Avatar):
         """Return the signals with landmarks predicted from speech and pose, the rest neutral."""
         return self.person(signals).driven_by_speech(signals, self.speech(signals))
 
+    def at_rest(self, signals: Signals) -> Signals:
+        return self.person(signals).mouth.at_rest(signals)
+
     @property
     def neutral(self) -> Tensor:
         person = self.people[0]

@@ -18,6 +18,8 @@ N_CODES = 8
 SPREAD = 0.9  # target std of the predicted mouth opening, as a share of the tracked one
 GAINS = (1.0, 2.0)
 LEAN_RIDGE = 1.0  # per row: halves the fitted slopes, since only half of the effect generalises
+SHUT = 0.004  # opening of closed lips, face heights: 0.001 to 0.006 in the clips of twelve people
+MAX_REST = 2.0  # standard deviations by which a mouth at rest may differ from the mean one
 MAX_POSE = 2.5  # standard deviations; poses are clamped here, the edge of the training data
 
 
@@ -126,10 +128,7 @@ class Mouth(nn.Module):
         self.gain.copy_(gain)
         self.pose_scale.fill_(1.0)
         self.neutral.copy_(seen)
-        nothing = torch.zeros(1, N_CODES).to(seen)
-        slope = self.slope(nothing)
-        code = slope * (rest - self.opening(nothing)) / slope.square().sum().clamp_min(1e-9)
-        self.neutral.copy_(self.landmarks(code[None])[0])
+        self.neutral.copy_(self.landmarks(self._opened(rest))[0])
 
     @torch.no_grad()
     def settle(self, kept: Signals, said: Tensor) -> None:
@@ -185,6 +184,13 @@ class Mouth(nn.Module):
         """Return how far a unit of each code coordinate opens the mouth (K,), face heights."""
         return self.opening(torch.eye(N_CODES).to(like)) - self.opening(torch.zeros_like(like[:1]))
 
+    def _opened(self, by: Tensor | float) -> Tensor:
+        """Return the code (1, K) of the mouth nearest to the mean one that is open `by` that."""
+        nothing = torch.zeros(1, N_CODES).to(self.neutral)
+        slope = self.slope(nothing)
+        code = slope * (by - self.opening(nothing)) / slope.square().sum().clamp_min(1e-9)
+        return code[None]
+
     @property
     def _share(self) -> Tensor:
         """`scale` (K,) in units of `extent`."""
@@ -218,3 +224,11 @@ class Mouth(nn.Module):
         """Return the signals with landmarks of the predictions (T, K) on the neutral face."""
         code = self.with_gain(self.from_speech_units(said)) + self.pose_part(signals)
         return signals.with_(landmarks=self.landmarks(code))
+
+    def at_rest(self, signals: Signals) -> Signals:
+        """Return the signals with the mouth of somebody who does not speak; the rest is kept."""
+        code = self._opened(SHUT)
+        code = code * (MAX_REST / code.norm().clamp_min(1e-6)).clamp(max=1)
+        marks = signals.landmarks.clone()
+        marks[:, MOUTH] = self.landmarks(code + self.pose_part(signals))[:, MOUTH]
+        return signals.with_(landmarks=marks)

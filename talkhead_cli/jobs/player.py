@@ -184,6 +184,11 @@ class Player:
         with torch.no_grad():
             return self.avatar.listen(signals.to(self.device)).to("cpu")
 
+    def at_rest(self, signals: Signals) -> Signals:
+        """Return rows after `listen` with mouths of somebody who is silent."""
+        with torch.no_grad():
+            return self.avatar.at_rest(signals.to(self.device)).to("cpu")
+
     @property
     def stats(self) -> SpeechStats:
         return SpeechStats.stored(self.run.drive())

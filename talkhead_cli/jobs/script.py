@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import ndimage
 
 from talkhead_cli import media
 from talkhead_cli.contracts import (
@@ -36,6 +37,7 @@ from talkhead_cli.track import voice
 PCM_SCALE = 1 / 32768
 STATS_S = 60  # seconds of audio that are read at once
 CHUNK = 48  # frames per call of `listen`; a multiple of a GPU's batch (`player.MAX_ROWS`)
+PAUSE_S, EASE_S = 0.2, 0.24  # silence up to which a mouth goes on; in which it comes to rest
 OWN_STATS_S = 5.0  # speech with less sound than this is standardised by the footage's statistics
 
 
@@ -54,6 +56,7 @@ class Script:
     n_frames: int
     track: LandmarkTrack | None
     lids: NDArray[np.float32] | None  # (n, 2) eye openness of `track`, if it overrules the drive
+    talks: NDArray[np.float32]  # (n_frames,) 1 where there is sound, 0 in silence
 
     def signals(self, frames: NDArray[Any]) -> Signals:
         """Return the signals of frames (n,) after `listen`.  The `avatar.past` frames before the
@@ -82,9 +85,18 @@ class Script:
         )
         said = self.player.listen(signals)[len(frames) - asked :]
         if self.track is None:
-            return said
+            return self._at_rest_in_silence(said, self.talks[frames[-asked:]])
         rows = np.minimum(frames[-asked:], len(self.track) - 1)
         return said.with_(landmarks=torch.from_numpy(self.track.landmarks[rows]))
+
+    def _at_rest_in_silence(self, said: Signals, talks: NDArray[np.float32]) -> Signals:
+        """Return the signals with mouths at rest as far as nobody talks, (n,).  Nobody falls silent
+        in the footage as a file does: predicted from nothing, mouths hang open."""
+        if talks.min() == 1:
+            return said
+        share = torch.from_numpy(talks)[:, None, None]
+        rest = self.player.at_rest(said).landmarks
+        return said.with_(landmarks=share * said.landmarks + (1 - share) * rest)
 
     def scattered(self, frames: NDArray[Any]) -> Signals:
         """As `signals`, for frames (n,) that lie far apart: each one is computed by itself."""
@@ -155,7 +167,25 @@ def open_script(
         track = _track(player, moves.landmarks, n_frames)
         own_eyes = moves.blink != "footage" or as_filmed is not None
         lids = None if track is None or own_eyes else track.eye
-        yield Script(player, pcm, ear, stats, drive, n_frames, track, lids)
+        yield Script(player, pcm, ear, stats, drive, n_frames, track, lids, talking(pcm, n_frames))
+
+
+def talking(pcm: NDArray[np.int16], n_frames: int) -> NDArray[np.float32]:
+    """Return where somebody talks: (n_frames,), 1 from PAUSE_S before a sound to PAUSE_S after it,
+    0 in silence, in which not even a room is heard, and between them evenly in EASE_S.
+    """
+    alive = np.zeros(n_frames, bool)
+    at_once = STATS_S * FPS
+    for first in range(0, n_frames, at_once):
+        n = min(at_once, n_frames - first)
+        block = np.zeros(n * SAMPLES_PER_FRAME, np.float32)
+        part = pcm[first * SAMPLES_PER_FRAME :][: len(block)]
+        block[: len(part)] = part * np.float32(PCM_SCALE)
+        alive[first : first + n] = voice.is_audible(block, n, hold_s=0)
+    if not alive.any():
+        return np.zeros(n_frames, np.float32)
+    away = ndimage.distance_transform_edt(~alive) / FPS  # s, from the nearest sound
+    return (1 - (away - PAUSE_S) / EASE_S).clip(0, 1).astype(np.float32)
 
 
 def require_audio_track(speech: Path) -> None:

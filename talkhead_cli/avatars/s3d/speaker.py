@@ -42,6 +42,9 @@ class S3DSpeaker:
     def listen(self, signals: Signals) -> Signals:
         return self.main.mouth.driven_by_speech(signals, self.avatar.speech(signals))
 
+    def at_rest(self, signals: Signals) -> Signals:
+        return self.main.mouth.at_rest(signals)
+
     def aim(self, signals: Signals, rays: RayBundle) -> RayBundle:
         return rays
 
