@@ -330,3 +330,23 @@ def test_what_is_no_film_raises(tmp_path: Path) -> None:
     media.write_wav(wav, np.zeros(16_000, np.float32))
     with pytest.raises(TalkheadError, match="no picture"):
         check(wav, SilentProgress())
+
+
+def test_a_small_face_in_a_large_picture_is_found(speaker_clip: Path, tmp_path: Path) -> None:
+    """Of a whole picture, the mesh sees only faces that are a tenth of it or more."""
+    far = "scale=360:-2,pad=1920:1080:1200:500:gray"
+    report = check(spoilt(speaker_clip, tmp_path / "far.mp4", "-vf", far), SilentProgress())
+    assert verdicts(report)["face"] == "pass" and verdicts(report)["head"] != "pass"
+
+
+def test_sound_that_cannot_be_read_is_a_finding(speaker_clip: Path, tmp_path: Path) -> None:
+    clip = spoilt(speaker_clip, tmp_path / "damaged.mkv", "-c:v", "copy", "-c:a", "flac")
+    data = bytearray(clip.read_bytes())
+    at = data.find(b"fLaC")
+    assert at > 0
+    data[at + 8 : at + 42] = bytes(34)  # what a reader must know of the sound
+    clip.write_bytes(data)
+    report = check(clip, SilentProgress())
+    assert verdicts(report)["sound"] == "fail"
+    (found,) = (f for f in report.findings if f.name == "sound")
+    assert "cannot be read" in found.found

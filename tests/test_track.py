@@ -303,6 +303,10 @@ def test_missing_ends_stay_finite(rigid_shape: Array, ends: slice) -> None:
     film.points[ends] = np.nan
     track = pose.fit_head(film.points, film.found, film.size)
     assert np.isfinite(track.pose).all()
+    rows = np.arange(len(film.found))
+    nearest = rows[film.found][np.abs(rows[film.found] - rows[:, None]).argmin(1)]
+    # where nobody is seen, nobody leaves the picture
+    np.testing.assert_allclose(track.pose, track.pose[nearest], atol=1e-12)
     assert aligned_error_deg(track.rotation, film.rotation).max() < 8
 
 

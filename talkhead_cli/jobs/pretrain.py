@@ -150,7 +150,7 @@ def _train(training: Training, home: Path, asked: _Asked, preset: Preset, stages
     begun = {} if training.fresh else prior.meta()
     judge = _judge(prior.name, begun, home, preset, stages, hears, progress)
     fabric.seed_everything(training.seed, verbose=False)
-    boxes = torch.stack([box_for(preset, clip.signals.camera) for clip in clips])
+    boxes = torch.stack([box_for(preset, clip.signals.camera[clip.train]) for clip in clips])
     aabb = torch.cat([boxes[:, :3].amin(0), boxes[:, 3:].amax(0)])  # holds all of them
     avatar, marcher, why = build_avatar(
         preset, clips[0].signals.audio.shape[1:], aabb.to(where), where, len(clips)

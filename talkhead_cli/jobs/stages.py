@@ -45,7 +45,7 @@ N_EVIDENCE = 40  # frames used to separate hair from torso by motion
 RESTLESS = 4.0  # of 255; a still background changes by 1 to 2, by noise and shadows
 MIN_OFFSET_S = 0.06  # smallest offset between sound and lips that is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 2, "mesh": 5, "film": 4, "tracks": 3, "labels": 2}
+VERSIONS = {"sound": 2, "mesh": 5, "film": 4, "tracks": 4, "labels": 2}
 
 
 class Stages:
@@ -400,6 +400,12 @@ class Stages:
                 if index in thumbs_at:
                     size = (matte.MAP_PX, matte.MAP_PX)
                     thumbs.append(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA))
+            n_read = out.n_frames
+        if n_read != n_frames:
+            raise TalkheadError(
+                f"{self.video.name} gave {n_read} frames, and {n_frames} when faces were looked "
+                "for; run the command again"
+            )
         if captions.lines is not None:
             top, bottom = captions.lines
             self.progress.note(
@@ -451,7 +457,7 @@ class Stages:
         reference = int(film["reference"])
         pivot = matte.body_pivot(mesh[reference])
         body = matte.body_motion(film["warps"], film["tracked"], pivot)
-        to_heights = FILM_PX / k[0, 0] * float(np.median(head.translation[:, 2]))
+        to_heights = FILM_PX / k[0, 0] * float(np.median(head.translation[faces.found, 2]))
         near_gap = np.convolve(~faces.found, np.ones(5), "same") > 0
         self.space.save(
             "tracks",
@@ -460,7 +466,7 @@ class Stages:
                 "k": k.astype(np.float32),
                 "eye": eyes.openness(seen["gap"]).astype(np.float32),
                 "gaze": seen["gaze"],
-                "brow": seen["brow"] - seen["brow"].mean(0),
+                "brow": seen["brow"] - seen["brow"][faces.found].mean(0),
                 "landmarks": seen["landmarks"],
                 "mesh_px": mesh,
                 "body": np.concatenate(

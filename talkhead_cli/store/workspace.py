@@ -288,6 +288,7 @@ class Workspace:
 
         Takes no lock: jobs that read footage may write the same file at the same time."""
         sweep(self.root / "cache")
+        key = self.fingerprint  # now: footage that is replaced meanwhile has another
         path = self.cache_file(kind, size_px)
         path.with_suffix(".key").unlink(missing_ok=True)  # of the file that is replaced
         with atomic(path) as part:
@@ -304,5 +305,5 @@ class Workspace:
                     f"video.mp4 of '{self.id}' holds {count} of {shape[0]} frames; "
                     "run preprocess with --fresh"
                 )
-        path.with_suffix(".key").write_text(self.fingerprint)
+        path.with_suffix(".key").write_text(key)
         return np.load(path, mmap_mode="r", allow_pickle=False)

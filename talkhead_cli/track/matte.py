@@ -306,8 +306,8 @@ def label_maps(
     # The neck is skin under the jaw, as far as 0.3 face heights below the chin and as wide as the
     # jaw, with soft edges; what else is of the person is hair or torso.
     under_jaw = y > mesh[[172, 397], 1].min()
-    throat = under_jaw / (1 + np.exp((below - 0.30 * height) / (0.05 * height)))
-    throat = throat / (1 + np.exp(beside / (0.03 * height)))
+    throat = under_jaw * expit((0.30 * height - below) / (0.05 * height))
+    throat = throat * expit(-beside / (0.03 * height))
     neck = person * (1 - oval) * throat * (skin / np.float32(255))
     rest = np.clip(person - oval - neck, 0, 1)
     share = torso / np.maximum(hair + torso, 1e-3)

@@ -18,7 +18,7 @@ from scipy.linalg import solveh_banded
 from scipy.spatial.transform import Rotation
 
 from talkhead_cli.contracts import FPS
-from talkhead_cli.track.face import CHIN, TOP, face_height
+from talkhead_cli.track.face import CHIN, TOP, face_height, fill_gaps
 
 Array = NDArray[np.float64]
 
@@ -110,8 +110,8 @@ def fit_head(
 ) -> HeadTrack:
     """Fit the head track to a mesh seen in a picture of `size` (width, height).
 
-    points (T, 478, 3) in pixels with MediaPipe's relative depth; rows not `found` are filled
-    in by the smoothness prior.
+    points (T, 478, 3) in pixels with MediaPipe's relative depth; rows not `found` lie evenly
+    between those around them.
     """
     width, height = size
     centre = np.array([width / 2, height / 2])
@@ -132,9 +132,7 @@ def fit_head(
         ],
         -1,
     )
-    rows = np.arange(n_frames)
-    for column in range(6):
-        pose[~found, column] = np.interp(rows[~found], rows[found], pose[found, column])
+    pose = fill_gaps(pose, found)
 
     prior_shape = shape.copy()
     weight = np.zeros((n_frames, len(RIGID)))
@@ -153,6 +151,8 @@ def fit_head(
         size_px = _misses(pose, shape[RIGID], focal, centre, targets[..., :2])
         limit = 2.0 * np.median(size_px[found])
         weight[found] = np.minimum(1.0, limit / np.maximum(size_px[found], 1e-9))
+    # The prior goes on as evenly as it can: beyond the ends, and in long gaps, out of the picture.
+    pose = fill_gaps(pose, found)
     return HeadTrack(
         rotation=Rotation.from_rotvec(pose[:, :3]).as_matrix(),
         translation=pose[:, 3:],

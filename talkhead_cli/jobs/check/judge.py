@@ -227,7 +227,12 @@ def _sound(report: Report, video: Path, about: media.Probe) -> NDArray[np.float3
             )
         )
         return None
-    samples = media.sound(video, n_samples=int(about.duration_s * SAMPLE_RATE_HZ))
+    try:
+        samples = media.sound(video, n_samples=int(about.duration_s * SAMPLE_RATE_HZ))
+    except TalkheadError as error:
+        cure = "save the film again, or film anew; preprocess --no-audio tracks pictures alone"
+        report.findings.append(Finding("sound", "fail", str(error), cure))
+        return None
     loud = np.sqrt((_blocks(samples) ** 2).mean(1) + 1e-12)
     level = 20 * np.log10(np.percentile(loud, 90))
     report.more(
