@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import preprocess as job
 from talkhead_cli.jobs import stages
+from talkhead_cli.media import ffmpeg
 from talkhead_cli.store import Run, Workspace, list_runs, priors_folder
 from talkhead_cli.track import face, matte
 from talkhead_cli.track.scout import Scene
@@ -154,12 +156,39 @@ def test_what_stays_when_footage_is_replaced_is_named(
     for name, told in (("film.mp4", ["run 'old'", kept, "(film.mp4)", "--id"]), (None, [])):
         if name is not None:
             space.note(source={"name": name, "sha256": "0" * 64})
+        else:
+            (space.root / "manifest.json").unlink()
         progress = SilentProgress()
         with pytest.raises(KeyboardInterrupt):
             job.preprocess(speaker_clip, home, progress, name="speaker", fresh=True)
         notes = [note for note in progress.notes if "came with other footage" in note]
         assert len(notes) == bool(told) and all(word in note for word in told for note in notes)
     assert space.consents() == [kept] and (space.runs / "old").is_dir()
+
+
+def test_an_identity_is_replaced_only_by_a_film_that_will_do(home: Path, tmp_path: Path) -> None:
+    """Neither a film without a face, nor an interrupt, nor a kill takes what is there."""
+    space = Workspace(home, "speaker")
+    before = {p: p.stat().st_mtime_ns for p in space.root.rglob("*") if p.is_file()}
+    empty = tmp_path / "empty.mp4"
+    words = ["-f", "lavfi", "-i", "color=gray:s=320x240:r=25:d=4"]
+    words += ["-f", "lavfi", "-i", "sine=d=4", "-shortest", str(empty)]
+    subprocess.run([ffmpeg.executable(), "-loglevel", "error", *words], check=True)
+    with pytest.raises(TalkheadError, match="no face was found in empty.mp4"):
+        job.preprocess(empty, home, SilentProgress(), name="speaker", fresh=True)
+
+    def there() -> dict[Path, int]:
+        files = (p for p in space.root.rglob("*") if p.is_file() and p.name != ".lock")
+        return {p: p.stat().st_mtime_ns for p in files}
+
+    before.pop(space.root / ".lock", None)
+    assert there() == before and Workspace.open(home, "speaker")
+    with space.locked():
+        space.set_aside()
+        (space.root / "mesh.npz").write_text("half of another film's")
+    with pytest.raises(TalkheadError, match="there is another 'speaker' already"):
+        job.preprocess(empty, home, SilentProgress(), name="speaker")
+    assert there() == before
 
 
 def test_nothing_is_left_of_who_was_not_found(
@@ -293,7 +322,7 @@ def test_a_film_that_shows_hardly_any_face_is_refused(tmp_path: Path) -> None:
     points = np.zeros((300, 4, 3), np.float32)
     space.save("mesh", {"points": points, "found": found, "n_faces": np.array(1)})
     space.save("shots", {"kept": np.ones(300, bool)})
-    about = media.Probe(64, 64, 12.0, False, 25, True, True, 0, "", 0.0, 0.0, False, True)
+    about = media.Probe(64, 64, 12.0, False, 25, True, True, 0, "", 0.0, 0.0, False, True, False)
     work = stages.Stages(space, media.Part(Path("talk.mp4")), about, SilentProgress(), {})
     with pytest.raises(TalkheadError, match=r"a face is seen in only 1.1 s of talk.mp4"):
         assert work.faces

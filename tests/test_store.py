@@ -310,7 +310,9 @@ def test_pixels_that_find_no_room_are_refused_in_a_sentence(
     assert not list(space.root.rglob("*.npy"))
 
 
-def test_clearing_keeps_runs_and_consent(space: Workspace, tmp_path: Path) -> None:
+def test_what_is_set_aside_can_be_brought_back_but_for_runs_and_consent(
+    space: Workspace, tmp_path: Path
+) -> None:
     record = tmp_path / "yes.pdf"
     record.write_bytes(b"signed")
     kept = space.keep_consent(record)
@@ -321,8 +323,18 @@ def test_clearing_keeps_runs_and_consent(space: Workspace, tmp_path: Path) -> No
     space.save("tracks", {"a": np.zeros(2)})
     with space.pieces("labels") as labels:
         labels.add(labels=np.zeros(2, np.uint8))
+    before = sorted(p.relative_to(space.root) for p in space.root.rglob("*"))
     with space.locked():
-        space.clear()
+        space.set_aside()
+        (space.root / "maps").mkdir()
+        (space.root / "tracks.npz").write_bytes(b"of another film")
+        space.bring_back()
+        left = {p.relative_to(space.root) for p in space.root.rglob("*")}
+        assert sorted(left - {Path(".lock")}) == before
+        assert len(space.load("tracks")["a"]) == 2
+        space.set_aside()
+        space.forget_aside()
+        space.bring_back()  # of which nothing is left
     assert sorted(p.name for p in space.root.iterdir()) == [".lock", "consent", "runs"]
     assert (space.root / "consent" / kept).read_bytes() == b"signed"
     assert [r.name for r in list_runs(space.runs)] == ["lokitalk"]
@@ -333,6 +345,11 @@ def test_removing_leaves_the_neighbours(space: Workspace, tmp_path: Path) -> Non
     Workspace(tmp_path, "ben").note(finished=True)
     space.remove()
     assert list_ids(tmp_path) == ["ben"]
+    elsewhere = tmp_path / "disk" / "carl"
+    Workspace(tmp_path / "disk", "carl").note(finished=True)
+    (tmp_path / "carl").symlink_to(elsewhere)
+    Workspace(tmp_path, "carl").remove()
+    assert list_ids(tmp_path) == ["ben"] and not elsewhere.exists()
 
 
 def test_missing_and_damaged_arrays_of_a_workspace_are_named(space: Workspace) -> None:

@@ -89,7 +89,7 @@ def preprocess(
     with space.locked(), _nothing_left_of_refused(space, is_new):
         if fresh:
             _name_what_stays(space, source["sha256"], progress)
-            space.clear()
+            space.set_aside()
         _refuse_other_footage(space, source["sha256"], source["part"], progress)
         work = Stages(space, part, probe, progress, chosen, with_audio=with_audio)
         work.run(source["sha256"], which_face, known_offset)
@@ -148,12 +148,15 @@ def _probed(video: Path, with_audio: bool, progress: Progress) -> media.Probe:
 
 @contextlib.contextmanager
 def _nothing_left_of_refused(space: Workspace, is_new: bool) -> Iterator[None]:
-    """Remove a new workspace if preprocessing fails before any stage is done.  A folder that
-    existed before is kept, since its content is unknown."""
+    """Remove a new workspace if preprocessing fails before any stage is done, and bring back what
+    was set aside for it.  A folder that existed before is kept, since its content is unknown."""
+    space.bring_back()  # what a killed job set aside
     try:
         yield
-    except TalkheadError as error:
-        if is_new and (isinstance(error, UnfitError) or not space.manifest()["stages"]):
+    except BaseException as error:
+        space.bring_back()
+        unfit = isinstance(error, UnfitError) or not space.manifest()["stages"]
+        if is_new and isinstance(error, TalkheadError) and unfit:
             space.remove()
         raise
 

@@ -87,10 +87,11 @@ class Stages:
             offset_s,
             needs=("mesh",),
         )
-        if self.crop.side < FILM_PX:
+        side = self.crop.side  # refuses a face that is seen too little or too small
+        self.space.forget_aside()
+        if side < FILM_PX:
             self.progress.note(
-                f"the head's square is {self.crop.side} px in the film; it is enlarged to "
-                f"{FILM_PX} px"
+                f"the head's square is {side} px in the film; it is enlarged to {FILM_PX} px"
             )
         square = [self.crop.x, self.crop.y, self.crop.side, FILM_PX]
         self.do("film", self.film, square, self.chosen["labels"], needs=("mesh",))

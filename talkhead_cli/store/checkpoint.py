@@ -12,7 +12,6 @@ runs/lokitalk+tiny/
 
 from __future__ import annotations
 
-import shutil
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 from talkhead_cli.contracts import MisuseError, TalkheadError
 from talkhead_cli.store.files import (
     atomic,
+    delete_folder,
     exclusive,
     read_arrays,
     read_json,
@@ -77,7 +77,7 @@ class Run:
 
     def clear(self) -> None:
         if self.root.exists():
-            shutil.rmtree(self.root)
+            delete_folder(self.root)
 
     def write_meta(self, **facts: Any) -> None:
         write_json(self.root / "meta.json", {**self.meta(), **facts})

@@ -60,6 +60,13 @@ def _begun(path: Path) -> tuple[int, Path]:
         os.close(handle)  # swept before it was locked
 
 
+def delete_folder(folder: Path) -> None:
+    """Delete a folder and what is in it; of a link to one, both."""
+    shutil.rmtree(folder.resolve())
+    if folder.is_symlink():
+        folder.unlink()
+
+
 def sweep(folder: Path) -> None:
     """Remove what killed writers left in a folder; files that are being written stay."""
     for stale in folder.glob(".part-*"):

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from talkhead_cli.contracts import MisuseError, TalkheadError
 from talkhead_cli.store.files import (
     atomic,
+    delete_folder,
     digest,
     exclusive,
     read_arrays,
@@ -184,20 +185,39 @@ class Workspace:
                 sweep(self.root / folder)
             yield
 
-    def clear(self) -> None:
-        """Delete everything but the trained runs and consent.  A folder without a manifest is left
-        alone, as it may hold anything."""
-        for entry in self.root.iterdir() if self.exists() else ():
-            if entry.name in ("runs", "consent", ".lock"):
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+    def set_aside(self) -> None:
+        """Move everything but the trained runs and consent aside, until `bring_back` or
+        `forget_aside`.  A folder without a manifest is left alone, as it may hold anything."""
+        if self.exists():
+            self._aside.mkdir()
+            for entry in self._replaceable():
+                entry.rename(self._aside / entry.name)
+
+    def bring_back(self) -> None:
+        """Undo `set_aside`, also that of a job that was killed; what was made since is deleted."""
+        if self._aside.exists():
+            for entry in self._replaceable():
+                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            for entry in self._aside.iterdir():
+                entry.rename(self.root / entry.name)
+            self._aside.rmdir()
+
+    def forget_aside(self) -> None:
+        """Delete what was set aside."""
+        if self._aside.exists():
+            shutil.rmtree(self._aside)
+
+    @property
+    def _aside(self) -> Path:
+        return self.root / ".replaced"
+
+    def _replaceable(self) -> list[Path]:
+        kept = ("runs", "consent", ".lock", self._aside.name)
+        return [entry for entry in self.root.iterdir() if entry.name not in kept]
 
     def remove(self) -> None:
         """Delete the folder with all its runs."""
-        shutil.rmtree(self.root)
+        delete_folder(self.root)
 
     # -- files --------------------------------------------------------------------------
 
