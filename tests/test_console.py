@@ -23,7 +23,8 @@ from talkhead_cli.store import Workspace
 @pytest.fixture
 def shown(monkeypatch: pytest.MonkeyPatch) -> Console:
     """A console that remembers what it shows."""
-    made = Console(record=True, width=100, force_terminal=False, stderr=True)
+    made = Console(record=True, width=100, force_terminal=False, stderr=True, emoji=False)
+    assert not console.err._emoji
     monkeypatch.setattr(console, "err", made)
     monkeypatch.setattr(console, "PLAIN_EVERY_S", 0.0)
     return made
@@ -39,13 +40,13 @@ def test_lines_say_how_far_a_stage_is_and_how_long_it_took(
         for _ in range(2):
             clock["now"] += 1.0
             report.advance(50, loss=0.12345)
-        report.note("two faces [left] are seen")
+        report.note("two faces [left] are seen in C:\\[a] :fire: [/b]")
         report.stage("sound")
         clock["now"] += 0.1
     said = shown.export_text().splitlines()
     assert said[0].startswith("face mesh: 50/200 frames, 50.0/s, 3 s left  loss 0.123")
     assert said[1].startswith("face mesh: 100/200 frames, 50.0/s, 2 s left")
-    assert said[2] == "note: two faces [left] are seen"
+    assert said[2] == "note: two faces [left] are seen in C:\\[a] :fire: [/b]"
     assert said[3] == "face mesh: 100/200 frames, 2.0 s" and len(said) == 4, (
         "a short stage says nothing"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -11,8 +12,15 @@ import pytest
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from talkhead_cli.contracts import FPS, SAMPLES_PER_FRAME, MisuseError, TalkheadError
-from talkhead_cli.jobs import drive, script
+from talkhead_cli.contracts import (
+    FPS,
+    SAMPLES_PER_FRAME,
+    MisuseError,
+    SilentProgress,
+    TalkheadError,
+)
+from talkhead_cli.jobs import drive, landmark_track, script
+from talkhead_cli.jobs.landmark_track import LandmarkTrack
 
 Array = NDArray[np.floating[Any]]
 
@@ -39,6 +47,16 @@ def drive_of(
     footage: dict[str, NDArray[Any]], n_frames: int, as_filmed: Any = None, **moves: Any
 ) -> drive.Drive:
     return drive.make(footage, n_frames, drive.MotionOptions(**moves), as_filmed=as_filmed)
+
+
+def test_lids_of_a_landmark_track_move_one_picture_too(tmp_path: Path) -> None:
+    player: Any = SimpleNamespace(run=SimpleNamespace(drive=lambda: {"pose": np.zeros((1, 6))}))
+    marks = np.zeros((5, 68, 3), np.float32)
+    path = tmp_path / "track.npz"
+    for eye, blink in ((np.ones((5, 2), np.float32), "footage"), (None, "auto")):
+        landmark_track.write(path, LandmarkTrack(marks, marks[0], eye))
+        moves = drive.MotionOptions(landmarks=path)
+        assert script.with_available_motion(player, moves, SilentProgress()).blink == blink
 
 
 # ---------------------------------------------------------------- silence
@@ -323,7 +341,7 @@ def test_tables_of_every_kind_are_read(tmp_path: Path, suffix: str) -> None:
 
 
 def test_one_column_is_a_column(tmp_path: Path) -> None:
-    (tmp_path / "eyes.txt").write_text("1\n0.5\n0\n")
+    (tmp_path / "eyes.txt").write_text("1\n0.5\n0\n", encoding="utf-8-sig")  # as Windows does
     found = drive.read_table(tmp_path / "eyes.txt", (1, 2), "--blink")
     np.testing.assert_allclose(found[:, 0], [1, 0.5, 0])
     assert found.shape == (3, 1)

@@ -180,6 +180,23 @@ def test_a_frame_does_not_depend_on_what_was_rendered_before(
     assert np.abs(one - other).max() <= 1 and (one != other).mean() < 1e-3
 
 
+def test_a_film_names_consent_that_came_after_training(
+    home: Path, speech: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "yes.txt").write_text("I agree")
+    space = Workspace.open(home, "speaker")
+    kept = space.keep_consent(tmp_path / "yes.txt")
+    try:
+        film = tmp_path / "a.mp4"
+        words = ["--run", "lokitalk+tiny", "--audio", speech, "-o", film, "--home", home]
+        ok("render", "--id", "speaker", *words)
+    finally:
+        (space.root / "consent" / kept).unlink()
+    record = json.loads(film.with_name("a.mp4.json").read_text())
+    assert record["consent"] == [kept] and record["talkhead_consent"] == kept
+    assert record["run_meta"]["steps"] and len(record["speech_sha256"]) == 64
+
+
 @pytest.mark.parametrize("method", sorted(METHODS))
 def test_mouths_are_shut_where_a_file_is_silent(home: Path, tmp_path: Path, method: str) -> None:
     import formant_voice

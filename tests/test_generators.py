@@ -146,7 +146,7 @@ def test_a_published_file_is_taken_in_once_as_tensors_alone(published: Path, cac
     assert kept.keys() == LAYOUT.keys(), "the upscaler stays out"
     for name, tensor in kept.items():
         assert torch.equal(tensor, state[name]), name
-    assert weights.verify("eg3d-fixed") == "ok" and weights.verify("eg3d") == "missing"
+    assert weights.verify("eg3d-fixed") == "unchanged" and weights.verify("eg3d") == "missing"
     (cache / "ffhq-fixed-triplane512-128.safetensors").write_bytes(b"torn")
     assert weights.verify("eg3d-fixed") == "WRONG"
     with pytest.raises(TalkheadError, match="sha256"):

@@ -554,6 +554,18 @@ def test_sound_that_ends_before_it_says_is_said_where_ffmpeg_says_nothing(tmp_pa
     assert len(said) == 1 and "the sound of b.mp3 is damaged: 9.9 of 20.0" in said[0]
 
 
+@pytest.mark.parametrize("layout", ["5.1(side)", "2.1", "16"])
+@pytest.mark.parametrize("suffix", [".webm", ".mp4"])
+def test_sound_of_any_channels_goes_into_films(tmp_path: Path, suffix: str, layout: str) -> None:
+    n = int(layout) if layout.isdigit() else int(layout[0]) + 1
+    silent = tmp_path / "a.wav"
+    how = ("-af", f"aformat=channel_layouts={layout}") if "." in layout else ("-ac", n)
+    run_ffmpeg("-f", "lavfi", "-i", "sine=d=0.5", *how, silent)
+    film = write(tmp_path / f"a{suffix}", [flat((1, 2, 3))] * 10, audio=silent)
+    assert sound_s(film) == pytest.approx(0.4, abs=0.05)
+    assert np.abs(media.sound(film)).max() > 0.01
+
+
 def test_samples_that_are_no_numbers_are_silent(tmp_path: Path) -> None:
     samples = np.full(SAMPLE_RATE_HZ, 0.25, "<f4")
     samples[100:110] = np.nan

@@ -50,7 +50,7 @@ def test_auto_takes_what_is_there_and_never_downloads(cache: Path, hubert_file: 
     assert backends.choose()["voice"] == "hubert"
     assert backends.choose(["voice=mel"])["voice"] == "mel"
     assert backends.choose(["voice=auto", "labels=auto"])["voice"] == "hubert"
-    assert weights.verify("hubert") == "ok" and weights.verify("wav2vec2") == "missing"
+    assert weights.verify("hubert") == "unchanged" and weights.verify("wav2vec2") == "missing"
     for wrong in ("voice=deepspeech", "deepspeech", "ears=mel", "voice=", "landmarks=mel"):
         with pytest.raises(MisuseError, match="--backend"):
             backends.choose([wrong])
@@ -60,6 +60,14 @@ def test_a_file_with_another_hash_is_refused(cache: Path, hubert_file: Path) -> 
     with pytest.raises(TalkheadError, match="sha256"):
         weights.import_file("wav2vec2", hubert_file)
     assert weights.find("wav2vec2") is None
+
+
+def test_a_file_that_holds_no_weights_is_refused(cache: Path, tmp_path: Path) -> None:
+    junk = tmp_path / "junk.pth"
+    junk.write_text("junk")
+    with pytest.raises(TalkheadError, match="cannot be read"):
+        weights.import_file("hubert", junk)
+    assert weights.find("hubert") is None and weights.verify("hubert") == "missing"
 
 
 def test_a_changed_file_is_noticed(cache: Path, hubert_file: Path) -> None:
@@ -156,7 +164,7 @@ def test_weights_without_a_published_hash_need_one(cache: Path, hubert_file: Pat
     with pytest.raises(TalkheadError, match="asked for"):
         weights.pull("hubert", SilentProgress(), source=from_folder, sha256="0" * 64)
     weights.pull("hubert", SilentProgress(), source=from_folder, sha256=digest.upper())
-    assert weights.verify("hubert") == "ok"
+    assert weights.verify("hubert") == "unchanged"
 
 
 def test_weights_lie_where_their_libraries_keep_them_too(

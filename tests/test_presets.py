@@ -44,6 +44,18 @@ def test_a_stage_that_is_misspelt_is_named_with_those_there_are() -> None:
         preset.load(["lokitalk"], ["train.stages.lipz.steps=3"])
 
 
+def test_a_stage_that_is_misspelt_in_a_file_is_named(tmp_path: Path) -> None:
+    """Those of other methods are ignored, as in the overlays that are shipped."""
+    file = tmp_path / "my preset.yaml"
+    file.write_text("train: {stages: {lipz: {steps: 9}}}")
+    with pytest.raises(MisuseError, match="no method has a stage train.stages.lipz.*lips"):
+        preset.load(["lokitalk", "tiny", str(file)])
+    file.write_text("train: {stages: {upscale: {steps: 9}, lips: {steps: 7}}}")
+    made = preset.load(["lokitalk", "tiny", str(file)])
+    assert made.train.stages["lips"].steps == 7 and "upscale" not in made.train.stages
+    assert preset.run_name(["lokitalk", str(file)]) == "lokitalk+my-preset"
+
+
 def test_of_several_misspelt_stages_none_is_called_known() -> None:
     with pytest.raises(MisuseError) as error:
         preset.load(["s3d"], ["pretrain.stages.shape.steps=6", "pretrain.stages.match.steps=6"])

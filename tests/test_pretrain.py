@@ -131,6 +131,11 @@ def test_a_prior_is_replaced_only_by_one_that_can_be_begun(crowd: Path) -> None:
     assert set(made.meta()["people"]) == {"one", "two"} and made.is_finished
 
 
+def test_no_prior_is_called_none(crowd: Path) -> None:
+    with pytest.raises(MisuseError, match="means no prior"):
+        pretrain(crowd, ["one", "two"], "none", SilentProgress(), preset_names=["lokitalk", "tiny"])
+
+
 def test_a_setting_that_another_command_reads_is_refused(crowd: Path) -> None:
     with pytest.raises(MisuseError, match="say pretrain.scale=0.1"):
         make(crowd, settings=[*QUICK, "train.scale=0.1"])

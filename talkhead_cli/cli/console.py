@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -42,7 +43,7 @@ CANNOT_WRITE = (
     errno.ENAMETOOLONG,
 )
 
-err = Console(stderr=True, highlight=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 class Reporter:
@@ -109,7 +110,7 @@ class Reporter:
             self._line(rate, shown)
 
     def note(self, text: str) -> None:
-        err.print(f"[yellow]note:[/] {_escaped(text)}", soft_wrap=True)
+        err.print(f"[yellow]note:[/] {escape(text)}", soft_wrap=True)
 
     def _line(self, rate: float, shown: str) -> None:
         of = f"/{self._total}" if self._total else ""
@@ -131,10 +132,6 @@ class Reporter:
                 count = f" {self._done}{of} {self._unit}," if self._done else ""
                 err.print(f"{self._name}:{count} {seconds:.1f} s")
         self._name = ""
-
-
-def _escaped(text: str) -> str:
-    return text.replace("[", "\\[")
 
 
 @contextlib.contextmanager
@@ -177,7 +174,7 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
         )
         _trace(verbose)
     if code:
-        err.print(f"[bold red]error:[/] {_escaped(words)}", soft_wrap=True)
+        err.print(f"[bold red]error:[/] {escape(words)}", soft_wrap=True)
         raise SystemExit(code)
 
 

@@ -118,9 +118,8 @@ def _named(ids: str | None, file: Path | None, home: Path) -> list[str]:
     if file is None:
         return list_ids(home)
     try:
-        return [
-            line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        return [line.strip() for line in lines if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
         raise MisuseError(f"--ids-from {file} cannot be read: {error}") from error
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from talkhead_cli import media
 from talkhead_cli.contracts import MisuseError, Progress, TalkheadError
-from talkhead_cli.jobs.evaluate import TAG, evaluate, refuse_stale
+from talkhead_cli.jobs.evaluate import TAG, evaluate, flattered, refuse_stale
 from talkhead_cli.jobs.maps import side_by_side
 from talkhead_cli.jobs.runs import pick_by_beginning
 from talkhead_cli.store import Run, Workspace
@@ -72,6 +72,8 @@ def _figures(home: Path, name: str, run: Run, progress: Progress, device: str) -
     if all(file.is_file() for file in (written, *films)):
         found: dict[str, Any] = read_json(written)
         if _is_whole(found) and written.stat().st_mtime > run.meta().get("finished_at", 0):
+            if (found.get("prior") or {}).get("knew_person"):
+                progress.note(flattered(run, name))
             return found
     progress.note(f"evaluating {run.name}")
     try:

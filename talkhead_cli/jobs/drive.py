@@ -354,7 +354,8 @@ def read_table(path: Path, columns: tuple[int, ...], option: str) -> Array:
         if path.suffix == ".npy":
             table = np.load(path, allow_pickle=False)
         else:
-            table = np.loadtxt(path, delimiter="," if path.suffix == ".csv" else None, ndmin=2)
+            between = "," if path.suffix == ".csv" else None
+            table = np.loadtxt(path, delimiter=between, ndmin=2, encoding="utf-8-sig")
         table = np.asarray(table, float)
     except (ValueError, TypeError, EOFError, OSError) as error:
         raise TalkheadError(f"{option} {path}: not a table of numbers ({error})") from error

@@ -58,9 +58,7 @@ def evaluate(
         )
     refuse_stale(space, run)
     if (run.meta().get("prior") or {}).get("knew_person"):
-        progress.note(
-            f"the prior of run '{run.name}' was trained on '{name}': these figures are too good"
-        )
+        progress.note(flattered(run, name))
     clip = footage.load(space, player.preset.data, progress, stats=player.stats)
     if len(clip.held) < 2 * BLOCK:
         raise TalkheadError("fewer than a second of held-out frames has a face; nothing to score")
@@ -120,6 +118,11 @@ def evaluate(
         files.append(sheets.draw(player, heard, true_pictures, run.evaluation / "maps.png"))
     # last: where the figures exist, the films do
     return figures, [run.write_figures(figures), *files]
+
+
+def flattered(run: Run, name: str) -> str:
+    """Return what to say of figures whose prior has seen the person."""
+    return f"the prior of run '{run.name}' was trained on '{name}': these figures are too good"
 
 
 def refuse_stale(space: Workspace, run: Run) -> None:

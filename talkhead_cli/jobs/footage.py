@@ -361,9 +361,9 @@ def box_of(camera: Camera) -> Tensor:
     return torch.tensor([*low.tolist(), NEAR_Z, *high.tolist(), FAR_Z])
 
 
-def read_plate(path: Path, size_px: int) -> Tensor:
-    """Read the background (s, s, 3) in [0, 1]."""
-    picture = read_picture(path, cure="run preprocess again")
+def read_plate(path: Path, size_px: int, *, cure: str = "run preprocess again") -> Tensor:
+    """Read the background (s, s, 3) in [0, 1]; `cure` says what to do if it is missing."""
+    picture = read_picture(path, cure=cure)
     small = cv2.resize(picture, (size_px, size_px), interpolation=cv2.INTER_AREA)
     return torch.from_numpy(small.astype(np.float32) / 255)
 

@@ -31,6 +31,7 @@ from talkhead_cli.jobs.footage import SpeechStats, read_plate
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.runs import build_avatar, enrolled, speech_shape_of
 from talkhead_cli.store import Run
+from talkhead_cli.store.checkpoint import CURE
 
 T = TypeVar("T")
 CLOSER = 2  # factor on the samples per ray, for views that were not filmed
@@ -76,7 +77,7 @@ class Player:
                     f"({run.meta().get('version')}); train it again with finetune --fresh"
                 ) from error
             module.eval()
-        plate = read_plate(run.plate_file, preset.data.size_px)
+        plate = read_plate(run.plate_file, preset.data.size_px, cure=CURE)
         speaker = enrolled(avatar, run, device)
         if speaker.neutral is not None:
             marcher.look_closely(lively_boxes(speaker.neutral), preset.march.n_close)

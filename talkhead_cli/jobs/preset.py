@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Collection, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -286,7 +287,7 @@ def load(names: Sequence[str], settings: Sequence[str] = ()) -> Preset:
             raise MisuseError(
                 f"an overlay goes after the method that it changes: -p {name} -p {names[0]}"
             )
-        merged = _merge(merged, _for_method(layer, merged))
+        merged = _merge(merged, _for_method(name, layer, merged))
     if names and "method" not in merged:
         raise MisuseError(
             f"preset {'+'.join(names)} names no method and goes on top of one that does: "
@@ -297,17 +298,26 @@ def load(names: Sequence[str], settings: Sequence[str] = ()) -> Preset:
     return validate(merged)
 
 
-def _for_method(layer: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
-    """Return the layer; if it names no method, without the stages that `under` lacks."""
+def _for_method(name: str, layer: dict[str, Any], under: dict[str, Any]) -> dict[str, Any]:
+    """Return the layer called `name`; if it names no method, without the stages that `under` lacks
+    and other methods have.  MisuseError for a stage that none has."""
     if "method" in layer or not under:
         return layer
     layer = copy.deepcopy(layer)
     for part in ("train", "pretrain"):
         known, stages = _stages(under, part), _stages(layer, part)
-        for name in set(stages) - set(known):
+        for stage in set(stages) - set(known):
             # a complete stage, which has `learn`, is kept as a new one
-            if not isinstance(stages[name], dict) or "learn" not in stages[name]:
-                del stages[name]
+            if isinstance(stages[stage], dict) and "learn" in stages[stage]:
+                continue
+            if is_file(name) and not any(
+                stage in _stages(read_layer(shipped), part) for shipped in preset_names()
+            ):
+                raise MisuseError(
+                    f"{name}: no method has a stage {part}.stages.{stage}; here there are "
+                    f"{', '.join(known)}, and a new one says what it learns (learn: [...])"
+                )
+            del stages[stage]
     return layer
 
 
@@ -335,7 +345,7 @@ def from_yaml(text: str) -> Preset:
 
 def run_name(names: Sequence[str]) -> str:
     """Return the name of a run, made of its presets."""
-    return "+".join(Path(n).stem for n in names)
+    return "+".join(re.sub(r"[^A-Za-z0-9._-]+", "-", Path(n).stem) for n in names)
 
 
 def validate(values: dict[str, Any]) -> Preset:

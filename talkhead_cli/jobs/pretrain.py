@@ -73,6 +73,8 @@ def pretrain(
     stages = preset.pretrain
     finetunes_speech = "speech" in preset.train.stages  # else a person only enrolls
     out = out or ("prior" if finetunes_speech else preset.method)
+    if out == "none":
+        raise MisuseError("--prior none means no prior: none can be called that; give another -o")
     prior = Run.named(priors_folder(home), out)
     chief = team.is_chief(devices, nodes)
     with prior.locked() if chief else nullcontext():

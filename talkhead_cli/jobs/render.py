@@ -74,7 +74,10 @@ def render(
     progress.note(f"marching: {player.note}")
     options = script.with_available_motion(player, options, progress)
     plate = player.plate if backdrop is None else _middle(backdrop, player.preset.data.size_px)
-    tags = _marks(space, player, speech)
+    # now: both may be replaced while pictures are rendered
+    meta, speech_sha256 = run.meta(), sha256_of(speech)
+    consent = sorted({*meta.get("consent", []), *space.consents()})
+    tags = _marks(space, run, speech, consent)
     shoot = _Shoot(player, options, plate, original, speech, files, tags)
     files.film.parent.mkdir(parents=True, exist_ok=True)
     with script.open_script(player, speech, options, progress, as_filmed=as_filmed) as film_script:
@@ -91,18 +94,18 @@ def render(
     if n_empty:
         why = (
             "the run has learnt too little"
-            if options.pose == "footage"
+            if options.pose in ("footage", "still", "auto")
             else "poses lead out of them"
         )
         progress.note(f"nobody is seen in {n_empty} of {n_frames} frames: {why}")
     seconds = time.monotonic() - began
     write_json(files.sidecar, {
         "synthetic": True, **tags,
-        "talkhead": __version__, "speech_sha256": sha256_of(speech),
+        "talkhead": __version__, "speech_sha256": speech_sha256,
         "film_sha256": sha256_of(files.film),
-        "run_meta": {k: player.run.meta().get(k)
+        "run_meta": {k: meta.get(k)
                      for k in ("version", "steps", "source", "torch", "generator")},
-        "consent": player.run.meta().get("consent", []),
+        "consent": consent,
         "options": {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()},
         "frames": n_frames, "fps": FPS, "size_px": player.preset.data.size_px,
         "film_px": shoot.size_px,
@@ -342,13 +345,13 @@ def _maybe_depth(
     return media.VideoWriter(path, (size, size), gray16=True, metadata=tags)
 
 
-def _marks(space: Workspace, player: Player, speech: Path) -> dict[str, str]:
+def _marks(space: Workspace, run: Run, speech: Path, consent: Sequence[str]) -> dict[str, str]:
     """Return the metadata for the container."""
     return {
         "comment": "synthetic: made by talkhead, this person did not say this",
         "talkhead_synthetic": "true",
         "talkhead_version": __version__,
-        "talkhead_avatar": f"{space.id}/{player.run.name}",
+        "talkhead_avatar": f"{space.id}/{run.name}",
         "talkhead_speech": speech.name,
-        "talkhead_consent": ", ".join(player.run.meta().get("consent", [])) or "none recorded",
+        "talkhead_consent": ", ".join(consent) or "none recorded",
     }

@@ -111,10 +111,13 @@ class Script:
 
 
 def with_available_motion(player: Player, moves: M, progress: Progress) -> M:
-    """Return `moves`, with "footage" replaced by "auto" if a single picture is all the footage."""
+    """Return `moves`, with "footage" replaced by "auto" if a single picture is all the footage, but
+    for eyes that a landmark track moves."""
     if len(player.run.drive()["pose"]) > 1:
         return moves
-    instead = {k: "auto" for k in ("pose", "blink") if getattr(moves, k) == "footage"}
+    has_lids = moves.landmarks is not None and landmark_track.read(moves.landmarks).eye is not None
+    replaced = ("pose",) if has_lids else ("pose", "blink")
+    instead = {k: "auto" for k in replaced if getattr(moves, k) == "footage"}
     if instead:
         what = " and ".join({"pose": "head", "blink": "lids"}[k] for k in instead)
         progress.note(f"one picture has no motion to replay: {what} move by --seed")

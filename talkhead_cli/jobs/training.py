@@ -18,6 +18,7 @@ from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset
 from talkhead_cli.jobs.threads import Threads
 from talkhead_cli.store import Run
+from talkhead_cli.store.files import sweep
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Training:
         if self.is_chief:
             if self.fresh:
                 self.run.clear()
+            sweep(self.run.root)
             self.run.write_meta(version=__version__, seed=self.seed, **facts)
             self.run.write_preset(preset_text)  # last: its presence marks the run as begun
         self.fabric.barrier()

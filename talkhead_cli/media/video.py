@@ -139,7 +139,9 @@ class VideoWriter:
             )
         tracks = [pictures]
         if audio is not None:
-            tracks.append(on_common_clock(audio, 48_000).filter("apad"))
+            heard = on_common_clock(audio, 48_000)
+            heard = heard.filter("aformat", channel_layouts="stereo|mono")  # all coders take these
+            tracks.append(heard.filter("apad"))
             codec["shortest"] = None
         for i, (key, text) in enumerate((metadata or {}).items()):
             codec[f"metadata:g:{i}"] = f"{key}={text}"  # ffmpeg-python takes each option name once

@@ -148,9 +148,13 @@ def verified(name: str) -> Path:
 
 def load(name: str) -> dict[str, Any]:
     """Return the state dict of known weights; only tensors are read, never code."""
+    return _tensors_of(verified(name))
+
+
+def _tensors_of(path: Path) -> dict[str, Any]:
+    """Read a state dict; TalkheadError if the file holds none."""
     import torch
 
-    path = verified(name)
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
@@ -174,24 +178,31 @@ def load_into(module: Any, name: str, state: dict[str, Any], library: str) -> No
 
 
 def verify(name: str) -> str:
-    """Return 'ok', 'missing', 'no hash known' or 'WRONG' for known weights."""
+    """Return 'missing', 'WRONG', 'ok', 'no hash known' or, of weights whose hash is not published,
+    'unchanged' since they were installed."""
     path = find(name)
     if path is None:
         return "missing"
-    wanted = _known(name).sha256 or _recorded(path)
+    published = _known(name).sha256
+    wanted = published or _recorded(path)
     if not wanted:
         return "no hash known"
-    return "ok" if sha256_of(path).startswith(wanted) else "WRONG"
+    if not sha256_of(path).startswith(wanted):
+        return "WRONG"
+    return "ok" if published else "unchanged"
 
 
 def import_file(name: str, file: Path) -> Path:
-    """Copy a file into the folder as known weights; TalkheadError if its hash is another one."""
+    """Copy a file into the folder as known weights; TalkheadError if its hash is another one or, of
+    weights whose hash is not published, if it holds no tensors."""
     if not file.is_file():
         raise TalkheadError(f"there is no file {file}")
     target = folder() / _known(name).file
     with atomic(target) as part:
         shutil.copyfile(file, part)
         digest = _checked(name, part, file.name)
+        if not _known(name).sha256:
+            _tensors_of(file)
     write_json(_record_of(target), {"sha256": digest, "from": file.name})
     return target
 
