@@ -16,6 +16,7 @@ from typer.testing import CliRunner, Result
 
 from talkhead_cli import media
 from talkhead_cli.avatars import METHODS, avatar_class
+from talkhead_cli.blocks.mouth import SHUT
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import (
     LOWER_LIP,
@@ -205,9 +206,11 @@ def test_mouths_are_shut_where_a_file_is_silent(home: Path, tmp_path: Path, meth
     media.write_wav(tmp_path / "ends.wav", sound)
     words = ["--audio", tmp_path / "ends.wav", "-o", tmp_path / "ends.npz", "--no-picture"]
     ok("landmarks", "--id", "speaker", "--run", f"{method}+tiny", *words, "--home", home)
-    said = landmark_track.read(tmp_path / "ends.npz").landmarks
-    gap = said[:, LOWER_LIP, 1] - said[:, UPPER_LIP, 1]
+    track = landmark_track.read(tmp_path / "ends.npz")
+    gap = track.landmarks[:, LOWER_LIP, 1] - track.landmarks[:, UPPER_LIP, 1]
+    usual = track.neutral[LOWER_LIP, 1] - track.neutral[UPPER_LIP, 1]
     assert gap[:25].max() > gap[40:].max(), (gap[:25].max(), gap[40:].max())
+    assert np.median(gap[40:]) < max(usual, SHUT + 1e-4)
     assert np.abs(np.diff(gap)).max() < 0.05, "eased"
 
 

@@ -157,6 +157,33 @@ def test_a_late_track_is_late(tmp_path: Path, late: str, suffix: str) -> None:
     assert beep - flash == pytest.approx(0.4 if late == "sound" else -0.4, abs=0.022)
 
 
+@pytest.mark.parametrize("suffix", [".mkv", ".mp4", ".ts"])
+def test_sound_that_begins_late_in_a_film_is_late(tmp_path: Path, suffix: str) -> None:
+    film = tmp_path / f"a{suffix}"
+    picture = ("-f", "lavfi", "-i", "testsrc=s=64x64:r=25:d=16")
+    beep = ("-itsoffset", 13, "-f", "lavfi", "-i", "sine=f=900:d=2")
+    run_ffmpeg(*picture, *beep, "-map", "0:v", "-map", "1:a", "-pix_fmt", "yuv420p", film)
+    samples = media.sound(film)
+    loud = np.flatnonzero(np.abs(samples) > 0.05) / SAMPLE_RATE_HZ
+    assert loud.min() == pytest.approx(13, abs=0.05) and loud.max() == pytest.approx(15, abs=0.1)
+    assert not media.sound(film, n_samples=10 * SAMPLE_RATE_HZ).any()
+    some = media.sound(film, n_samples=14 * SAMPLE_RATE_HZ)
+    np.testing.assert_array_equal(some, samples[: len(some)])
+
+
+def test_woven_fields_of_another_size_are_taken_apart_too(tmp_path: Path) -> None:
+    parts = []
+    for index, size in enumerate(("320x240", "160x120")):
+        part = tmp_path / f"{index}.ts"
+        moving = f"testsrc=s={size}:r=50:d=2,tinterlace=interleave_top,setfield=tff"
+        words = ("-flags", "+ildct+ilme", "-output_ts_offset", 2 * index)
+        run_ffmpeg("-f", "lavfi", "-i", moving, "-c:v", "mpeg2video", "-b:v", "2M", *words, part)
+        parts.append(part.read_bytes())
+    (tmp_path / "a.ts").write_bytes(b"".join(parts))
+    assert "first" in media.probe(tmp_path / "a.ts").colour
+    assert len(list(media.frames(tmp_path / "a.ts"))) in (99, 100, 101)
+
+
 def test_what_changes_midway_keeps_its_time(tmp_path: Path) -> None:
     """Pictures that grow, as in calls, and sound that loses a channel, as in broadcasts."""
     parts = []
@@ -185,7 +212,7 @@ def test_pictures_of_a_reader_that_was_killed_are_not_the_whole(tmp_path: Path) 
     some = media.frames(clip)
     next(some)
     subprocess.run(["pkill", "-9", "-P", str(os.getpid()), "-f", str(clip)], check=True)
-    with pytest.raises(TalkheadError, match="killed .signal 9.*run the command again"):
+    with pytest.raises(TalkheadError, match="killed.*run the command again"):
         list(some)
 
 

@@ -53,7 +53,7 @@ def test_a_stage_that_is_misspelt_in_a_file_is_named(tmp_path: Path) -> None:
     file.write_text("train: {stages: {upscale: {steps: 9}, lips: {steps: 7}}}")
     made = preset.load(["lokitalk", "tiny", str(file)])
     assert made.train.stages["lips"].steps == 7 and "upscale" not in made.train.stages
-    assert preset.run_name(["lokitalk", str(file)]) == "lokitalk+my-preset"
+    assert preset.run_name(["lokitalk", str(file)]).startswith("lokitalk+my-preset-")
 
 
 def test_of_several_misspelt_stages_none_is_called_known() -> None:

@@ -90,7 +90,7 @@ Scout = Callable[..., scouting.Scene]
 def scout(monkeypatch: pytest.MonkeyPatch) -> Scout:
     """Scout a film of 400 x 200 whose detector finds given boxes, in shares of the sides."""
 
-    def look(film: list[Boxes], which: str = "largest") -> scouting.Scene:
+    def look(film: list[Boxes], which: str = "largest", **options: bool) -> scouting.Scene:
         answers: Iterator[Boxes] = iter(film)
 
         class Fake:
@@ -107,7 +107,7 @@ def scout(monkeypatch: pytest.MonkeyPatch) -> Scout:
 
         monkeypatch.setattr(scouting, "FaceDetector", Fake)
         frames = [np.zeros((50, 100, 3), np.uint8)] * len(film)
-        return scouting.scout(frames, (400, 200), which)
+        return scouting.scout(frames, (400, 200), which, **options)
 
     return look
 
@@ -147,6 +147,17 @@ def test_scout_cuts_between_faces_that_stand_one_above_the_other(scout: Scout, w
 def test_scout_gives_one_person_the_whole_picture(scout: Scout) -> None:
     moving = [[[0.1 + 0.05 * i, 0.2, 0.3 + 0.05 * i, 0.6]] for i in range(10)]
     assert scout(moving) == scouting.Scene(1, (0, 0, 400, 200), frozenset(range(10)))
+
+
+def test_scout_looks_near_a_small_face_wherever_it_goes(scout: Scout) -> None:
+    there, here = [0.1, 0.2, 0.18, 0.4], [0.7, 0.3, 0.78, 0.5]
+    x, y, width, height = scout([[there]] * 10).roi
+    assert max(x, y) < 3 and width < 150 and height < 140
+    x, y, width, height = scout([[there]] * 8 + [[here]] * 2).roi
+    assert x < 3 and x + width > 320 and y + height > 110
+    wall = [0.9, 0.1, 0.93, 0.15]
+    assert scout([[there, wall]] * 10).roi[2] < 150
+    assert scout([[there]] * 10, narrow=False).roi == (0, 0, 400, 200)
 
 
 def test_scout_overlooks_a_passer_by_and_a_face_on_the_wall(scout: Scout) -> None:

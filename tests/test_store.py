@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +341,57 @@ def test_what_is_set_aside_can_be_brought_back_but_for_runs_and_consent(
     assert (space.root / "consent" / kept).read_bytes() == b"signed"
     assert [r.name for r in list_runs(space.runs)] == ["lokitalk"]
     assert not space.is_done("mesh", "k1")
+
+
+@pytest.mark.parametrize("at", range(1, 12))
+def test_whatever_interrupts_a_replacement_nothing_is_lost(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Killed at any of its renames and deletions, each of them once."""
+    for name in ("a", "b", "c"):
+        (space.root / name).mkdir()
+        (space.root / name / "old").write_text(name)
+    before = sorted(p.relative_to(space.root) for p in space.root.rglob("*"))
+    n_left = at
+
+    def counted(act: Callable[..., Any]) -> Callable[..., Any]:
+        def work(*given: Any, **options: Any) -> Any:
+            nonlocal n_left
+            n_left -= 1
+            if n_left == 0:
+                raise KeyboardInterrupt
+            return act(*given, **options)
+
+        return work
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "rename", counted(Path.rename))
+        patched.setattr(shutil, "rmtree", counted(shutil.rmtree))
+        with contextlib.suppress(KeyboardInterrupt):
+            space.set_aside()
+            (space.root / "a").mkdir()
+            (space.root / "a" / "new").write_text("half")
+            space.bring_back()
+    space.bring_back()
+    assert sorted(p.relative_to(space.root) for p in space.root.rglob("*")) == before
+
+
+def test_a_replacement_that_is_kept_is_kept_whatever_interrupts_it(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (space.root / "a").mkdir()
+    space.set_aside()
+    (space.root / "b").write_text("new")
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", stopped)
+        space.forget_aside()
+    with space.locked():
+        space.bring_back()
+        assert sorted(p.name for p in space.root.iterdir()) == [".lock", "b"]
 
 
 def test_removing_leaves_the_neighbours(space: Workspace, tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def _mesh(
     """Return the mesh (478, 3) of the chosen face, in pixels of the part of the picture around it,
     and that part."""
     height, width = rgb.shape[:2]
-    scene = scout([rgb], (width, height), which)
+    scene = scout([rgb], (width, height), which, narrow=False)
     if scene.n_faces > 1:
         progress.note(
             f"{scene.n_faces} faces are in {path.name}; the {which} one speaks "

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from talkhead_cli.contracts import MisuseError, Progress, Size, TalkheadError
+from talkhead_cli.store.files import digest
 
 Region = Literal["all", "lips", "eyes"]
 
@@ -313,9 +314,10 @@ def _for_method(name: str, layer: dict[str, Any], under: dict[str, Any]) -> dict
             if is_file(name) and not any(
                 stage in _stages(read_layer(shipped), part) for shipped in preset_names()
             ):
+                there = ", ".join(known) or "none"
                 raise MisuseError(
-                    f"{name}: no method has a stage {part}.stages.{stage}; here there are "
-                    f"{', '.join(known)}, and a new one says what it learns (learn: [...])"
+                    f"{name}: no method has a stage {part}.stages.{stage}; here there are {there}, "
+                    "and a new one says what it learns (learn: [...])"
                 )
             del stages[stage]
     return layer
@@ -345,7 +347,11 @@ def from_yaml(text: str) -> Preset:
 
 def run_name(names: Sequence[str]) -> str:
     """Return the name of a run, made of its presets."""
-    return "+".join(re.sub(r"[^A-Za-z0-9._-]+", "-", Path(n).stem) for n in names)
+    words = []
+    for stem in (Path(name).stem for name in names):
+        word = re.sub(r"[^A-Za-z0-9._-]+", "-", stem)
+        words.append(word if word == stem else f"{word}-{digest(stem)[:6]}")
+    return "+".join(words)
 
 
 def validate(values: dict[str, Any]) -> Preset:

@@ -405,7 +405,7 @@ class Stages:
         if n_read != n_frames:
             raise TalkheadError(
                 f"{self.video.name} gave {n_read} frames, and {n_frames} when faces were looked "
-                "for; run the command again"
+                "for; run the command again, or convert the film first"
             )
         if captions.lines is not None:
             top, bottom = captions.lines

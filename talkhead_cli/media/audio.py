@@ -105,10 +105,13 @@ def _heard(
     about = probe(path)
     limit = {} if n_samples is None else {"t": n_samples / SAMPLE_RATE_HZ}
     graph = track.output("pipe:1", format="f32le", ac=1, ar=SAMPLE_RATE_HZ, **limit)
-    n_heard = 0
+    n_heard, late = 0, round(about.audio_start_s * SAMPLE_RATE_HZ)
+    late = late if n_samples is None else min(late, n_samples)
+    for first in range(0, late, 1 << 18):
+        yield np.zeros(min(1 << 18, late - first), np.float32)
+    if late and late == n_samples:
+        return
     with closing(Run(graph)) as run:
-        if late := round(about.audio_start_s * SAMPLE_RATE_HZ):
-            yield np.zeros(late, np.float32)
         while chunk := run.out.read(1 << 20):
             samples = np.nan_to_num(np.frombuffer(chunk, "<f4", len(chunk) // 4))
             n_heard += len(samples)

@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import subprocess
 import tempfile
 from contextlib import closing, suppress
@@ -17,6 +18,9 @@ from typing import Any
 import ffmpeg as graphs
 
 from talkhead_cli.contracts import TalkheadError
+
+# How far into a file its tracks are looked for: of one that begins later, ffmpeg tells no start.
+PATIENCE = ("-analyzeduration", "120M", "-probesize", "500M")
 
 
 @cache
@@ -94,10 +98,10 @@ class Run:
     def finish_reading(self, path: Path | str) -> None:
         """`finish`; TalkheadError if the process was killed: what was read may be a beginning."""
         self.finish()
-        if self._process.returncode < 0:
+        if -self._process.returncode in (signal.SIGKILL, signal.SIGTERM):
             raise TalkheadError(
-                f"ffmpeg was killed (signal {-self._process.returncode}) while it read {path}; run "
-                "the command again, with more free memory if it ran out"
+                f"ffmpeg was killed while it read {path}; run the command again, with more free "
+                "memory if it ran out"
             )
 
     @property
@@ -161,7 +165,7 @@ def probe(path: Path | str) -> Probe:
         raise TalkheadError(f"{path} is not there or is not a file; give the path of a media file")
     if not os.access(path, os.R_OK):
         raise TalkheadError(f"{path} may not be read by you; change its permissions")
-    text = _ask("-i", url(path))
+    text = _ask(*PATIENCE, "-i", url(path))
     head, *streams = re.split(r"^  Stream #", text, flags=re.M)
     # ffmpeg reads any text file as a terminal recording
     tracks = [] if re.search(r"^Input #0, tty,", head, re.M) else streams

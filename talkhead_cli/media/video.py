@@ -214,6 +214,8 @@ def _graph(
     # fill the time before with repeated pictures.
     stream = opened(path, "V:0", about.video_start_s, reinit_filter=0, **seek)
     if re.search(r"\b(top|bottom) (coded )?first\b", about.colour):  # interlaced
+        # pictures of other sizes to that of the first, which is all that the next filter takes
+        stream = stream.filter("scale", "iw", "ih", interl=-1)
         stream = stream.filter("bwdif", mode="send_frame", deint="interlaced")
     # rounds to the nearest: takes the picture on display in the middle of each frame's time
     stream = stream.filter("fps", FPS, start_time=0)

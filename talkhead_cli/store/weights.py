@@ -151,8 +151,8 @@ def load(name: str) -> dict[str, Any]:
     return _tensors_of(verified(name))
 
 
-def _tensors_of(path: Path) -> dict[str, Any]:
-    """Read a state dict; TalkheadError if the file holds none."""
+def _tensors_of(path: Path, called: Path | None = None) -> dict[str, Any]:
+    """Read a state dict; TalkheadError, which names the file `called`, if the file holds none."""
     import torch
 
     try:
@@ -162,7 +162,9 @@ def _tensors_of(path: Path) -> dict[str, Any]:
             return dict(load_file(path))
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as error:  # torch can raise anything on a damaged file
-        raise TalkheadError(f"{path} cannot be read ({error}); fetch the file again") from error
+        raise TalkheadError(
+            f"{called or path} cannot be read ({error}); fetch the file again"
+        ) from error
 
 
 def load_into(module: Any, name: str, state: dict[str, Any], library: str) -> None:
@@ -202,7 +204,7 @@ def import_file(name: str, file: Path) -> Path:
         shutil.copyfile(file, part)
         digest = _checked(name, part, file.name)
         if not _known(name).sha256:
-            _tensors_of(file)
+            _tensors_of(part, file)
     write_json(_record_of(target), {"sha256": digest, "from": file.name})
     return target
 

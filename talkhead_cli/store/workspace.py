@@ -185,34 +185,42 @@ class Workspace:
                 sweep(self.root / folder)
             yield
 
+    # Wherever one of these three is interrupted, `bring_back` or the next job's sweep ends it.
+
     def set_aside(self) -> None:
         """Move everything but the trained runs and consent aside, until `bring_back` or
         `forget_aside`.  A folder without a manifest is left alone, as it may hold anything."""
         if self.exists():
-            self._aside.mkdir()
+            on_the_way, aside = self._asides
+            on_the_way.mkdir()
             for entry in self._replaceable():
-                entry.rename(self._aside / entry.name)
+                entry.rename(on_the_way / entry.name)
+            on_the_way.rename(aside)
 
     def bring_back(self) -> None:
         """Undo `set_aside`, also that of a job that was killed; what was made since is deleted."""
-        if self._aside.exists():
+        on_the_way, aside = self._asides
+        if aside.exists():
             for entry in self._replaceable():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
-            for entry in self._aside.iterdir():
+            aside.rename(on_the_way)
+        if on_the_way.exists():
+            for entry in on_the_way.iterdir():
                 entry.rename(self.root / entry.name)
-            self._aside.rmdir()
+            on_the_way.rmdir()
 
     def forget_aside(self) -> None:
         """Delete what was set aside."""
-        if self._aside.exists():
-            shutil.rmtree(self._aside)
+        _, aside = self._asides
+        if aside.exists():
+            shutil.rmtree(aside.rename(self.root / ".part-replaced"))
 
     @property
-    def _aside(self) -> Path:
-        return self.root / ".replaced"
+    def _asides(self) -> tuple[Path, Path]:
+        return self.root / ".moving", self.root / ".replaced"
 
     def _replaceable(self) -> list[Path]:
-        kept = ("runs", "consent", ".lock", self._aside.name)
+        kept = ("runs", "consent", ".lock", *(path.name for path in self._asides))
         return [entry for entry in self.root.iterdir() if entry.name not in kept]
 
     def remove(self) -> None:

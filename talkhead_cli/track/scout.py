@@ -34,11 +34,14 @@ def scout(
     size: tuple[int, int],
     which: str = "largest",
     detector: Callable[[], AbstractContextManager[Any]] | None = None,
+    *,
+    narrow: bool = True,
 ) -> Scene:
     """Choose the face to track from a few frames (of any one size) of a film, or from a picture.
 
     size: (width, height) of the film · which: largest, left or right · detector: by default
-    MediaPipe's.  Faces are linked between frames by position.
+    MediaPipe's · narrow: only the surroundings of a small face are its region.  Faces are linked
+    between frames by position.
     """
     if which not in FACES:
         raise MisuseError(f"--face must be {', '.join(FACES)}, not '{which}'")
@@ -65,8 +68,11 @@ def scout(
     # faces that never appear beside the chosen one need no separation
     others = [t for t in lasting if t is not chosen and t.frames & chosen.frames]
     if not others:
-        roi = _region(chosen, [], size) if chosen.share_of(size) < SMALL else whole
-        return Scene(1, roi, frozenset(chosen.frames))
+        if narrow and chosen.share_of(size) < SMALL:
+            alone = [t for t in tracks if t is chosen or not t.frames & chosen.frames]
+            boxes = [box for track in alone for box in track.boxes]  # wherever the person goes
+            whole = _region(_Face(boxes), [], size)
+        return Scene(1, whole, frozenset(chosen.frames))
     return Scene(1 + len(others), _region(chosen, others, size), frozenset(chosen.frames))
 
 
