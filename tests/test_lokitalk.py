@@ -10,6 +10,7 @@ from conftest import hearing
 
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk import LokiTalk
+from talkhead_cli.avatars.personal import N_EYES, eyes_told
 from talkhead_cli.blocks.mouth import MAX_REST, N_CODES, SHUT, SPREAD, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import region_masks, relief_gap, relief_of
 from talkhead_cli.blocks.rigid import moved
@@ -124,6 +125,17 @@ def test_what_is_said_weighs_by_what_it_moves(clip: Footage, mouth: Mouth) -> No
     moved = mouth.landmarks(mouth.from_speech_units(torch.eye(N_CODES))) - mouth.neutral
     distance = moved.flatten(1).norm(dim=1)
     assert torch.allclose(distance, distance.mean().expand(N_CODES), rtol=1e-3)
+
+
+def test_brows_say_nothing_of_shut_eyes(clip: Footage) -> None:
+    rows = clip.signals[clip.train][:4]
+    eye = torch.tensor([[0.0, 0.0], [0.2, 0.2], [0.7, 0.7], [1.0, 0.1]])
+    low, high = (
+        eyes_told(rows.with_(eye=eye, brow=torch.full((4, 2), brow))) for brow in (-0.02, 0.03)
+    )
+    changed = (low != high).any(1).tolist()
+    assert changed == [False, False, True, True] and low.shape == (4, N_EYES)
+    assert torch.equal((low != high)[3, -2:], torch.tensor([True, False])), "each eye's own"
 
 
 def test_a_mouth_at_rest_is_shut_and_the_rest_is_kept(clip: Footage, mouth: Mouth) -> None:
