@@ -26,18 +26,12 @@ from talkhead_cli.media import write_wav
 
 
 def pipeline(
-    video: Path,
-    speech: Path,
-    folder: Path,
-    progress: Progress,
-    *,
-    presets: Sequence[str] = ("lokitalk", "tiny"),
-    settings: Sequence[str] = (),
+    video: Path, speech: Path, folder: Path, progress: Progress, settings: Sequence[str] = ()
 ) -> tuple[Path, dict[str, Any]]:
     """Return the film of the person in `video` saying `speech`, and the held-out figures."""
     home = folder / "avatars"
     person = preprocess(video, home, progress)
-    finetune(home, person.id, progress, preset_names=presets, settings=settings)
+    finetune(home, person.id, progress, preset_names=["lokitalk", "tiny"], settings=settings)
     film, *_ = render(home, person.id, speech, progress, out=folder / f"{person.id}-says.mp4")
     figures, _ = evaluate(home, person.id, progress)
     return film, figures
@@ -50,5 +44,5 @@ if __name__ == "__main__":
     with speaking(verbose=False) as progress:  # reports to stderr
         synthetic_speaker.film(video, seconds=20)
         write_wav(speech, formant_voice.speak(8, seed=1000).sound)
-        made, figures = pipeline(video, speech, folder, progress, settings=["train.scale=0.4"])
+        made, figures = pipeline(video, speech, folder, progress, ["train.scale=0.4"])
     print(f"{made}: {figures['picture']['face_box']['psnr_db']:.1f} dB in the held-out face")
