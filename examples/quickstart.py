@@ -9,7 +9,6 @@ For your own video call `pipeline`; as on the command line, interrupted jobs res
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,13 @@ from talkhead_cli.media import write_wav
 
 
 def pipeline(
-    video: Path, speech: Path, folder: Path, progress: Progress, settings: Sequence[str] = ()
+    video: Path, speech: Path, folder: Path, progress: Progress, **training: Any
 ) -> tuple[Path, dict[str, Any]]:
-    """Return the film of the person in `video` saying `speech`, and the held-out figures."""
+    """Return the film of the person in `video` saying `speech`, and the held-out figures;
+    `training` are options of `finetune`."""
     home = folder / "avatars"
     person = preprocess(video, home, progress)
-    finetune(home, person.id, progress, preset_names=["lokitalk", "tiny"], settings=settings)
+    finetune(home, person.id, progress, **training)
     film, *_ = render(home, person.id, speech, progress, out=folder / f"{person.id}-says.mp4")
     figures, _ = evaluate(home, person.id, progress)
     return film, figures
@@ -44,5 +44,6 @@ if __name__ == "__main__":
     with speaking(verbose=False) as progress:  # reports to stderr
         synthetic_speaker.film(video, seconds=20)
         write_wav(speech, formant_voice.speak(8, seed=1000).sound)
-        made, figures = pipeline(video, speech, folder, progress, ["train.scale=0.4"])
+        quick = {"preset_names": ["lokitalk", "tiny"], "settings": ["train.scale=0.4"]}
+        made, figures = pipeline(video, speech, folder, progress, **quick)
     print(f"{made}: {figures['picture']['face_box']['psnr_db']:.1f} dB in the held-out face")

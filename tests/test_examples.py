@@ -218,7 +218,7 @@ def test_the_quickstart_s_pipeline_makes_a_film_and_figures(
 
     shutil.copytree(trained, tmp_path / "avatars")
     film, figures = quickstart.pipeline(
-        speaker_clip, speech, tmp_path, SilentProgress(), presets=[str(PRESET)], settings=SMALL
+        speaker_clip, speech, tmp_path, SilentProgress(), preset_names=[str(PRESET)], settings=SMALL
     )
     assert film == tmp_path / "speaker-says.mp4" and n_frames_in(film) == 50
     assert figures["run"] == "fifth_method" and figures["picture"]["full"]["psnr_db"] > 18
