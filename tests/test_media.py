@@ -224,11 +224,14 @@ def test_untagged_hd_is_bt709_in_every_layout(
     tmp_path: Path, form: str, tags: tuple[str, ...]
 ) -> None:
     matrix = "bt601" if tags else "bt709"
-    source = f"color=0xc8785a:s=1280x720:r=25:d=0.4,scale=out_color_matrix={matrix}"
+    source = f"color=0xc8785a:s=1280x720:r=25:d=0.4,scale=out_color_matrix={matrix},format={form}"
+    source += ",setparams=colorspace=unknown:color_primaries=unknown:color_trc=unknown"
     words = [f"-{key}" for key in ("colorspace", "color_primaries", "color_trc")]
     told = [word for pair in zip(words, tags, strict=False) for word in pair]
     coder = "rawvideo" if form in ("yuyv422", "nv12") else "libx264"
     clip = lavfi(tmp_path / "a.mkv", source, "-pix_fmt", form, "-c:v", coder, "-qp", 1, *told)
+    assert ("bt470bg" in media.probe(clip).colour) == bool(tags)
+    assert "709" not in media.probe(clip).colour
     middle = next(media.frames(clip))[300:400, 600:700].reshape(-1, 3).mean(0)
     np.testing.assert_allclose(middle, (200, 120, 90), atol=4.5)
 

@@ -37,7 +37,7 @@ from talkhead_cli.contracts import RayBundle, Signals, SpeechShot
 LIP_NOISE, POSE_NOISE = 0.25, 0.1  # in the person's own standard deviations
 EYE_NOISE, GAZE_NOISE, BROW_NOISE = 0.05, 0.01, 0.002
 N_EYES = 2 * 3 + 2 + 2
-SHUT, OPEN = 0.2, 0.7  # openness of an eye, up to and from which it counts as such
+LIDS_SHUT, LIDS_OPEN = 0.2, 0.7  # openness of an eye, up to and from which it counts as such
 
 
 def noisy(x: Tensor, size: float | Tensor) -> Tensor:
@@ -62,7 +62,7 @@ def eyes_told(signals: Signals) -> Tensor:
     and lids of blinks with other brows would not close.
     """
     eye = signals.eye
-    awake = ((eye - SHUT) / (OPEN - SHUT)).clamp(0, 1)
+    awake = ((eye - LIDS_SHUT) / (LIDS_OPEN - LIDS_SHUT)).clamp(0, 1)
     waves = (torch.pi * eye).sin(), (torch.pi * eye).cos()
     return torch.cat([eye, *waves, 4 * signals.gaze, 10 * awake * signals.brow], 1)
 

@@ -45,7 +45,7 @@ N_EVIDENCE = 40  # frames used to separate hair from torso by motion
 RESTLESS = 4.0  # of 255; a still background changes by 1 to 2, by noise and shadows
 MIN_OFFSET_S = 0.06  # smallest offset between sound and lips that is corrected
 # A stage's version is part of its key: raise it when its result changes.
-VERSIONS = {"sound": 2, "mesh": 5, "film": 4, "tracks": 4, "labels": 2}
+VERSIONS = {"sound": 3, "mesh": 6, "film": 4, "tracks": 4, "labels": 2}
 
 
 class Stages:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import SAMPLE_RATE_HZ, TalkheadError
-from talkhead_cli.media.ffmpeg import Run, beside, opened, probe
+from talkhead_cli.media.ffmpeg import Probe, Run, beside, opened, probe
 
 Samples = NDArray[np.float32]
 TRUNCATION_S = 0.5  # by how much a file may fall short of its declared duration
@@ -86,14 +86,13 @@ def read_wav(path: Path | str) -> Samples:
     return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32767.0)
 
 
-def on_common_clock(path: Path | str, rate_hz: int) -> Any:
+def on_common_clock(path: Path | str, about: Probe, rate_hz: int) -> Any:
     """Return an ffmpeg-python stream of the first sound track, gaps silent."""
-    about = probe(path)
     if not about.has_audio:
         raise TalkheadError(f"{path} has no sound; give a file that has a sound track")
     # The filter's own silence before a late start (`first_pts`) would come again wherever the
     # number of channels or the rate changes.
-    track = opened(path, "a:0", about.audio_start_s)
+    track = opened(path, about, "a:0")
     return track.filter("aresample", rate_hz, **{"async": 1})
 
 
@@ -101,8 +100,8 @@ def _heard(
     path: Path | str, n_samples: int | None, on_warning: Callable[[str], None] | None
 ) -> Iterator[Samples]:
     """Yield samples in [-1, 1], 1 MiB at a time: all of them, or about `n_samples`."""
-    track = on_common_clock(path, SAMPLE_RATE_HZ)
     about = probe(path)
+    track = on_common_clock(path, about, SAMPLE_RATE_HZ)
     limit = {} if n_samples is None else {"t": n_samples / SAMPLE_RATE_HZ}
     graph = track.output("pipe:1", format="f32le", ac=1, ar=SAMPLE_RATE_HZ, **limit)
     n_heard, late = 0, round(about.audio_start_s * SAMPLE_RATE_HZ)

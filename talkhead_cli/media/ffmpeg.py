@@ -204,10 +204,10 @@ def probe(path: Path | str) -> Probe:
     )
 
 
-def opened(path: Path | str, track: str, start_s: float, **options: Any) -> Any:
-    """Return an ffmpeg-python stream of a track ("V:0", "a:0"), which starts at `start_s` of the
-    file's common clock, on that clock."""
-    late = {"itsoffset": start_s} if start_s and probe(path).restarts else {}
+def opened(path: Path | str, about: Probe, track: str, **options: Any) -> Any:
+    """Return an ffmpeg-python stream of a track ("V:0", "a:0") on the file's common clock."""
+    start_s = about.audio_start_s if track.startswith("a") else about.video_start_s
+    late = {"itsoffset": start_s} if start_s and about.restarts else {}
     return graphs.input(url(path), **late, **options)[track]
 
 

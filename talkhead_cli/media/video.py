@@ -139,7 +139,7 @@ class VideoWriter:
             )
         tracks = [pictures]
         if audio is not None:
-            heard = on_common_clock(audio, 48_000)
+            heard = on_common_clock(audio, probe(audio), 48_000)
             heard = heard.filter("aformat", channel_layouts="stereo|mono")  # all coders take these
             tracks.append(heard.filter("apad"))
             codec["shortest"] = None
@@ -212,7 +212,7 @@ def _graph(
     seek = {"ss": first // FPS, "noaccurate_seek": None} if sought else {}
     # The filters go on where the size or range of the pictures changes: begun again, `fps` would
     # fill the time before with repeated pictures.
-    stream = opened(path, "V:0", about.video_start_s, reinit_filter=0, **seek)
+    stream = opened(path, about, "V:0", reinit_filter=0, **seek)
     if re.search(r"\b(top|bottom) (coded )?first\b", about.colour):  # interlaced
         # pictures of other sizes to that of the first, which is all that the next filter takes
         stream = stream.filter("scale", "iw", "ih", interl=-1)
@@ -237,7 +237,7 @@ def _graph(
     if transfer in HDR and knows("filters", "zscale") and knows("filters", "tonemap"):
         stream = _tone_mapped(stream, matrix, primaries, transfer)
     untagged_hd = matrix == "unknown" and (about.height >= 720 or about.width >= 1280)
-    is_yuv = re.match(r"yuv|nv|p0|uyvy|yvyu|y2", about.colour) is not None
+    is_yuv = not re.match(r"[0xa]?(rgb|bgr)|gbr|gray|ya\d|pal|mono", about.colour)
     how = "area" if size[0] * size[1] < width * height else "lanczos"
     return stream.filter(
         "scale",
