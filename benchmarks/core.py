@@ -78,7 +78,7 @@ def load(home: Path, name: str, device: str, run: str | None = None, every: int 
     held = clip.held[:: every or STRIDE[player.device.type]]
     rows = player.listen_to_rows(clip.signals, held)
     truth = torch.from_numpy(clip.pictures[held.numpy()].astype(np.float32) / 255)
-    boxes = scores.face_boxes(space.load("tracks")["mesh_px"][held.numpy()], clip.size_px)
+    boxes = scores.face_boxes(space.load("tracks")["mesh_fractions"][held.numpy()], clip.size_px)
     return Bench(player, clip, rows, truth, boxes)
 
 

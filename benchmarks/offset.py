@@ -35,7 +35,7 @@ def talk(home: Path, name: str) -> Talk:
     tracks = space.load("tracks")
     seen = np.flatnonzero(tracks["usable"] & space.load("voice")["heard"])
     stream = voice.features(media.sound(space.audio))
-    return Talk(stream, seen, lipsync.lip_motion(tracks["mesh_px"])[seen])
+    return Talk(stream, seen, lipsync.lip_motion(tracks["mesh_fractions"])[seen])
 
 
 def leave_one_out(talks: dict[str, Talk]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def against_truth(space: Workspace, film: Path) -> dict[str, Any]:
     truth = Truth.load(film.with_suffix(".truth.npz"))
     tracks, crop = space.load("tracks"), space.manifest()["crop"]
     corner = [crop["x"], crop["y"]]
-    seen = tracks["mesh_px"] * crop["side"] + corner
+    seen = tracks["mesh_fractions"] * crop["side"] + corner
     top_chin = truth.landmarks_px[:, [face.TOP, face.CHIN]]
     height = float(np.linalg.norm(np.diff(top_chin, axis=1), axis=-1).mean())
     turned = _turned(Rotation.from_rotvec(tracks["pose"][:, :3]).as_matrix(), truth.rotation)
@@ -52,7 +52,7 @@ def against_truth(space: Workspace, film: Path) -> dict[str, Any]:
         "landmarks_percent_of_head": _mean_and_worst(
             100 * np.linalg.norm(seen - truth.landmarks_px, axis=-1).mean(1) / height
         ),
-        "mouth_r": _alike(face.lip_aperture(tracks["mesh_px"]), truth.mouth),
+        "mouth_r": _alike(face.lip_aperture(tracks["mesh_fractions"]), truth.mouth),
         "blink_r": _alike(tracks["eye"].mean(1), truth.eye),
         "mouth_r_of_68": _alike(_opening(tracks["landmarks"]), truth.mouth),
         "shoulders_r": [
@@ -69,7 +69,7 @@ def against_itself(space: Workspace) -> dict[str, Any]:
     tracks, crop = space.load("tracks"), space.manifest()["crop"]
     found = tracks["found"].astype(bool)
     scale = SIZE_PX / crop["side"]
-    seen = tracks["mesh_px"][:, RIGID] * crop["side"] + [crop["x"], crop["y"]]
+    seen = tracks["mesh_fractions"][:, RIGID] * crop["side"] + [crop["x"], crop["y"]]
     steady = found[:-2] & found[1:-1] & found[2:]
 
     def shake(points: Array) -> float:
@@ -88,7 +88,7 @@ def against_itself(space: Workspace) -> dict[str, Any]:
             ),
         },
         "jitter_px_at_512": {
-            "mesh": shake(tracks["mesh_px"][:, RIGID] * float(SIZE_PX)),
+            "mesh": shake(tracks["mesh_fractions"][:, RIGID] * float(SIZE_PX)),
             "pose": shake(_projected(tracks, crop) * scale),
         },
         "backends": space.manifest()["backends"],

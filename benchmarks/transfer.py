@@ -210,7 +210,7 @@ def score(home: Path, name: str, run_name: str) -> dict[str, float]:
     truth = np.ascontiguousarray(clip.pictures[held])
     film = evaluate._render(player, player.listen_to_rows(clip.signals, clip.held), quiet).pictures
     seen_truth, seen = evaluate.measured(truth, quiet), evaluate.measured(film, quiet)
-    boxes = scores.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
+    boxes = scores.face_boxes(space.load("tracks")["mesh_fractions"][held], clip.size_px)
     picture = scores.picture_scores(truth, film, boxes)
     lips = scores.correlation(face.lip_aperture(seen_truth.mesh), face.lip_aperture(seen.mesh))
     eyes = scores.correlation(*(face.lid_gap(m.mesh).mean(1) for m in (seen_truth, seen)))

@@ -322,7 +322,7 @@ def test_several_films_are_looked_at_past_the_bad_ones(speaker_clip: Path, tmp_p
     alone = CliRunner().invoke(app, ["check", str(tmp_path), "--json"])
     assert alone.exit_code == 1 and len(json.loads(alone.stdout)["films"]) == 1, "a folder of one"
     page = CliRunner().invoke(app, [*words, "--page", str(tmp_path / "r.html")])
-    assert page.exit_code == 2 and "--page is of one film" in page.stderr
+    assert page.exit_code == 2 and "--page is of one video" in page.stderr
 
 
 def test_what_is_no_film_raises(tmp_path: Path) -> None:

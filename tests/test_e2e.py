@@ -149,7 +149,7 @@ def test_a_face_is_set_into_the_film_it_came_from(
     set_in, film = frames_of(out), frames_of(speaker_clip)
     assert set_in.shape == (50, *film.shape[1:])
     off = np.abs(set_in.astype(float) - film[:50]).mean(-1)
-    mouth = Workspace(home, "speaker").load("tracks")["mesh_px"][:50, [13, 14]].mean(1) * 512
+    mouth = Workspace(home, "speaker").load("tracks")["mesh_fractions"][:50, [13, 14]].mean(1) * 512
     for index in (0, 30, 49):
         x, y = mouth[index].astype(int)
         assert off[index, :200].mean() < 2, "nothing but the codec"

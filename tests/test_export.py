@@ -69,7 +69,7 @@ def test_left_and_right_of_blend_shapes_are_the_persons() -> None:
     tracks = {
         "eye": np.array([[0.0, 1.0]]),  # shut on the left of the picture: the person's right
         "brow": np.array([[0.04, -0.02]]),
-        "mesh_px": np.random.default_rng(0).random((1, 478, 2)),
+        "mesh_fractions": np.random.default_rng(0).random((1, 478, 2)),
     }
     shapes = export.blend_shapes(tracks)[0]
     assert shapes[[8, 9]].tolist() == [0, 1]  # eyeBlinkLeft, eyeBlinkRight

@@ -109,7 +109,8 @@ def test_a_stage_that_was_begun_anew_and_killed_is_not_done(
                     pieces.add(labels=np.full((6, 2, 2), value, np.uint8))
 
         part = media.Part(speaker_clip, 0, None)
-        stages.Stages(space, part, probe, SilentProgress(), {}).do("labels", work, options)
+        material = stages.Material(space, part, probe, SilentProgress(), {})
+        stages.Stages(material).do("labels", work, options)
 
     begin(1, "these")
     with pytest.raises(KeyboardInterrupt):
@@ -152,7 +153,7 @@ def test_what_stays_when_footage_is_replaced_is_named(
     def give_up(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(stages.Stages, "mesh", give_up)
+    monkeypatch.setattr(stages.mesh, "run", give_up)
     for name, told in (("film.mp4", ["run 'old'", kept, "(film.mp4)", "--id"]), (None, [])):
         if name is not None:
             space.note(source={"name": name, "sha256": "0" * 64})
@@ -198,7 +199,7 @@ def test_nothing_is_left_of_who_was_not_found(
         raise TalkheadError("no face was found")
 
     film = Path(shutil.copy(speaker_clip, tmp_path / "Zoë.mp4"))
-    monkeypatch.setattr(stages.Stages, "mesh", nobody)
+    monkeypatch.setattr(stages.mesh, "run", nobody)
     for kept in (False, True):
         space, progress = Workspace(tmp_path / "home", "Zoe"), SilentProgress()
         if kept:  # a folder that was there before is never forgotten
@@ -323,9 +324,9 @@ def test_a_film_that_shows_hardly_any_face_is_refused(tmp_path: Path) -> None:
     space.save("mesh", {"points": points, "found": found, "n_faces": np.array(1)})
     space.save("shots", {"kept": np.ones(300, bool)})
     about = media.Probe(64, 64, 12.0, False, 25, True, True, 0, "", 0.0, 0.0, False, True, False)
-    work = stages.Stages(space, media.Part(Path("talk.mp4")), about, SilentProgress(), {})
-    with pytest.raises(TalkheadError, match=r"a face is seen in only 1.1 s of talk.mp4"):
-        assert work.faces
+    material = stages.Material(space, media.Part(Path("talk.mp4")), about, SilentProgress(), {})
+    with pytest.raises(TalkheadError, match=r"only 1.1 s of talk.mp4 show a face"):
+        assert material.faces
 
 
 def test_ranges_of_frames() -> None:
@@ -341,7 +342,7 @@ def test_ranges_of_frames() -> None:
 def only_faces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the stages out that come after the choice of the crop."""
     for stage in ("film", "tracks", "labels"):
-        monkeypatch.setattr(stages.Stages, stage, lambda *_, **__: None)
+        monkeypatch.setattr(getattr(stages, stage), "run", lambda *_, **__: None)
 
 
 def beginning(film: Path, n_frames: int, out: Path, sound: Path | None = None) -> Path:
@@ -366,7 +367,7 @@ def test_left_and_right_choose_different_faces(
         )
         manifest = space.manifest()
         assert manifest["faces_seen"] == 2
-        assert any(f"2 faces are in the film; following the {side}" in n for n in progress.notes)
+        assert any(f"2 faces are in the video; following the {side}" in n for n in progress.notes)
         middle[side] = manifest["crop"]["x"] + manifest["crop"]["side"] / 2
     width = media.probe(film).width
     assert middle["left"] < width / 2 < middle["right"]
@@ -427,8 +428,8 @@ def short(
     """The speaker's first 3.2 s, in which her face need not be looked for."""
     KnownMesh.points = Workspace(speaker_home, "speaker").load("mesh")["points"]
     monkeypatch.setattr(face, "FaceMesh", KnownMesh)
-    monkeypatch.setattr(stages, "scout", lambda _frames, size, *_: Scene(1, (0, 0, *size)))
-    monkeypatch.setattr(stages, "FILM_PX", 64)
+    monkeypatch.setattr(stages.mesh, "scout", lambda _frames, size, *_: Scene(1, (0, 0, *size)))
+    crop_to(64, monkeypatch)
     return beginning(speaker_clip, 80, tmp_path / "short.mp4", speaker_clip)
 
 
@@ -452,6 +453,11 @@ def arrays(space: Workspace) -> dict[str, Any]:
     return out | {"labels": np.stack([space.labels(i) for i in range(n_frames)])}
 
 
+def crop_to(size_px: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (stages.film, stages.material, stages.order, stages.tracks):
+        monkeypatch.setattr(module, "FILM_PX", size_px)
+
+
 def crash(*_: object, **__: object) -> None:
     raise RuntimeError("power cut")
 
@@ -463,7 +469,7 @@ def test_what_a_crash_left_is_finished_by_the_same_command(
     done: dict[str, int] = {}
     for stage in STAGES:  # each time, one stage further
         with monkeypatch.context() as patched:
-            patched.setattr(stages.Stages, stage, crash)
+            patched.setattr(getattr(stages, stage), "run", crash)
             with pytest.raises(RuntimeError):
                 track(short, home)
         with pytest.raises(TalkheadError, match="not preprocessed to the end|no identity"):
@@ -506,7 +512,7 @@ def test_another_size_redoes_the_film_and_keeps_the_faces(
 ) -> None:
     space = track(short, tmp_path / "home")
     before, mesh = files(space), space.load("mesh")["points"]
-    monkeypatch.setattr(stages, "FILM_PX", 96)
+    crop_to(96, monkeypatch)
     track(short, tmp_path / "home")
     after = files(space)
     same = {name for name in before if before[name] == after[name]}
@@ -523,7 +529,7 @@ def test_another_size_redoes_the_film_and_keeps_the_faces(
 def idle(monkeypatch: pytest.MonkeyPatch) -> None:
     """No picture or sound can be looked at."""
     for stage in STAGES:
-        monkeypatch.setattr(stages.Stages, stage, crash)
+        monkeypatch.setattr(getattr(stages, stage), "run", crash)
 
 
 def test_the_same_command_again_does_nothing(home: Path, speaker_clip: Path, idle: None) -> None:

@@ -82,7 +82,7 @@ def test_head_turns_as_it_truly_turns(tracks: Arrays, speaker_truth: Any) -> Non
 
 
 def test_mouth_and_eyes_follow_the_truth(tracks: Arrays, speaker_truth: Any) -> None:
-    mouth = alike(face.lip_aperture(tracks["mesh_px"]), speaker_truth.mouth)
+    mouth = alike(face.lip_aperture(tracks["mesh_fractions"]), speaker_truth.mouth)
     eye = alike(tracks["eye"].mean(1), speaker_truth.eye)
     print(f"lip aperture: r = {mouth:.3f}; eyes: r = {eye:.3f}")
     assert mouth > 0.95
@@ -99,7 +99,7 @@ def test_eyes_are_seen_shut_in_every_blink_and_open_between(
 
 
 def test_landmarks_lie_where_they_truly_are(tracks: Arrays, speaker_truth: Any, crop: Crop) -> None:
-    seen = tracks["mesh_px"] * crop.side + [crop.x, crop.y]
+    seen = tracks["mesh_fractions"] * crop.side + [crop.x, crop.y]
     error = np.linalg.norm(seen - speaker_truth.landmarks_px, axis=-1)
     height = np.linalg.norm(np.diff(speaker_truth.landmarks_px[:, [10, 152]], axis=1), axis=-1)
     share = float(error.mean() / height.mean())
@@ -196,7 +196,7 @@ def test_head_axes_are_those_of_the_contract(head: pose.HeadTrack) -> None:
 
 
 def test_landmarks_come_in_ibug_order(tracks: Arrays) -> None:
-    mark = face.to_68(tracks["mesh_px"]).mean(0)
+    mark = face.to_68(tracks["mesh_fractions"]).mean(0)
     assert mark.shape == (68, 2)
     assert (np.diff(mark[1:16, 0]) > 0).all()  # jaw from left to right
     assert mark[:, 1].argmax() == 8  # chin

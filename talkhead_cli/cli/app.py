@@ -18,7 +18,7 @@ from talkhead_cli.cli.memory import keep_freed_memory
 
 app = typer.Typer(
     name="talkhead",
-    help="From a person's video to a talking avatar, from any speech to a film of them.",
+    help="From a person's video to a talking avatar, from any speech to a video of them.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",

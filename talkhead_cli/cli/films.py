@@ -30,7 +30,7 @@ def render(
         typer.Option(help="Of several faces in the picture: largest (default), left, right."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("-o", "--out", help="Film to write.  \\[default: ID-SPEECH.mp4]")
+        Path | None, typer.Option("-o", "--out", help="Video to write.  \\[default: ID-SPEECH.mp4]")
     ] = None,
     run: RunName = None,
     pose: Annotated[
@@ -43,7 +43,7 @@ def render(
     alpha: Annotated[
         bool, typer.Option("--alpha", help="Keep transparency (.webm or .mov).")
     ] = False,
-    depth: Annotated[bool, typer.Option("--depth", help="Write a 16-bit depth film too.")] = False,
+    depth: Annotated[bool, typer.Option("--depth", help="Write a 16-bit depth video too.")] = False,
     landmarks: Annotated[
         Path | None, typer.Option(help="Track of landmarks to draw (.npz; see talkhead landmarks).")
     ] = None,
@@ -54,7 +54,7 @@ def render(
     ] = False,
     into: Annotated[
         Path | None,
-        typer.Option(help="The film that the identity was made of: set the face into it."),
+        typer.Option(help="The video that the identity was made of: set the face into it."),
     ] = None,
     device: Device = "auto",
     seed: Seed = 0,
@@ -79,7 +79,7 @@ def render(
             if run is not None:
                 raise MisuseError("--run goes with --id; a picture is drawn by --prior")
             if into is not None:
-                raise MisuseError("--into goes with --id; a picture has no film to be set into")
+                raise MisuseError("--into goes with --id; a picture has no video to be set into")
             paths = render_picture(
                 image,
                 home_folder(home),

@@ -47,7 +47,7 @@ def preprocess(
         ),
     ] = "auto",
     start: Annotated[
-        float, typer.Option("--from", help="Second of one film from which on it counts.")
+        float, typer.Option("--from", help="Second of one video from which on it counts.")
     ] = 0.0,
     end: Annotated[
         float | None,
@@ -109,7 +109,7 @@ def preprocess(
 
 def check(
     videos: Annotated[
-        list[Path], typer.Argument(help="A film of one person talking; or several, or a folder.")
+        list[Path], typer.Argument(help="A video of one person talking; or several, or a folder.")
     ],
     page: Annotated[
         Path | None, typer.Option("--page", help="Also write a page of HTML with plots.")
@@ -134,7 +134,7 @@ def check(
         films = videos_of(videos)
         if len(videos) > 1 or videos[0].is_dir():
             if page is not None:
-                raise MisuseError("--page is of one film; name its file")
+                raise MisuseError("--page is of one video; name its file")
             verdicts = _check_each(films, report, json)
         else:
             found = job(films[0], report)

@@ -335,7 +335,7 @@ def _pose_file(path: Path, body: Array) -> Callable[[NDArray[Any]], tuple[Array,
     if given[:, 5].min() < NEAREST:
         raise TalkheadError(
             f"--pose {path}: the head is {given[:, 5].min():g} face heights from the camera (last "
-            f"column), which must be {NEAREST:g} or more; films have 2 to 9 (an identity's own "
+            f"column), which must be {NEAREST:g} or more; videos have 2 to 9 (an identity's own "
             "poses are `pose` in its tracks.npz)"
         )
     replay = triangle_replay(len(given))

@@ -81,7 +81,7 @@ def evaluate(
         controls.append(replace(seen, pictures=mute.pictures[:0]))  # its mesh is all that counts
 
     sound = media.read_wav(space.audio)
-    boxes = scores.face_boxes(space.load("tracks")["mesh_px"][held], clip.size_px)
+    boxes = scores.face_boxes(space.load("tracks")["mesh_fractions"][held], clip.size_px)
     figures = {
         "identity": name,
         "run": run.name,

@@ -137,7 +137,7 @@ def _write(space: Workspace, out: Path, progress: Progress, holdout: float) -> N
     _write_nerfstudio(
         out, c2w, usable=torch.cat([train, held]).tolist(), focal=seen.focal, size=size
     )
-    marks = seen.points(tracks["mesh_px"][:, MESH_TO_68] * size)
+    marks = seen.points(tracks["mesh_fractions"][:, MESH_TO_68] * size)
     progress.stage("export", n_frames)
     stream = media.frames(space.video, size=(size, size), n_frames=n_frames)
     for i, rgb in enumerate(followed(progress, stream)):
@@ -222,7 +222,7 @@ def _write_frame(
 def action_units(tracks: dict[str, NDArray[Any]]) -> dict[int, NDArray[np.float64]]:
     """Return intensities (T,), 0 to 5, of the action units that readers of the layout use."""
     brow, eye = tracks["brow"].mean(1), tracks["eye"].mean(1)
-    lips = face.lip_aperture(tracks["mesh_px"])
+    lips = face.lip_aperture(tracks["mesh_fractions"])
 
     def strength(share: NDArray[Any]) -> NDArray[np.float64]:
         return STRONGEST * share.clip(0, 1).astype(np.float64)
@@ -247,7 +247,7 @@ def blend_shapes(tracks: dict[str, NDArray[Any]]) -> NDArray[np.float64]:
     shapes[:, BROWS_DOWN] = -brow[:, (left, right)]
     shapes[:, BROWS_UP] = np.stack([brow.mean(1), brow[:, left], brow[:, right]], 1)
     shapes[:, BLINKS] = 1 - tracks["eye"][:, (left, right)]
-    shapes[:, JAW_OPEN] = face.lip_aperture(tracks["mesh_px"]) / LIP_REACH
+    shapes[:, JAW_OPEN] = face.lip_aperture(tracks["mesh_fractions"]) / LIP_REACH
     return shapes.clip(0, 1)
 
 

@@ -274,7 +274,7 @@ def load(
         plate=read_plate(space.plate_file, data.size_px),
         stats=stats,
         mesh=torch.from_numpy(tracks["shape"][:N_SKIN]),
-        lip_truth=lip_aperture(tracks["mesh_px"]),
+        lip_truth=lip_aperture(tracks["mesh_fractions"]),
     )
 
 
@@ -299,7 +299,7 @@ def make_signals(
     n_frames = len(tracks["pose"])
     pose = torch.from_numpy(tracks["pose"])
     window = stats.windows(stream, np.arange(n_frames), data.window)
-    marks = tracks["mesh_px"][:, MESH_TO_68]
+    marks = tracks["mesh_fractions"][:, MESH_TO_68]
     return Signals(
         audio=torch.from_numpy(window),
         eye=torch.from_numpy(tracks["eye"]),

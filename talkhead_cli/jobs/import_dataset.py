@@ -141,7 +141,7 @@ def _sources(folder: Path) -> tuple[list[Path], Path]:
     pictures = _pictures(folder / "ori_imgs")
     if len(films) > 1 and not (pictures and sound.is_file()):
         raise TalkheadError(
-            f"{folder} holds {len(films)} films, none of them named {own.name}; videos of people "
+            f"{folder} holds {len(films)} videos, none of them named {own.name}; videos of people "
             "are tracked by: talkhead preprocess FOLDER"
         )
     if not pictures and not films:
@@ -208,8 +208,8 @@ def reprojection_errors(space: Workspace, cameras: Cameras) -> tuple[float, floa
         return None
     of = {int(frame): i for i, frame in enumerate(cameras.frames)}
     asked = asked[np.linspace(0, len(asked) - 1, min(N_ASKED, len(asked))).astype(int)]
-    scale = crop["side"]
-    seen = tracks["mesh_px"][asked][:, RIGID].astype(np.float64) * scale + [crop["x"], crop["y"]]
+    corner = [crop["x"], crop["y"]]
+    seen = tracks["mesh_fractions"][asked][:, RIGID].astype(np.float64) * crop["side"] + corner
     c2w = TURNED @ cameras.c2w[[of[int(i)] for i in asked]] @ TURNED
     rigid = tracks["shape"][RIGID].astype(np.float64)
 
@@ -225,4 +225,4 @@ def reprojection_errors(space: Workspace, cameras: Cameras) -> tuple[float, floa
     missed = off(fitted.x).reshape(len(asked), -1, 2)
     theirs = np.sqrt((missed**2).sum(-1).mean(1)).mean()
     ours = float(np.nanmean(tracks["residual_px"][asked]))  # in pixels of the video
-    return float(theirs) * size / scale, ours * size / scale
+    return float(theirs) * size / crop["side"], ours * size / crop["side"]

@@ -69,12 +69,12 @@ class Original:
             raise MisuseError(f"--into {film}: there is no such file; give the video itself")
         if known.get("dataset") is not None or sha256_of(film) != source["sha256"]:
             raise TalkheadError(
-                f"--into takes the very film that '{space.id}' was preprocessed from "
+                f"--into takes the very video that '{space.id}' was preprocessed from "
                 f"({source['name']}), and {film.name} is another file; frames would not fit"
             )
         if run.meta().get("footage") != space.fingerprint:
             raise TalkheadError(
-                f"run '{run.name}' learnt from another track of the film than '{space.id}' holds "
+                f"run '{run.name}' learnt from another track of the video than '{space.id}' holds "
                 "now, and its face would be out of place; train it again"
             )
         about, tracks = media.probe(film), space.load("tracks")
@@ -84,7 +84,7 @@ class Original:
             (about.width, about.height),
             Crop(**known["crop"]),
             takes,
-            tracks["mesh_px"],
+            tracks["mesh_fractions"],
             stand_ins(tracks["found"], takes),
         )
 
@@ -98,12 +98,12 @@ class Original:
         """Yield warnings about a video of these rows (n,) with faces rendered at `side_px`."""
         if self.crop.side > 1.5 * side_px:
             yield (
-                f"the head's square is {self.crop.side} px in the film, and the avatar draws it at "
-                f"{side_px}: the mouth is softer than what is round it"
+                f"the head's square is {self.crop.side} px in the video, and the avatar draws it "
+                f"at {side_px}: the mouth is softer than what is round it"
             )
         if len(rows) > len(self.stands):
             yield (
-                f"the speech is longer than what was preprocessed of the film "
+                f"the speech is longer than what was preprocessed of the video "
                 f"({len(self.stands) / FPS:.1f} s), which is played backwards and forwards again"
             )
         n_lost = int((self.stands[rows] < 0).sum())

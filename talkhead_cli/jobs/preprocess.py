@@ -20,7 +20,7 @@ from talkhead_cli.contracts import (
     UnfitError,
 )
 from talkhead_cli.jobs import backends
-from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Stages
+from talkhead_cli.jobs.stages import MIN_SECONDS, VERSIONS, Material, Stages
 from talkhead_cli.media import Part
 from talkhead_cli.store import Run, Workspace, check_id, finished_runs, list_runs
 from talkhead_cli.store.files import digest, sha256_of
@@ -91,9 +91,10 @@ def preprocess(
             _name_what_stays(space, source["sha256"], progress)
             space.set_aside()
         _refuse_other_footage(space, source["sha256"], source["part"], progress)
-        work = Stages(space, part, probe, progress, chosen, with_audio=with_audio)
+        material = Material(space, part, probe, progress, chosen, with_audio)
+        work = Stages(material)
         work.run(source["sha256"], which_face, known_offset)
-        missing = ~work.faces.found & space.load("shots")["kept"]
+        missing = ~material.faces.found & material.kept
         if missing.any():
             progress.note(f"no face in frames {in_words(missing)}; training leaves them out")
         if consent is not None:
@@ -113,7 +114,7 @@ def preprocess(
             )
         if work.n_done == len(VERSIONS):  # skipped stages would distort the speed
             seconds = time.monotonic() - began
-            rate = work.n_frames / max(seconds, 1e-6)
+            rate = material.n_frames / max(seconds, 1e-6)
             space.note(seconds_taken=round(seconds, 2), frames_per_second=round(rate, 2))
     return space
 
@@ -180,8 +181,8 @@ def _refuse_other_footage(
         progress.note(f"'{space.id}' held another part of {known.get('name')}, which this replaces")
     if known["sha256"] == source and runs and held != [first, n_frames]:
         raise TalkheadError(
-            f"{_named(runs)} of '{space.id}' learnt from another part of this film; name this part "
-            "with --id, or track it instead of that one with --fresh"
+            f"{_named(runs)} of '{space.id}' learnt from another part of this video; name this "
+            "part with --id, or track it instead of that one with --fresh"
         )
     if known["sha256"] != source:
         raise TalkheadError(

@@ -152,7 +152,7 @@ def _side_by_side(
             outcome = Outcome(str(videos[index]), _id_or_nothing(videos[index]))
             outcome.error = (
                 "its process was killed, probably for memory; free some, or take a part of the "
-                "film (--from, --to)"
+                "video (--from, --to)"
             )
             ended(index, outcome)
 

@@ -129,7 +129,7 @@ class _Files:
         """Return the paths; MisuseError if one is an input, or foreign, or has an unfit suffix."""
         usual = Path(f"{name}-{speech.stem}{'.webm' if options.alpha else '.mp4'}")
         film = usual if out is None else out / usual if out.is_dir() else out
-        for what, given in (("speech file", speech), ("film it is set into", options.into)):
+        for what, given in (("speech file", speech), ("video it is set into", options.into)):
             if given is not None and film.exists() and given.exists() and film.samefile(given):
                 raise MisuseError(f"the output would overwrite the {what}; give another -o")
         depth = film.with_name(film.stem + ".depth.mkv") if options.depth else None
@@ -270,7 +270,7 @@ def _refuse_contradictions(options: RenderOptions) -> None:
     at_odds = [option for option, asked in own.items() if asked]
     if at_odds:
         raise MisuseError(
-            f"--into keeps the film's own moves, camera and background, so {', '.join(at_odds)} "
+            f"--into keeps the video's own moves, camera and background, so {', '.join(at_odds)} "
             f"{'does' if len(at_odds) == 1 else 'do'} not go with it"
         )
 
@@ -302,7 +302,7 @@ def _name_old_footage(space: Workspace, run: Run, progress: Progress) -> None:
     elif space.video.exists() and run.meta().get("footage") != space.fingerprint:
         progress.note(
             f"run '{run.name}' was trained on an earlier preprocessing of '{space.id}'; it still "
-            "films as it did"
+            "renders as it did"
         )
 
 

@@ -129,7 +129,7 @@ def _region(face: _Face, others: list[_Face], size: tuple[int, int]) -> tuple[in
             first[axis] = max(first[axis], (low[axis] + highest[axis]) / 2)
     if (np.minimum(end, high) - np.maximum(first, low) < 0.8 * (high - low)).any():
         raise TalkheadError(
-            "two faces cover each other; use a part, of the film or of the picture, in which they "
+            "two faces cover each other; use a part, of the video or of the picture, in which they "
             "stay apart"
         )
     (x, y), (right, bottom) = ((corner * size).astype(int).tolist() for corner in (first, end))

@@ -192,7 +192,7 @@ def _captions(
             "captions",
             "warn" if over else "pass",
             "burnt in over the chest" if over else "burnt in, below what is cut out",
-            "take the film without them: they are learnt as if they were part of the person"
+            "take the video without them: they are learnt as if they were part of the person"
             if over
             else "",
         )
@@ -230,7 +230,7 @@ def _sound(report: Report, video: Path, about: media.Probe) -> NDArray[np.float3
     try:
         samples = media.sound(video, n_samples=int(about.duration_s * SAMPLE_RATE_HZ))
     except TalkheadError as error:
-        cure = "save the film again, or film anew; preprocess --no-audio tracks pictures alone"
+        cure = "save the video again, or film anew; preprocess --no-audio tracks pictures alone"
         report.findings.append(Finding("sound", "fail", str(error), cure))
         return None
     loud = np.sqrt((_blocks(samples) ** 2).mean(1) + 1e-12)
@@ -257,7 +257,7 @@ def _sound(report: Report, video: Path, about: media.Probe) -> NDArray[np.float3
         "dead sound",
         "dead",
         dead,
-        f"in {dead:.0%} of the film",
+        f"in {dead:.0%} of the video",
         "check the microphone; speech is not learnt from that part",
     )
     over = float((np.abs(samples) > 0.985).mean())

@@ -70,7 +70,7 @@ def page(report: Report, name: str) -> str:
 <h2>Which part shows most</h2>
 <table><tr><th>part</th><th>score</th><th>mouth opens, face heights</th><th>sounds differ</th>
 <th>head turns, degrees</th><th>face seen</th></tr>{segments}</table>
-<h2>In the course of the film</h2>
+<h2>In the course of the video</h2>
 {plots}
 </html>
 """
