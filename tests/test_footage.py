@@ -28,10 +28,12 @@ from talkhead_cli.store import Workspace
 def test_seconds_in_which_nothing_is_heard_teach_nothing(home: Path) -> None:
     space = Workspace.open(home, "speaker")
     sound = space.load("voice")
-    sound["heard"][:] = False
-    space.save("voice", sound)
-    with pytest.raises(TalkheadError, match="'speaker' is not heard in the .* s that are to be"):
-        train(home)
+    for n_heard, told in ((0, "0.0"), (20, "0.8")):
+        sound["heard"][:] = False
+        sound["heard"][:n_heard] = True
+        space.save("voice", sound)
+        with pytest.raises(TalkheadError, match=f"heard in only {told} of the .* s of 'speaker'"):
+            train(home)
 
 
 def test_training_can_be_held_to_the_first_seconds(speaker_home: Path) -> None:

@@ -151,6 +151,28 @@ def test_a_mouth_at_rest_is_shut_and_the_rest_is_kept(clip: Footage, mouth: Mout
     wide.load_state_dict(mouth.state_dict())
     wide.neutral[LOWER_LIP, 1] += 10.0
     assert float(wide.code(wide.at_rest(rows)).norm(dim=1).max()) < MAX_REST + 3, "no other face"
+    shared = Mouth()
+    shared.measure(rows, wide.basis, 3 * wide.scale)
+    shared.load_state_dict(wide.state_dict() | {"scale": 3 * wide.scale, "lean": wide.lean / 3})
+    torch.testing.assert_close(
+        shared.at_rest(rows).landmarks, wide.at_rest(rows).landmarks, atol=1e-4, rtol=0
+    )
+
+
+def test_shapes_have_one_sign_whichever_the_decomposition_picks(clip: Footage) -> None:
+    rows = clip.signals[clip.train]
+    basis = principal_shapes([rows])
+    assert bool((basis.gather(0, basis.abs().argmax(0, keepdim=True)) > 0).all())
+    torch.testing.assert_close(basis.T @ basis, torch.eye(N_CODES), atol=1e-4, rtol=0)
+    mirrored = rows.with_(landmarks=2 * rows.landmarks.mean(0) - rows.landmarks)
+    torch.testing.assert_close(principal_shapes([mirrored]), basis, atol=1e-4, rtol=0)
+
+
+def test_one_row_leaves_the_gain(clip: Footage, mouth: Mouth) -> None:
+    row = clip.signals[clip.train][:1]
+    before = mouth.gain.clone()
+    mouth.settle(row, mouth.speech_target(row))
+    assert torch.equal(mouth.gain, before)
 
 
 def test_what_the_pose_says_of_the_mouth_is_not_asked_of_speech(

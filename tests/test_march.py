@@ -256,6 +256,19 @@ def test_misses_are_transparent_and_cost_nothing() -> None:
         assert marcher.march(field, picture()[:0]).feature.shape == (0, 4)
 
 
+def test_rays_that_miss_do_not_break_the_graph() -> None:
+    strength = torch.tensor(2.0, requires_grad=True)
+    field = Solid(lambda x, row: strength * smooth(x, row))
+    guided, exploring = (GuidedMarcher(packed(), 4, 16).train() for _ in range(2))
+    exploring.exploring = True
+    for marcher in (packed().train(), guided, exploring):
+        out = marcher.march(field, ray((5, 0, -3), (0, 0, 1)))
+        assert out.n_points == 0
+        for loss in (out.feature.sum(), out.opacity.sum()):
+            (slope,) = torch.autograd.grad(loss, strength, retain_graph=True)
+            assert slope == 0
+
+
 # The door
 
 

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from talkhead_cli.avatars import LEARNERS, METHODS, avatar_class
 from talkhead_cli.contracts import MisuseError, SilentProgress
 from talkhead_cli.jobs import preset
+from talkhead_cli.jobs.step import refuse_unknown
 
 SHIPPED = sorted(p.stem for p in (Path(__file__).parents[1] / "presets").glob("*.yaml"))
 
@@ -71,6 +72,38 @@ def test_a_stage_that_is_no_table_is_answered() -> None:
 def test_lids_do_not_go_with_rows_in_sequence() -> None:
     with pytest.raises(MisuseError, match="lids draws rows one by one"):
         preset.load(["landmark"], ["train.stages.speech.lids=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "told"),
+    [
+        ("train.stages.speech.listen=0.5", "listen changes nothing in a stage without rays"),
+        ("train.stages.speech.portraits=1", "portraits changes nothing in a stage without rays"),
+        ("train.stages.detail.shown=true", "shown is for stages without rays"),
+        ("pretrain.enough_s=5", "pretrain.enough_s is for runs begun from a prior"),
+        ("pretrain.stages.shape.start=prior", "pretrain.stages.shape.start is for stages of train"),
+    ],
+)
+def test_a_setting_that_would_change_nothing_is_refused(setting: str, told: str) -> None:
+    with pytest.raises(MisuseError, match=told):
+        preset.load(["lokitalk"], [setting])
+
+
+@pytest.mark.parametrize(
+    ("method", "part", "setting", "told"),
+    [
+        ("lokitalk", "train", "train.stages.shape.portraits=1", "leave portraits at 0"),
+        ("landmark", "train", "train.stages.shape.portraits=1", "leave portraits at 0"),
+        ("s3d", "pretrain", "pretrain.stages.pairs.portraits=0", "set portraits to 1 or more"),
+    ],
+)
+def test_portraits_are_for_who_looks_at_them(
+    method: str, part: str, setting: str, told: str
+) -> None:
+    chosen = preset.load([method, "tiny"], [setting])
+    avatar = avatar_class(method).build("tiny", n_steps=9, n_features=8, px=128)
+    with pytest.raises(MisuseError, match=told):
+        refuse_unknown(getattr(chosen, part), avatar, method)
 
 
 def test_an_overlay_goes_after_its_method() -> None:

@@ -37,9 +37,9 @@ def walk(n: int, seed: int = 0) -> torch.Tensor:
     return F.normalize(smooth, dim=1)
 
 
-def test_a_crop_is_the_box_of_the_picture() -> None:
+@pytest.mark.parametrize("px", [256, 251, 767])
+def test_a_crop_is_the_box_of_the_picture(px: int) -> None:
     """A ramp is read where the box lies: its value says its place."""
-    px = 256
     ramp = (torch.arange(px) + 0.5) / px
     pictures = torch.stack([ramp.expand(px, px), ramp[:, None].expand(px, px)])[..., None]
     box = torch.tensor([[0.4, 0.6, 0.1]]).expand(2, 3)

@@ -69,6 +69,7 @@ class Avatar(nn.Module):
                     they are neither trained nor saved with the avatar
     composing       names of the parts that only `compose` uses
     needs_portrait  whether it renders unseen people from pictures (`enroll`), within `box`
+    takes_portrait  whether `enroll` makes use of pictures
     generators      published generators it can be built for, see `load_generator`
     generator_parts  names of the parts that such a generator has trained
     past            preceding rows that `listen` needs for a row to match the whole-clip result
@@ -98,6 +99,10 @@ class Avatar(nn.Module):
         super().__init__()
         self.loss_networks: list[nn.Module] = []
         self.register_buffer("aabb", torch.tensor([-1.0, -1, -1, 1, 1, 1]))
+
+    @property
+    def takes_portrait(self) -> bool:
+        return self.needs_portrait
 
     @classmethod
     def build(
@@ -152,7 +157,7 @@ class Avatar(nn.Module):
     def enroll(self, portrait: Portrait | None) -> Speaker:
         """Return the avatar as the person in the pictures, by one differentiable forward pass; an
         avatar trained on one person's footage returns itself."""
-        assert portrait is None
+        assert portrait is None, "it takes no portrait"
         return self
 
     def meet(self, portrait: Portrait) -> None:

@@ -21,14 +21,17 @@ LEAN_RIDGE = 1.0  # per row: halves the fitted slopes, since only half of the ef
 # Opening of closed lips, face heights: in 17 of 20 clips, a twentieth of the frames is at -0.007 to
 # 0.007 or below.
 SHUT = 0.004
-MAX_REST = 2.0  # standard deviations by which a mouth at rest may differ from the mean one
+MAX_REST = (
+    2.0  # of the person's standard deviations by which a mouth at rest may differ from the mean one
+)
 MAX_POSE = 2.5  # standard deviations; poses are clamped here, the edge of the training data
 
 
 def principal_shapes(people: Sequence[Signals]) -> Tensor:
     """Return the principal components (87, K) of the mouth landmarks of `people`.
 
-    Every person's motion is normalised first, so that all people have the same weight.
+    Every person's motion is normalised first, so that all people have the same weight.  Signs, which
+    an SVD leaves open, are those that make the largest entry of each component positive.
     """
     moves = []
     for signals in people:
@@ -36,7 +39,9 @@ def principal_shapes(people: Sequence[Signals]) -> Tensor:
         move = (shape - shape.mean(0)).flatten(1)
         moves.append(move / move.square().mean().sqrt().clamp_min(1e-6) / len(move) ** 0.5)
     _, _, basis = torch.linalg.svd(torch.cat(moves).double(), full_matrices=False)
-    return basis[:N_CODES].T.to(people[0].landmarks)
+    shapes = basis[:N_CODES]
+    largest = shapes.gather(1, shapes.abs().argmax(1, keepdim=True))
+    return (shapes * largest.sign()).T.to(people[0].landmarks)
 
 
 def usual_scale(people: Sequence[Signals], basis: Tensor) -> Tensor:
@@ -138,8 +143,11 @@ class Mouth(nn.Module):
         linear map has seen them, which makes the gain a little too small).
 
         said (T, K): its predictions for them.  Regression predicts means, mouths open too little;
-        the gain, within GAINS, brings the std of the opening to SPREAD times the tracked one.
+        the gain, within GAINS, brings the std of the opening to SPREAD times the tracked one.  A
+        single row has none: the gain stays.
         """
+        if len(kept) < 2:
+            return
         true, heard = (  # a negative opening looks like a closed mouth
             self.opening(self.from_speech_units(s)).clamp_min(0).std()
             for s in (self.speech_target(kept), said)
@@ -230,7 +238,8 @@ class Mouth(nn.Module):
     def at_rest(self, signals: Signals) -> Signals:
         """Return the signals with the mouth of somebody who does not speak; the rest is kept."""
         code = self._opened(SHUT)
-        code = code * (MAX_REST / code.norm().clamp_min(1e-6)).clamp(max=1)
+        most = MAX_REST * self.relative_extent
+        code = code * (most / code.norm().clamp_min(1e-6)).clamp(max=1)
         marks = signals.landmarks.clone()
         marks[:, MOUTH] = self.landmarks(code + self.pose_part(signals))[:, MOUTH]
         return signals.with_(landmarks=marks)

@@ -82,12 +82,15 @@ def lip_crops(pictures: Tensor, boxes: Tensor) -> Tensor:
     """pictures (T, H, W, 3), boxes (T, 3) -> grey crops (T, CROP_PX, CROP_PX)."""
     grey = (pictures * pictures.new_tensor(GREY)).sum(-1)[:, None]
     # large pictures are averaged down first, against aliasing
-    finer = int(2 * float(boxes[:, 2].mean()) * grey.shape[-1] / CROP_PX)
-    grey = F.avg_pool2d(grey, finer) if finer > 1 else grey
+    height, width = grey.shape[-2:]
+    finer = max(1, int(2 * float(boxes[:, 2].mean()) * width / CROP_PX))
+    grey = F.avg_pool2d(grey, finer)
+    # sides that `finer` does not divide lose their last pixels
+    left = boxes.new_tensor([width // finer * finer / width, height // finer * finer / height])
     line = (torch.arange(CROP_PX, device=boxes.device) + 0.5) * 2 / CROP_PX - 1
     y, x = torch.meshgrid(line, line, indexing="ij")
     at = boxes[:, None, None, :2] + boxes[:, None, None, 2:] * torch.stack([x, y], -1)
-    return F.grid_sample(grey, 2 * at - 1, padding_mode="border", align_corners=False)[:, 0]
+    return F.grid_sample(grey, 2 * at / left - 1, padding_mode="border", align_corners=False)[:, 0]
 
 
 def runs_of(crops: Tensor, moments: Tensor) -> tuple[Tensor, Tensor]:

@@ -197,11 +197,7 @@ def _initialised(
     trained = avatar.common_parts() if start is not None else avatar.generator_parts
     stages = presets.adapted_to_start(preset, trained if knows else None, seconds)
     refuse_unknown(stages.train, avatar, preset.method)
-    if not len(clip.speaking):
-        raise TalkheadError(
-            f"'{name}' is not heard in the {len(clip.train) / FPS:.0f} s that are to be learnt "
-            "from; give more of the clip (data.train_s, data.holdout), or another one"
-        )
+    clip.refuse_mute(name)
     avatar.calibrate(clip.signals[clip.speaking].to(where), clip.mesh.to(where), aabb)
     if start is not None:
         avatar.meet(clip.portrait(clip.best_likeness(N_PORTRAITS)).to(where))

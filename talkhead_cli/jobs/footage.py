@@ -49,6 +49,7 @@ REGIONS = {
 }
 HIDES_IRIS = 0.5  # openness up to which lids hide too much of the iris to tell the gaze
 MIN_HOLDOUT = 4 * FPS
+MIN_SPEAKING = FPS  # training rows with sound, by which mouth and voice are measured
 NEAR_Z, FAR_Z = -0.95, 0.75  # depth of a head, from before the nose to behind the skull
 
 
@@ -142,6 +143,15 @@ class Footage:
     def speaking(self) -> Tensor:
         """The training rows (n,) that have sound."""
         return self.train[self.audible[self.train]]
+
+    def refuse_mute(self, name: str) -> None:
+        """Raise TalkheadError if there is too little speech to measure a mouth and a voice by."""
+        if len(self.speaking) < MIN_SPEAKING:
+            raise TalkheadError(
+                f"sound is heard in only {len(self.speaking) / FPS:.1f} of the "
+                f"{len(self.train) / FPS:.1f} s of '{name}' that are to be learnt from; give more "
+                "of the clip, or another one"
+            )
 
     @property
     def device(self) -> torch.device:

@@ -43,7 +43,9 @@ class March(_Strict):
     """Ray marching options.  n_steps: samples across the box's depth · n_samples: samples per ray,
     placed where training saw surfaces (0: all in occupied cells) · n_close: samples of rays through
     lips or eyes when rendering, if more (fused kernels: of all rays) · resolution: cells per axis
-    · early_stop: transmittance at which a ray ends · every: steps between grid updates."""
+    · early_stop: transmittance at which a ray ends · every: steps between grid updates · kind: the
+    marcher; auto takes what the machine allows, dense evaluates all steps of every ray and no grid,
+    so that it uses n_steps alone."""
 
     n_steps: Annotated[int, Field(ge=8, le=1024)] = 96
     n_samples: Annotated[int, Field(ge=0, le=128)] = 0
@@ -71,7 +73,7 @@ class Stage(_Strict):
     inner_split  share of the training rows that the stage holds out for `Avatar.settle`
     freeze_grid  do not update the occupancy grid
     explore      sample all occupied cells, while it is unknown where surfaces are
-    noise        factor on the method's own noise on the driving signals
+    noise        factor on the method's own noise on the driving signals of rays
     shown        whether a speech-only step gets the pictures of its rows, too
     portraits    pictures of each person per step that are passed to `Avatar.enroll`
     rare         share of the rows drawn from those with shut eyes or wide open mouths
@@ -113,6 +115,16 @@ class Stage(_Strict):
         for name in ("lids", "rare"):
             if getattr(self, name) and self.in_sequence > 1:
                 raise ValueError(f"{name} draws rows one by one, which breaks up in_sequence")
+        return self
+
+    @model_validator(mode="after")
+    def _options_of_rays_go_with_rays(self) -> Stage:
+        if self.rays == "none":
+            for name in ("listen", "explore", "rare", "lids", "portraits"):
+                if getattr(self, name):
+                    raise ValueError(f"{name} changes nothing in a stage without rays (rays: none)")
+        elif self.shown:
+            raise ValueError("shown is for stages without rays; others get their pictures anyway")
         return self
 
 
@@ -174,6 +186,18 @@ class Preset(_Strict):
     pretrain: Train | None = None
     render: Render = Render()
     avatar: AvatarOptions = AvatarOptions()
+
+    @model_validator(mode="after")
+    def _only_finetune_starts_from_a_prior(self) -> Preset:
+        if self.pretrain is None:
+            return self
+        for name in ("enough_s", "common_rates"):
+            if getattr(self.pretrain, name):
+                raise ValueError(f"pretrain.{name} is for runs begun from a prior: train.{name}")
+        for name, stage in self.pretrain.stages.items():
+            if stage.start != "any":
+                raise ValueError(f"pretrain.stages.{name}.start is for stages of train")
+        return self
 
     @model_validator(mode="after")
     def _patches_fit_into_pictures(self) -> Preset:

@@ -246,8 +246,7 @@ def _loaded(
     for space in spaces:
         try:
             clip = footage.load(space, data, progress, person=len(people), pictures=pictures)
-            if not len(clip.speaking):
-                raise TalkheadError("nothing is heard while a face is seen")
+            clip.refuse_mute(space.id)
             people.append((space, clip))
         except TalkheadError as error:
             progress.note(f"'{space.id}' is left out: {error}")

@@ -16,7 +16,7 @@ from talkhead_cli.jobs.preset import Train
 
 def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
     """Raise MisuseError if a stage names a part or a loss that the avatar lacks, which would
-    otherwise be ignored."""
+    otherwise be ignored, or shows it portraits that it cannot use, or none where it needs some."""
     for name, stage in train.stages.items():
         for what, named, known in (
             ("learn", stage.learn, avatar.parts()),
@@ -27,6 +27,18 @@ def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
                     f"stage '{name}': preset {method} knows no '{strange}' among its {what}; "
                     f"known: {', '.join(sorted(known))}"
                 )
+        if stage.rays == "none":
+            continue
+        if stage.portraits and not avatar.takes_portrait:
+            raise MisuseError(
+                f"stage '{name}': preset {method} learns nothing from portraits here; leave "
+                "portraits at 0"
+            )
+        if avatar.needs_portrait and not stage.portraits:
+            raise MisuseError(
+                f"stage '{name}': preset {method} draws people from portraits; set portraits to 1 "
+                "or more"
+            )
 
 
 class UncastShots:

@@ -91,7 +91,8 @@ class OccupancyGrid(nn.Module):
         self.watched.fill_(True)
 
     def tight_box(self) -> Tensor:
-        """Return the smallest box (6,) around the occupied cells; inverted if there are none."""
+        """Return the smallest box (6,) around the occupied cells; if there are none, the whole box
+        with its corners swapped, which rays meet like any other."""
         d, occupied = self.resolution, self.occupied
         slab = occupied.any(2)
         used = torch.stack((slab.any(1), slab.any(0), occupied.any(0).any(0)))  # (3, D)

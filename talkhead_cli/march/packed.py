@@ -104,6 +104,10 @@ class PackedMarcher(Marcher):
             keep = (through > self.early_stop) & (n_left > width)
             alive, through = alive[keep], through[keep]
 
+        if torch.is_grad_enabled() and not len(packed.t):  # the result keeps its graph all the same
+            _, density, channels = ask(field, rays, packed.t, packed.ray)
+            feature = _composite(field, density, channels, packed.ray, len(rays))
+            moments = moments.index_add(0, packed.ray, density[:, None].expand(-1, 3))
         return Rendered.of_moments(feature, moments, origin, n_points)
 
     def refresh(self, field: Field, step: int) -> None:

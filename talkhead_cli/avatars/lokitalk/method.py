@@ -136,6 +136,10 @@ class LokiTalk(SharedAvatar):
 
     # -- identity ----------------------------------------------------------------------------
 
+    @property
+    def takes_portrait(self) -> bool:
+        return self.transfer is not None
+
     def enroll(self, portrait: Portrait | None) -> Speaker:
         if self.transfer is None or portrait is None:
             return super().enroll(portrait)

@@ -160,8 +160,13 @@ class S3D(Avatar):
         told = [(s, m.speech_target(s)) for m, s in zip(self.mouths, people, strict=True)]
         self.speech.solve(told, at_most=3000)
 
+    @torch.no_grad()
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
-        """Do nothing: everything person-specific comes from the portrait."""
+        """Measure the mouth of the one person whom a prior is refined for; all else comes from the
+        portrait, and `survey` has measured several people."""
+        if len(self.mouths) == 1:
+            self.mouths = [Mouth().to(signals.pose.device)]
+            self.mouths[0].measure(signals, self.mouth_basis)
 
     @torch.no_grad()
     def settle(self, kept: Signals) -> None:
