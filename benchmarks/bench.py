@@ -45,6 +45,7 @@ PARTS = (
 )  # fmt: skip
 ON_CUDA = ("kernels", "core", "parity", "curve")  # a GPU machine need not track faces
 USUAL = {"cpu": ["lokitalk", "tiny"], "cuda": ["lokitalk"]}  # default presets
+USUAL_IDS = ["alice", "carl"]
 METHODS = ("lokitalk", "talk3d")  # that model the whole person in 3D, for views
 CURVE = {"cpu": (0.1, 0.25, 0.5), "cuda": (0.02, 0.06, 0.2)}  # shares of the training steps
 
@@ -373,7 +374,7 @@ def main() -> None:
         choices=[*PARTS, "kernels", "parity", "rival", []],
         help="parts to run; default all",
     )
-    parser.add_argument("--ids", default="alice,carl", type=_listed)
+    parser.add_argument("--ids", default=",".join(USUAL_IDS), type=_listed)
     parser.add_argument(
         "--without", default="", type=_listed, help="people whom no prior may know, beside --ids"
     )
@@ -402,6 +403,9 @@ def main() -> None:
         suffix = "" if options.device == "cpu" else f"-{options.device}"
         unusual = [Path(name).stem for name in options.presets if name not in ("lokitalk", "tiny")]
         suffix = "".join(f"-{name}" for name in unusual) + suffix
+        # tables show the usual people and seed, which others must not replace
+        suffix += "" if options.ids == USUAL_IDS else f"-{'-'.join(options.ids)}"
+        suffix += f"-seed{options.seed}" if options.seed else ""
         options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
         command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])
         record = {"date": today, "command": command, "machine": machine()}  # as it was at the start

@@ -28,7 +28,7 @@ from talkhead_cli.jobs import finetune, footage, scores
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.player import Player, eight_bits
 from talkhead_cli.jobs.runs import pick_run
-from talkhead_cli.march import DenseMarcher, GuidedMarcher, guided
+from talkhead_cli.march import DenseMarcher, GuidedMarcher
 from talkhead_cli.store import Run, Workspace
 
 SIZES = (128, 256, 512, 1024)
@@ -305,7 +305,9 @@ def frames_per_second(
     """Return the rate of whole pictures as `render` draws them, without encoding."""
     rows = bench.rows if rows is None else rows
     at_once = bench.player.rows_at_once(rows.camera.size_px // bench.player.avatar.magnification)
-    rows = rows[: max(1, len(rows) // at_once) * at_once]  # incomplete batches are slow
+    if bench.player.device.type == "cpu":
+        at_once *= torch.get_num_threads()  # a frame each
+    rows = rows[: max(1, len(rows) // at_once) * at_once]  # what is left would leave cores idle
 
     def film() -> None:
         for frame, _ in bench.player.pictures(rows, plate):
@@ -336,19 +338,20 @@ def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
         )
         return player.avatar.aim(one, rays), player.avatar.condition(one)
 
+    def sample() -> None:
+        for at, n_samples in marcher._shares(rays):
+            marcher.lay(rays if at is None else rays[at], n_samples)
+
     half = device.type == "cuda"
     with torch.autocast(device.type, torch.float16, enabled=half):
         rays, field = shoot()
-        t, _, alive = marcher.lay(rays)
-        ray = alive.repeat_interleave(t.shape[1])
-        d = rays.directions[ray]
-        x, rows = rays.origins[ray] + t.view(-1, 1) * d, rays.row[ray]
-        rendered = marcher.march(field, rays)
+        asked = _Asked(field)
+        rendered = marcher.march(asked, rays)
         whole = timed(lambda: marcher.march(field, rays), device)
         took = {
             "condition": timed(shoot, device),
-            "sample": timed(lambda: marcher.lay(rays), device),
-            "field": timed(lambda: _in_blocks(field, x, d, rows), device),
+            "sample": timed(sample, device),
+            "field": timed(lambda: [field(*points) for points in asked.calls], device),
             "compose": timed(
                 lambda: player.avatar.compose(rendered, rays, one, background), device
             ),
@@ -363,11 +366,19 @@ def _stages(bench: Bench, one: Signals, plate: Tensor) -> dict[str, Any]:
     }
 
 
-def _in_blocks(field: Field, x: Tensor, d: Tensor, row: Tensor) -> None:
-    """Evaluate the field block by block, as the guided marcher does."""
-    n = guided.POINTS_AT_ONCE[x.device.type]
-    for part in zip(x.split(n), d.split(n), row.split(n), strict=True):
-        field(*part)
+class _Asked:
+    """A field that keeps the points it was asked for, call by call."""
+
+    def __init__(self, field: Any) -> None:
+        self.field = field
+        self.calls: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.field, name)
+
+    def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> Any:
+        self.calls.append((x, d, row))
+        return self.field(x, d, row)
 
 
 def _resized(rows: Signals, size_px: int) -> Signals:

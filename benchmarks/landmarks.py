@@ -147,7 +147,7 @@ def _fit_speech(
     for clip, signals in zip(clips, rows, strict=True):
         avatar.calibrate(signals, clip.mesh, torch.tensor([-1.5, -1.5, -1, 1.5, 1.5, 1]))
     average = Average(avatar, train.ema)
-    rng = torch.Generator().manual_seed(0)
+    rng = torch.Generator().manual_seed(torch.initial_seed())
     for stage in (s for s in train.stages.values() if s.rays == "none"):
         learning = clips
         kept: list[Signals] = []

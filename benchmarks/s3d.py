@@ -59,18 +59,12 @@ def crowded(
     _expert(home, others, left_out)
     made = acted.cast(home, others, work)
     asked = {"people": others, "and synthetic speakers": [*others, *made]}
+    names = [f"{kind}-{left_out}" for kind in ("strangers", "crowded")]
     with ProcessPoolExecutor(len(asked), get_context("spawn")) as pool:
-        rows = dict(
-            zip(
-                asked,
-                pool.map(
-                    partial(_strangers_by, home, group, scale),
-                    asked.values(),
-                    [f"{kind}-{left_out}" for kind in ("strangers", "crowded")],
-                ),
-                strict=True,
-            )
-        )
+        priors = list(pool.map(partial(_alone, home, scale), asked.values(), names))
+    # one after the other: both write to the same people
+    scored = ({name: _scored(home, name, prior) for name in group} for prior in priors)
+    rows = dict(zip(asked, scored, strict=True))
     return {
         "left_out": list(group),
         "scale": scale,
@@ -80,12 +74,10 @@ def crowded(
     }
 
 
-def _strangers_by(
-    home: Path, group: Sequence[str], scale: float, others: Sequence[str], name: str
-) -> dict[str, Any]:
+def _alone(home: Path, scale: float, others: Sequence[str], name: str) -> Run:
+    """Pretrain in one thread."""
     torch.set_num_threads(1)
-    prior = _pretrained(home, others, name, scale)
-    return {name: _scored(home, name, prior) for name in group}
+    return _pretrained(home, others, name, scale)
 
 
 def deformations(

@@ -20,7 +20,6 @@ FILES = {  # by method; lokitalk is the default of bench.py
     "lokitalk": "*-quality.json",
     "landmark": "*-quality-landmark.json",
     "talk3d": "*-quality-talk3d.json",
-    "s3d": "*-quality-s3d.json",
 }
 SMALL = {"lokitalk": "*-quality-small.json"}
 FEW_BLINKS = 2  # with fewer in the truth, figures of eyes mean little

@@ -100,20 +100,42 @@ class Need:
     required: bool = True
 
 
+CGROUP = Path("/sys/fs/cgroup")  # has the limits of the container, where this runs in one
+
+
 def free_gb() -> float:
-    """Return available memory in GB (2^30 bytes), on Linux including reclaimable page cache."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        told = next((line for line in lines if line.startswith("MemAvailable:")), "")
-        return int(told.split()[1]) / 2**20
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    """Return available memory in GB (2^30 bytes), of the machine or of the container if that is
+    less; on Linux including reclaimable page cache."""
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        free = _table(Path("/proc/meminfo"))["MemAvailable:"] / 2**20
+    for most, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # "max" is no number
+            left = int((CGROUP / most).read_text()) - int((CGROUP / used).read_text())
+            left += _table((CGROUP / used).with_name("memory.stat"))[cache]
+            free = min(free, left / 2**30)
+    return free
 
 
 def n_cores() -> int:
-    """Return the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """Return the number of CPU cores that this process may use: those it is bound to, or the quota
+    of its container if that is less."""
+    bound = hasattr(os, "sched_getaffinity")
+    n = len(os.sched_getaffinity(0)) if bound else os.cpu_count() or 1
+    for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with contextlib.suppress(OSError, ValueError):  # "max" is no number
+            quota, period = map(int, " ".join((CGROUP / f).read_text() for f in files).split())
+            if quota > 0:
+                n = min(n, max(1, round(quota / period)))
+    return n
+
+
+def _table(file: Path) -> dict[str, int]:
+    """Return the first number of each line of a kernel's file, by the word before it."""
+    return {words[0]: int(words[1]) for words in map(str.split, file.read_text().splitlines())}
 
 
 def _alone(index: Any, n: int) -> slice:

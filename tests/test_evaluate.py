@@ -55,11 +55,14 @@ def seen(mesh: np.ndarray) -> Seen:
 
 
 def test_jitter_is_blind_to_steady_motion_and_sees_shaking() -> None:
-    mesh = still_face(30)
+    mesh, frames = still_face(30), np.arange(30)
     mesh[..., 0] += np.arange(30)[:, None] * 3.0
-    assert scores.jitter(mesh) == pytest.approx(0, abs=1e-9)
+    assert scores.jitter(mesh, frames) == pytest.approx(0, abs=1e-9)
     mesh[..., 0] += (-1.0) ** np.arange(30)[:, None]
-    assert scores.jitter(mesh) == pytest.approx(4.0)
+    assert scores.jitter(mesh, frames) == pytest.approx(4.0)
+    mesh[15:, :, 0] += 50.0  # another shot: its frames are not the next ones
+    assert scores.jitter(mesh, frames) > 6
+    assert scores.jitter(mesh, frames + 40 * (frames >= 15)) == pytest.approx(4.0)
 
 
 def test_landmark_distance_ignores_where_the_mouth_is() -> None:

@@ -332,6 +332,32 @@ def test_a_loss_that_is_not_a_number_rolls_back_and_then_gives_up(
         finetune(home, "speaker", progress, preset_names=PRESETS, settings=SHORT, run_name="always")
 
 
+@pytest.mark.parametrize("at", [39, 45, 86])  # before a copy to go back to, amid, the last step
+def test_a_weight_that_is_not_a_number_rolls_back_though_the_loss_is_one(
+    home: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The gradient of sqrt(0) is none, whatever it is multiplied by."""
+    honest, seen = Step.forward, []
+
+    def sick(self: Step, *args: object) -> StepLosses:
+        lost = honest(self, *args)
+        seen.append(1)
+        weight = next(p for p in self.avatar.parameters() if p.requires_grad)
+        return (
+            lost._replace(loss=lost.loss + (0 * weight).abs().sqrt().sum())
+            if len(seen) == at
+            else lost
+        )
+
+    monkeypatch.setattr(Step, "forward", sick)
+    monkeypatch.setattr(fit, "GOOD_EVERY", 10)
+    progress = SilentProgress()
+    run = finetune(home, "speaker", progress, preset_names=PRESETS, settings=SHORT, run_name="w")
+    assert any("a weight was not a number" in note for note in progress.notes)
+    assert run.is_finished
+    assert all(bool(torch.isfinite(w).all()) for w in run.weights().values())
+
+
 def test_a_loss_that_is_not_a_number_right_after_a_resume_is_borne(
     home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

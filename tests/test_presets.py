@@ -95,14 +95,24 @@ def test_a_setting_that_would_change_nothing_is_refused(setting: str, told: str)
         ("lokitalk", "train", "train.stages.shape.portraits=1", "leave portraits at 0"),
         ("landmark", "train", "train.stages.shape.portraits=1", "leave portraits at 0"),
         ("s3d", "pretrain", "pretrain.stages.pairs.portraits=0", "set portraits to 1 or more"),
+        (
+            "lokitalk",
+            "train",
+            "train.stages.detail.weights.ssim=1",
+            "rays: random yield no.*'ssim'",
+        ),
+        ("lokitalk", "train", "train.stages.shape.rays=none", "explore changes nothing"),
+        ("lokitalk", "train", "train.stages.speech.rays=random", "rays: random yield no.*speech"),
+        ("lokitalk", "train", "train.stages.speech.weights.speech=0", "weighs no loss.*speech"),
+        ("landmark", "train", "train.stages.torso.weights.ssim=1", "rays: picture yield no.*ssim"),
     ],
 )
-def test_portraits_are_for_who_looks_at_them(
+def test_a_stage_that_could_not_do_what_it_says_is_refused(
     method: str, part: str, setting: str, told: str
 ) -> None:
-    chosen = preset.load([method, "tiny"], [setting])
     avatar = avatar_class(method).build("tiny", n_steps=9, n_features=8, px=128)
     with pytest.raises(MisuseError, match=told):
+        chosen = preset.load([method, "tiny"], [setting])
         refuse_unknown(getattr(chosen, part), avatar, method)
 
 
@@ -251,9 +261,12 @@ def test_patches_that_do_not_fit_into_pictures_are_refused() -> None:
 @pytest.mark.parametrize("name", sorted(LEARNERS))
 def test_shipped_stages_weigh_losses_that_there_are(name: str) -> None:
     made = preset.load([name])
+    avatar = avatar_class(name).build("tiny", n_steps=9, n_features=8, px=128)
+    losses = {rays: avatar.losses_of(rays) for rays in ("none", "random", "patch", "picture")}
     for part in (made.train, made.pretrain):
         for stage in part.stages.values() if part is not None else ():
-            assert stage.weights.keys() <= avatar_class(name).loss_names
+            weighed = {loss for loss, weight in stage.weights.items() if weight}
+            assert weighed and weighed <= losses[stage.rays], (name, stage)
 
 
 def test_merging_leaves_its_inputs_alone() -> None:

@@ -114,7 +114,7 @@ def test_a_prior_of_others_is_not_handed_out_nor_does_the_order_of_names_matter(
         {"seed": 3},
         {"settings": [*QUICK, "data.window=21"]},
     ):
-        with pytest.raises(MisuseError, match="of other people or settings"):
+        with pytest.raises(MisuseError, match="of other people, footage or settings"):
             make(crowd, **options)
     assert any("finished already" in note for note in make(crowd)[1].notes)
 
@@ -139,6 +139,21 @@ def test_no_prior_is_called_none(crowd: Path) -> None:
 def test_a_setting_that_another_command_reads_is_refused(crowd: Path) -> None:
     with pytest.raises(MisuseError, match="say pretrain.scale=0.1"):
         make(crowd, settings=[*QUICK, "train.scale=0.1"])
+    for setting in ("data.train_s=3", "data.holdout=0.2"):
+        with pytest.raises(MisuseError, match="is read by finetune: a prior learns from all"):
+            make(crowd, settings=[*QUICK, setting])
+    with pytest.raises(MisuseError, match="say train.scale=0.1"):
+        finetune(
+            crowd, "one", SilentProgress(), preset_names=PRESETS, settings=["pretrain.scale=0.1"]
+        )
+
+
+def test_a_prior_begun_on_other_tracks_of_the_same_film_is_not_continued(crowd: Path) -> None:
+    make(crowd, stop_after=lambda place: place.total >= 8)
+    space = Workspace.open(crowd, "one")
+    space.mark_done("sound", "moved by 0.3 s")
+    with pytest.raises(MisuseError, match="of other people, footage or settings"):
+        make(crowd)
 
 
 def test_two_jobs_do_not_write_one_prior(crowd: Path) -> None:
@@ -202,6 +217,10 @@ def test_a_prior_that_does_not_fit_is_refused_by_name(crowd: Path) -> None:
         begin(crowd, prior="crowd")
     with pytest.raises(TalkheadError, match="no finished prior 'nobody'"):
         begin(crowd, prior="nobody")
+    large = presets.load(["lokitalk", "small"]).to_yaml()
+    make(crowd, "large")[0].write_preset(large)
+    with pytest.raises(TalkheadError, match="'large' does not fit: it is of another size"):
+        begin(crowd, prior="large")
     run, progress = begin(crowd)
     assert run.meta()["prior"] is None
     assert any("crowd" in n and "starts without a prior" in n for n in progress.notes)

@@ -26,7 +26,7 @@ from talkhead_cli.jobs import expert, footage, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.fit import Step, UncastShots
 from talkhead_cli.march import DenseMarcher
-from talkhead_cli.store import Workspace
+from talkhead_cli.store import Run, Workspace
 
 
 def walk(n: int, seed: int = 0) -> torch.Tensor:
@@ -123,23 +123,24 @@ def test_drawn_lips_are_judged_where_five_rows_follow_each_other(speaker_home: P
 
 
 def test_an_expert_is_asked_only_where_it_can_be_heard(tmp_path: Path) -> None:
+    run = Run.named(tmp_path / "a" / "runs", "mine")
     hears: dict[str, object] = {}
     five = ["train.stages.upscale.n_frames=5", "train.stages.upscale.in_sequence=5"]
     weigh = ["train.stages.upscale.weights.sync=0.1"]
     progress = SilentProgress()
     plain = presets.load(["talk3d"])
-    assert expert.expert_if_weighed(tmp_path, "talk3d", plain.train, hears, progress) is None
+    assert expert.of_run(run, tmp_path, "talk3d", plain.train, hears, progress, False) is None
     assert not progress.notes
     able = presets.load(["talk3d"], [*five, *weigh])
-    assert expert.expert_if_weighed(tmp_path, "talk3d", able.train, hears, progress) is None
+    assert expert.of_run(run, tmp_path, "talk3d", able.train, hears, progress, False) is None
     assert "pretrain --expert" in progress.notes[0]
     with pytest.raises(MisuseError, match="frames in a row"):
-        expert.expert_if_weighed(
-            tmp_path, "talk3d", presets.load(["talk3d"], weigh).train, hears, progress
+        expert.of_run(
+            run, tmp_path, "talk3d", presets.load(["talk3d"], weigh).train, hears, progress, False
         )
     deaf = presets.load(["lokitalk"], ["train.stages.lips.weights.sync=0.1"])
     with pytest.raises(MisuseError, match="no loss 'sync'"):
-        expert.expert_if_weighed(tmp_path, "lokitalk", deaf.train, hears, progress)
+        expert.of_run(run, tmp_path, "lokitalk", deaf.train, hears, progress, False)
 
 
 def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:

@@ -7,10 +7,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from talkhead_cli import contracts
 from talkhead_cli.contracts import SilentProgress
 from talkhead_cli.jobs import threads
 from talkhead_cli.jobs.threads import Threads, Times, cpu_times
@@ -50,6 +52,47 @@ def test_threads_are_as_many_as_cores_are_free(
             found.append(torch.get_num_threads())
     assert found == wanted
     assert len(progress.notes) == (1 if min(wanted) == 1 else 0), "said once"
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "100000 100000\n"}, 1),
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "300000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({}, 8),
+    ],
+)
+def test_the_quota_of_a_container_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: dict[str, str], cores: int
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(contracts, "CGROUP", tmp_path)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert contracts.n_cores() == cores
+
+
+def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = contracts.free_gb()
+    monkeypatch.setattr(contracts, "CGROUP", tmp_path)
+    assert contracts.free_gb() == pytest.approx(machine, rel=0.2)
+    (tmp_path / "memory.max").write_text(f"{3 * 2**28}\n")
+    (tmp_path / "memory.current").write_text(f"{2**29}\n")
+    (tmp_path / "memory.stat").write_text(f"anon 5\ninactive_file {2**27}\n")
+    assert contracts.free_gb() == 0.375
+    (tmp_path / "memory.max").write_text("max\n")
+    assert contracts.free_gb() == pytest.approx(machine, rel=0.2)
+
+
+def test_training_keeps_to_the_quota(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "n_cores", lambda: 1)
+    with Threads(SilentProgress()):
+        assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == 2
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
+from talkhead_cli.blocks.loss import PATCH, WHOLE
 from talkhead_cli.contracts import (
     Field,
     Frame,
@@ -63,8 +64,8 @@ class Avatar(nn.Module):
     noise           scale of the noise on driving signals in training; each stage sets it
     common, own     name prefixes of the state that people share, which a prior consists of, and
                     name suffixes excluded from it
-    loss_names, expert_losses  names of all its losses · those computed by a lip-sync expert or
-                    critic, which may be missing
+    loss_names, expert_losses  names of all its losses (`losses_of`: by kind of rays) · those
+                    computed by a lip-sync expert or critic, which may be missing
     loss_networks   frozen networks that losses use, handed in by the job; a plain list, so that
                     they are neither trained nor saved with the avatar
     composing       names of the parts that only `compose` uses
@@ -205,8 +206,19 @@ class Avatar(nn.Module):
         raise NotImplementedError
 
     def losses(self, results: Sequence[SpeechShot | PictureResult]) -> dict[str, Tensor]:
-        """Return unweighted scalar losses by name, out of `loss_names`; stages set the weights."""
+        """Return unweighted scalar losses by name, out of `losses_of` the stage's rays; stages set
+        the weights."""
         raise NotImplementedError
+
+    def losses_of(self, rays: str) -> frozenset[str]:
+        """Return the names of the losses that stages with such rays have: none, random, patch or
+        picture."""
+        if rays == "none":
+            return self.loss_names & {"speech"}
+        found = self.loss_names - {"speech"}
+        if rays != "picture":
+            found -= WHOLE | self.expert_losses
+        return found - PATCH if rays == "random" else found
 
     def modules_of_parts(self) -> dict[str, list[nn.Module]]:
         """Return the modules of each part that a stage can `learn`, by the part's name."""

@@ -40,6 +40,9 @@ class Expert(Avatar):
     def calibrate(self, signals: Signals, mesh: Tensor, aabb: Tensor) -> None:
         """Do nothing: no measurements are needed."""
 
+    def losses_of(self, rays: str) -> frozenset[str]:
+        return self.loss_names if rays == "none" else frozenset()
+
     def crops(self, pictures: Tensor, marks_2d: Tensor) -> Tensor:
         """Return grey lip crops of pictures (T, H, W, 3) with landmarks marks_2d (T, 68, 2) in
         [0, 1]; augmented in training."""

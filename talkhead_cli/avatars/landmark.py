@@ -216,6 +216,9 @@ class Landmark(PersonalAvatar):
 
     # -- losses ----------------------------------------------------------------------------
 
+    def losses_of(self, rays: str) -> frozenset[str]:
+        return super().losses_of(rays) - (PATCH if rays == "picture" else frozenset())
+
     def picture_losses(self, result: PictureResult) -> dict[str, Tensor]:
         signals, rays, truth = result.signals, result.rays, result.truth
         rendered, frame = result.rendered, result.frame

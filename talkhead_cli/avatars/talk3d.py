@@ -298,6 +298,11 @@ class Talk3D(SharedAvatar):
 
     # -- losses ----------------------------------------------------------------------------
 
+    def losses_of(self, rays: str) -> frozenset[str]:
+        finished = WHOLE | self.expert_losses | {"raw", "mouth"}
+        found = super().losses_of(rays)
+        return found & finished if rays == "picture" else found - finished
+
     def picture_losses(self, result: PictureResult) -> dict[str, Tensor]:
         rays, truth, rendered = result.rays, result.truth, result.rendered
         if rays.whole:

@@ -21,17 +21,15 @@ LEAN_RIDGE = 1.0  # per row: halves the fitted slopes, since only half of the ef
 # Opening of closed lips, face heights: in 17 of 20 clips, a twentieth of the frames is at -0.007 to
 # 0.007 or below.
 SHUT = 0.004
-MAX_REST = (
-    2.0  # of the person's standard deviations by which a mouth at rest may differ from the mean one
-)
+MAX_REST = 2.0  # by how many of its standard deviations a mouth at rest may differ from the mean
 MAX_POSE = 2.5  # standard deviations; poses are clamped here, the edge of the training data
 
 
 def principal_shapes(people: Sequence[Signals]) -> Tensor:
     """Return the principal components (87, K) of the mouth landmarks of `people`.
 
-    Every person's motion is normalised first, so that all people have the same weight.  Signs, which
-    an SVD leaves open, are those that make the largest entry of each component positive.
+    Every person's motion is normalised first, so that all people have the same weight.  An SVD
+    leaves signs open: here the largest entry of each component is positive.
     """
     moves = []
     for signals in people:

@@ -156,7 +156,10 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
         code, words = 130, "interrupted"
         if isinstance(stop, Terminated):
             code, words = 143, "terminated"
-        words += "; run the same command again (preprocess, pretrain and finetune go on from there)"
+        words += (
+            "; run the same command again, without --fresh (preprocess, pretrain and finetune go "
+            "on from there)"
+        )
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise

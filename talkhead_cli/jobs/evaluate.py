@@ -92,6 +92,7 @@ def evaluate(
             "fps": FPS,
             "size_px": clip.size_px,
             "driven_by": "held-out sound; pose, shoulders, eyes, gaze, brows of the footage",
+            "of_the_whole_clip": "the background, and what tracking measures once per clip",
             "face_box": "bounding box of the tracked face mesh, per frame",
             "average": "mean over frames",
             "interval": f"90 %, block bootstrap, blocks of {BLOCK} frames",
@@ -103,7 +104,7 @@ def evaluate(
         "likeness": scores.likeness_scores(truth, rendered, clip.labels[held, 0]),
         "lmd_px_at_512": scores.mouth_distance(truth, rendered),
         "sync": _sync_figures(judge, space, truth, rendered, clip.signals[clip.held], progress),
-        "jitter_px_at_512": scores.jitter_scores(truth, rendered),
+        "jitter_px_at_512": scores.jitter_scores(truth, rendered, held),
         "face_found": float(rendered.found.mean()),
         "render": {
             "frames_per_second": round(len(held) / made.seconds, 2),

@@ -76,14 +76,44 @@ class Judge:
         }
 
 
-def expert_if_weighed(
+def of_run(
+    run: Run,
     home: Path,
     method: str,
     train: Train,
     speech: dict[str, Any],
     progress: Progress,
-    *,
-    wanted: str | None = None,
+    fresh: bool,
+) -> Judge | None:
+    """Return the expert for the stages of a run, the same one as before if it is resumed; None if
+    it does without."""
+    begun = {} if fresh else run.meta()
+    if "expert_key" in begun and begun["expert"] is None:
+        return None
+    judge = _expert_if_weighed(home, method, train, speech, progress, begun.get("expert"))
+    key = facts(judge)["expert_key"]
+    if begun.get("expert_key", key) != key:
+        raise TalkheadError(
+            f"'{run.name}' was begun with the lip-sync expert '{begun['expert']}', which is gone; "
+            "pass --fresh to begin anew"
+        )
+    return judge
+
+
+def facts(judge: Judge | None) -> dict[str, Any]:
+    """Return what a run records of its expert."""
+    if judge is None:
+        return {"expert": None, "expert_key": None}
+    return {"expert": judge.name, "expert_key": judge.prior.meta()["key"]}
+
+
+def _expert_if_weighed(
+    home: Path,
+    method: str,
+    train: Train,
+    speech: dict[str, Any],
+    progress: Progress,
+    wanted: str | None,
 ) -> Judge | None:
     """Return the expert for stages with a weight for the loss `sync`: the wanted one, else the
     newest; None if no stage has one or, with a note, if the home has no expert."""

@@ -85,7 +85,7 @@ def finetune(
         with fabric.rank_zero_first():  # the first process caches the pixels
             clip = footage.load(space, preset.data, progress)
         avatar, marcher, stages = _initialised(preset, name, clip, start, fabric.device, progress)
-        judge = expert.expert_if_weighed(home, preset.method, stages.train, hears, progress)
+        judge = expert.of_run(run, home, preset.method, stages.train, hears, progress, fresh)
         loss_networks.attach(avatar, judge, stages, stages.train, fabric.device, progress)
         training.begin(
             preset.to_yaml(),
@@ -94,6 +94,7 @@ def finetune(
             asked=asked,
             prior=None if start is None else start.facts(),
             **generators.facts(preset.avatar.generator),
+            **expert.facts(judge),
         )
         if avatar.needs_portrait:
             if training.is_chief:
@@ -122,6 +123,9 @@ def _asked_for(
     """Return the preset, which must train an avatar, and the identity, which must have sound."""
     preset = presets.load(preset_names, settings)
     avatar_class(preset.method)  # which refuses one that nobody knows
+    for setting in settings:
+        if setting.startswith("pretrain."):
+            raise MisuseError(f"-s {setting} is read by pretrain; say {setting[len('pre') :]}")
     if preset.method not in method_names():
         raise MisuseError(
             f"preset {preset.method} draws nobody; train it with: talkhead pretrain -p "

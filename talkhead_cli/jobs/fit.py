@@ -75,7 +75,8 @@ def fit(
 
     At the end the avatar holds the averaged weights.  An interrupt takes effect between two steps,
     after a save; of several processes only the chief (rank 0) handles it, and without the chief
-    the others end.
+    the others end.  Resumed, one process goes on exactly as if it had not been interrupted; of
+    several, all go on with the chief's number of rays and view of the occupancy grid.
     `stop_after` ends the loop early, as an interrupt would (tests).  `threads` adapts to the CPU's
     load between steps.
     """
@@ -264,10 +265,14 @@ class _StageLoop:
         self.job.progress.stage(f"train: {self.name}", self.n_steps, "steps")
         if position.step:
             self.job.progress.advance(position.step)
-        while position.step < self.n_steps or not self._last_loss_is_finite(position, good):
-            if good is None or position.step % GOOD_EVERY == 0:
-                if not self._last_loss_is_finite(position, good):
+        while True:
+            ends = position.step >= self.n_steps
+            if ends or good is None or position.step % GOOD_EVERY == 0:
+                if not self._all_is_finite():
+                    self._roll_back(position, good)
                     continue
+                if ends:
+                    break
                 good = copy.deepcopy(self._state()), position.step
             losses, loss = self._one(position)
             if not math.isfinite(loss):
@@ -285,7 +290,8 @@ class _StageLoop:
                 self.job.threads.adapt()
             stopped = stop(position)
             if stopped or self.job.clock.save_is_due():
-                if not self._last_loss_is_finite(position, good):
+                if not self._all_is_finite():
+                    self._roll_back(position, good)
                     continue
                 self._save(position)
             if stopped:
@@ -422,14 +428,14 @@ class _StageLoop:
             else:
                 group["lr"] = rate
 
-    def _last_loss_is_finite(self, position: Position, good: Any) -> bool:
-        """Return whether the last step's loss, if it was not read yet, is finite; if it is not,
-        roll back to `good`."""
+    def _all_is_finite(self) -> bool:
+        """Return whether the last step's loss, if it was not read yet, and all that the stage
+        learns are numbers: a finite loss may have a gradient that is not."""
         news, self._pending_losses = self._pending_losses, None
-        if news is None or math.isfinite(news.read()[1]):
-            return True
-        self._roll_back(position, good)
-        return False
+        if news is not None and not math.isfinite(news.read()[1]):
+            return False
+        learnt = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return bool(torch.stack([p.detach().isfinite().all() for p in learnt]).all())
 
     def _roll_back(self, position: Position, good: Any) -> None:
         position.rollbacks += 1
@@ -453,8 +459,8 @@ class _StageLoop:
             self.critic.load(state["critic"])
         self.job.average.restart(self.avatar)
         self.job.progress.note(
-            f"a loss was not a number at step {position.step} of '{self.name}'; back to step "
-            f"{step} at half the rates"
+            f"a loss or a weight was not a number at step {position.step} of '{self.name}'; back "
+            f"to step {step} at half the rates"
         )
         position.total -= position.step - step
         position.step = step

@@ -91,7 +91,7 @@ class Stage(_Strict):
     n_frames: Annotated[int, Field(ge=1)] = 16
     batch: Annotated[int, Field(ge=1)] = 64
     in_sequence: Annotated[int, Field(ge=1)] = 1
-    learn: tuple[str, ...]
+    learn: Annotated[tuple[str, ...], Field(min_length=1)]
     rates: dict[str, Annotated[float, Field(gt=0)]]
     fall: Annotated[float, Field(gt=0, le=1)] = 0.1
     weights: dict[str, Annotated[float, Field(ge=0)]] = {}

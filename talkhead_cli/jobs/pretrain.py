@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -60,6 +59,8 @@ def pretrain(
     for setting in settings:
         if setting.startswith("train."):
             raise MisuseError(f"-s {setting} is read by finetune; say pre{setting}")
+        if setting.startswith(("data.train_s", "data.holdout")):
+            raise MisuseError(f"-s {setting} is read by finetune: a prior learns from all footage")
     if preset.pretrain is None:
         raise MisuseError(
             f"preset '{'+'.join(preset_names)}' has no stages to pretrain; use one that has, such "
@@ -94,7 +95,7 @@ def pretrain(
 @dataclass(frozen=True)
 class _Asked:
     """What a prior is trained on: usable workspaces, of how many identities that were named, the
-    preset; key: a digest of people, preset and seed."""
+    preset; key: a digest of people with their footage as tracked, preset and seed."""
 
     spaces: list[Workspace]
     n_named: int
@@ -109,19 +110,19 @@ def _asked_for(
     if len(spaces) < MIN_PEOPLE:
         raise _too_few(len(spaces), len(set(names)))
     alone = preset.model_copy(update={"train": stages, "pretrain": None})
-    sources = [[space.id, space.manifest()["source"]["sha256"]] for space in spaces]
+    footage = [[space.id, space.fingerprint] for space in spaces]
     # without defaults, so that an option added to presets later leaves existing keys as they are
     chosen = alone.model_dump(mode="json", exclude_defaults=True)
-    key = digest({"people": sources, "preset": chosen, "seed": seed})
+    key = digest({"people": footage, "preset": chosen, "seed": seed})
     return _Asked(spaces, len(set(names)), alone.to_yaml(), key)
 
 
 def _refuse_another(prior: Run, preset: Preset, key: str) -> None:
-    """Raise MisuseError if the prior was begun with other people or settings."""
+    """Raise MisuseError if the prior was begun with other people, footage or settings."""
     known = prior.meta()
     if known.get("key", key) != key:
         method = known.get("method", preset.method)
-        what = "other people or settings" if method == preset.method else method
+        what = "other people, footage or settings" if method == preset.method else method
         raise MisuseError(
             f"prior '{prior.name}' is there already, of {what}; give another -o, or --fresh to "
             "replace it"
@@ -149,8 +150,7 @@ def _train(training: Training, home: Path, asked: _Asked, preset: Preset, stages
     sources = {space.id: space.manifest()["source"]["sha256"] for space, _ in people}
     clips = [clip for _, clip in people]
     hears = speech_facts(people[0][0], preset)
-    begun = {} if training.fresh else prior.meta()
-    judge = _judge(prior.name, begun, home, preset, stages, hears, progress)
+    judge = expert.of_run(prior, home, preset.method, stages, hears, progress, training.fresh)
     fabric.seed_everything(training.seed, verbose=False)
     boxes = torch.stack([box_for(preset, clip.signals.camera[clip.train]) for clip in clips])
     aabb = torch.cat([boxes[:, :3].amin(0), boxes[:, 3:].amax(0)])  # holds all of them
@@ -164,8 +164,7 @@ def _train(training: Training, home: Path, asked: _Asked, preset: Preset, stages
         asked.preset_text,
         people=sources,
         key=asked.key,
-        expert=None if judge is None else judge.name,
-        expert_key=None if judge is None else judge.prior.meta()["key"],
+        **expert.facts(judge),
     )
     rows = [clip.speaking for clip in clips]
     few = max(SURVEYED // len(clips), MIN_SURVEYED)
@@ -188,30 +187,6 @@ def _train(training: Training, home: Path, asked: _Asked, preset: Preset, stages
     )
     prior.save_drive(SpeechStats(mean, std, hears["rate_hz"]).arrays())
     training.finish(position, method=preset.method, speech=hears)
-
-
-def _judge(
-    name: str,
-    begun: dict[str, Any],
-    home: Path,
-    preset: Preset,
-    stages: Train,
-    hears: dict[str, Any],
-    progress: Progress,
-) -> expert.Judge | None:
-    """Return the lip-sync expert that the stages use; after a resume, the same one as before."""
-    if "expert_key" in begun and begun["expert"] is None:
-        return None
-    judge = expert.expert_if_weighed(
-        home, preset.method, stages, hears, progress, wanted=begun.get("expert")
-    )
-    told = None if judge is None else judge.prior.meta()["key"]
-    if begun.get("expert_key", told) != told:
-        raise TalkheadError(
-            f"prior '{name}' was begun with the lip-sync expert '{begun['expert']}', which "
-            "is gone; pass --fresh to begin anew"
-        )
-    return judge
 
 
 def _openable(home: Path, names: Sequence[str], progress: Progress) -> list[Workspace]:

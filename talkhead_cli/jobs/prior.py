@@ -68,7 +68,13 @@ def choose_start(
         return Start(prior, who in prior.meta()["people"].values())
 
     if wanted is not None:
-        return start_from(named_prior(home, wanted, preset.method, speech))
+        named = named_prior(home, wanted, preset.method, speech)
+        if not _fits(named, preset):
+            raise TalkheadError(
+                f"prior '{wanted}' does not fit: it is of another size, speech window or version; "
+                "use the presets that it was trained with"
+            )
+        return start_from(named)
     known = finished(home, preset.method)
     found = [start_from(prior) for prior in known if _fits(prior, preset, speech)]
     if known and not found:

@@ -177,12 +177,16 @@ def mouth_distance(truth: Seen, rendered: Seen) -> float:
     return round(float(np.linalg.norm(a - b, axis=-1).mean()), 4)
 
 
-def jitter(mesh: Array) -> float:
-    """Return the mean norm of second time differences of rigid points; mesh (T, 478, >=2), px."""
-    return float(np.linalg.norm(np.diff(mesh[:, RIGID, :2], 2, axis=0), axis=-1).mean())
+def jitter(mesh: Array, frames: NDArray[np.integer[Any]]) -> float:
+    """Return the mean norm of second time differences of rigid points; mesh (T, 478, >=2) in px of
+    frames number (T,), of which only three in a row count."""
+    change = np.linalg.norm(np.diff(mesh[:, RIGID, :2], 2, axis=0), axis=-1)
+    return float(change[frames[2:] - frames[:-2] == 2].mean())
 
 
-def jitter_scores(truth: Seen, rendered: Seen) -> dict[str, float]:
-    """Return how much the head trembles, and the truth's."""
-    true, made = jitter(truth.mesh), jitter(rendered.mesh)
+def jitter_scores(
+    truth: Seen, rendered: Seen, frames: NDArray[np.integer[Any]]
+) -> dict[str, float]:
+    """Return how much the head trembles in frames number (T,), and the truth's."""
+    true, made = jitter(truth.mesh, frames), jitter(rendered.mesh, frames)
     return {"truth": round(true, 4), "render": round(made, 4), "ratio": round(made / true, 4)}

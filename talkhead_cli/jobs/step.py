@@ -15,8 +15,9 @@ from talkhead_cli.jobs.preset import Train
 
 
 def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
-    """Raise MisuseError if a stage names a part or a loss that the avatar lacks, which would
-    otherwise be ignored, or shows it portraits that it cannot use, or none where it needs some."""
+    """Raise MisuseError if a stage names a part or a loss that the avatar lacks or that its rays do
+    not yield, which would otherwise be ignored, weighs no loss, shows the avatar portraits that it
+    cannot use, or none where it needs some."""
     for name, stage in train.stages.items():
         for what, named, known in (
             ("learn", stage.learn, avatar.parts()),
@@ -27,6 +28,17 @@ def refuse_unknown(train: Train, avatar: Avatar, method: str) -> None:
                     f"stage '{name}': preset {method} knows no '{strange}' among its {what}; "
                     f"known: {', '.join(sorted(known))}"
                 )
+        weighed = {loss for loss, weight in stage.weights.items() if weight}
+        here = avatar.losses_of(stage.rays)
+        for loss in sorted(weighed - here):
+            raise MisuseError(
+                f"stage '{name}': rays: {stage.rays} yield no loss '{loss}', but "
+                f"{', '.join(sorted(here)) or 'none'}"
+            )
+        if stage.steps and not weighed:
+            raise MisuseError(
+                f"stage '{name}' weighs no loss; weigh one of {', '.join(sorted(here)) or 'none'}"
+            )
         if stage.rays == "none":
             continue
         if stage.portraits and not avatar.takes_portrait:
@@ -88,9 +100,10 @@ class Step(nn.Module):
             results.append(PictureResult(shot.signals, rays, shot.truth, made, rendered, frame))
             n_points += int(rendered.n_points)
         terms = self.avatar.losses(results)
-        assert terms.keys() <= self.avatar.loss_names, terms.keys() - self.avatar.loss_names
+        known = self.avatar.losses_of(_rays_of(drawn.shots[0]))
+        assert terms.keys() <= known, terms.keys() - known
         weighed = [weights[name] * term for name, term in terms.items() if weights.get(name)]
-        assert weighed, "the stage weighs none of its losses"
+        assert weighed, terms.keys()
         loss = torch.stack(weighed).sum()
         pictures = []
         if weights.get("critic"):
@@ -98,6 +111,15 @@ class Step(nn.Module):
         return StepLosses(
             loss, {name: term.detach() for name, term in terms.items()}, n_points, pictures
         )
+
+
+def _rays_of(shot: Shot) -> str:
+    """Return `Stage.rays` of the stage that the shot was drawn for."""
+    if isinstance(shot, SpeechShot):
+        return "none"
+    if shot.rays.layout is None:
+        return "random"
+    return "picture" if shot.rays.whole else "patch"
 
 
 def _with_its_truth(result: PictureResult) -> tuple[Tensor, Tensor, Tensor]:

@@ -110,7 +110,7 @@ def fabric(device: torch.device, precision: Precision, devices: int, nodes: int)
             f"--devices {devices} are asked for, {torch.cuda.device_count()} GPUs are here"
         )
     if device.type == "cpu":
-        torch.set_num_threads(max(1, n_cores() // devices))
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), n_cores() // devices)))
     made = Fabric(
         accelerator=device.type,
         devices=devices,

@@ -49,7 +49,10 @@ class Threads:
         times: Callable[[], Times | None] = cpu_times,
     ) -> None:
         """wanted: False leaves the number alone · times: see `cpu_times`"""
-        self.most = torch.get_num_threads()
+        self._before = torch.get_num_threads()
+        self.most = min(self._before, n_cores())  # torch does not know of a container's quota
+        if wanted and self.most < self._before:
+            torch.set_num_threads(self.most)
         self._progress, self._times, self._told = progress, times, False
         self._seen = times() if wanted and self.most > 1 else None
 
@@ -77,5 +80,5 @@ class Threads:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if torch.get_num_threads() != self.most:
-            torch.set_num_threads(self.most)
+        if torch.get_num_threads() != self._before:
+            torch.set_num_threads(self._before)

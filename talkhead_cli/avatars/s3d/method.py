@@ -223,6 +223,9 @@ class S3D(Avatar):
 
     # -- losses ----------------------------------------------------------------------------
 
+    def losses_of(self, rays: str) -> frozenset[str]:
+        return super().losses_of(rays) - (frozenset() if rays == "picture" else {"mouth"})
+
     def losses(self, results: Sequence[SpeechShot | PictureResult]) -> dict[str, Tensor]:
         return averaged(
             self._speech_losses(r) if isinstance(r, SpeechShot) else self._picture_losses(r)
