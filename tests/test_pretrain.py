@@ -223,7 +223,7 @@ def test_a_prior_that_does_not_fit_is_refused_by_name(crowd: Path) -> None:
         begin(crowd, prior="large")
     run, progress = begin(crowd)
     assert run.meta()["prior"] is None
-    assert any("crowd" in n and "starts without a prior" in n for n in progress.notes)
+    assert any("large" in n and "starts without a prior" in n for n in progress.notes)
 
 
 def test_only_what_came_from_a_prior_learns_at_the_common_rate() -> None:

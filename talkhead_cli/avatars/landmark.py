@@ -152,7 +152,6 @@ class Landmark(PersonalAvatar):
             raise MisuseError(
                 f"data.size_px must be a multiple of {coarsest} for preset landmark, not {px}"
             )
-        self.px = px
         self.past = self.speech.past
         self.shading = Shading()
         self.volume = TriPlanes(widths.planes, widths.plane_channels)

@@ -190,10 +190,8 @@ class PersonalAvatar(Avatar):
         """Return the smooth L1 error of the predicted against the tracked mouth."""
         signals = shot.signals
         told = self.person(signals).mouth.speech_target(signals)
-        if self.training:
-            net_predictions = self.speech.net_predictions(signals)
-            return {"speech": F.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))}
-        return {"speech": F.smooth_l1_loss(self.speech(signals), told)}
+        net_predictions = self.speech.net_predictions(signals)
+        return {"speech": F.smooth_l1_loss(net_predictions, told.expand_as(net_predictions))}
 
     def picture_losses(self, result: PictureResult) -> dict[str, Tensor]:
         """Return the method's losses on marched rays."""

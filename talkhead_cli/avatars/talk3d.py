@@ -257,7 +257,7 @@ class Talk3D(SharedAvatar):
             change=change,
             shared=self.shared(person),
             shoulders=self.shoulders(signals),
-            light=self.shading(stance[:, :6].clamp(-MAX_POSE, MAX_POSE)),
+            light=self.shading(stance[:, :6]),
             chin=person.mouth.neutral[CHIN, 1],
         )
 

@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from talkhead_cli.blocks.modulated import twice
+
 N_GROUPS = 4  # of group norm, per plane
 N_HEADS = 4
 N_OCTAVES = 8  # of the positional encoding; finer ones add nothing
@@ -225,8 +227,7 @@ class PlaneUNet(nn.Module):
 
 def _twice(planes: Tensor) -> Tensor:
     """Upsample planes (B, 3, C, s, s) bilinearly by two."""
-    flat = F.interpolate(planes.flatten(0, 1), scale_factor=2, mode="bilinear")
-    return flat.unflatten(0, planes.shape[:2])
+    return twice(planes.flatten(0, 1)).unflatten(0, planes.shape[:2])
 
 
 def _positions(size: int, width: int) -> Tensor:

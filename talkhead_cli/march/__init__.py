@@ -76,7 +76,6 @@ def build(
     n_samples: int = 0,
     resolution: int = 64,
     early_stop: float = 1e-4,
-    every: int = 16,
     kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto",
     kernels: bool = False,
 ) -> tuple[Marcher, str]:
@@ -86,7 +85,6 @@ def build(
     n_samples   samples per ray of the guided march; 0: all lattice samples in occupied cells
     resolution  cells of the occupancy grid along each axis
     early_stop  transmittance at which a ray ends in marches without gradients; 0: never
-    every       training steps between updates of the grid
     kind        marcher of the lattice; "auto": nerfacc if its kernels are available, else packed
     kernels     whether Triton kernels compile on that device
     """
@@ -101,7 +99,7 @@ def build(
     grid = OccupancyGrid(aabb, step, resolution)
 
     def made(lattice: type[PackedMarcher]) -> PackedMarcher | GuidedMarcher:
-        marcher = lattice(grid, step, early_stop=early_stop, every=every)
+        marcher = lattice(grid, step, early_stop=early_stop)
         if not n_samples:
             return marcher
         guided = FusedMarcher if kernels else GuidedMarcher

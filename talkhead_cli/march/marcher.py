@@ -33,7 +33,7 @@ class Marcher(nn.Module, ABC):
         return 0
 
     def refresh(self, field: Field, step: int) -> None:
-        """Update the grid from the field, when it is due."""
+        """Update the grid from the field; `step` of training seeds where it looks."""
 
     def rebuild_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:
         """Rebuild the grid from views of an untrained person; fields of one row."""

@@ -43,17 +43,12 @@ class PackedMarcher(Marcher):
     """
 
     def __init__(
-        self,
-        occupancy: OccupancyGrid,
-        step_length: float,
-        *,
-        early_stop: float = 1e-4,
-        every: int = 16,
+        self, occupancy: OccupancyGrid, step_length: float, *, early_stop: float = 1e-4
     ) -> None:
         super().__init__()
-        assert step_length > 0 and 0 <= early_stop < 1 and every > 0
+        assert step_length > 0 and 0 <= early_stop < 1
         self.occupancy, self.step = occupancy, step_length
-        self.early_stop, self.every = early_stop, every
+        self.early_stop = early_stop
         self.watching = False
 
     @property
@@ -111,8 +106,7 @@ class PackedMarcher(Marcher):
         return Rendered.of_moments(feature, moments, origin, n_points)
 
     def refresh(self, field: Field, step: int) -> None:
-        if step % self.every == 0:
-            self.occupancy.update(field, step)
+        self.occupancy.update(field, step)
 
     @torch.no_grad()
     def extend_from_views(self, views: Sequence[tuple[Field, RayBundle]]) -> None:

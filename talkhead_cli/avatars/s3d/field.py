@@ -23,7 +23,7 @@ LIP_NOISE, EYE_NOISE = 0.1, 0.03  # on mouth and eye drives, in training
 N_HIDDEN = 8  # features per point that the deformation passes to the decoder
 N_OCTAVES = 5
 N_CUES = 2  # outputs of `between`, for the mouth and for the eyes each
-UPPER_LIP, LOWER_LIP = [60, 61, 62, 63, 64], [60, 67, 66, 65, 64]  # their inner edges
+UPPER_EDGE, LOWER_EDGE = [60, 61, 62, 63, 64], [60, 67, 66, 65, 64]  # inside the lips
 # Lids from corner to corner: the picture's left eye, then its right eye, mirrored.
 UPPER_LID, LOWER_LID = ([36, 37, 38, 39], [45, 44, 43, 42]), ([36, 41, 40, 39], [45, 46, 47, 42])
 LIP_CUE, LID_CUE = 20.0, 20.0 / 4  # scale of cues, per face height and per eye width
@@ -151,7 +151,7 @@ class _View:
         self._mouth_radii = torch.stack([across * jaw / self._mouth[1], down + 0 * jaw])
         self._eyes = [(marks[eye].mean(0), (marks[eye][0] - marks[eye][3]).norm()) for eye in EYES]
         self._told_mouth, self._told_eyes = self._conditioning(signals)
-        self._lips = signals.landmarks[:, [UPPER_LIP, LOWER_LIP], :2]  # (T, 2, 5, 2)
+        self._lips = signals.landmarks[:, [UPPER_EDGE, LOWER_EDGE], :2]  # (T, 2, 5, 2)
         self._lids = torch.cat([self._lids_of(signals, side) for side in (0, 1)])  # (2 T, 2, 4, 2)
 
     def _lids_of(self, signals: Signals, side: int) -> Tensor:
