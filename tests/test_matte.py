@@ -126,6 +126,14 @@ def test_plate_takes_the_median_of_what_was_seen() -> None:
     np.testing.assert_array_equal(plate, 10)
 
 
+def test_plate_takes_late_frames_where_earlier_ones_are_hidden() -> None:
+    frames = [np.full((32, 32, 3), v, np.uint8) for v in (10, 12, 200, 200, 200)]
+    hides = np.zeros((64, 64), np.uint8)
+    hides[:, :32] = 255
+    plate, _ = matte.make_plate(frames, [hides, hides, *[np.zeros((64, 64), np.uint8)] * 3], 2)
+    assert (plate[:, 24:] == 10).all() and (plate[:, :8] == 200).all()
+
+
 def test_plate_fills_smoothly_what_was_never_seen() -> None:
     frames, mattes, background = plate_film(1)
     plate, seen = matte.make_plate(frames, mattes)

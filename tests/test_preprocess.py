@@ -19,6 +19,7 @@ from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import preprocess as job
 from talkhead_cli.jobs import stages
+from talkhead_cli.jobs.footage import split_rows
 from talkhead_cli.media import ffmpeg
 from talkhead_cli.store import Run, Workspace, list_runs, priors_folder
 from talkhead_cli.track import face, matte
@@ -327,6 +328,18 @@ def test_a_film_that_shows_hardly_any_face_is_refused(tmp_path: Path) -> None:
     material = stages.Material(space, media.Part(Path("talk.mp4")), about, SilentProgress(), {})
     with pytest.raises(TalkheadError, match=r"only 1.1 s of talk.mp4 show a face"):
         assert material.faces
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, 0.02])
+def test_no_frame_that_is_scored_shows_the_background_that_is_learnt(share: float) -> None:
+    """Whatever is held out: nothing of it counts where an earlier frame shows the background."""
+    rng = np.random.default_rng(0)
+    usable, kept = rng.random(500) < share, np.flatnonzero(rng.random(500) < 0.9)
+    early, late = stages.film._plate_frames(kept, usable)
+    for holdout in (1 / 11, 0.25):
+        _, held = split_rows(usable, holdout)
+        assert not early & set(held.tolist())
+    assert early and not early & late and max(early) < min(late, default=500)
 
 
 def test_ranges_of_frames() -> None:

@@ -92,7 +92,7 @@ def evaluate(
             "fps": FPS,
             "size_px": clip.size_px,
             "driven_by": "held-out sound; pose, shoulders, eyes, gaze, brows of the footage",
-            "of_the_whole_clip": "the background, and what tracking measures once per clip",
+            "of_the_whole_clip": "what tracking measures once: focal length, shape, eyes, mattes",
             "face_box": "bounding box of the tracked face mesh, per frame",
             "average": "mean over frames",
             "interval": f"90 %, block bootstrap, blocks of {BLOCK} frames",

@@ -337,11 +337,14 @@ def parsed_labels(parsed: NDArray[np.uint8], own: NDArray[np.uint8]) -> NDArray[
     return np.concatenate([parts, 255 - parts.sum(0, keepdims=True)]).clip(0, 255).astype(np.uint8)
 
 
-def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, Array]:
+def make_plate(
+    frames: list[Picture], mattes: list[Picture], n_first: int | None = None
+) -> tuple[Picture, Array]:
     """Return the background (H, W, 3) behind the person, and the share of frames showing it (H, W).
 
-    Each pixel is the median over the frames whose matte, grown by a margin, leaves it clear;
-    pixels never seen are filled smoothly from around them (`_spread`).
+    Each pixel is the median over the frames whose matte, grown by a margin, leaves it clear; frames
+    from number `n_first` on count where no earlier one shows it.  Pixels never seen are filled
+    smoothly from around them (`_spread`).
     """
     side = frames[0].shape[0]
     grow = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
@@ -349,6 +352,8 @@ def make_plate(frames: list[Picture], mattes: list[Picture]) -> tuple[Picture, A
     for layer, matte in zip(stack, mattes, strict=True):
         person = cv2.dilate((matte > 25).astype(np.uint8), grow)
         layer[cv2.resize(person, (side, side), interpolation=cv2.INTER_NEAREST) > 0] = np.nan
+    if n_first is not None:
+        stack[n_first:, np.isfinite(stack[:n_first, ..., 0]).any(0)] = np.nan
     seen = np.isfinite(stack[..., 0]).mean(0)
     with np.errstate(all="ignore"):
         ordered = np.sort(stack, axis=0)  # NaN sorts last

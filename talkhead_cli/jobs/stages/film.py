@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from talkhead_cli import media
 from talkhead_cli.contracts import TalkheadError, followed
 from talkhead_cli.jobs import backends
+from talkhead_cli.jobs.footage import split
+from talkhead_cli.jobs.preset import MAX_HOLDOUT
 from talkhead_cli.jobs.stages.material import Material
 from talkhead_cli.store import FILM_PX
 from talkhead_cli.store.pictures import write_png
@@ -18,7 +20,7 @@ from talkhead_cli.track import matte, pose
 from talkhead_cli.track.captions import CaptionFinder
 
 THUMB = (matte.MAP_PX, matte.MAP_PX)
-N_PLATE = 25  # frames whose median is the background
+N_PLATE, N_PLATE_LATE = 25, 8  # frames whose median is the background, see `_plate_frames`
 N_EVIDENCE = 40  # frames used to separate hair from torso by motion
 RESTLESS = 4.0  # of 255; a still background changes by 1 to 2, by noise and shadows
 
@@ -29,7 +31,7 @@ def run(material: Material) -> None:
     mesh = material.crop.fractions(material.faces.points)
     reference = _reference_frame(mesh, material.faces.found)
     skin_model = matte.SkinModel.fit(material.space.load("shots")["skin"])
-    plate_at = set(_spread(kept, N_PLATE).tolist())
+    plate_at, late_at = _plate_frames(kept, material.usable)
     thumbs_at = np.unique(np.append(_spread(kept, N_EVIDENCE), reference))
     plate_frames, plate_mattes, thumbs = [], [], []
     warps = np.tile(np.eye(2, 3), (n_frames, 1, 1))
@@ -58,7 +60,7 @@ def run(material: Material) -> None:
             warp = shoulders(rgb)
             if warp is not None and material.kept[index]:
                 warps[index], tracked[index] = warp, True
-            if index in plate_at:
+            if index in plate_at or index in late_at:
                 plate_frames.append(rgb)
                 plate_mattes.append(mask)
             if index in thumbs_at:
@@ -76,7 +78,8 @@ def run(material: Material) -> None:
             "they will be learnt as if they were part of the person: take the video without them"
         )
     furniture = matte.fixtures(plate_mattes)
-    _plate(material, plate_frames, [matte.without(mask, furniture) for mask in plate_mattes])
+    plate_mattes = [matte.without(mask, furniture) for mask in plate_mattes]
+    _plate(material, plate_frames, plate_mattes, len(plate_at))
     material.space.save(
         "film",
         {
@@ -91,10 +94,13 @@ def run(material: Material) -> None:
 
 
 def _plate(
-    material: Material, frames: list[NDArray[np.uint8]], mattes: list[NDArray[np.uint8]]
+    material: Material,
+    frames: list[NDArray[np.uint8]],
+    mattes: list[NDArray[np.uint8]],
+    n_first: int,
 ) -> None:
-    """Save the background behind the person, estimated from some frames and mattes."""
-    plate, _ = matte.make_plate(frames, mattes)
+    """Save the background behind the person, estimated by `matte.make_plate`."""
+    plate, _ = matte.make_plate(frames, mattes, n_first)
     background_change = matte.background_change(frames, mattes, plate)
     if background_change > RESTLESS:
         material.progress.note(
@@ -102,6 +108,18 @@ def _plate(
             "as it is on average (render --background gives them another)"
         )
     write_png(material.space.plate_file, plate)
+
+
+def _plate_frames(
+    kept: NDArray[np.integer[Any]], usable: NDArray[np.bool_]
+) -> tuple[set[int], set[int]]:
+    """Return the frames that show the background: those before any frame that a preset may hold
+    out, so that what is scored was not looked at, and a few after, for what these never show."""
+    rows = np.flatnonzero(usable)
+    n_train = len(rows) - split(len(rows), MAX_HOLDOUT)
+    end = rows[n_train] if n_train < len(rows) else len(usable)
+    early, late = kept[kept < end], kept[kept >= end]
+    return set(_spread(early, N_PLATE).tolist()), set(_spread(late, N_PLATE_LATE).tolist())
 
 
 def _spread(rows: NDArray[np.integer[Any]], n: int) -> NDArray[np.integer[Any]]:

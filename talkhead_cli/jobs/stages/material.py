@@ -69,6 +69,11 @@ class Material:
                 )
         return face.Faces(face.fill_gaps(stored["points"], found), found)
 
+    @cached_property
+    def usable(self) -> NDArray[np.bool_]:
+        """Which frames (T,) can be learnt from or scored: those with a face, none near a gap."""
+        return ~(np.convolve(~self.faces.found, np.ones(5), "same") > 0)
+
     @property
     def n_frames(self) -> int:
         return len(self.faces.found)

@@ -44,7 +44,6 @@ def run(material: Material) -> None:
     pivot = matte.body_pivot(mesh[reference])
     body = matte.body_motion(film["warps"], film["tracked"], pivot)
     to_heights = FILM_PX / k[0, 0] * float(np.median(head.translation[faces.found, 2]))
-    near_gap = np.convolve(~faces.found, np.ones(5), "same") > 0
     material.space.save(
         "tracks",
         {
@@ -63,7 +62,7 @@ def run(material: Material) -> None:
             "shape": head.shape.astype(np.float32),
             "residual_px": head.residual_px.astype(np.float32),
             "found": faces.found,
-            "usable": ~near_gap,
+            "usable": material.usable,
         },
     )
 
