@@ -127,11 +127,14 @@ def test_plate_takes_the_median_of_what_was_seen() -> None:
 
 
 def test_plate_takes_late_frames_where_earlier_ones_are_hidden() -> None:
-    frames = [np.full((32, 32, 3), v, np.uint8) for v in (10, 12, 200, 200, 200)]
+    frames = [np.full((32, 32, 3), v, np.uint8) for v in (10, 12, 11, *[200] * 4)]
     hides = np.zeros((64, 64), np.uint8)
     hides[:, :32] = 255
-    plate, _ = matte.make_plate(frames, [hides, hides, *[np.zeros((64, 64), np.uint8)] * 3], 2)
-    assert (plate[:, 24:] == 10).all() and (plate[:, :8] == 200).all()
+    clear = np.zeros_like(hides)
+    plate, _ = matte.make_plate(frames, [hides] * 3 + [clear] * 4, 3)
+    assert (plate[:, 24:] == 11).all() and (plate[:, :8] == 200).all()
+    once, _ = matte.make_plate(frames, [hides] * 2 + [clear] * 5, 3)  # one may be mistaken
+    assert (once[:, 24:] == 11).all() and (once[:, :8] == 200).all()
 
 
 def test_plate_fills_smoothly_what_was_never_seen() -> None:

@@ -28,6 +28,7 @@ MATTE_PX = 256
 TRACE = 40  # matte value, of 255, above which a pixel is foreground
 FIXED = 0.15  # share of the frames above which an object beside the person is furniture
 BODY_PX = 160  # side of the pictures in which the shoulders are registered
+N_CLEAR = 3  # frames that must leave a pixel clear; mattes of one or two may be mistaken
 
 
 class Segmenter:
@@ -343,8 +344,8 @@ def make_plate(
     """Return the background (H, W, 3) behind the person, and the share of frames showing it (H, W).
 
     Each pixel is the median over the frames whose matte, grown by a margin, leaves it clear; frames
-    from number `n_first` on count where no earlier one shows it.  Pixels never seen are filled
-    smoothly from around them (`_spread`).
+    from number `n_first` on count where fewer than N_CLEAR earlier ones do.  Pixels never seen are
+    filled smoothly from around them (`_spread`).
     """
     side = frames[0].shape[0]
     grow = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (9, 9))
@@ -353,7 +354,7 @@ def make_plate(
         person = cv2.dilate((matte > 25).astype(np.uint8), grow)
         layer[cv2.resize(person, (side, side), interpolation=cv2.INTER_NEAREST) > 0] = np.nan
     if n_first is not None:
-        stack[n_first:, np.isfinite(stack[:n_first, ..., 0]).any(0)] = np.nan
+        stack[n_first:, np.isfinite(stack[:n_first, ..., 0]).sum(0) >= N_CLEAR] = np.nan
     seen = np.isfinite(stack[..., 0]).mean(0)
     with np.errstate(all="ignore"):
         ordered = np.sort(stack, axis=0)  # NaN sorts last
