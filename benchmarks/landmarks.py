@@ -25,7 +25,7 @@ from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.mouth import MOUTH, N_CODES
 from talkhead_cli.blocks.speech import SpeechEncoder
 from talkhead_cli.contracts import N_LANDMARKS, Signals, SilentProgress
-from talkhead_cli.jobs import backends, fit, footage, runs, shots
+from talkhead_cli.jobs import backends, footage, runs, shots, stage_loop
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.finetune import finetune
@@ -152,7 +152,7 @@ def _fit_speech(
         learning = clips
         kept: list[Signals] = []
         if stage.inner_split:
-            learning, kept = fit._inner_split(clips, stage)
+            learning, kept = stage_loop.inner_split(clips, stage)
         rate = stage.rates["speech"] * (train.common_rates["speech"] if prior is not None else 1)
         moving = avatar.part("speech")
         for parameter in avatar.parameters():
@@ -162,7 +162,9 @@ def _fit_speech(
         for step in range(stage.steps):
             for group in optimizer.param_groups:
                 group["lr"] = (
-                    rate * min(1, (step + 1) / fit.WARM_UP) * stage.fall ** (step / stage.steps)
+                    rate
+                    * min(1, (step + 1) / stage_loop.WARM_UP)
+                    * stage.fall ** (step / stage.steps)
                 )
             some = torch.randperm(len(learning), generator=rng)[: stage.n_people or len(learning)]
             losses = []

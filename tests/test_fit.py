@@ -30,7 +30,7 @@ from talkhead_cli.contracts import (
     repacked,
     unpacked,
 )
-from talkhead_cli.jobs import fit, footage, shots, team
+from talkhead_cli.jobs import fit, footage, shots, stage_loop, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.finetune import finetune
@@ -102,7 +102,7 @@ def test_nobody_waits_for_a_recorded_step(
 ) -> None:
     """It learns what any other does, from what was drawn while the one before it ran, and is told
     of one step later; where one breaks, training goes back all the same."""
-    monkeypatch.setattr(fit, "GOOD_EVERY", good_every)
+    monkeypatch.setattr(stage_loop, "GOOD_EVERY", good_every)
     settings = [
         *SHORT,
         *(
@@ -136,7 +136,7 @@ def test_nobody_waits_for_a_recorded_step(
             seen.append(1)
             return lost._replace(loss=torch.tensor(torch.nan)) if len(seen) == broken else lost
 
-    monkeypatch.setattr(fit._StageLoop, "_recording", lambda loop: Played(loop._learn))
+    monkeypatch.setattr(stage_loop.StageLoop, "_recording", lambda loop: Played(loop._learn))
     monkeypatch.setattr(march, "Replay", lambda work, device: Played(work))
     played, later = trained("played")
     if broken:
@@ -350,7 +350,7 @@ def test_a_weight_that_is_not_a_number_rolls_back_though_the_loss_is_one(
         )
 
     monkeypatch.setattr(Step, "forward", sick)
-    monkeypatch.setattr(fit, "GOOD_EVERY", 10)
+    monkeypatch.setattr(stage_loop, "GOOD_EVERY", 10)
     progress = SilentProgress()
     run = finetune(home, "speaker", progress, preset_names=PRESETS, settings=SHORT, run_name="w")
     assert any("a weight was not a number" in note for note in progress.notes)

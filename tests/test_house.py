@@ -103,8 +103,8 @@ def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
             yield ast.unparse(node.func), node
 
 
-def backward_in_fit(tree: ast.Module, file: Path) -> Iterator[str]:
-    if str(file) != "talkhead_cli/jobs/fit.py":
+def backward_in_the_loop(tree: ast.Module, file: Path) -> Iterator[str]:
+    if str(file) != "talkhead_cli/jobs/stage_loop.py":
         for name, node in calls(tree):
             if name.endswith(".backward"):
                 yield f"{file}:{node.lineno} {name}()"
@@ -185,8 +185,8 @@ RULES: dict[str, tuple[Rule, str, str]] = {
     "rich and typer in cli/": (
         only_in(("cli/",), "rich", "typer"), "talkhead_cli/jobs/fit.py", "import rich.console"),
     "print in cli/": (print_in_cli, "talkhead_cli/jobs/fit.py", "print(1)"),
-    "backward in jobs/fit.py": (
-        backward_in_fit, "talkhead_cli/jobs/render.py", "loss.sum().backward()"),
+    "backward in jobs/stage_loop.py": (
+        backward_in_the_loop, "talkhead_cli/jobs/render.py", "loss.sum().backward()"),
     "nothing is run from text": (
         nothing_is_run_from_text, "talkhead_cli/media/ffmpeg.py", "run(x, shell=True)"),
     "no eval": (nothing_is_run_from_text, "talkhead_cli/jobs/fit.py", "eval('1')"),

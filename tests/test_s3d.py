@@ -19,9 +19,9 @@ from talkhead_cli.blocks.regions import RELIEF, head_relief
 from talkhead_cli.contracts import RELIEF_SIDE, RayShot, SilentProgress, SpeechShot
 from talkhead_cli.jobs import footage, portraits, shots, views
 from talkhead_cli.jobs import preset as presets
-from talkhead_cli.jobs.fit import Step, UncastShots
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.jobs.preset import Preset
+from talkhead_cli.jobs.step import Step, UncastShots
 from talkhead_cli.store import Workspace
 
 PX = 64

@@ -16,7 +16,7 @@ import torch
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.contracts import SilentProgress
-from talkhead_cli.jobs import fit
+from talkhead_cli.jobs import fit, stage_loop
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.step import Step, StepLosses
 from talkhead_cli.store import Run
@@ -78,7 +78,7 @@ def test_rates_rise_fall_and_a_frozen_grid_is_left_alone(
     def refresh(*_: Any) -> None:
         refreshed[now["stage"]] += 1
 
-    watched(monkeypatch, fit._StageLoop, "_step", stepped)
+    watched(monkeypatch, stage_loop.StageLoop, "_step", stepped)
     watched(monkeypatch, march.GuidedMarcher, "refresh", refresh)
     watched(monkeypatch, LokiTalk, "settle", lambda *_: settled.append(now["stage"]))
     run = train()
@@ -86,7 +86,9 @@ def test_rates_rise_fall_and_a_frozen_grid_is_left_alone(
     assert settled == ["speech"], "its last rows settle how far mouths open"
     # of the preset: 2e-3, which falls to 0.3 of it; warm-up takes 50 steps
     speech = rates["speech"]
-    assert speech[0] == pytest.approx(2e-3 / fit.WARM_UP) and speech[:45] == sorted(speech[:45])
+    assert speech[0] == pytest.approx(2e-3 / stage_loop.WARM_UP) and speech[:45] == sorted(
+        speech[:45]
+    )
     assert speech[-1] == pytest.approx(2e-3 * 0.3 ** (89 / 90))
     assert refreshed.keys() == {"shape", "detail"} and refreshed["shape"] >= 18
     assert run.is_finished
@@ -101,7 +103,7 @@ def test_training_saves_as_often_as_the_clock_says(
     )
     train()
     n_seldom = len(saved)
-    monkeypatch.setattr(fit, "SAVE_EVERY_S", 0.0)
+    monkeypatch.setattr(stage_loop, "SAVE_EVERY_S", 0.0)
     saved.clear()
     train()
     assert saved == list(range(1, sum(N.values()) + 1)) and n_seldom < 20
@@ -112,7 +114,7 @@ def test_going_back_restores_all_that_learns(
 ) -> None:
     """A loss that is no number in step 31 of `shape`: weights and moments are those of step 20 of
     it again, averages begin anew, rates are half."""
-    monkeypatch.setattr(fit, "GOOD_EVERY", 20)
+    monkeypatch.setattr(stage_loop, "GOOD_EVERY", 20)
     broken_at, honest = N["speech"] + N["speech_all"] + 31, Step.forward
     calls = {"n": 0}
 
@@ -123,7 +125,7 @@ def test_going_back_restores_all_that_learns(
 
     monkeypatch.setattr(Step, "forward", sick)
     seen: list[dict[str, Any]] = []
-    roll_back = fit._StageLoop._roll_back
+    roll_back = stage_loop.StageLoop._roll_back
 
     def spied(loop: Any, position: fit.Position, good: Any) -> None:
         def apart() -> dict[str, bool]:
@@ -157,7 +159,7 @@ def test_going_back_restores_all_that_learns(
             }
         )
 
-    monkeypatch.setattr(fit._StageLoop, "_roll_back", spied)
+    monkeypatch.setattr(stage_loop.StageLoop, "_roll_back", spied)
     train()
     (told,) = seen
     assert told["before"] == dict.fromkeys(("weights", "moments", "average"), True)
@@ -180,7 +182,7 @@ def test_going_back_twice_goes_back_to_the_same_state_more_slowly(
 
     monkeypatch.setattr(Step, "forward", sick)
     seen: list[dict[str, Any]] = []
-    roll_back = fit._StageLoop._roll_back
+    roll_back = stage_loop.StageLoop._roll_back
 
     def spied(loop: Any, position: fit.Position, good: Any) -> None:
         roll_back(loop, position, good)
@@ -194,7 +196,7 @@ def test_going_back_twice_goes_back_to_the_same_state_more_slowly(
             }
         )
 
-    monkeypatch.setattr(fit._StageLoop, "_roll_back", spied)
+    monkeypatch.setattr(stage_loop.StageLoop, "_roll_back", spied)
     train(fresh=False)
     one, other = seen
     assert one["step"] == other["step"] == 3 and one["moments"]

@@ -24,7 +24,7 @@ from talkhead_cli.blocks.sync import (
 from talkhead_cli.contracts import MisuseError, SilentProgress
 from talkhead_cli.jobs import expert, footage, shots
 from talkhead_cli.jobs import preset as presets
-from talkhead_cli.jobs.fit import Step, UncastShots
+from talkhead_cli.jobs.step import Step, UncastShots
 from talkhead_cli.march import DenseMarcher
 from talkhead_cli.store import Run, Workspace
 

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from talkhead_cli.cli.app import app
 from talkhead_cli.contracts import MisuseError, Progress, SilentProgress, TalkheadError
-from talkhead_cli.jobs import fit, footage, shots, team
+from talkhead_cli.jobs import fit, footage, shots, stage_loop, team
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.average import Average
 from talkhead_cli.jobs.preset import Preset
@@ -68,7 +68,7 @@ def by_one(home: Path, settings: list[str], n_steps: int) -> tuple[dict[str, tor
     stage = preset.train.stages["speech"]
     step, average = Step(avatar, marcher).train(), Average(avatar, preset.train.ema)
     avatar.noise = stage.noise
-    (shorter,), kept = fit._inner_split([clip], stage)
+    (shorter,), kept = stage_loop.inner_split([clip], stage)
     avatar.requires_grad_(False)
     parameters = avatar.part("speech")
     for parameter in parameters:
@@ -76,13 +76,13 @@ def by_one(home: Path, settings: list[str], n_steps: int) -> tuple[dict[str, tor
     optimizer = torch.optim.Adam(parameters, betas=(0.9, 0.99))
     rng, value = torch.Generator(), 0.0
     for index in range(n_steps):
-        scale = min(1.0, (index + 1) / fit.WARM_UP) * stage.fall ** (index / n_steps)
+        scale = min(1.0, (index + 1) / stage_loop.WARM_UP) * stage.fall ** (index / n_steps)
         optimizer.param_groups[0]["lr"] = stage.rates["speech"] * scale
         optimizer.zero_grad()
         value = 0.0
         for rank in range(2):
-            rng.manual_seed(fit._mix(index, rank, 0, seed=0))
-            torch.manual_seed(fit._mix(index, rank, 7919, seed=0))
+            rng.manual_seed(stage_loop.mix(index, rank, 0, seed=0))
+            torch.manual_seed(stage_loop.mix(index, rank, 7919, seed=0))
             drawn = UncastShots([shots.draw(shorter, stage, 0, avatar.aabb, rng)])
             loss = step(drawn, stage.weights).loss / 2
             loss.backward()

@@ -75,6 +75,28 @@ class StepLosses(NamedTuple):
     pictures: list[tuple[Tensor, Tensor, Tensor]]
 
 
+class PendingLosses:
+    """The losses of a step, copied from the device asynchronously, all at once."""
+
+    def __init__(self, lost: StepLosses, n_rays: int) -> None:
+        self.names = list(lost.terms)
+        self.counts = {"rays": float(n_rays), "points": float(lost.n_points)}
+        terms = [lost.loss.detach().float(), *(term.float() for term in lost.terms.values())]
+        self.values, self.here = torch.stack(terms), None
+        if self.values.is_cuda:
+            there = torch.empty(len(terms), pin_memory=True)
+            self.values = there.copy_(self.values, non_blocking=True)
+            self.here = torch.cuda.current_stream(lost.loss.device).record_event()
+
+    def read(self) -> tuple[dict[str, float], float]:
+        """Return the losses by name, with `loss` their weighted sum, and that sum."""
+        if self.here is not None:
+            self.here.synchronize()
+        loss, *terms = self.values.tolist()
+        figures = dict(zip(self.names, terms, strict=True)) | {"loss": loss}
+        return figures | (self.counts if self.counts["points"] else {}), loss
+
+
 class Step(nn.Module):
     """The forward pass and loss of a step in one `forward`, which is what Fabric wraps."""
 
