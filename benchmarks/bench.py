@@ -1,6 +1,6 @@
 """Benchmarks run by `make bench` and `make gpu`, on the clips beside the checkout.
 
-    python benchmarks/bench.py                      all of it (an hour or more on two cores)
+    python benchmarks/bench.py                      all of it (hours on two cores)
     python benchmarks/bench.py quality --ids alice  parts and clips by name
     python benchmarks/bench.py --device cuda        the parts that a GPU machine runs
 

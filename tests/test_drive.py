@@ -270,9 +270,9 @@ def test_angles_beyond_the_limit_are_misuse(
         drive_of(footage, 5, **angle)
 
 
-@pytest.mark.parametrize(("option", "axis"), [("yaw_deg", 1), ("pitch_deg", 0)])
+@pytest.mark.parametrize(("option", "axis"), [("yaw_deg", [0, 1, 0]), ("pitch_deg", [-1, 0, 0])])
 def test_the_camera_circles_the_head(
-    footage: dict[str, NDArray[Any]], option: str, axis: int
+    footage: dict[str, NDArray[Any]], option: str, axis: list[int]
 ) -> None:
     pose = drive_of(footage, 5).pose(np.arange(5))[0]
     straight = drive_of(footage, 5).camera(pose, 128, np.arange(5))
@@ -281,12 +281,14 @@ def test_the_camera_circles_the_head(
     here, there = straight.c2w.numpy()[:, :3], turned.c2w.numpy()[:, :3]
     around = np.einsum("tij,tkj->tik", there[..., :3], here[..., :3])
     vector = Rotation.from_matrix(around).as_rotvec(degrees=True)
-    np.testing.assert_allclose(vector, np.tile(30.0 * np.eye(3)[axis], (5, 1)), atol=1e-3)
+    np.testing.assert_allclose(vector, np.tile(30.0 * np.array(axis), (5, 1)), atol=1e-3)
     # the place turns with the view: what was in the picture's middle stays there
     np.testing.assert_allclose(
         there[..., 3], np.einsum("tij,tj->ti", around, here[..., 3]), atol=1e-5
     )
     assert (turned.k == straight.k).all()
+    gone = there[..., 3] - here[..., 3]  # x to the person's left, y down
+    assert (gone[:, 0] < 0).all() if option == "yaw_deg" else (gone[:, 1] < 0).all()
 
 
 def test_the_camera_swings_to_either_side_and_back(footage: dict[str, NDArray[Any]]) -> None:

@@ -685,7 +685,7 @@ def test_an_expert_is_trained_and_heard(home: Path) -> None:
     )
     assert refused.exit_code == 2 and "by a prior" in refused.stderr
     refused = talkhead("finetune", "--id", "speaker", "-p", "expert", "--home", home)
-    assert refused.exit_code == 2 and "draws nobody" in refused.stderr
+    assert refused.exit_code == 2 and "does not make avatars" in refused.stderr
 
 
 def test_refining_bends_a_picture_s_person(home: Path) -> None:

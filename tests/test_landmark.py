@@ -381,7 +381,7 @@ def test_a_field_that_does_not_learn_is_marched_without_gradients(
     avatar = Landmark.build("tiny", **hearing(clip.signals), px=PX)
     box = footage.box_of(clip.signals.camera[clip.train])
     avatar.calibrate(clip.signals[clip.train], clip.mesh, box)
-    marcher, _ = march.build(box, "cpu", **preset.march.model_dump(exclude={"n_close"}))
+    marcher, _ = march.build(box, "cpu", **preset.march.of_marcher())
     marched, honest = [], type(marcher).march
 
     def spied(*args: Any) -> Any:

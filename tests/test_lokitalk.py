@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ from conftest import hearing
 
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk import LokiTalk
-from talkhead_cli.avatars.personal import N_EYES, eyes_told
+from talkhead_cli.avatars.personal import N_EYES, eyes_told, view
 from talkhead_cli.blocks.mouth import MAX_REST, N_CODES, SHUT, SPREAD, Mouth, principal_shapes
 from talkhead_cli.blocks.regions import region_masks, relief_gap, relief_of
 from talkhead_cli.blocks.rigid import moved
@@ -232,6 +234,32 @@ def test_a_corrected_pose_moves_the_head_and_leaves_the_shoulders(
     point, same = (r.origins + 4 * r.directions for r in (rays, aimed))
     landed = moved(point, before._shoulders, rays.row)
     assert torch.allclose(landed, moved(same, field._shoulders, rays.row), atol=1e-5)
+
+
+@torch.no_grad()
+def test_colours_of_views_never_seen_are_those_of_the_nearest_seen(
+    clip: Footage, avatar: LokiTalk
+) -> None:
+    rows = clip.signals[clip.train[:3]]
+    person = avatar.person(rows)
+    assert person.to_known_view(rows) is None, "in training's own views nothing changes"
+    turn = torch.eye(4)
+    turn[0, 0] = turn[2, 2] = math.cos(0.6)
+    turn[0, 2], turn[2, 0] = math.sin(0.6), -math.sin(0.6)
+    beside = rows.with_(camera=replace(rows.camera, c2w=turn @ rows.camera.c2w))
+    away = person.to_known_view(beside)
+    assert away is not None
+    torch.testing.assert_close((view(beside) + away)[:, 0], person.views[1, 0].expand(3))
+    x = torch.rand(30, 3, generator=torch.Generator().manual_seed(0)) - 0.5
+    d, row = (
+        torch.nn.functional.normalize(x + torch.tensor([0.0, 0, 2]), dim=1),
+        torch.arange(30) % 3,
+    )
+    _, seen = avatar.condition(beside)(x, d, row)
+    _, same = avatar.condition(rows)(x, d + away[row], row)
+    torch.testing.assert_close(seen, same)
+    _, other = avatar.condition(rows)(x, d, row)
+    assert not torch.allclose(seen[:, :3], other[:, :3], atol=1e-4)
 
 
 def test_a_field_that_is_asked_nothing_answers_nothing(clip: Footage, avatar: LokiTalk) -> None:

@@ -45,7 +45,7 @@ from talkhead_cli.avatars.personal import (
     noisy,
 )
 from talkhead_cli.blocks.gaussians import GaussianCode
-from talkhead_cli.blocks.light import Shading
+from talkhead_cli.blocks.light import LOOK_SCALE, Shading, looking
 from talkhead_cli.blocks.loss import PATCH, SOLID, WHOLE, patch_losses, solid_losses
 from talkhead_cli.blocks.mlp import Mlp, density_of
 from talkhead_cli.blocks.mouth import MAX_POSE, MOUTH, N_CODES
@@ -68,7 +68,6 @@ from talkhead_cli.contracts import (
 UPPER = torch.tensor([i for i in range(N_LANDMARKS) if i not in MOUTH.tolist()])
 UPPER_RIDGE = 0.01  # ridge strength per row
 COLOUR, AMBIENT = slice(0, 3), slice(3, 4)
-LOOK_SCALE = 5.0
 
 
 @dataclass(frozen=True)
@@ -181,6 +180,7 @@ class Landmark(PersonalAvatar):
             tables=self.code.tables(marks, signals.camera.c2w[:, :3, 2]),
             gaze=4 * gaze,
             light=self.shading(pose),
+            look=None if self.training else person.to_known_view(signals),
         )
 
     def compose(
@@ -267,9 +267,11 @@ class LandmarkField:
     channels = 4
     n_detached = 1
 
-    def __init__(self, avatar: Landmark, *, tables: Tensor, gaze: Tensor, light: Tensor) -> None:
+    def __init__(
+        self, avatar: Landmark, *, tables: Tensor, gaze: Tensor, light: Tensor, look: Tensor | None
+    ) -> None:
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(gaze)
-        self._tables, self._gaze, self._light = tables, gaze, light
+        self._tables, self._gaze, self._light, self._look = tables, gaze, light, look
         low, high = avatar.aabb[:3], avatar.aabb[3:]
         self._reach = torch.maximum(-low, high) * 1.1
 
@@ -278,6 +280,7 @@ class LandmarkField:
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
         density, hidden, ambient = self._slice(x, row)
+        d = looking(d, row, self._look)
         logits = self.avatar.colour_net(torch.cat([hidden, LOOK_SCALE * d], 1))
         colour = (logits + moved(x, self._light, row)).sigmoid()
         return density, torch.cat([colour, ambient.float().abs().sum(1, keepdim=True)], 1)

@@ -67,21 +67,29 @@ def eyes_told(signals: Signals) -> Tensor:
     return torch.cat([eye, *waves, 4 * signals.gaze, 10 * awake * signals.brow], 1)
 
 
+def view(signals: Signals) -> Tensor:
+    """Return the direction (T, 3) from each row's camera to the head, in head space."""
+    return -F.normalize(signals.camera.c2w[:, :3, 3], dim=1)
+
+
 class Person(nn.Module):
     """Measurements of one person.
 
     mouth, including the mean pose, in which head and shoulders are canonical ·
-    body_mean, body_scale (4,) of `Signals.body` · relief of the face
+    body_mean, body_scale (4,) of `Signals.body` · views (2, 3) least and largest `view` ·
+    relief of the face
     """
 
     body_mean: Tensor
     body_scale: Tensor
+    views: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.mouth, self.relief = Mouth(), Relief()
         for name in ("body_mean", "body_scale"):
             self.register_buffer(name, torch.zeros(4))
+        self.register_buffer("views", torch.zeros(2, 3))
 
     @torch.no_grad()
     def measure(
@@ -90,7 +98,18 @@ class Person(nn.Module):
         self.mouth.measure(signals, basis, scale)
         self.body_mean.copy_(signals.body.mean(0))
         self.body_scale.copy_(signals.body.std(0).clamp_min(1e-2))
+        self.views.copy_(torch.stack([view(signals).amin(0), view(signals).amax(0)]))
         self.relief.measure(mesh, aabb)
+
+    def to_known_view(self, signals: Signals) -> Tensor | None:
+        """Return what to add to each row's ray directions (T, 3) for colours that depend on them:
+        zero, but for views beyond those of training, whose colours are of the nearest known view.
+        What networks make of directions never seen is pale or flushed skin.  None if all are zero
+        and that can be told without a host sync.
+        """
+        seen = view(signals)
+        away = seen.clamp(self.views[0], self.views[1]) - seen
+        return None if away.device.type == "cpu" and not away.any() else away
 
     def stance(self, signals: Signals) -> Tensor:
         """Return the standardised pose of head and shoulders (T, 10)."""

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+LOOK_SCALE = 5.0  # of view directions: a talking head turns by a few degrees, so they hardly differ
 SHADE = 0.1  # scale of the learned weights: colour logits per standard deviation of pose
+
+
+def looking(d: Tensor, row: Tensor, look: Tensor | None) -> Tensor:
+    """Return directions d (N, 3) with `look` (T, 3) of their rows (N,) added; points of row -1 take
+    any."""
+    return d if look is None else d + look.index_select(0, row.clamp_min(0))
 
 
 class Shading(nn.Module):

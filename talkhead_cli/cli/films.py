@@ -20,7 +20,7 @@ def render(
     ] = None,
     preset: Annotated[
         list[str] | None,
-        typer.Option("-p", "--preset", help="How the picture is made to speak.  \\[default: s3d]"),
+        typer.Option("-p", "--preset", help="Preset for the picture.  \\[default: s3d]"),
     ] = None,
     prior: Annotated[
         str | None, typer.Option(help="Prior for the picture.  \\[default: the newest that fits]")
@@ -47,14 +47,21 @@ def render(
     landmarks: Annotated[
         Path | None, typer.Option(help="Track of landmarks to draw (.npz; see talkhead landmarks).")
     ] = None,
-    yaw: Annotated[float, typer.Option(help="Carry the camera round the head, degrees.")] = 0.0,
-    pitch: Annotated[float, typer.Option(help="Lift the camera over the head, degrees.")] = 0.0,
+    yaw: Annotated[
+        float,
+        typer.Option(
+            help="Move the camera around the head, degrees; positive: to the person's right."
+        ),
+    ] = 0.0,
+    pitch: Annotated[
+        float, typer.Option(help="Lift the camera above the head, degrees; negative: below it.")
+    ] = 0.0,
     orbit: Annotated[
         bool, typer.Option("--orbit", help="Swing the camera 30 degrees to either side, in 8 s.")
     ] = False,
     into: Annotated[
         Path | None,
-        typer.Option(help="The video that the identity was made of: set the face into it."),
+        typer.Option(help="Paste the face into this video, the one the identity was made from."),
     ] = None,
     device: Device = "auto",
     seed: Seed = 0,

@@ -30,7 +30,7 @@ def preprocess(
     ] = "largest",
     no_audio: Annotated[
         bool,
-        typer.Option("--no-audio", help="Track pictures alone, without training on them."),
+        typer.Option("--no-audio", help="Track without sound; such a video cannot be trained on."),
     ] = False,
     backend: Annotated[
         list[str] | None,
@@ -42,17 +42,17 @@ def preprocess(
     offset: Annotated[
         str,
         typer.Option(
-            help="Seconds the sound comes after the lips, to be undone: auto, none, or "
-            "a number (negative: before)."
+            help="Delay of the sound after the lips, to correct: auto, none, or seconds "
+            "(negative: it comes early)."
         ),
     ] = "auto",
     start: Annotated[
-        float, typer.Option("--from", help="Second of one video from which on it counts.")
+        float, typer.Option("--from", help="Start of the part to use, seconds (one video only).")
     ] = 0.0,
     end: Annotated[
         float | None,
         typer.Option(
-            "--to", help="Second up to which it counts, 3 or more later.  \\[default: its end]"
+            "--to", help="End of the part to use, at least 3 s later.  \\[default: the video's end]"
         ),
     ] = None,
     consent: Annotated[
@@ -117,9 +117,9 @@ def check(
     json: Json = False,
     verbose: Verbose = False,
 ) -> None:
-    """Check whether a film is worth training on, point by point, and say how to improve it.
+    """Check whether a video is worth training on, point by point, and say how to improve it.
 
-    For several films, only the points that do not pass are listed, film by film.
+    For several videos, only the points that do not pass are listed, video by video.
     """
     with speaking(verbose) as report:
         from talkhead_cli.contracts import MisuseError
@@ -191,7 +191,7 @@ def list_(home: Home = None, json: Json = False, verbose: Verbose = False) -> No
         folder = home_folder(home)
         names = list_ids(folder)
         if not names:
-            report.note(f"there is no identity in {folder}; --home says where avatars live")
+            report.note(f"there is no identity in {folder}; choose another folder with --home")
         if names and not json:
             err.print("[dim]identity\tlength\truns, newest first[/]")
         for name in names:

@@ -26,7 +26,7 @@ Devices = Annotated[
 Nodes = Annotated[
     int,
     typer.Option(
-        "--nodes", help="Machines that do; each runs this command (MASTER_ADDR, NODE_RANK ...)."
+        "--nodes", help="Machines that train together; run this command on each (MASTER_ADDR ...)."
     ),
 ]
 Seed = Annotated[

@@ -39,7 +39,7 @@ def finetune(
     ] = None,
     refine: Annotated[
         int | None,
-        typer.Option(help="For s3d: steps that bend what the prior knows to the person."),
+        typer.Option(help="For s3d: fine-tune on the person's picture for so many steps."),
     ] = None,
     fresh: Annotated[bool, typer.Option(help="Replace the run of that name.")] = False,
     device: Device = "auto",
@@ -79,7 +79,10 @@ def pretrain(
     ] = None,
     preset: Presets = None,
     expert: Annotated[
-        bool, typer.Option("--expert", help="Learn whether lips go with a sound, for evaluate.")
+        bool,
+        typer.Option(
+            "--expert", help="Train the lip-sync network that evaluate and s3d use (-p tiny)."
+        ),
     ] = False,
     setting: Settings = None,
     fresh: Annotated[bool, typer.Option(help="Replace the prior of that name.")] = False,

@@ -58,9 +58,9 @@ MOTIONLESS: Mapping[str, NDArray[Any]] = MappingProxyType(
 class MotionOptions:
     """What moves the person and the camera, beside speech.
 
-    pose: footage, still, auto or a file · blink: footage, auto, none or a file · orbit: swing the
-    camera ORBIT_DEG to either side with period ORBIT_S · landmarks: track to use instead of what
-    the speech predicts
+    pose: footage, still, auto or a file · blink: footage, auto, none or a file · yaw_deg,
+    pitch_deg: move the camera to the person's right, and up · orbit: swing the camera ORBIT_DEG to
+    either side with period ORBIT_S · landmarks: track to use instead of what the speech predicts
     """
 
     pose: str = "footage"
@@ -105,7 +105,7 @@ class Drive:
 
         swing = ORBIT_DEG * np.sin(2 * np.pi * frames / (FPS * ORBIT_S)) if self.orbit else 0.0
         yaw = np.broadcast_to(self.yaw_deg + swing, frames.shape)
-        angles = np.stack([yaw, np.full(len(frames), self.pitch_deg)], 1)
+        angles = np.stack([yaw, np.full(len(frames), -self.pitch_deg)], 1)
         turn = Rotation.from_euler("yx", angles, degrees=True).as_matrix()
         carried = torch.eye(4).repeat(len(frames), 1, 1)
         carried[:, :3, :3] = torch.from_numpy(turn).float()

@@ -136,7 +136,7 @@ def _expert_if_weighed(
     if judge is None:
         progress.note(
             f"stage '{stages[0]}' does without a lip-sync expert, since this home has none; lips "
-            "will follow speech a little less (train one first: talkhead pretrain --expert)"
+            "will follow speech a little less (train one first: talkhead pretrain --expert -p tiny)"
         )
     else:
         progress.note(f"lip-sync expert: {judge.name}")

@@ -128,7 +128,7 @@ def _asked_for(
             raise MisuseError(f"-s {setting} is read by pretrain; say {setting[len('pre') :]}")
     if preset.method not in method_names():
         raise MisuseError(
-            f"preset {preset.method} draws nobody; train it with: talkhead pretrain -p "
+            f"preset {preset.method} does not make avatars; train it with: talkhead pretrain -p "
             f"{preset.method}"
         )
     space = Workspace.open(home, name)

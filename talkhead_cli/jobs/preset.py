@@ -55,6 +55,10 @@ class March(_Strict):
     every: Annotated[int, Field(ge=1)] = 16
     kind: Literal["auto", "packed", "dense", "nerfacc"] = "auto"
 
+    def of_marcher(self) -> dict[str, Any]:
+        """Return the options that `march.build` takes; the others are for training and player."""
+        return self.model_dump(exclude={"n_close", "every"})
+
 
 class Stage(_Strict):
     """One training stage.

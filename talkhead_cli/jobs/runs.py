@@ -91,9 +91,7 @@ def build_avatar(
     )
     on_gpu = device.type == "cuda"
     lacks = why_no_triton() if on_gpu else "there is no GPU"
-    marcher, why = march.build(
-        aabb, device, kernels=not lacks, **preset.march.model_dump(exclude={"n_close", "every"})
-    )
+    marcher, why = march.build(aabb, device, kernels=not lacks, **preset.march.of_marcher())
     if on_gpu and lacks:
         why += f"; planes and samples go through plain torch, more slowly ({lacks})"
     return avatar.to(device), marcher.to(device), why

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from talkhead_cli.avatars.personal import Person
+from talkhead_cli.blocks.light import LOOK_SCALE, looking
 from talkhead_cli.blocks.mlp import by_row, density_of
 from talkhead_cli.blocks.planes import frequencies, warped, why_no_triton
 from talkhead_cli.blocks.precision import exact
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from talkhead_cli.avatars.lokitalk.method import LokiTalk
 
 MAX_SHIFT = 0.15  # face heights; guards the displacement fields
-LOOK_SCALE = 5.0  # of view directions: a talking head turns by a few degrees, so they hardly differ
 DEPTH = 0.3  # of the face's z displacement, hardly constrained by one camera: noise in side views
 REACH = 0.02  # attention up to which a region's field is not evaluated
 
@@ -31,7 +31,8 @@ class LokiField:
     face (2 T, trunk), density (2 T, head), torso (T, trunk): terms that the rows' codes (lips and
     eyes interleaved; pose for the torso) add in the first layers of the three nets · shoulders
     (T, 3, 4) motion to the rest pose · light (T, 3, 4) affine in position, added to the head's
-    colour logits · skips: whether points may have row -1, which are ignored (density 0)
+    colour logits · look (T, 3) or None, added to directions (`Person.to_known_view`) · skips:
+    whether points may have row -1, which are ignored (density 0)
     """
 
     channels = 8
@@ -48,7 +49,9 @@ class LokiField:
         torso: Tensor,
         shoulders: Tensor,
         light: Tensor,
+        look: Tensor | None,
     ) -> None:
+        self._look = look
         self.avatar, self.aabb, self.n_rows = avatar, avatar.aabb, len(torso)
         self._codes = self._face, self._density, self._torso = face, density, torso
         self._shoulders, self._light = shoulders, light
@@ -92,6 +95,7 @@ class LokiField:
         return self._static(x, row)[0]
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+        d = looking(d, row, self._look)
         if self.skips:
             return self._kernel(x, d, row)
         density, hidden, attention, shifts = self._static(x, row)

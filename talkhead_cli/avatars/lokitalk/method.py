@@ -23,7 +23,7 @@ purpose:
 * Networks see points in the space of a shared face (`alignment`, one affine map from landmarks at
   rest); mouth codes use the shapes and scale that people share.  For one person without a prior
   all of these are the person's own.
-* The mask that attention to the torso is compared with is zero everywhere else.
+* The target of attention to the torso is zero outside the torso.
 * Light is fixed in the room while the head turns (`Shading`).
 """
 
@@ -202,6 +202,7 @@ class LokiTalk(SharedAvatar):
             torso=self.to_torso(pose_code),
             shoulders=shoulders,
             light=self.shading(pose[:, :6]),
+            look=None if self.training else person.to_known_view(signals),
         )
 
     def compose(
