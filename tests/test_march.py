@@ -274,8 +274,9 @@ def test_build_says_what_it_chose() -> None:
     marcher, why = build(BOX, "cpu", n_steps=8, resolution=8)
     assert type(marcher) is PackedMarcher and "nerfacc" in why and "\n" not in why
     assert marcher.step == pytest.approx(1.6 / 8)
-    few, _ = build(BOX, "cpu", n_samples=4, resolution=8)
+    few, why = build(BOX, "cpu", n_samples=4, resolution=8)
     assert isinstance(few, GuidedMarcher) and few.n_samples == 4
+    assert why.startswith("4 samples a ray; ") and "packed in plain torch: nerfacc" in why
     dense, _ = build(BOX, "cpu", kind="dense")
     assert isinstance(dense, DenseMarcher)
     assert isinstance(Solid(smooth), Field)

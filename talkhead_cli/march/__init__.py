@@ -98,18 +98,19 @@ def build(
     step = step_length(aabb, n_steps)
     grid = OccupancyGrid(aabb, step, resolution)
 
-    def made(lattice: type[PackedMarcher]) -> PackedMarcher | GuidedMarcher:
+    def made(lattice: type[PackedMarcher], how: str) -> tuple[Marcher, str]:
         marcher = lattice(grid, step, early_stop=early_stop)
         if not n_samples:
-            return marcher
+            return marcher, how
         guided = FusedMarcher if kernels else GuidedMarcher
-        return guided(marcher, n_samples, n_steps)
+        how = f"{n_samples} samples a ray; while surfaces are not known, {how}"
+        return guided(marcher, n_samples, n_steps), how
 
     if kind == "packed":
-        return made(PackedMarcher), "packed: asked for"
+        return made(PackedMarcher, "packed: asked for")
     why_not = why_no_nerfacc() if device.type == "cuda" else "nerfacc needs a CUDA device"
     if not why_not:
-        return made(NerfaccMarcher), "nerfacc: CUDA kernels"
+        return made(NerfaccMarcher, "nerfacc: CUDA kernels")
     if kind == "nerfacc":
         raise TalkheadError(f"nerfacc cannot be used ({why_not}); set march.kind=packed")
-    return made(PackedMarcher), f"packed in plain torch: {why_not}"
+    return made(PackedMarcher, f"packed in plain torch: {why_not}")
