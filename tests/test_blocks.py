@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from solids import ray
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from talkhead_cli.blocks import regions
 from talkhead_cli.blocks.light import Shading
-from talkhead_cli.blocks.loss import gradient_difference, ssim
+from talkhead_cli.blocks.loss import gradient_difference, solid_losses, ssim
 from talkhead_cli.blocks.mlp import Mlp, by_row
 from talkhead_cli.blocks.planes import TriPlanes, frequencies
+from talkhead_cli.blocks.regions import Relief
 from talkhead_cli.blocks.remember import constant, remembered
 from talkhead_cli.blocks.rigid import (
     PoseCorrection,
@@ -27,7 +29,7 @@ from talkhead_cli.blocks.rigid import (
     undone,
 )
 from talkhead_cli.blocks.speech import SpeechEncoder, ridge_by_blocks, ridge_map
-from talkhead_cli.contracts import Camera, Frame, Signals
+from talkhead_cli.contracts import Camera, Frame, Rendered, Signals
 
 
 @pytest.mark.parametrize("index", [2, -2, np.int64(2), np.array(-2), torch.tensor(2)])
@@ -322,6 +324,39 @@ def test_ssim_is_one_for_equals_and_falls_with_noise() -> None:
         kernel_size=7,
     )
     assert abs(float(ssim(a, noisy).mean()) - float(reference)) < 0.03
+
+
+def rendered(opacity: float | torch.Tensor, away: float = 0.0) -> Rendered:
+    solid = opacity * torch.ones(1, 1)
+    return Rendered(torch.zeros(1, 4), solid, away * solid, 0 * solid, torch.tensor(1))
+
+
+def test_losses_of_solidity_have_their_values() -> None:
+    def lost(opacity: float, matte: float, face: float) -> dict[str, float]:
+        found = solid_losses(rendered(opacity), torch.tensor([[matte]]), torch.tensor([[face]]))
+        return {name: float(value) for name, value in found.items()}
+
+    assert lost(0.5, 1.0, face=1.0)["matte"] == pytest.approx(0.25)
+    assert lost(0.5, 1.0, face=0.0)["matte"] == pytest.approx(0.05)
+    assert lost(0.5, 1.0, face=1.0)["entropy"] == pytest.approx(math.log(2))
+    assert 0 < lost(0.99, 1.0, face=1.0)["entropy"] < 0.1
+
+
+def test_relief_pulls_surfaces_and_leaves_opacity_alone() -> None:
+    """A flat face at z = 0, seen from four face heights before it at half opacity."""
+    relief = Relief()
+    relief.side.fill_(1.0)
+    relief.depth[..., 1] = 1.0
+    rays = ray((0.0, 0.0, -4.0), (0.0, 0.0, 1.0))
+    opacity = torch.tensor([[0.5]], requires_grad=True)
+
+    def lost(away: float) -> torch.Tensor:
+        return relief.loss(rendered(opacity, away), rays, torch.ones(1)).sum()
+
+    assert float(lost(4.0)) == pytest.approx(0, abs=1e-6)
+    assert float(lost(4.5)) == pytest.approx(0.5 * (0.5 - 0.015), abs=1e-4)
+    (slope,) = torch.autograd.grad(lost(4.5), opacity)
+    assert abs(float(slope)) < 1e-5, "or thinning out would pay"
 
 
 def test_gradient_difference_ignores_brightness() -> None:

@@ -270,6 +270,25 @@ def test_angles_beyond_the_limit_are_misuse(
         drive_of(footage, 5, **angle)
 
 
+@pytest.mark.parametrize("pose", ["still", "auto"])
+def test_eyes_do_not_go_on_looking_where_the_head_does_not_go(
+    footage: dict[str, NDArray[Any]], pose: str
+) -> None:
+    _, gaze, brow = drive_of(footage, 100, pose=pose).eyes(np.arange(100))
+    assert np.ptp(gaze, 0).max() == 0 == np.ptp(brow, 0).max()
+
+
+def test_poses_of_frames_without_a_face_count_as_never_filmed(
+    footage: dict[str, NDArray[Any]],
+) -> None:
+    told = []
+    for yaw in (None, -0.6, 0.6):
+        if yaw is not None:
+            footage["pose"][0, :3] = [0, yaw, 0]  # of a row that is not usable
+        told.append(drive.beyond(footage, drive_of(footage, 5, yaw_deg=30.0), 5))
+    assert told[0] and told[0] == told[1] == told[2]
+
+
 @pytest.mark.parametrize(("option", "axis"), [("yaw_deg", [0, 1, 0]), ("pitch_deg", [-1, 0, 0])])
 def test_the_camera_circles_the_head(
     footage: dict[str, NDArray[Any]], option: str, axis: list[int]

@@ -388,6 +388,10 @@ def test_a_roll_back_leaves_the_averages_of_what_does_not_learn() -> None:
         pair.new.fill_(5.0)
     average.restart(pair)  # type: ignore[arg-type]
     assert torch.equal(average.weights["old"], settled) and average.weights["new"] == 5
+    with torch.no_grad():
+        pair.new.fill_(9.0)
+    average.update(pair)  # type: ignore[arg-type]
+    assert float(average.weights["new"]) == pytest.approx(5 + 4 * (1 - 2 / 11)), "as if just begun"
 
 
 def test_draws_follow_the_seed(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

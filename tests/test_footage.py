@@ -18,7 +18,7 @@ from talkhead_cli.contracts import (
     repacked,
     unpacked,
 )
-from talkhead_cli.jobs import fit, footage, shots
+from talkhead_cli.jobs import fit, footage, shots, stage_loop
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.pixels import DevicePixels, DiskPixels
 from talkhead_cli.march import picture_rays
@@ -100,6 +100,48 @@ def test_labels_between_stored_ones_are_interpolated(size: int) -> None:
             assert torch.allclose(255 * found[:, 1], down, atol=1e-3)
 
 
+@pytest.fixture
+def clip(speaker_home: Path) -> footage.Footage:
+    data = presets.load(PRESETS, SHORT).data
+    return footage.load(Workspace.open(speaker_home, "speaker"), data, SilentProgress())
+
+
+def test_rows_in_sequence_follow_each_other(clip: footage.Footage) -> None:
+    stage = presets.load(PRESETS).train.stages["speech"]
+    stage = stage.model_copy(update={"batch": 120, "in_sequence": 12})
+    holed = replace(clip, train=clip.train[clip.train % 20 != 15])
+    shot = shots.draw(holed, stage, 0, torch.zeros(6), torch.Generator().manual_seed(0))
+    assert bool((shot.signals.moment.view(10, 12).diff(dim=1) == 1).all())
+
+
+def test_patches_lie_inside_the_picture(clip: footage.Footage) -> None:
+    stage = presets.load(PRESETS, SHORT).train.stages["lips"].model_copy(update={"region": "all"})
+    box = footage.box_of(clip.signals.camera[clip.train])
+    for seed in range(10):
+        shot = shots.draw(clip, stage, 4096, box, torch.Generator().manual_seed(seed))
+        assert isinstance(shot, RayShot)
+        assert shot.rays.pixel.min() >= 0 and shot.rays.pixel.max() < clip.size_px
+
+
+def test_rare_rows_have_the_widest_mouths(clip: footage.Footage) -> None:
+    wide = clip.signals[clip.train].lip_gap.argsort(descending=True)[: len(clip.train) // 20]
+    assert set(clip.train[wide].tolist()) <= set(clip.rare.tolist())
+
+
+def test_nobody_is_best_shown_with_shut_eyes(clip: footage.Footage) -> None:
+    best, eye = clip.best_likeness(), clip.signals.eye.clone()
+    eye[best] = 0.0
+    asleep = replace(clip, signals=clip.signals.with_(eye=eye))
+    assert asleep.best_likeness().tolist() != best.tolist()
+
+
+def test_what_settles_mouths_was_not_trained_on(clip: footage.Footage) -> None:
+    stage = presets.load(PRESETS).train.stages["speech"]
+    (shorter,), (kept,) = stage_loop.inner_split([clip], stage)
+    assert len(kept) > 5 and len(shorter.speaking)
+    assert not set(shorter.train.tolist()) & set(kept.moment.tolist())
+
+
 def test_footage_goes_to_the_gpu_as_far_as_half_of_it_goes(
     speaker_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -123,6 +165,7 @@ def test_shots_know_their_truth(speaker_home: Path) -> None:
     x, y = shot.rays.pixel.long().unbind(1)
     truth = torch.from_numpy(clip.pictures[frame.numpy(), y.numpy(), x.numpy()]).float() / 255
     assert torch.equal(truth, shot.truth.colour)
+    assert torch.equal(shot.truth.plate, clip.plate[y, x])
     assert torch.allclose(shot.truth.labels.sum(1), torch.ones(len(truth)), atol=0.02)
     assert set(frame.tolist()) <= set(clip.train.tolist())
     picture = preset.train.stages["lips"].model_copy(update={"rays": "picture", "n_frames": 2})

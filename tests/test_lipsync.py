@@ -47,6 +47,14 @@ def talk(seconds: float, late_s: float, seed: int, noise: float = 1.0) -> Talk:
     return Talk(stream, frames, lips / lips.std(0))
 
 
+def test_windows_are_about_the_middle_of_their_frame() -> None:
+    """A frame lasts from step 4 t to 4 t + 4 of the features."""
+    stream = np.zeros((400, voice.N_FEATURES))
+    stream[4 * 50 + 2] = 1.0
+    heard = lipsync.windows(stream, np.array([50])).reshape(N_STEPS, -1)
+    assert heard.sum(1).argmax() == N_STEPS // 2
+
+
 @pytest.mark.parametrize("late_s", [-0.4, -0.11, -0.02, 0.0, 0.07, 0.2, 0.35])
 def test_a_known_shift_is_found_to_a_third_of_a_frame(late_s: float) -> None:
     one = talk(12, late_s, seed=3)

@@ -6,6 +6,7 @@ import json
 import shutil
 import zipfile
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -113,6 +114,12 @@ def outside(files: dict[str, bytes], record: dict) -> None:
     record["files"]["../../evil"] = {"size": 1, "sha256": "0"}
 
 
+def below(files: dict[str, bytes], record: dict) -> None:
+    """Lies in a folder that a parcel may have, and leads out of it."""
+    files["consent/../../../evil"] = b"x"
+    record["files"]["consent/../../../evil"] = {"size": 1, "sha256": sha256(b"x").hexdigest()}
+
+
 def hidden(files: dict[str, bytes], record: dict) -> None:
     files["runs/lokitalk+tiny/more.pkl"] = b"x"
 
@@ -147,7 +154,7 @@ def named_by_a_list(files: dict[str, bytes], record: dict) -> None:
 
 
 @pytest.mark.parametrize("change", [
-    outside, hidden, swapped, longer, led_out, run_led_out, emptied, of_another_kind,
+    outside, below, hidden, swapped, longer, led_out, run_led_out, emptied, of_another_kind,
     named_by_a_list,
 ])  # fmt: skip
 def test_a_parcel_that_is_not_what_it_says_leaves_nothing(
@@ -158,7 +165,7 @@ def test_a_parcel_that_is_not_what_it_says_leaves_nothing(
     with pytest.raises(TalkheadError):
         unpack(bad, there)
     assert [p for p in (tmp_path / "far").rglob("*") if p.is_file()] == []
-    assert not (tmp_path / "evil").exists()
+    assert not list(tmp_path.rglob("evil"))
 
 
 def test_what_is_no_parcel_is_said_in_a_sentence(parcel: Path, tmp_path: Path) -> None:

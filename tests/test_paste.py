@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +105,34 @@ def original(film: Path, mesh: np.ndarray, found: np.ndarray, takes: Takes) -> O
     meshes = np.repeat(mesh[None].astype(np.float32), N, 0)
     stands = np.where(found, np.arange(N), -1)
     return Original(media.Part(film), SIZE, Crop(30, 10, 40), takes, meshes, stands)
+
+
+def test_faces_go_where_a_shot_shows_them(film: Path, a_face: np.ndarray) -> None:
+    """Half as large and elsewhere, also where another frame stands in for one without a face."""
+    takes = Takes([Take(0, 24, STILL), Take(26, N, Zoom(0.5, (0.0, 0.0)))])
+    rows, found = np.arange(N), np.ones(N, bool)
+    found[24:26] = False
+    whole = original(film, a_face / 512, found, takes)
+    whole = replace(whole, stands=np.where(found, rows, np.where(rows < 25, 23, 26)))
+    plain = list(media.Part(film).frames())
+    white = (np.full((16, 16, 3), 255, np.uint8) for _ in rows)
+    pasted = list(whole.with_faces(rows, white, eyes=False))
+    for row in (25, 26, N - 1):
+        ys, xs = np.nonzero((pasted[row] != plain[row]).any(-1))
+        assert len(ys) and xs.min() >= 15 and xs.max() <= 35 and ys.max() <= 25, row
+
+
+def test_where_a_face_differed_it_fades_out(film: Path, a_face: np.ndarray) -> None:
+    """What differs in one frame only is pasted in the next, too: else cheeks would flicker."""
+    takes, rows = Takes([Take(0, N, STILL)]), np.arange(2)
+    whole = original(film, a_face / 512, np.ones(N, bool), takes)
+    same = [cv2.resize(f[10:50, 30:70], (64, 64)) for f in media.Part(film).frames(n_frames=2)]
+    second = np.clip(same[1].astype(int) + 6, 0, 255).astype(np.uint8)
+
+    def after(first: np.ndarray) -> np.ndarray:
+        return list(whole.with_faces(rows, iter([first, second]), eyes=False))[1]
+
+    assert (after(255 - same[0]) != after(same[0])).any()
 
 
 def test_all_but_the_face_is_the_film_s_own(film: Path, a_face: np.ndarray) -> None:

@@ -57,6 +57,8 @@ def test_the_crop_is_where_a_nearer_shot_shows_it() -> None:
     assert square.zoomed(STILL, size) == (100, 80, 200, 200)
     assert square.zoomed(Zoom(1.5, (-50.0, 20.4)), size) == (100, 140, 300, 300)
     # rounding leads nowhere outside
+    corner = Crop(0, 0, 40)
+    assert corner.zoomed(Zoom(1.25, (-12.0, -5.0)), (96, 64)) == (0, 0, 50, 50), "held inside"
     assert square.zoomed(Zoom(3.001, (-300.0, -240.0)), size) == (0, 0, 600, 600)
 
 

@@ -155,6 +155,7 @@ def test_going_back_restores_all_that_learns(
                 "before": before,
                 "after": apart(),
                 "step": position.step,
+                "total": position.total,
                 "halved": halved == [0.5 * rate for rate in rates],
             }
         )
@@ -165,6 +166,7 @@ def test_going_back_restores_all_that_learns(
     assert told["before"] == dict.fromkeys(("weights", "moments", "average"), True)
     assert told["after"] == dict.fromkeys(("weights", "moments", "average"), False)
     assert told["step"] == 20 and told["halved"]
+    assert told["total"] == N["speech"] + N["speech_all"] + 20
 
 
 def test_going_back_twice_goes_back_to_the_same_state_more_slowly(

@@ -196,6 +196,9 @@ def test_a_workspace_opens_once_it_is_finished(tmp_path: Path) -> None:
     assert Workspace.open(tmp_path, "alice").root == space.root
     with pytest.raises(TalkheadError, match="known: alice"):
         Workspace.open(tmp_path, "bob")
+    space.mark_undone("mesh")  # begun anew, and perhaps killed
+    with pytest.raises(TalkheadError, match="not preprocessed to the end"):
+        Workspace.open(tmp_path, "alice")
 
 
 def test_ids_are_folders_with_a_manifest(tmp_path: Path) -> None:
@@ -403,6 +406,7 @@ def test_removing_leaves_the_neighbours(space: Workspace, tmp_path: Path) -> Non
     (tmp_path / "carl").symlink_to(elsewhere)
     Workspace(tmp_path, "carl").remove()
     assert list_ids(tmp_path) == ["ben"] and not elsewhere.exists()
+    assert not (tmp_path / "carl").is_symlink(), "or nobody could be called so again"
 
 
 def test_missing_and_damaged_arrays_of_a_workspace_are_named(space: Workspace) -> None:
@@ -451,6 +455,32 @@ def test_pixels_are_kept_until_a_stage_changes(space: Workspace) -> None:
     space.note(finished=True)
     assert space.pixels("rgb", 4) is not None
     space.mark_done("film", "other")
+    assert space.pixels("rgb", 4) is None
+
+
+def test_pixels_of_footage_that_is_replaced_meanwhile_are_not_its_own(space: Workspace) -> None:
+    def rows() -> Iterator[Pixels]:
+        yield from pictures(1)
+        space.mark_done("film", "other")
+
+    space.save_pixels("rgb", 4, (1, 4, 4, 3), rows())
+    assert space.pixels("rgb", 4) is None
+
+
+def test_pixels_whose_key_was_not_written_are_nobody_s(
+    space: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space.mark_done("film", "one")
+    space.save_pixels("rgb", 4, (1, 4, 4, 3), pictures(1))
+    space.mark_done("film", "two")
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(Path, "write_text", killed)
+        space.save_pixels("rgb", 4, (1, 4, 4, 3), (2 + picture for picture in pictures(1)))
+    space.mark_done("film", "one")  # again, whose key was there
     assert space.pixels("rgb", 4) is None
 
 
@@ -612,6 +642,7 @@ def test_runs_are_listed_newest_finished_first(tmp_path: Path) -> None:
     }
     for name, meta in facts.items():
         Run(tmp_path / name).write_meta(**meta)
+    Run(tmp_path / "my run").write_meta(finished=True)  # a name that no command takes
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("")
     assert [r.name for r in list_runs(tmp_path)] == ["new", "middle", "old", "stopped"]
