@@ -19,7 +19,8 @@ from talkhead_cli.contracts import (
     SilentProgress,
     TalkheadError,
 )
-from talkhead_cli.jobs import drive, landmark_track, script
+from talkhead_cli.jobs import backends, drive, landmark_track, script
+from talkhead_cli.jobs.footage import SpeechStats
 from talkhead_cli.jobs.landmark_track import LandmarkTrack
 
 Array = NDArray[np.floating[Any]]
@@ -60,6 +61,20 @@ def test_lids_of_a_landmark_track_move_one_picture_too(tmp_path: Path) -> None:
 
 
 # ---------------------------------------------------------------- silence
+
+
+def test_silence_says_nothing_of_a_microphone() -> None:
+    ear = backends.voice_of("mel")
+    rng = np.random.default_rng(0)
+    sound = (rng.normal(0, 3000, 16_000 * 12)).astype(np.int16)
+    padded = np.concatenate([sound, np.zeros(16_000 * 20, np.int16)])
+    footage = SpeechStats(np.zeros(ear.n_features), np.ones(ear.n_features), ear.rate_hz)
+    (alone, _), (with_silence, silent) = (
+        script.speech_stats(pcm, ear, footage) for pcm in (sound, padded)
+    )
+    assert not silent
+    np.testing.assert_allclose(with_silence.mean, alone.mean, atol=0.02)
+    np.testing.assert_allclose(with_silence.std, alone.std, rtol=0.05)
 
 
 def test_somebody_talks_until_silence_lasts() -> None:

@@ -22,6 +22,7 @@ from talkhead_cli.contracts import (
     LOWER_LIP,
     SAMPLE_RATE_HZ,
     UPPER_LIP,
+    Signals,
     SilentProgress,
     TalkheadError,
     unpacked,
@@ -303,9 +304,18 @@ def test_maps_show_what_a_method_does_where(home: Path, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["lokitalk", "talk3d"])
-def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path, method: str) -> None:
+def test_what_the_options_change(
+    home: Path, speech: Path, tmp_path: Path, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = f"{method}+tiny"
     base = ["render", "--id", "speaker", "--run", run, "--audio", speech, "--home", home]
+    opened, honest = [], Player.open_views
+
+    def spied(player: Player, signals: Signals) -> None:
+        opened.append(len(signals))
+        honest(player, signals)
+
+    monkeypatch.setattr(Player, "open_views", spied)
 
     def film(name: str, *words: str) -> np.ndarray:
         ok(*base, "-o", tmp_path / name, *words)
@@ -317,7 +327,9 @@ def test_what_the_options_change(home: Path, speech: Path, tmp_path: Path, metho
     assert corner[1] > 180 > 80 > corner[0]
     middle = (slice(None), slice(24, 36), slice(26, 38))
     assert np.abs(green[middle] - plain[middle]).mean() < 12
+    assert not opened, "views of the footage are known"
     turned = film("turned.mp4", "--yaw", "15")
+    assert opened.pop() > 1
     assert np.abs(turned - plain).mean() > 1.5
     raised = film("raised.mp4", "--pitch", "15")
     assert np.abs(raised - plain).mean() > 1.5 < np.abs(raised - turned).mean()
@@ -500,6 +512,11 @@ def test_films_take_the_place_of_our_own_alone(home: Path, speech: Path, tmp_pat
     # film that is none of its own stays
     made[0].with_name("plain.webm.json").unlink()
     ok("render", *said, "--audio", short, "-o", made[0])
+    own = ok("render", *said, "--audio", short, "-o", tmp_path / "own.mp4")[0]
+    before = own.read_bytes()
+    refused = talkhead("render", *said, "--audio", own, "-o", own)
+    assert refused.exit_code == 2 and "overwrite the speech file" in refused.stderr
+    assert own.read_bytes() == before
     depth = tmp_path / "plain.depth.mkv"
     depth.write_bytes(b"a film of mine")
     refused = talkhead("render", *said, "--audio", short, "-o", made[0], "--depth")

@@ -109,6 +109,15 @@ def test_widths_add_up_to_the_way_through_occupied_cells(training: bool) -> None
     )
 
 
+def test_training_samples_all_places_of_an_interval() -> None:
+    """Else surfaces would be found at a few depths alone."""
+    marcher, rays = GuidedMarcher(packed(), 4, 200).train(), ray((0, 0, -3), (0, 0, 1))
+    torch.manual_seed(0)
+    found = torch.stack([marcher.lay(rays)[0][0, 1] for _ in range(200)])
+    interval = float((rays.far - rays.near) / 4)
+    assert 0.9 * interval < float(found.max() - found.min()) < 1.01 * interval
+
+
 def test_blocks_of_rays_are_seamless(monkeypatch: pytest.MonkeyPatch) -> None:
     field, marcher, rays = Solid(smooth), trained(Solid(smooth), 5), picture(20, 0.2)
     with torch.no_grad():

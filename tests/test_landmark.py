@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,14 @@ from conftest import hearing
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from talkhead_cli import march
+from talkhead_cli.avatars.base import PictureResult
 from talkhead_cli.avatars.landmark import UPPER, Face, Landmark
 from talkhead_cli.blocks.gaussians import WAVES, GaussianCode, _Waves
 from talkhead_cli.blocks.modulated import ModulatedConv
 from talkhead_cli.blocks.rigid import shoulders_in_picture
 from talkhead_cli.blocks.speech import SpeechTransformer
 from talkhead_cli.blocks.style_unet import StyleUNet, haar, unhaar
-from talkhead_cli.contracts import Camera, MisuseError, Signals, SilentProgress
+from talkhead_cli.contracts import Camera, MisuseError, Rendered, Signals, SilentProgress
 from talkhead_cli.jobs import footage, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
@@ -371,6 +372,41 @@ def test_whole_pictures_have_a_torso_and_patches_a_head(clip: Footage, avatar: L
     hidden = whole.parts["head_alpha"] > 0.5
     assert bool(torch.isfinite(whole.depth[hidden]).all())
     assert bool(torch.isinf(whole.depth[~hidden]).all())
+
+
+def test_losses_want_the_head_over_the_plate_and_the_person_in_the_matte(
+    clip: Footage, avatar: Landmark
+) -> None:
+    """A head drawn as it is, over the background, costs nothing; nor does the matte of labels."""
+    at = clip.train[:1]
+    rows = clip.signals[at]
+    rays = march.picture_rays(rows.camera, torch.zeros(1, dtype=torch.long), avatar.aabb)
+    truth = shots.truth_of(clip, at, rays)
+    head = truth.labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
+    feature = torch.cat([head * truth.colour, torch.zeros(len(rays), 1)], 1)
+    nothing = torch.zeros(len(rays), 1)
+    made = Rendered(feature, head, 4 * head, nothing, torch.tensor(1))
+    field = avatar.condition(rows)
+    part = replace(rays, whole=False)
+    frame = avatar.compose(made, part, rows, truth.plate)
+    lost = avatar.picture_losses(PictureResult(rows, part, truth, field, made, frame))
+    assert float(lost["colour"]) < 1e-10
+    person = (1 - truth.labels[:, 5]).view(1, PX, PX, 1)
+    frame = replace(frame, rgb=truth.colour.view(1, PX, PX, 3).clone(), alpha=person)
+    lost = avatar.picture_losses(PictureResult(rows, rays, truth, field, made, frame))
+    assert float(lost["whole_matte"]) < 1e-10 and float(lost["whole"]) < 1e-10
+
+
+@torch.no_grad()
+def test_shoulders_do_not_shake_in_films(clip: Footage, avatar: Landmark) -> None:
+    rows, stances = clip.signals[clip.train[:1]], []
+    hook = avatar.torso.register_forward_pre_hook(lambda _, given: stances.append(given[1]))
+    try:
+        for _ in range(2):
+            avatar._whole(torch.zeros(1, PX, PX, 4), rows)
+    finally:
+        hook.remove()
+    assert torch.equal(*stances)
 
 
 def test_a_field_that_does_not_learn_is_marched_without_gradients(

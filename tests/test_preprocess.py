@@ -279,9 +279,12 @@ def test_one_run_or_a_prior_can_be_removed(home: Path) -> None:
 
 def test_an_identity_that_is_worked_on_is_not_removed(home: Path) -> None:
     space = Workspace(home, "speaker")
+    Run.named(space.runs, "one").write_meta(steps=3)
     with space.locked():
-        result = talkhead("remove", "speaker", "--yes", "--home", home)
-    assert "working on 'speaker'" in error_of(result) and space.video.exists()
+        for words in ([], ["--run", "one"]):
+            result = talkhead("remove", "speaker", *words, "--yes", "--home", home)
+            assert "working on 'speaker'" in error_of(result)
+    assert space.video.exists() and Run.named(space.runs, "one").meta()["steps"] == 3
     assert talkhead("remove", "speaker", "--yes", "--home", home).exit_code == 0
     assert not space.root.exists()
 

@@ -14,7 +14,7 @@ from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.avatars.lokitalk.transfer import N_SEEN, VECTORS, in_plane_layout
 from talkhead_cli.blocks.mlp import Mlp
 from talkhead_cli.blocks.planes import unwarped, warped
-from talkhead_cli.blocks.rigid import alignment
+from talkhead_cli.blocks.rigid import alignment, rotations
 from talkhead_cli.blocks.variant import variant
 from talkhead_cli.contracts import Portrait, Signals, SilentProgress
 from talkhead_cli.jobs import footage
@@ -103,7 +103,10 @@ def test_faces_are_laid_on_each_other_and_one_alone_stays_where_it_is(clip: Foot
 
 
 def laid(
-    crowd: LokiTalk, portrait: Portrait, shoulders: torch.Tensor | None = None
+    crowd: LokiTalk,
+    portrait: Portrait,
+    shoulders: torch.Tensor | None = None,
+    aimed: torch.Tensor | None = None,
 ) -> torch.Tensor:
     signals = portrait.signals
     neutral = crowd.person(signals).mouth.neutral
@@ -112,7 +115,7 @@ def laid(
         px=96,
         reach=crowd.reach,
         shared=alignment(neutral, crowd.face),
-        aimed=crowd.correction(signals),
+        aimed=crowd.correction(signals) if aimed is None else aimed,
         chin=float(neutral[8, 1]),
         shoulders=crowd.shoulders(signals) if shoulders is None else shoulders,
     )
@@ -147,6 +150,20 @@ def test_shoulders_are_laid_where_they_rest(clip: Footage, crowd: LokiTalk) -> N
     above = (before[3] > 0.95) & (torch.arange(96) < 48)[:, None]  # the ears
     assert change[above].max() < 0.01
     assert change[72:][before[9, 72:] > 0.9].mean() > 0.1
+
+
+def test_a_corrected_pose_is_that_of_a_camera_that_moved(clip: Footage, crowd: LokiTalk) -> None:
+    portrait = clip.portrait(clip.train[:1])
+    turn = torch.eye(4)[None]
+    turn[0, :3, :3] = rotations(torch.tensor([[0.05, -0.1, 0.02]]))[0]
+    turn[0, :3, 3] = torch.tensor([0.03, 0.02, -0.05])
+    camera = portrait.signals.camera
+    moved = replace(camera, c2w=turn @ camera.c2w)
+    seen = replace(portrait, signals=portrait.signals.with_(camera=moved))
+    still = torch.eye(3, 4)[None]
+    corrected = laid(crowd, portrait, still, turn[:, :3])
+    torch.testing.assert_close(corrected, laid(crowd, seen, still, still), atol=1e-3, rtol=0)
+    assert not torch.allclose(corrected, laid(crowd, portrait, still, still), atol=0.05)
 
 
 def test_whom_pictures_show_has_five_things_of_its_own(clip: Footage, crowd: LokiTalk) -> None:
