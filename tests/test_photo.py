@@ -105,6 +105,19 @@ def test_of_two_faces_one_is_chosen_and_said(likeness: np.ndarray, tmp_path: Pat
     assert not torch.equal(largest.portrait.pictures, right.portrait.pictures)
 
 
+def test_a_face_found_in_an_enlarged_part_lies_where_it_is_in_the_whole(
+    likeness: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture = np.full((900, 1600, 3), 128, np.uint8)
+    picture[500:800, 1100:1400] = cv2.resize(likeness, (300, 300), interpolation=cv2.INTER_AREA)
+    path, progress = save(tmp_path / "far.png", picture), SilentProgress()
+    near, _ = photo._mesh(path, picture, "largest", progress)
+    honest = photo._seen
+    monkeypatch.setattr(photo, "_seen", lambda rgb: None if rgb.shape[1] > 700 else honest(rgb))
+    found, _ = photo._mesh(path, picture, "largest", progress)
+    assert np.abs(found[:, :2].mean(0) - near[:, :2].mean(0)).max() < 3
+
+
 def test_what_is_no_picture_or_shows_nobody_is_answered(tmp_path: Path) -> None:
     with pytest.raises(TalkheadError, match="there is no picture"):
         look(tmp_path / "none.png")
