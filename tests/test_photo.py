@@ -112,9 +112,15 @@ def test_a_face_found_in_an_enlarged_part_lies_where_it_is_in_the_whole(
     picture[500:800, 1100:1400] = cv2.resize(likeness, (300, 300), interpolation=cv2.INTER_AREA)
     path, progress = save(tmp_path / "far.png", picture), SilentProgress()
     near, _ = photo._mesh(path, picture, "largest", progress)
-    honest = photo._seen
-    monkeypatch.setattr(photo, "_seen", lambda rgb: None if rgb.shape[1] > 700 else honest(rgb))
+    honest, looked = photo._seen, []
+
+    def short_sighted(rgb: np.ndarray) -> np.ndarray | None:
+        looked.append(rgb.shape)
+        return honest(rgb) if len(looked) > 1 else None
+
+    monkeypatch.setattr(photo, "_seen", short_sighted)
     found, _ = photo._mesh(path, picture, "largest", progress)
+    assert len(looked) == 2 and looked[1] < looked[0]
     assert np.abs(found[:, :2].mean(0) - near[:, :2].mean(0)).max() < 3
 
 
