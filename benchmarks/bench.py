@@ -404,7 +404,8 @@ def main() -> None:
         unusual = [Path(name).stem for name in options.presets if name not in ("lokitalk", "tiny")]
         suffix = "".join(f"-{name}" for name in unusual) + suffix
         # tables show the usual people and seed, which others must not replace
-        suffix += "" if options.ids == USUAL_IDS else f"-{'-'.join(options.ids)}"
+        few = "-".join(options.ids) if len(options.ids) <= 4 else f"{len(options.ids)}-people"
+        suffix += "" if options.ids == USUAL_IDS else f"-{few}"
         suffix += f"-seed{options.seed}" if options.seed else ""
         options.chart = lambda name: RESULTS / f"{today}-{name}{suffix}.png"
         command = shown(["python", "benchmarks/bench.py", *sys.argv[1:]])

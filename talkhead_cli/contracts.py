@@ -120,11 +120,17 @@ def free_gb() -> float:
     return free
 
 
+def n_bound_cores() -> int:
+    """Return the number of CPU cores that this process is bound to."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def n_cores() -> int:
     """Return the number of CPU cores that this process may use: those it is bound to, or the quota
     of its container if that is less."""
-    bound = hasattr(os, "sched_getaffinity")
-    n = len(os.sched_getaffinity(0)) if bound else os.cpu_count() or 1
+    n = n_bound_cores()
     for files in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
         with contextlib.suppress(OSError, ValueError):  # "max" is no number
             quota, period = map(int, " ".join((CGROUP / f).read_text() for f in files).split())
@@ -135,7 +141,8 @@ def n_cores() -> int:
 
 def _table(file: Path) -> dict[str, int]:
     """Return the first number of each line of a kernel's file, by the word before it."""
-    return {words[0]: int(words[1]) for words in map(str.split, file.read_text().splitlines())}
+    rows = (line.split() for line in file.read_text().splitlines())
+    return {row[0]: int(row[1]) for row in rows if len(row) > 1}
 
 
 def _alone(index: Any, n: int) -> slice:

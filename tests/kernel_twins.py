@@ -19,6 +19,7 @@ from torch import Tensor
 from talkhead_cli import march
 from talkhead_cli.avatars.lokitalk import LokiTalk, field_triton
 from talkhead_cli.blocks import rigid
+from talkhead_cli.blocks.light import looking
 from talkhead_cli.blocks.planes import TriPlanes
 from talkhead_cli.blocks.planes_triton import ReadPlanes
 from talkhead_cli.blocks.rigid_triton import Move
@@ -175,7 +176,10 @@ def someone(size: Any, n_rows: int) -> tuple[LokiTalk, Signals]:
         mouth.basis.copy_(torch.randn_like(mouth.basis))
         for part, value in ((mouth.scale, 0.1), (mouth.extent, 0.2), (mouth.pose_scale, 1.0)):
             part.fill_(value)
-    camera = Camera(torch.eye(4).repeat(n_rows, 1, 1), torch.eye(3).repeat(n_rows, 1, 1), 64)
+        person.views.copy_(torch.tensor([[-0.1, -0.1, 0.9], [0.1, 0.1, 1.0]]))
+    c2w = torch.eye(4).repeat(n_rows, 1, 1)
+    c2w[:, :3, 3] = torch.tensor([1.5, 0.0, -5.0])  # from further aside than was ever seen
+    camera = Camera(c2w, torch.eye(3).repeat(n_rows, 1, 1), 64)
     signals = Signals(
         audio=torch.zeros(n_rows, 8, 6),
         eye=torch.rand(n_rows, 2),
@@ -210,7 +214,7 @@ def field() -> dict[str, float]:
         row = row.sort().values if ordered else row  # as pixels of pictures are
         density, channels = avatar.condition(signals)(x, d, row)
         asked = torch.arange(300) % 7 > 0
-        told = field_triton.fused_field(avatar.to(DEVICE).condition(signals.to(DEVICE)))
+        told = Asked(avatar.to(DEVICE).condition(signals.to(DEVICE)))
         row = torch.where(asked, row, -1)
         twin, colours = (v.cpu() for v in told(*(v.to(DEVICE) for v in (x, d, row))))
         assert float(twin[~asked].abs().max()) == 0.0
@@ -234,13 +238,14 @@ class Asked:
     def __init__(self, plain: Any) -> None:
         self.aabb, self.channels = plain.aabb, plain.channels
         self.n_detached, self.n_rows = plain.n_detached, plain.n_rows
-        self._kernel = field_triton.fused_field(plain)
+        self._kernel, self._look = field_triton.fused_field(plain), plain._look
+        assert self._look is not None and self._look.any()
 
     def density(self, x: Tensor, row: Tensor) -> Tensor:
         return self._kernel(x, x, row)[0]
 
     def __call__(self, x: Tensor, d: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
-        return self._kernel(x, d, row)
+        return self._kernel(x, looking(d, row, self._look), row)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from talkhead_cli import march
 from talkhead_cli.avatars.base import PictureResult
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.avatars.lokitalk.method import MAX_LIPS, SHIFTS
-from talkhead_cli.avatars.personal import N_EYES, eyes_told, view
+from talkhead_cli.avatars.personal import N_EYES, Person, eyes_told, view
 from talkhead_cli.blocks.mouth import (
     MAX_POSE,
     MAX_REST,
@@ -53,7 +53,8 @@ def avatar(clip: Footage) -> LokiTalk:
     torch.manual_seed(0)
     made = LokiTalk.build("tiny", **hearing(clip.signals), px=64)
     box = footage.box_of(clip.signals.camera[clip.train])
-    made.calibrate(clip.signals[clip.train], clip.mesh, box)
+    made.calibrate(clip.signals[clip.speaking], clip.mesh, box)
+    made.see(clip.signals[clip.train])
     return made.eval()
 
 
@@ -283,6 +284,16 @@ def test_colours_of_views_never_seen_are_those_of_the_nearest_seen(
     torch.testing.assert_close(seen, same)
     _, other = avatar.condition(rows)(x, d, row)
     assert not torch.allclose(seen[:, :3], other[:, :3], atol=1e-4)
+
+
+def test_a_run_of_before_views_were_measured_is_loaded_and_bounds_none(
+    clip: Footage, avatar: LokiTalk
+) -> None:
+    state = {name: v for name, v in avatar.state_dict().items() if not name.endswith("views")}
+    old = LokiTalk.build("tiny", **hearing(clip.signals), px=64)
+    old.load_state_dict(state)
+    person = old.people[0]
+    assert isinstance(person, Person) and bool(person.views.isinf().all())
 
 
 def test_a_field_that_is_asked_nothing_answers_nothing(clip: Footage, avatar: LokiTalk) -> None:

@@ -412,6 +412,9 @@ def test_removing_leaves_the_neighbours(space: Workspace, tmp_path: Path) -> Non
 def test_missing_and_damaged_arrays_of_a_workspace_are_named(space: Workspace) -> None:
     with pytest.raises(TalkheadError, match=r"tracks\.npz is missing; run preprocess for 'alice'"):
         space.load("tracks")
+    space.save("tracks", {"mesh_px": np.zeros(1)})
+    with pytest.raises(TalkheadError, match="'alice' was preprocessed by an older version"):
+        space.load("tracks")
     (space.root / "tracks.npz").write_bytes(b"not arrays")
     with pytest.raises(TalkheadError, match=r"tracks\.npz is damaged"):
         space.load("tracks")

@@ -96,6 +96,19 @@ def test_training_keeps_to_the_quota(two_threads: None, monkeypatch: pytest.Monk
     assert torch.get_num_threads() == 2
 
 
+def test_cores_that_others_use_are_not_taken_from_the_quota(
+    two_threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of 64 cores may be used, 40 are: there is room enough."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
+    monkeypatch.setattr(threads, "n_cores", lambda: 2)
+    looks = iter(after([40.0, 63.5]))
+    with Threads(SilentProgress(), times=lambda: next(looks)) as kept:
+        for wanted in (2, 1):
+            kept.adapt()
+            assert torch.get_num_threads() == wanted
+
+
 def test_it_looks_now_and_then_and_only_where_asked(
     two_threads: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

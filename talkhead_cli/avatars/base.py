@@ -64,8 +64,9 @@ class Avatar(nn.Module):
     noise           scale of the noise on driving signals in training; each stage sets it
     common, own     name prefixes of the state that people share, which a prior consists of, and
                     name suffixes excluded from it
-    loss_names, expert_losses  names of all its losses (`losses_of`: by kind of rays) · those
-                    computed by a lip-sync expert or critic, which may be missing
+    loss_names, expert_losses  names of all its losses · those computed by a lip-sync expert or
+                    critic, which may be missing.  Which of them stages have is told from their
+                    rays and these names (`losses_of`, which a method with others overrides)
     loss_networks   frozen networks that losses use, handed in by the job; a plain list, so that
                     they are neither trained nor saved with the avatar
     composing       names of the parts that only `compose` uses
@@ -154,6 +155,9 @@ class Avatar(nn.Module):
         mesh (n, 3) the rigid face in head space · aabb (6,) the box that holds the person
         """
         raise NotImplementedError
+
+    def see(self, signals: Signals) -> None:
+        """Measure what training shows of one person, on all training rows, with sound or not."""
 
     def enroll(self, portrait: Portrait | None) -> Speaker:
         """Return the avatar as the person in the pictures, by one differentiable forward pass; an

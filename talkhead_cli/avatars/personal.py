@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -76,8 +77,8 @@ class Person(nn.Module):
     """Measurements of one person.
 
     mouth, including the mean pose, in which head and shoulders are canonical ·
-    body_mean, body_scale (4,) of `Signals.body` · views (2, 3) least and largest `view` ·
-    relief of the face
+    body_mean, body_scale (4,) of `Signals.body` · views (2, 3) least and largest `view`, infinite
+    where they were not measured · relief of the face
     """
 
     body_mean: Tensor
@@ -89,7 +90,11 @@ class Person(nn.Module):
         self.mouth, self.relief = Mouth(), Relief()
         for name in ("body_mean", "body_scale"):
             self.register_buffer(name, torch.zeros(4))
-        self.register_buffer("views", torch.zeros(2, 3))
+        self.register_buffer("views", torch.tensor([[-torch.inf] * 3, [torch.inf] * 3]))
+
+    def _load_from_state_dict(self, state: dict[str, Tensor], prefix: str, *rest: Any) -> None:
+        state.setdefault(f"{prefix}views", self.views)  # runs of before it was measured have none
+        super()._load_from_state_dict(state, prefix, *rest)
 
     @torch.no_grad()
     def measure(
@@ -98,7 +103,6 @@ class Person(nn.Module):
         self.mouth.measure(signals, basis, scale)
         self.body_mean.copy_(signals.body.mean(0))
         self.body_scale.copy_(signals.body.std(0).clamp_min(1e-2))
-        self.views.copy_(torch.stack([view(signals).amin(0), view(signals).amax(0)]))
         self.relief.measure(mesh, aabb)
 
     def to_known_view(self, signals: Signals) -> Tensor | None:
@@ -185,6 +189,11 @@ class PersonalAvatar(Avatar):
             if known.any():
                 self.speech.freeze_as_prior()
             self.speech.solve([(signals, person.mouth.speech_target(signals))])
+
+    @torch.no_grad()
+    def see(self, signals: Signals) -> None:
+        views = view(signals)
+        self.person(signals).views.copy_(torch.stack([views.amin(0), views.amax(0)]))
 
     # -- speech ----------------------------------------------------------------------------
 

@@ -203,6 +203,7 @@ def _initialised(
     refuse_unknown(stages.train, avatar, preset.method)
     clip.refuse_mute(name)
     avatar.calibrate(clip.signals[clip.speaking].to(where), clip.mesh.to(where), aabb)
+    avatar.see(clip.signals[clip.train].to(where))
     if start is not None:
         avatar.meet(clip.portrait(clip.best_likeness(N_PORTRAITS)).to(where))
     return avatar, marcher, stages

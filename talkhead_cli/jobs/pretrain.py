@@ -176,6 +176,7 @@ def _train(training: Training, home: Path, asked: _Asked, preset: Preset, stages
     )
     for clip, own in zip(clips, rows, strict=True):
         avatar.calibrate(clip.signals[own].to(where), clip.mesh.to(where), aabb.to(where))
+        avatar.see(clip.signals[clip.train].to(where))
     trained = preset.model_copy(update={"train": stages})
     position = training.train(trained, avatar, marcher, clips)
     if position is None:

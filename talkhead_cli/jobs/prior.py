@@ -71,8 +71,8 @@ def choose_start(
         named = named_prior(home, wanted, preset.method, speech)
         if not _fits(named, preset):
             raise TalkheadError(
-                f"prior '{wanted}' does not fit: it is of another size, speech window or version; "
-                "use the presets that it was trained with"
+                f"prior '{wanted}' does not fit these presets: it is of another size, window "
+                "or version; use the presets that it was trained with, or another --prior"
             )
         return start_from(named)
     known = finished(home, preset.method)

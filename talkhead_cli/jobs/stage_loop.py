@@ -206,10 +206,11 @@ class StageLoop:
                 self.job.threads.adapt()
             stopped = stop(position)
             if stopped or self.job.clock.save_is_due():
-                if not self._all_is_finite():
+                if self._all_is_finite():
+                    self._save(position)
+                elif self.job.fabric.world_size == 1:
                     self._roll_back(position, good)
-                    continue
-                self._save(position)
+                    continue  # of several processes the next step's loss, which they share, is none
             if stopped:
                 return False
         for kept in self.kept:

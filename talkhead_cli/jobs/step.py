@@ -123,7 +123,7 @@ class Step(nn.Module):
             n_points += int(rendered.n_points)
         terms = self.avatar.losses(results)
         known = self.avatar.losses_of(_rays_of(drawn.shots[0]))
-        assert terms.keys() <= known, terms.keys() - known
+        assert terms.keys() <= known, f"losses_of leaves out {sorted(terms.keys() - known)}"
         weighed = [weights[name] * term for name, term in terms.items() if weights.get(name)]
         assert weighed, terms.keys()
         loss = torch.stack(weighed).sum()

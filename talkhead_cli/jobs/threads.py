@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import torch
 
-from talkhead_cli.contracts import Progress, n_cores
+from talkhead_cli.contracts import Progress, n_bound_cores, n_cores
 
 EVERY_S = 3.0  # between looks at what other programs use
 
@@ -66,7 +66,7 @@ class Threads:
         seconds, busy, own = (a - b for a, b in zip(now, self._seen, strict=True))
         self._seen = now
         others = max(0.0, busy - own) / max(seconds, 1e-9)
-        n = min(self.most, max(1, round(n_cores() - others)))
+        n = min(self.most, max(1, round(n_bound_cores() - others)))
         if n < self.most and not self._told:
             self._told = True
             self._progress.note(

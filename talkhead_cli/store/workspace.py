@@ -250,11 +250,16 @@ class Workspace:
 
     def load(self, name: str) -> dict[str, NDArray[Any]]:
         try:
-            return read_arrays(self.root / f"{name}.npz")
+            found = read_arrays(self.root / f"{name}.npz")
         except FileNotFoundError as error:
             raise TalkheadError(
                 f"{self.root / name}.npz is missing; run preprocess for '{self.id}' again"
             ) from error
+        if name == "tracks" and "mesh_px" in found:  # as shares of the crop were once called
+            raise TalkheadError(
+                f"'{self.id}' was preprocessed by an older version; preprocess the video again"
+            )
+        return found
 
     def consents(self) -> list[str]:
         """Return the names of the stored consent records."""
