@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -194,3 +195,22 @@ def test_two_faces_of_a_film_are_told_apart(shared: Path) -> None:
     scene = scouting.scout(stills, (about.width, about.height), "left")
     assert scene.n_faces == 2
     assert scene.roi[0] + scene.roi[2] < 0.7 * about.width
+
+
+def test_each_face_keeps_its_own_score() -> None:
+    """The largest comes first, though a smaller one is surer."""
+
+    def seen(x: float, side: float, score: float) -> SimpleNamespace:
+        box = SimpleNamespace(xmin=x, ymin=0.1, width=side, height=side)
+        return SimpleNamespace(
+            location_data=SimpleNamespace(relative_bounding_box=box), score=[score]
+        )
+
+    detect = face.FaceDetector()
+    detect._detector.close()
+    faces = [seen(0.0, 0.1, 0.9), seen(0.5, 0.4, 0.6), seen(0.2, 0.2, 0.7)]
+    answer = SimpleNamespace(detections=faces)
+    detect._detector = SimpleNamespace(process=lambda _: answer, close=lambda: None)
+    boxes, scores = detect.scored(np.zeros((100, 200, 3), np.uint8))
+    np.testing.assert_allclose(scores, [0.6, 0.7, 0.9])
+    np.testing.assert_allclose(boxes[0], [100, 10, 180, 50])
