@@ -11,6 +11,7 @@ import pytest
 
 from talkhead_cli.contracts import FPS, SilentProgress, TalkheadError
 from talkhead_cli.jobs import footage
+from talkhead_cli.jobs.holdout import split
 from talkhead_cli.jobs.preprocess import preprocess
 from talkhead_cli.jobs.preset import Data
 from talkhead_cli.media import ffmpeg
@@ -253,7 +254,7 @@ def test_what_was_cut_in_is_neither_learnt_nor_scored(speaker_clip: Path, tmp_pa
     usable = np.flatnonzero(tracks["usable"])
     assert usable[0] in range(50, 56) and usable[-1] in range(193, 200)
     clip = footage.load(space, Data(size_px=64), SilentProgress())
-    assert len(clip.held) == footage.split(usable[-1] + 1 - usable[0], Data().holdout)
+    assert len(clip.held) == split(usable[-1] + 1 - usable[0], Data().holdout)
     assert clip.held[0] == clip.train[-1] + 1
     # the plate shows the speaker's background, not the card's
     alone = preprocess(speaker_clip, tmp_path / "home", SilentProgress(), name="alone")

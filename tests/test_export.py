@@ -13,7 +13,7 @@ import pytest
 
 from talkhead_cli.contracts import LABELS, SilentProgress, TalkheadError
 from talkhead_cli.jobs import export
-from talkhead_cli.jobs.footage import split
+from talkhead_cli.jobs.holdout import split
 from talkhead_cli.store import Workspace
 
 

@@ -20,6 +20,7 @@ from talkhead_cli.contracts import (
 )
 from talkhead_cli.jobs import fit, footage, shots, stage_loop
 from talkhead_cli.jobs import preset as presets
+from talkhead_cli.jobs.holdout import split
 from talkhead_cli.jobs.pixels import DevicePixels, DiskPixels
 from talkhead_cli.march import picture_rays
 from talkhead_cli.store import Workspace
@@ -184,10 +185,10 @@ def test_shots_know_their_truth(speaker_home: Path) -> None:
 
 
 def test_held_out_frames_are_the_end_and_never_trained(speaker_home: Path) -> None:
-    assert footage.split(1000, 1 / 11) == 100  # at least four seconds
-    assert footage.split(11_000, 1 / 11) == 1000
-    assert footage.split(200, 1 / 11) == 50  # at most a quarter
-    assert footage.split(200, 0) == 0
+    assert split(1000, 1 / 11) == 100  # at least four seconds
+    assert split(11_000, 1 / 11) == 1000
+    assert split(200, 1 / 11) == 50  # at most a quarter
+    assert split(200, 0) == 0
     preset = presets.load(PRESETS, SHORT)
     clip = footage.load(Workspace.open(speaker_home, "speaker"), preset.data, SilentProgress())
     assert clip.train.max() < clip.held.min()

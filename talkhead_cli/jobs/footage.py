@@ -30,6 +30,7 @@ from talkhead_cli.contracts import (
     TalkheadError,
     followed,
 )
+from talkhead_cli.jobs.holdout import split
 from talkhead_cli.jobs.pixels import DevicePixels, DiskPixels, Pixels
 from talkhead_cli.jobs.preset import Data
 from talkhead_cli.store import FILM_PX, Workspace
@@ -48,7 +49,6 @@ REGIONS = {
     "around eyes": (EYES, (1.8, 4.0)),
 }
 HIDES_IRIS = 0.5  # openness up to which lids hide too much of the iris to tell the gaze
-MIN_HOLDOUT = 4 * FPS
 MIN_SPEAKING = FPS  # training rows with sound, by which mouth and voice are measured
 NEAR_Z, FAR_Z = -0.95, 0.75  # depth of a head, from before the nose to behind the skull
 
@@ -221,13 +221,6 @@ class Footage:
             if len(found) == n:
                 break
         return torch.tensor(found)
-
-
-def split(n_frames: int, holdout: float) -> int:
-    """Return how many frames at the end are held out: a share, at least 4 s, at most a quarter."""
-    if holdout == 0:
-        return 0
-    return min(max(round(holdout * n_frames), MIN_HOLDOUT), n_frames // 4)
 
 
 def split_rows(

@@ -13,6 +13,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from talkhead_cli.contracts import MisuseError, Progress, Size, TalkheadError
+from talkhead_cli.jobs.holdout import MAX_HOLDOUT
 from talkhead_cli.store.files import digest
 
 Region = Literal["all", "lips", "eyes"]
@@ -22,9 +23,6 @@ class _Strict(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False
     )
-
-
-MAX_HOLDOUT = 0.25  # more is never held out, see `footage.split`
 
 
 class Data(_Strict):

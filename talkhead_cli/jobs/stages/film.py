@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from talkhead_cli import media
 from talkhead_cli.contracts import TalkheadError, followed
 from talkhead_cli.jobs import backends
-from talkhead_cli.jobs.footage import split
-from talkhead_cli.jobs.preset import MAX_HOLDOUT
+from talkhead_cli.jobs.holdout import MAX_HOLDOUT, split
 from talkhead_cli.jobs.stages.material import Material
 from talkhead_cli.store import FILM_PX
 from talkhead_cli.store.pictures import write_png
