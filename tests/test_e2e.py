@@ -624,7 +624,7 @@ def test_one_picture_speaks(home: Path, face: Path, speech: Path, tmp_path: Path
     frames = frames_of(out).astype(int)
     true = cv2.resize(cv2.imread(str(face))[..., ::-1], (64, 64), interpolation=cv2.INTER_AREA)
     assert np.abs(frames[0] - true).mean() < 25, "it is the picture's person"
-    assert np.abs(frames[0] - frames[40]).max() > 20, "who moves"
+    assert np.ptp(frames, axis=0).max() > 30, "who moves"
     assert np.abs(np.diff(frames[:, :4, :4], axis=0)).max() <= 6, (
         "before a background that does not"
     )
