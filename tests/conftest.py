@@ -8,12 +8,17 @@ from __future__ import annotations
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
 
-from talkhead_cli.contracts import Signals, SilentProgress
+from talkhead_cli.contracts import RayBundle, Signals, SilentProgress, Truth
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from talkhead_cli.jobs.footage import Footage
 
 ROOT = Path(__file__).parents[1]
 SECONDS, SIZE_PX, SEED = 8.0, 512, 0
@@ -36,6 +41,17 @@ def constant_threads(monkeypatch: pytest.MonkeyPatch) -> None:
 def hearing(signals: Signals) -> dict[str, int]:
     """What an avatar is told of the speech that it will hear."""
     return dict(zip(("n_steps", "n_features"), signals.audio.shape[1:], strict=True))
+
+
+def one_picture(clip: Footage, aabb: Tensor) -> tuple[Signals, RayBundle, Truth]:
+    """A training row, the rays of all pixels of its picture, and their truth."""
+    from talkhead_cli.jobs.shots import truth_of
+    from talkhead_cli.march import picture_rays
+
+    at = clip.train[:1]
+    rows = clip.signals[at]
+    rays = picture_rays(rows.camera, 0 * at, aabb)
+    return rows, rays, truth_of(clip, at, rays)
 
 
 def n_frames_in(film: Path) -> int:

@@ -70,3 +70,13 @@ def numbered(path: Path, n_frames: int, *words: object, rate: object = FPS) -> P
 
 def number_of(picture: np.ndarray) -> int:
     return sum(int(picture[20:44, 16 * b + 5 : 16 * b + 11].mean() > 128) << b for b in range(10))
+
+
+def beginning(film: Path, n_frames: int, out: Path, sound: Path | None = None) -> Path:
+    """The first frames of a film, with another sound."""
+    about = media.probe(film)
+    size = (about.width, about.height)
+    with media.VideoWriter(out, size, audio=sound, preset="ultrafast") as writer:
+        for frame in media.frames(film, n_frames=n_frames):
+            writer.write(frame)
+    return out

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import hearing
+from conftest import hearing, one_picture
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from talkhead_cli import march
@@ -378,10 +378,7 @@ def test_losses_want_the_head_over_the_plate_and_the_person_in_the_matte(
     clip: Footage, avatar: Landmark
 ) -> None:
     """A head drawn as it is, over the background, costs nothing; nor does the matte of labels."""
-    at = clip.train[:1]
-    rows = clip.signals[at]
-    rays = march.picture_rays(rows.camera, torch.zeros(1, dtype=torch.long), avatar.aabb)
-    truth = shots.truth_of(clip, at, rays)
+    rows, rays, truth = one_picture(clip, avatar.aabb)
     head = truth.labels[:, :3].sum(1, keepdim=True).clamp(0, 1)
     feature = torch.cat([head * truth.colour, torch.zeros(len(rays), 1)], 1)
     nothing = torch.zeros(len(rays), 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import hearing
+from conftest import hearing, one_picture
 
 from talkhead_cli import march
 from talkhead_cli.avatars.base import PictureResult
@@ -36,7 +36,7 @@ from talkhead_cli.contracts import (
     Signals,
     SilentProgress,
 )
-from talkhead_cli.jobs import footage, shots
+from talkhead_cli.jobs import footage
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.footage import Footage
 from talkhead_cli.store import Workspace
@@ -432,10 +432,7 @@ def test_a_stage_without_noise_tells_the_lips_as_rendering_does(
 def test_losses_hold_still_what_need_not_move_and_leave_opacity_to_others(
     clip: Footage, avatar: LokiTalk
 ) -> None:
-    at = clip.train[:1]
-    rows = clip.signals[at]
-    rays = march.picture_rays(rows.camera, torch.zeros(1, dtype=torch.long), avatar.aabb)
-    truth = shots.truth_of(clip, at, rays)
+    rows, rays, truth = one_picture(clip, avatar.aabb)
     field, n = avatar.condition(rows), len(rays)
     masks = region_masks(rows, rays.pixel, rays.row, truth.labels)
     regions = torch.stack([masks[:, :2].amax(1), masks[:, 2]], 1)

@@ -356,6 +356,19 @@ def test_landmarks_teach_where_points_lie(clip: Footage, avatar: S3D) -> None:
     assert float(field.losses(away)["anchor"].detach()) > 0.3
 
 
+@torch.no_grad()
+def test_whom_a_prior_is_refined_for_can_be_heard(clip: Footage, avatar: S3D) -> None:
+    """Stages that listen want the person's mouth, which no survey has measured."""
+    rows = clip.signals[clip.train]
+    avatar.survey([rows, rows.with_(person=torch.ones(len(rows), dtype=torch.long))])
+    alone = S3D.build("tiny", **hearing(rows), px=PX)
+    alone.take_common(avatar.common_state())
+    alone.calibrate(rows, clip.mesh, torch.tensor(S3D.box))
+    heard = alone.listen(rows)
+    assert bool(heard.landmarks.isfinite().all())
+    assert float((heard.landmarks - rows.landmarks).norm(dim=2).mean()) < 0.1
+
+
 def test_losses_of_speech_are_those_of_each_person(clip: Footage, avatar: S3D) -> None:
     people = [
         clip.signals[clip.train],

@@ -21,7 +21,7 @@ from talkhead_cli.blocks.sync import (
     runs_of,
     sync_losses,
 )
-from talkhead_cli.contracts import MisuseError, SilentProgress
+from talkhead_cli.contracts import MisuseError, SilentProgress, TalkheadError
 from talkhead_cli.jobs import expert, footage, shots
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.step import Step, UncastShots
@@ -141,6 +141,19 @@ def test_an_expert_is_asked_only_where_it_can_be_heard(tmp_path: Path) -> None:
     deaf = presets.load(["lokitalk"], ["train.stages.lips.weights.sync=0.1"])
     with pytest.raises(MisuseError, match="no loss 'sync'"):
         expert.of_run(run, tmp_path, "lokitalk", deaf.train, hears, progress, False)
+
+
+def test_a_run_that_is_resumed_keeps_its_expert_or_does_without(tmp_path: Path) -> None:
+    run, progress = Run.named(tmp_path / "a" / "runs", "mine"), SilentProgress()
+    words = ["n_frames=5", "in_sequence=5", "weights.sync=0.1"]
+    able = presets.load(["talk3d"], [f"train.stages.upscale.{word}" for word in words]).train
+    run.write_meta(**expert.facts(None))
+    assert expert.of_run(run, tmp_path, "talk3d", able, {}, progress, False) is None
+    assert not progress.notes, "it was said when the run began"
+    run.write_meta(expert="ear", expert_key="abc")
+    with pytest.raises(TalkheadError, match="begun with the lip-sync expert 'ear', which is gone"):
+        expert.of_run(run, tmp_path, "talk3d", able, {}, progress, False)
+    assert expert.of_run(run, tmp_path, "talk3d", able, {}, progress, True) is None
 
 
 def test_it_learns_whose_lips_go_with_which_sound(speaker_home: Path) -> None:
