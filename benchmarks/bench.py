@@ -311,7 +311,8 @@ def part_strangers(work: Path, options: argparse.Namespace) -> dict[str, Any]:
     import s3d
 
     groups = [options.ids[i : i + 2] for i in range(0, len(options.ids), 2)]
-    return s3d.strangers(work / "home", people_of(work, options), groups)
+    preset_names = options.presets if options.presets[0] == "s3d" else s3d.PRESETS
+    return s3d.strangers(work / "home", people_of(work, options), groups, preset_names)
 
 
 def part_crowded(work: Path, options: argparse.Namespace) -> dict[str, Any]:

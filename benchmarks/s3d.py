@@ -37,16 +37,20 @@ EXPERT_SCALE = 1.0  # of the expert's training steps
 
 
 def strangers(
-    home: Path, everybody: Sequence[str], groups: Sequence[Sequence[str]], *, scale: float = 1.0
+    home: Path,
+    everybody: Sequence[str],
+    groups: Sequence[Sequence[str]],
+    preset_names: Sequence[str] = PRESETS,
 ) -> dict[str, Any]:
     """Return figures of each person of `groups`, from a prior of everybody outside the group."""
     rows: dict[str, Any] = {}
     for group in groups:
         others = _others(everybody, group)
         ear = _expert(home, others, "-".join(group))
-        prior = _pretrained(home, others, "-".join(["strangers", *group]), scale)
+        label = "-".join(["strangers", *preset_names[1:], *group])
+        prior = _pretrained(home, others, label, 1.0, preset_names=preset_names)
         for name in group:
-            rows[name] = {"expert": ear.name} | _scored(home, name, prior)
+            rows[name] = {"expert": ear.name} | _scored(home, name, prior, preset_names)
     return {"groups": [list(g) for g in groups], "people": len(everybody), "rows": rows}
 
 
@@ -202,24 +206,33 @@ def _expert(home: Path, others: Sequence[str], name: str) -> expert.Judge:
     return expert.load_expert(made)
 
 
-def _pretrained(home: Path, others: Sequence[str], name: str, scale: float, *more: str) -> Run:
+def _pretrained(
+    home: Path,
+    others: Sequence[str],
+    name: str,
+    scale: float,
+    *more: str,
+    preset_names: Sequence[str] = PRESETS,
+) -> Run:
     return pretrain(
         home,
         others,
         f"{name}-x{scale:g}",
         SilentProgress(),
-        preset_names=PRESETS,
+        preset_names=preset_names,
         settings=[f"pretrain.scale={scale}", *more],
         device="cpu",
     )
 
 
-def _scored(home: Path, name: str, prior: Run) -> dict[str, Any]:
+def _scored(
+    home: Path, name: str, prior: Run, preset_names: Sequence[str] = PRESETS
+) -> dict[str, Any]:
     run = finetune(
         home,
         name,
         SilentProgress(),
-        preset_names=PRESETS,
+        preset_names=preset_names,
         prior=prior.name,
         device="cpu",
         run_name=f"s3d-from-{prior.name}",
