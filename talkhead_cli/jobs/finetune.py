@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,16 @@ def finetune(
     """
     where = march.device_of(device)
     preset_names = preset_names or presets.default_presets(where.type, progress)
-    preset, space = _asked_for(home, name, preset_names, settings)
+    preset = presets.load(preset_names, settings)
+    _refuse_untrainable(preset, settings)
+    space = Workspace.open(home, name)
+    _refuse_silent(space)
+    asked = _Asked(home, space, preset, preset_names, settings, run_name, prior, fresh)
     hears = priors.speech_facts(space, preset)
-    start = _start(home, space, preset, prior, run_name, preset_names, hears, fresh, progress)
-    run = Run.named(space.runs, run_name or _run_name(preset_names, start))
-    asked = {"presets": list(preset_names), "settings": list(settings)}
+    start = _start(asked, hears, progress)
+    run = asked.run(start)
     if not fresh:
-        preset = _as_begun(run, preset, asked, progress)
+        preset = _as_begun(run, asked, progress)
     with space.locked() if team.is_chief(devices, nodes) else nullcontext():
         fabric = team.fabric(where, team.PRECISION[where.type], devices, nodes)
         fabric.barrier()
@@ -91,7 +95,7 @@ def finetune(
             preset.to_yaml(),
             identity=name,
             footage=space.fingerprint,
-            asked=asked,
+            asked=asked.options,
             prior=None if start is None else start.facts(),
             **generators.facts(preset.avatar.generator),
             **expert.facts(judge),
@@ -117,11 +121,33 @@ def finetune(
     return run
 
 
-def _asked_for(
-    home: Path, name: str, preset_names: Sequence[str], settings: Sequence[str]
-) -> tuple[Preset, Workspace]:
-    """Return the preset, which must train an avatar, and the identity, which must have sound."""
-    preset = presets.load(preset_names, settings)
+@dataclass(frozen=True)
+class _Asked:
+    """What one asked for; `finetune` says what the fields mean, whose defaults are filled in."""
+
+    home: Path
+    space: Workspace
+    preset: Preset
+    preset_names: Sequence[str]
+    settings: Sequence[str]
+    run_name: str | None
+    prior: str | None
+    fresh: bool
+
+    @property
+    def options(self) -> dict[str, list[str]]:
+        """What a run records: with the same options the same command continues it."""
+        return {"presets": list(self.preset_names), "settings": list(self.settings)}
+
+    def run(self, start: Start | None) -> Run:
+        """Return the run, called by default after its presets and the prior that it starts from."""
+        own = presets.run_name(self.preset_names)
+        told = own if start is None else f"{own}+from-{start.prior.name}"
+        return Run.named(self.space.runs, self.run_name or told)
+
+
+def _refuse_untrainable(preset: Preset, settings: Sequence[str]) -> None:
+    """Raise an error unless the preset trains an avatar and the settings are of this command."""
     avatar_class(preset.method)  # which refuses one that nobody knows
     for setting in settings:
         if setting.startswith("pretrain."):
@@ -131,29 +157,22 @@ def _asked_for(
             f"preset {preset.method} does not make avatars; train it with: talkhead pretrain -p "
             f"{preset.method}"
         )
-    space = Workspace.open(home, name)
+
+
+def _refuse_silent(space: Workspace) -> None:
+    """Raise TalkheadError if the identity has no footage with sound."""
     space.refuse_without_footage("learn from")
     if not space.manifest()["has_audio"]:
         raise TalkheadError(
-            f"'{name}' was preprocessed without sound, so its speech cannot be learnt; "
+            f"'{space.id}' was preprocessed without sound, so its speech cannot be learnt; "
             "preprocess a clip that has sound"
         )
-    return preset, space
 
 
-def _start(
-    home: Path,
-    space: Workspace,
-    preset: Preset,
-    prior: str | None,
-    run_name: str | None,
-    preset_names: Sequence[str],
-    hears: dict[str, Any],
-    fresh: bool,
-    progress: Progress,
-) -> Start | None:
+def _start(asked: _Asked, hears: dict[str, Any], progress: Progress) -> Start | None:
     """Return the prior to start from, None to start from nothing: that of `prior`, else that of the
     run to continue, if there is one, else the newest that fits."""
+    preset, prior = asked.preset, asked.prior
     cannot_without = avatar_class(preset.method).needs_portrait
     if preset.avatar.generator is not None:
         if prior not in (None, "none"):
@@ -163,15 +182,15 @@ def _start(
         return None
     if prior == "none" and cannot_without:
         raise MisuseError(f"preset {preset.method} draws people by a prior; name one with --prior")
-    if prior is None and not fresh:
+    if prior is None and not asked.fresh:
         prior = priors.prior_of_begun_run(
-            list_runs(space.runs),
-            run_name or presets.run_name(preset_names),
-            exactly=run_name is not None,
+            list_runs(asked.space.runs),
+            asked.run_name or presets.run_name(asked.preset_names),
+            exactly=asked.run_name is not None,
         )
     if prior is None and cannot_without:
-        prior = priors.newest(home, preset.method, preset, hears)
-    return priors.choose_start(home, prior, preset, space, hears, progress)
+        prior = priors.newest(asked.home, preset.method, preset, hears)
+    return priors.choose_start(asked.home, prior, preset, asked.space, hears, progress)
 
 
 def _initialised(
@@ -254,12 +273,6 @@ def refined(preset_names: Sequence[str], steps: int | None) -> list[str]:
     return [f"train.stages.refine.steps={steps}"]
 
 
-def _run_name(preset_names: Sequence[str], start: Start | None) -> str:
-    """Return the default name of a run: its presets, and the prior it starts from."""
-    own = presets.run_name(preset_names)
-    return own if start is None else f"{own}+from-{start.prior.name}"
-
-
 def _note_on_prior(start: Start, name: str) -> str:
     told = (
         f"prior: {start.prior.name}, of {start.n_people} people (--prior none trains from nothing)"
@@ -269,14 +282,14 @@ def _note_on_prior(start: Start, name: str) -> str:
     return told
 
 
-def _as_begun(run: Run, preset: Preset, asked: dict[str, list[str]], progress: Progress) -> Preset:
-    """Return the preset saved in the run if the same options began it, else `preset`."""
+def _as_begun(run: Run, asked: _Asked, progress: Progress) -> Preset:
+    """Return the preset saved in the run if the same options began it, else the one asked for."""
     text = run.preset_text()
-    files = [name for name in asked["presets"] if presets.is_file(name)]
-    if text is None or files or run.meta().get("asked") != asked:
-        return preset
+    files = [name for name in asked.preset_names if presets.is_file(name)]
+    if text is None or files or run.meta().get("asked") != asked.options:
+        return asked.preset
     begun = presets.from_yaml(text)
-    if begun != preset:
+    if begun != asked.preset:
         progress.note(
             f"talkhead's presets changed since run '{run.name}' was begun, which keeps its own "
             "(--fresh takes the new ones)"
