@@ -135,6 +135,53 @@ def test_hdr_is_tone_mapped(tmp_path: Path, transfer: str) -> None:
     assert 100 < frame.mean() < 245 and frame.max() - frame.min() <= 4
 
 
+def test_wide_colours_that_are_not_hdr_are_converted(tmp_path: Path) -> None:
+    """BT.709's (200, 100, 50) is (175, 104, 62) or so in BT.2020."""
+    told = "pin=709:tin=709:min=gbr:rin=pc"
+    wide = f"zscale={told}:p=2020:t=2020_10:m=2020_ncl:r=tv,format=yuv420p10le"
+    source = f"color=0xc86432:s=64x64:d=0.2,format=gbrp,{wide}"
+    clip = lavfi(tmp_path / "a.mkv", source, "-c:v", "ffv1")
+    assert "bt2020" in media.probe(clip).colour
+    found = next(media.frames(clip)).astype(int)
+    assert np.abs(found - (0xC8, 0x64, 0x32)).max() <= 4
+
+
+def test_a_raw_stream_lasts_as_long_as_its_frames(tmp_path: Path) -> None:
+    clip = lavfi(tmp_path / "a.h264", "testsrc=s=64x64:d=4", "-pix_fmt", "yuv420p")
+    assert media.probe(clip).duration_s == pytest.approx(4, abs=0.05)
+
+
+def test_a_name_that_is_no_text_is_refused_in_words(tmp_path: Path) -> None:
+    clip = lavfi(tmp_path / "a.mkv", "testsrc=s=64x64:d=0.2").rename(tmp_path / "caf\udce9.mkv")
+    for use in (media.probe, lambda path: next(media.frames(path))):
+        with pytest.raises(TalkheadError, match=r"caf\\udce9.*UTF-8; rename"):
+            use(clip)
+
+
+def _old(path: Path) -> str:
+    """A program that probes as ffmpeg 7.0 does."""
+    path.write_text(
+        "#!/bin/sh\necho '  Stream #0:0: Audio: pcm_u8, 8000 Hz, stereo, u8, 128 kb/s'\n"
+    )
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_an_ffmpeg_that_does_not_say_when_tracks_begin_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, old = ffmpeg.executable(), _old(tmp_path / "ffmpeg")
+    for ours, others, used in ((good, old, good), (old, good, good), (None, good, good)):
+        monkeypatch.setattr(ffmpeg, "_installed_with_us", lambda found=ours: found)
+        monkeypatch.setattr(ffmpeg.shutil, "which", lambda _, found=others: found)
+        assert ffmpeg.executable.__wrapped__() == used
+    for ours, words in ((old, "too old"), (None, "not found")):
+        monkeypatch.setattr(ffmpeg, "_installed_with_us", lambda found=ours: found)
+        monkeypatch.setattr(ffmpeg.shutil, "which", lambda _: None)
+        with pytest.raises(TalkheadError, match=words):
+            ffmpeg.executable.__wrapped__()
+
+
 def test_files_that_are_no_video(tmp_path: Path) -> None:
     text = tmp_path / "notes.mp4"
     text.write_text("this is a text\n" * 100)

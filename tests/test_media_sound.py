@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from films import beep_s, flash_and_beep, flash_s, run_ffmpeg, sound_s
+from films import beep_s, flash_and_beep, flash_s, flat, run_ffmpeg, sound_s, write
 
 from talkhead_cli import media
 from talkhead_cli.contracts import SAMPLE_RATE_HZ, TalkheadError
@@ -116,3 +116,20 @@ def test_before_and_after_a_film_it_is_silent(speaker_clip: Path) -> None:
     assert not early[:4000].any() and np.array_equal(early[4000:], sound[:4000])
     late = media.Part(speaker_clip).sound(len(sound), late_s=0.25)
     assert not late[-4000:].any() and np.array_equal(late[:-4000], sound[4000:])
+
+
+@pytest.mark.parametrize("damage", ["amount='if(lt(n,8),1,0)'", "drop='between(n,30,33)'"])
+def test_sound_keeps_its_time_where_packets_are_damaged_or_lost(
+    tmp_path: Path, damage: str
+) -> None:
+    """The first packets cannot be decoded; 85 ms in the middle are missing."""
+    clip, hurt = flash_and_beep(tmp_path / "a.mp4"), tmp_path / "b.mkv"
+    run_ffmpeg("-i", clip, "-c", "copy", "-bsf:a", f"noise={damage}", hurt)
+    assert beep_s(hurt) == pytest.approx(beep_s(clip), abs=0.002)
+
+
+def test_sound_whose_coder_starts_slowly_is_as_late_in_a_film(tmp_path: Path) -> None:
+    flash_and_beep(tmp_path / "a.mp4")
+    run_ffmpeg("-i", tmp_path / "a.wav", "-c:a", "wmav2", tmp_path / "a.wma")
+    film = write(tmp_path / "b.mkv", [flat((9, 9, 9))] * 50, audio=tmp_path / "a.wma")
+    assert beep_s(film) == pytest.approx(beep_s(tmp_path / "a.wma"), abs=0.005)

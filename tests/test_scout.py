@@ -56,6 +56,8 @@ def test_crop_of_a_face_with_room_is_roomy_and_level(a_face: Array) -> None:
 def test_the_crop_is_where_a_nearer_shot_shows_it() -> None:
     square, size = Crop(100, 80, 200), (1000, 600)
     assert square.zoomed(STILL, size) == (100, 80, 200, 200)
+    x, y, _, _ = square.zoomed(Zoom(1.0, (3.2, 5.4)), size)
+    assert x % 2 == y % 2 == 0, "pixels share their colours in squares of two by two"
     assert square.zoomed(Zoom(1.5, (-50.0, 20.4)), size) == (100, 140, 300, 300)
     # rounding leads nowhere outside
     corner = Crop(0, 0, 40)
@@ -121,6 +123,20 @@ LEFT, RIGHT = [0.1, 0.2, 0.25, 0.5], [0.7, 0.2, 0.9, 0.6]
 def test_scout_links_two_faces_whatever_their_order(scout: Scout) -> None:
     film = [[LEFT, RIGHT], [RIGHT, LEFT]] * 5
     assert scout(film).n_faces == 2
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_scout_follows_a_face_as_far_up_and_down_as_across(scout: Scout, axis: int) -> None:
+    """The picture is twice as wide as tall; half a face's width is as far in both directions."""
+    other = [0.75, 0.3, 0.9, 0.6]
+    film = []
+    for i in range(10):
+        low = [0.2, 0.2]
+        low[axis] += (i % 2) * (0.1, 0.2)[axis]
+        film.append([[*low, low[0] + 0.18, low[1] + 0.36], other])
+    assert scout(film).n_faces == 2
+    x, _, width, _ = scout(film).roi
+    assert x + width / 2 < 200, "the other one is smaller"
 
 
 def test_scout_cuts_half_way_between_two_faces(scout: Scout) -> None:

@@ -185,6 +185,7 @@ def test_what_is_set_aside_can_be_brought_back_but_for_runs_and_consent(
     space.save("tracks", {"a": np.zeros(2)})
     with space.pieces("labels") as labels:
         labels.add(labels=np.zeros(2, np.uint8))
+    (space.root / "out.mp4").write_bytes(b"somebody's render")
     before = sorted(p.relative_to(space.root) for p in space.root.rglob("*"))
     with space.locked():
         space.set_aside()
@@ -197,7 +198,7 @@ def test_what_is_set_aside_can_be_brought_back_but_for_runs_and_consent(
         space.set_aside()
         space.forget_aside()
         space.bring_back()  # of which nothing is left
-    assert sorted(p.name for p in space.root.iterdir()) == [".lock", "consent", "runs"]
+    assert sorted(p.name for p in space.root.iterdir()) == [".lock", "consent", "out.mp4", "runs"]
     assert (space.root / "consent" / kept).read_bytes() == b"signed"
     assert [r.name for r in list_runs(space.runs)] == ["lokitalk"]
     assert not space.is_done("mesh", "k1")
@@ -208,7 +209,7 @@ def test_whatever_interrupts_a_replacement_nothing_is_lost(
     space: Workspace, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """Killed at any of its renames and deletions, each of them once."""
-    for name in ("a", "b", "c"):
+    for name in ("maps", "labels", "cache"):
         (space.root / name).mkdir()
         (space.root / name / "old").write_text(name)
     before = sorted(p.relative_to(space.root) for p in space.root.rglob("*"))
@@ -229,8 +230,8 @@ def test_whatever_interrupts_a_replacement_nothing_is_lost(
         patched.setattr(shutil, "rmtree", counted(shutil.rmtree))
         with contextlib.suppress(KeyboardInterrupt):
             space.set_aside()
-            (space.root / "a").mkdir()
-            (space.root / "a" / "new").write_text("half")
+            (space.root / "maps").mkdir()
+            (space.root / "maps" / "new").write_text("half")
             space.bring_back()
     space.bring_back()
     assert sorted(p.relative_to(space.root) for p in space.root.rglob("*")) == before
@@ -239,9 +240,9 @@ def test_whatever_interrupts_a_replacement_nothing_is_lost(
 def test_a_replacement_that_is_kept_is_kept_whatever_interrupts_it(
     space: Workspace, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (space.root / "a").mkdir()
+    (space.root / "maps").mkdir()
     space.set_aside()
-    (space.root / "b").write_text("new")
+    (space.root / "mesh.npz").write_text("new")
 
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
@@ -251,7 +252,7 @@ def test_a_replacement_that_is_kept_is_kept_whatever_interrupts_it(
         space.forget_aside()
     with space.locked():
         space.bring_back()
-        assert sorted(p.name for p in space.root.iterdir()) == [".lock", "b"]
+        assert sorted(p.name for p in space.root.iterdir()) == [".lock", "mesh.npz"]
 
 
 def test_removing_leaves_the_neighbours(space: Workspace, tmp_path: Path) -> None:

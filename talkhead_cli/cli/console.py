@@ -156,10 +156,11 @@ def speaking(verbose: bool) -> Iterator[Reporter]:
         code, words = 130, "interrupted"
         if isinstance(stop, Terminated):
             code, words = 143, "terminated"
-        words += (
-            "; run the same command again, without --fresh (preprocess, pretrain and finetune go "
-            "on from there)"
+        go_on = (
+            "run the same command again, without --fresh (preprocess, pretrain and finetune go on "
+            "from there)"
         )
+        words += "; " + "; ".join(getattr(stop, "__notes__", [go_on]))
     except OSError as error:
         if error.errno not in CANNOT_WRITE:
             raise

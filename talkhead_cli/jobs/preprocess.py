@@ -155,7 +155,8 @@ def _nothing_left_of_refused(space: Workspace, is_new: bool) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        space.bring_back()
+        if space.bring_back() and isinstance(error, KeyboardInterrupt):
+            error.add_note(f"'{space.id}' is as it was before; run the same command again")
         unfit = isinstance(error, UnfitError) or not space.manifest()["stages"]
         if is_new and isinstance(error, TalkheadError) and unfit:
             space.remove()

@@ -58,7 +58,7 @@ def videos_of(paths: Sequence[Path]) -> list[Path]:
             inside = sorted(
                 p
                 for p in path.iterdir()
-                if p.suffix.lower() in VIDEOS and not p.name.startswith(".")
+                if p.suffix.lower() in VIDEOS and p.is_file() and not p.name.startswith(".")
             )
             if not inside:
                 raise TalkheadError(f"there is no video in the folder {path}")

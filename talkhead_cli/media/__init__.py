@@ -30,18 +30,20 @@ __all__ = [
 
 def check() -> list[Need]:
     """Return what this subpackage needs on the machine: ffmpeg and its encoders."""
-    fix = "install ffmpeg with libx264 and aac, or `pip install imageio-ffmpeg`"
+    fix = "pip install -U imageio-ffmpeg, whose ffmpeg has all encoders"
     try:
         found = f"{ffmpeg.version()} ({ffmpeg.executable()})"
     except TalkheadError as error:
         return [Need("ffmpeg", False, str(error), fix)]
     needs = [Need("ffmpeg", True, found)]
-    for encoder, what_for, required in (
-        ("libx264", "H.264 pictures", True),
-        ("aac", "AAC sound", True),
-        ("libvpx-vp9", "transparent .webm", False),
+    for kind, part, what_for, required in (
+        ("encoders", "libx264", "H.264 pictures", True),
+        ("encoders", "aac", "AAC sound", True),
+        ("encoders", "libvpx-vp9", "transparent .webm", False),
+        ("filters", "zscale", "HDR and BT.2020 colours", False),
+        ("filters", "tonemap", "HDR colours", False),
     ):
-        ok = ffmpeg.knows("encoders", encoder)
-        name = f"ffmpeg {encoder}"
+        ok = ffmpeg.knows(kind, part)
+        name = f"ffmpeg {part}"
         needs.append(Need(name, ok, what_for if ok else "missing", "" if ok else fix, required))
     return needs

@@ -9,13 +9,15 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import ffmpeg as graphs
 import numpy as np
 from numpy.typing import NDArray
 
 from talkhead_cli.contracts import SAMPLE_RATE_HZ, TalkheadError
-from talkhead_cli.media.ffmpeg import Probe, Run, beside, opened, probe
+from talkhead_cli.media.ffmpeg import Probe, Run, beside, opened, probe, url
 
 Samples = NDArray[np.float32]
+MAX_DRIFT_S = 0.03  # between samples and time stamps, which jitter, before samples follow them
 TRUNCATION_S = 0.5  # by how much a file may fall short of its declared duration
 
 
@@ -83,7 +85,7 @@ def read_wav(path: Path | str) -> Samples:
         raise TalkheadError(f"{path} cannot be read as WAV: {error}") from error
     if form != (1, 2, SAMPLE_RATE_HZ):
         raise TalkheadError(f"{path} is not 16-bit mono 16 kHz WAV; preprocess the footage again")
-    return np.frombuffer(data, "<i2").astype(np.float32) / np.float32(32767.0)
+    return np.frombuffer(data, "<i2", len(data) // 2).astype(np.float32) / np.float32(32767.0)
 
 
 def on_common_clock(path: Path | str, about: Probe, rate_hz: int) -> Any:
@@ -93,7 +95,7 @@ def on_common_clock(path: Path | str, about: Probe, rate_hz: int) -> Any:
     # The filter's own silence before a late start (`first_pts`) would come again wherever the
     # number of channels or the rate changes.
     track = opened(path, about, "a:0")
-    return track.filter("aresample", rate_hz, **{"async": 1})
+    return track.filter("aresample", rate_hz, **{"async": 1, "min_hard_comp": MAX_DRIFT_S})
 
 
 def _heard(
@@ -104,7 +106,8 @@ def _heard(
     track = on_common_clock(path, about, SAMPLE_RATE_HZ)
     limit = {} if n_samples is None else {"t": n_samples / SAMPLE_RATE_HZ}
     graph = track.output("pipe:1", format="f32le", ac=1, ar=SAMPLE_RATE_HZ, **limit)
-    n_heard, late = 0, round(about.audio_start_s * SAMPLE_RATE_HZ)
+    n_heard, late = 0, _first_sample(path, about)
+    start_s = late / SAMPLE_RATE_HZ
     late = late if n_samples is None else min(late, n_samples)
     for first in range(0, late, 1 << 18):
         yield np.zeros(min(1 << 18, late - first), np.float32)
@@ -121,7 +124,7 @@ def _heard(
             raise TalkheadError(f"{path} has a sound track that cannot be read: {why}")
     if on_warning is None:
         return
-    heard_s = about.audio_start_s + n_heard / SAMPLE_RATE_HZ
+    heard_s = start_s + n_heard / SAMPLE_RATE_HZ
     wanted_s = min(about.duration_s, limit.get("t", np.inf))
     # the sound of a film may simply be shorter than its pictures
     is_sure = run.messages or not (about.has_video or about.is_estimated)
@@ -130,6 +133,20 @@ def _heard(
             f"the sound of {Path(path).name} is damaged: {heard_s:.1f} of "
             f"{about.duration_s:.1f} seconds could be read"
         )
+
+
+def _first_sample(path: Path | str, about: Probe) -> int:
+    """Return which sample is the first that can be decoded; the track may begin with packets that
+    cannot, or that only prepare the decoder."""
+    if not about.has_audio:
+        raise TalkheadError(f"{path} has no sound; give a file that has a sound track")
+    track = graphs.input(url(path))["a:0"].filter("aresample", SAMPLE_RATE_HZ)
+    graph = track.output("pipe:1", format="framecrc", copyts=None, **{"frames:a": 1})
+    with closing(Run(graph)) as run:
+        lines = run.out.read().decode().splitlines()
+        run.finish_reading(path)
+    times = [line.split(",")[2] for line in lines if line and not line.startswith("#")]
+    return max(0, int(times[0]) - round(about.origin_s * SAMPLE_RATE_HZ)) if times else 0
 
 
 def _as_shorts(samples: Samples, full: float) -> bytes:

@@ -17,7 +17,7 @@ from typing import Any
 
 import ffmpeg as graphs
 
-from talkhead_cli.contracts import TalkheadError
+from talkhead_cli.contracts import FPS, TalkheadError
 
 # How far into a file its tracks are looked for: of one that begins later, ffmpeg tells no start.
 PATIENCE = ("-analyzeduration", "120M", "-probesize", "500M")
@@ -25,24 +25,46 @@ PATIENCE = ("-analyzeduration", "120M", "-probesize", "500M")
 
 @cache
 def executable() -> str:
-    """Return the system's ffmpeg, else that of imageio-ffmpeg; TalkheadError if neither exists."""
-    if found := shutil.which("ffmpeg"):
-        return found
+    """Return the ffmpeg of imageio-ffmpeg (IMAGEIO_FFMPEG_EXE names another), else the system's.
+
+    TalkheadError if there is none, or only ones that do not print when a track begins, such as
+    7.0: late sound would come out early.
+    """
+    found = [each for each in (_installed_with_us(), shutil.which("ffmpeg")) if each]
+    for each in found:
+        if re.search(r"Audio: .*, start 1\.0", _said(each, "-f", "lavfi", "-i", _LATE_SILENCE)):
+            return each
+    if found:
+        raise TalkheadError(
+            f"{found[0]} is too old to say when a track begins; get a newer one: "
+            "pip install -U imageio-ffmpeg"
+        )
+    raise TalkheadError("ffmpeg was not found; `pip install imageio-ffmpeg`")
+
+
+_LATE_SILENCE = "anullsrc=r=8000,asetpts=PTS+8000"
+
+
+def _installed_with_us() -> str | None:
     try:
         import imageio_ffmpeg
 
         return str(imageio_ffmpeg.get_ffmpeg_exe())
     except (ImportError, RuntimeError):
-        raise TalkheadError(
-            "ffmpeg was not found; install it, or `pip install imageio-ffmpeg`"
-        ) from None
+        return None
 
 
 def _ask(*words: str) -> str:
     """Return what ffmpeg prints on both streams when called with `words`."""
-    argv = [executable(), "-hide_banner", "-nostdin", *words]
+    return _said(executable(), *words)
+
+
+def _said(program: str, *words: str) -> str:
     done = subprocess.run(
-        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [program, "-hide_banner", "-nostdin", *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )
     return done.stdout.decode("utf-8", "replace")
 
@@ -61,7 +83,14 @@ def knows(kind: str, name: str) -> bool:
 
 
 def url(path: Path | str) -> str:
-    """Return `path` such that ffmpeg sees no protocol in a name like `talk: one.mp4`."""
+    """Return `path` such that ffmpeg sees no protocol in a name like `talk: one.mp4`;
+    TalkheadError if the name is no text, which ffmpeg-python needs."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise TalkheadError(
+            f"the name of {str(path)!r} is not UTF-8; rename the file or its folder"
+        ) from None
     return f"file:{path}"
 
 
@@ -96,12 +125,14 @@ class Run:
         return code == 0
 
     def finish_reading(self, path: Path | str) -> None:
-        """`finish`; TalkheadError if the process was killed: what was read may be a beginning."""
+        """`finish`; TalkheadError if the process was killed or crashed: what was read may be a
+        beginning."""
         self.finish()
-        if -self._process.returncode in (signal.SIGKILL, signal.SIGTERM):
+        if self._process.returncode < 0:
+            number = -self._process.returncode
             raise TalkheadError(
-                f"ffmpeg was killed while it read {path}; run the command again, with more free "
-                "memory if it ran out"
+                f"ffmpeg was killed ({signal.Signals(number).name}) while it read {path}; run the "
+                "command again, with more free memory if it ran out"
             )
 
     @property
@@ -135,7 +166,8 @@ class Probe:
     rotation_deg   clockwise turn that makes the stored picture upright: 0, 90, 180, 270
     colour         pixel format and colour tags as ffmpeg writes them, e.g.
                    "yuv420p10le(tv, bt2020nc/bt2020/smpte2084, progressive)"
-    video_start_s, audio_start_s  start of the track on the file's common clock
+    origin_s       what the file's time stamps call time 0 of its common clock
+    video_start_s, audio_start_s  declared start of the track on that clock
     has_index      the container indexes its keyframes; seeks in other containers are inexact
     restarts       ffmpeg begins at 0 with the first track that is read of such a container
     """
@@ -149,6 +181,7 @@ class Probe:
     has_audio: bool
     rotation_deg: int
     colour: str
+    origin_s: float
     video_start_s: float
     audio_start_s: float
     is_synthetic: bool
@@ -185,17 +218,19 @@ def probe(path: Path | str) -> Probe:
         )
     origin_s = _number(r"^  Duration: .*?, start: (-?[\d.]+)", head)
     nominal = video.partition("\n")[0]
+    fps = _number(r"([\d.]+) fps", nominal) or _number(r"([\d.]+) tbr", nominal)
     width, height, rotation_deg, colour = _picture(video)
     return Probe(
         width=width,
         height=height,
-        duration_s=_duration_s(head, path),
+        duration_s=_duration_s(head, path, fps),
         is_estimated="Estimating duration from bitrate" in head,
-        fps=_number(r"([\d.]+) fps", nominal) or _number(r"([\d.]+) tbr", nominal),
+        fps=fps,
         has_video=bool(video),
         has_audio=bool(audio),
         rotation_deg=rotation_deg,
         colour=colour,
+        origin_s=origin_s,
         video_start_s=_start_s(nominal, origin_s),
         audio_start_s=_start_s(audio, origin_s),
         is_synthetic=_SYNTHETIC.search(text) is not None,
@@ -239,11 +274,12 @@ def _start_s(stream: str, origin_s: float) -> float:
     return max(0.0, float(found[1]) - origin_s) if found else 0.0
 
 
-def _duration_s(head: str, path: Path | str) -> float:
+def _duration_s(head: str, path: Path | str, fps: float) -> float:
     if found := re.search(r"^  Duration: (\d+):(\d+):([\d.]+)", head, re.M):
         return int(found[1]) * 3600 + int(found[2]) * 60 + float(found[3])
-    # recordings made in browsers declare no duration
-    return max(count_packets(path, track)[1] for track in ("V:0", "a:0"))
+    # recordings made in browsers declare no duration, raw streams not even times
+    n_frames, end_s = count_packets(path, "V:0")
+    return max(end_s or n_frames / (fps or FPS), count_packets(path, "a:0")[1])
 
 
 def _picture(stream: str) -> tuple[int, int, int, str]:

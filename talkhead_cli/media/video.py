@@ -234,8 +234,9 @@ def _graph(
             "crop", f"{width}{across}", f"{height}{down}", f"{x}{across}", f"{y}{down}", exact=1
         )
     matrix, primaries, transfer = _colour_tags(about)
-    if transfer in HDR and knows("filters", "zscale") and knows("filters", "tonemap"):
-        stream = _tone_mapped(stream, matrix, primaries, transfer)
+    if transfer in HDR or primaries == "bt2020":  # the filter `scale` converts the matrix alone
+        convert = _tone_mapped if transfer in HDR else _narrowed
+        stream = convert(stream, matrix, primaries, transfer)
     untagged_hd = matrix == "unknown" and (about.height >= 720 or about.width >= 1280)
     is_yuv = not re.match(r"[0xa]?(rgb|bgr)|gbr|gray|ya\d|pal|mono", about.colour)
     how = "area" if size[0] * size[1] < width * height else "lanczos"
@@ -256,8 +257,29 @@ def _colour_tags(about: Probe) -> tuple[str, str, str]:
     return matrix, primaries, transfer
 
 
+def _narrowed(stream: Any, matrix: str, primaries: str, transfer: str) -> Any:
+    """Convert BT.2020 to BT.709; their transfers are the same."""
+    _refuse_without("zscale")
+    told = {
+        "pin": primaries,
+        "tin": "2020_10",
+        "min": matrix if matrix != "unknown" else "2020_ncl",
+    }
+    stream = stream.filter("zscale", **told, p="709", t="709", m="709", r="tv")
+    return stream.filter("format", "yuv444p")
+
+
+def _refuse_without(*filters: str) -> None:
+    if missing := [name for name in filters if not knows("filters", name)]:
+        raise TalkheadError(
+            f"these colours need ffmpeg's {' and '.join(missing)}, which this build lacks; "
+            "pip install -U imageio-ffmpeg"
+        )
+
+
 def _tone_mapped(stream: Any, matrix: str, primaries: str, transfer: str) -> Any:
     """Tone-map HDR to BT.709; missing tags are taken as BT.2020."""
+    _refuse_without("zscale", "tonemap")
     stream = stream.filter(
         "zscale",
         tin=transfer,

@@ -88,7 +88,8 @@ class Run:
 
     def preset_text(self) -> str | None:
         path = self.root / "preset.yaml"
-        return path.read_text(encoding="utf-8") if path.exists() else None
+        # bytes that are no text are no preset either, which whoever parses it says
+        return path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
 
     def save_weights(self, tensors: dict[str, Tensor]) -> None:
         from safetensors.torch import save_file

@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from talkhead_cli.contracts import TalkheadError
 from talkhead_cli.store.files import atomic
 
+_DAMAGED = (OSError, SyntaxError, ValueError)  # what PIL raises for damaged files
+
 
 def write_png(path: Path, rgb: NDArray[np.uint8], *, software: str = "") -> None:
     """Write a picture (H, W, 3) atomically; `software` is kept in it, see `software_of`."""
@@ -30,7 +32,7 @@ def read_picture(path: Path, *, cure: str) -> NDArray[np.uint8]:
     try:
         with Image.open(path) as picture:
             return np.asarray(picture.convert("RGB"))
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
+    except (*_DAMAGED, Image.DecompressionBombError) as error:
         raise TalkheadError(f"{path} is missing or damaged; {cure}") from error
 
 
@@ -41,5 +43,5 @@ def software_of(path: Path) -> str:
     try:
         with Image.open(path) as picture:
             return str(picture.info.get("Software", ""))
-    except (OSError, SyntaxError, ValueError):
+    except (*_DAMAGED, Image.DecompressionBombError):
         return ""

@@ -139,9 +139,10 @@ def verified(name: str) -> Path:
     """Return the file of known weights; TalkheadError if it is missing or its sha256 is wrong."""
     path = need(name)
     if verify(name) == "WRONG":
+        cure = _by_hand(name) if is_converted(name) else f"run: talkhead models pull {name}"
         raise TalkheadError(
             f"{path} is not {name}: its sha256 is another one than was published; delete it and "
-            f"run: talkhead models pull {name}"
+            f"{cure}"
         )
     return path
 

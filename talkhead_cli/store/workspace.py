@@ -188,8 +188,8 @@ class Workspace:
     # Wherever one of these three is interrupted, `bring_back` or the next job's sweep ends it.
 
     def set_aside(self) -> None:
-        """Move everything but the trained runs and consent aside, until `bring_back` or
-        `forget_aside`.  A folder without a manifest is left alone, as it may hold anything."""
+        """Move what preprocessing wrote aside, until `bring_back` or `forget_aside`.  A folder
+        without a manifest is left alone."""
         if self.exists():
             on_the_way, aside = self._asides
             on_the_way.mkdir()
@@ -197,9 +197,11 @@ class Workspace:
                 entry.rename(on_the_way / entry.name)
             on_the_way.rename(aside)
 
-    def bring_back(self) -> None:
-        """Undo `set_aside`, also that of a job that was killed; what was made since is deleted."""
+    def bring_back(self) -> bool:
+        """Undo `set_aside`, also that of a job that was killed; what was made since is deleted.
+        Return whether anything was aside."""
         on_the_way, aside = self._asides
+        found = aside.exists() or on_the_way.exists()
         if aside.exists():
             for entry in self._replaceable():
                 shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
@@ -208,6 +210,7 @@ class Workspace:
             for entry in on_the_way.iterdir():
                 entry.rename(self.root / entry.name)
             on_the_way.rmdir()
+        return found
 
     def forget_aside(self) -> None:
         """Delete what was set aside."""
@@ -220,8 +223,9 @@ class Workspace:
         return self.root / ".moving", self.root / ".replaced"
 
     def _replaceable(self) -> list[Path]:
-        kept = ("runs", "consent", ".lock", *(path.name for path in self._asides))
-        return [entry for entry in self.root.iterdir() if entry.name not in kept]
+        """Return what preprocessing wrote: people keep other files here, such as renders."""
+        written = ("manifest.json", "cache", *(f for files in STAGE_FILES.values() for f in files))
+        return [self.root / name for name in written if (self.root / name).exists()]
 
     def remove(self) -> None:
         """Delete the folder with all its runs."""
@@ -292,7 +296,8 @@ class Workspace:
                 held = (first, read_arrays(self.root / kind / f"{first:07d}.npz"))
             except FileNotFoundError as error:
                 raise TalkheadError(
-                    f"{kind} of frame {frame} are missing; run preprocess for '{self.id}' again"
+                    f"{kind} of frame {frame} are missing; preprocess the video of '{self.id}' "
+                    "again, with --fresh"
                 ) from error
             self._piece[kind] = held
         return {name: rows[frame - first] for name, rows in held[1].items()}
@@ -312,7 +317,11 @@ class Workspace:
         marker = path.with_suffix(".key")
         if not path.exists() or not marker.exists() or marker.read_text() != self.fingerprint:
             return None
-        return np.load(path, mmap_mode="r", allow_pickle=False)
+        try:
+            found: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (OSError, ValueError):  # damaged
+            return None
+        return found
 
     def save_pixels(
         self, kind: str, size_px: int, shape: tuple[int, ...], rows: Iterator[NDArray[np.uint8]]

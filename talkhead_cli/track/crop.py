@@ -20,7 +20,8 @@ MIN_FACE_PX = 48
 
 @dataclass(frozen=True)
 class Crop:
-    """A square in source pixels: left, top and side."""
+    """A square in source pixels: left, top and side, all even, as most films hold colours of two
+    by two pixels."""
 
     x: int
     y: int
@@ -53,7 +54,7 @@ class Crop:
         """Return the same square (x, y, w, h) in a zoomed shot of `size` (w, h)."""
         side = min(round(zoom.scale * self.side), *size)
         x, y = (
-            min(max(0, round(zoom.scale * start + shift)), whole - side)
+            min(max(0, round(zoom.scale * start + shift)), whole - side) // 2 * 2
             for start, shift, whole in zip((self.x, self.y), zoom.shift, size, strict=True)
         )
         return x, y, side, side
@@ -62,8 +63,8 @@ class Crop:
 def choose_crop(points: NDArray[np.float32], found: NDArray[np.bool_], bounds: Box) -> Crop:
     """Return the square around the head of mesh points (T, 478, >=2), inside `bounds`."""
     left, top, right, bottom = (
-        *(math.ceil(edge) for edge in bounds[:2]),
-        *(math.floor(edge) for edge in bounds[2:]),
+        *(math.ceil(edge / 2) * 2 for edge in bounds[:2]),
+        *(math.floor(edge / 2) * 2 for edge in bounds[2:]),
     )
     seen = points[found]
     if len(seen) == 0:
@@ -79,6 +80,6 @@ def choose_crop(points: NDArray[np.float32], found: NDArray[np.bool_], bounds: B
     centre = (low + high) / 2
     side = max(HEIGHTS_PER_SIDE * face_px, 1.25 * float((high - low).max()))
     side = int(min(side, right - left, bottom - top)) // 2 * 2
-    x = int(np.clip(centre[0] - side / 2, left, right - side))
-    y = int(np.clip(centre[1] - side * (0.5 - ABOVE_CENTRE), top, bottom - side))
+    x = int(np.clip(centre[0] - side / 2, left, right - side)) // 2 * 2
+    y = int(np.clip(centre[1] - side * (0.5 - ABOVE_CENTRE), top, bottom - side)) // 2 * 2
     return Crop(x, y, side)

@@ -52,7 +52,7 @@ def scout(
             n_frames += 1
             shape = np.array([rgb.shape[1], rgb.shape[0]] * 2, np.float32)
             for box in detect(rgb):
-                _link(tracks, box / shape, n_frames - 1)
+                _link(tracks, box / shape, n_frames - 1, tall=rgb.shape[0] / rgb.shape[1])
     whole = (0, 0, size[0], size[1])
     if not tracks:
         # the face mesh has a detector of its own, which decides
@@ -100,11 +100,13 @@ class _Face:
         self.frames.add(frame)
 
 
-def _link(tracks: list[_Face], box: NDArray[np.float32], frame: int) -> None:
-    centre, width = box[[0, 1]] + box[[2, 3]], box[2] - box[0]
+def _link(tracks: list[_Face], box: NDArray[np.float32], frame: int, *, tall: float) -> None:
+    """Add the box to the track of the face that was last near it; tall: height over width."""
+    unit = np.array([1.0, tall], np.float32)  # lengths are compared in widths of the picture
     for track in tracks:
         last = track.boxes[-1]
-        if np.abs(last[[0, 1]] + last[[2, 3]] - centre).max() < 1.2 * max(width, last[2] - last[0]):
+        moved = np.abs((last[:2] + last[2:] - box[:2] - box[2:]) * unit).max()
+        if moved < 1.2 * max(float(((b[2:] - b[:2]) * unit).min()) for b in (box, last)):
             track.add(box, frame)
             return
     tracks.append(_Face([box], {frame}))
