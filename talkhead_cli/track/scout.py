@@ -106,7 +106,7 @@ def _link(tracks: list[_Face], box: NDArray[np.float32], frame: int, *, tall: fl
     for track in tracks:
         last = track.boxes[-1]
         moved = np.abs((last[:2] + last[2:] - box[:2] - box[2:]) * unit).max()
-        if moved < 1.2 * max(float(((b[2:] - b[:2]) * unit).min()) for b in (box, last)):
+        if moved < 1.2 * max(float(((b[2:] - b[:2]) * unit).prod()) for b in (box, last)) ** 0.5:
             track.add(box, frame)
             return
     tracks.append(_Face([box], {frame}))
