@@ -325,6 +325,19 @@ def test_the_camera_circles_the_head(
     assert (gone[:, 0] < 0).all() if option == "yaw_deg" else (gone[:, 1] < 0).all()
 
 
+@pytest.mark.parametrize(("yaw", "pitch"), [(20.0, 20.0), (-45.0, 45.0), (30.0, -10.0)])
+def test_a_turned_and_lifted_camera_stays_level(
+    footage: dict[str, NDArray[Any]], yaw: float, pitch: float
+) -> None:
+    footage["pose"] = np.tile([0.0, 0, 0, 0, 0, 5], (len(footage["pose"]), 1))
+    made = drive_of(footage, 1, yaw_deg=yaw, pitch_deg=pitch)
+    c2w = made.camera(made.pose(np.arange(1))[0], 128, np.arange(1)).c2w[0].numpy()
+    assert c2w[1, 0] == pytest.approx(0, abs=1e-6), "the horizon is level"
+    x, y, z = c2w[:3, 3] / 5  # y down, z away from where the face looks
+    assert np.degrees(np.arctan2(-x, -z)) == pytest.approx(yaw, abs=1e-3)
+    assert np.degrees(np.arcsin(-y)) == pytest.approx(pitch, abs=1e-3)
+
+
 def test_the_camera_swings_to_either_side_and_back(footage: dict[str, NDArray[Any]]) -> None:
     frames = np.array([0, 50, 100, 150, 200])  # eight seconds, by quarters
     pose = np.tile(footage["pose"][12].astype(np.float32), (5, 1))

@@ -31,6 +31,7 @@ from talkhead_cli.jobs import landmark_track, maps, script
 from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs import render as render_job
 from talkhead_cli.jobs.drive import MotionOptions
+from talkhead_cli.jobs.import_avatar import import_avatar
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.media.ffmpeg import executable
 from talkhead_cli.store import Run, Workspace
@@ -747,3 +748,30 @@ def test_somebody_new_begins_from_others_and_speaks(
     again = ok("render", "--id", "pat", "--audio", speech, "-o", tmp_path / "b.mp4",
                "--home", tmp_path / "other")  # fmt: skip
     assert np.array_equal(frames_of(film[0]), frames_of(again[0]))
+    for number, damage in enumerate((_undated, _without_usable_rows, _without_box)):
+        hurt = tmp_path / f"hurt{number}"
+        shutil.copytree(own / "pat", hurt / "pat")
+        damage(hurt / "pat" / "runs" / run.name)
+        parcel = ok("export", "--id", "pat", "-o", hurt / "pat.talkhead", "--home", hurt)[0]
+        with pytest.raises(TalkheadError, match="cannot be played"):
+            import_avatar(parcel, tmp_path / "third")
+        assert not list((tmp_path / "third").rglob("*"))
+
+
+def _undated(run: Path) -> None:
+    facts = json.loads((run / "meta.json").read_text())
+    (run / "meta.json").write_text(json.dumps(facts | {"finished_at": "x"}))
+
+
+def _without_usable_rows(run: Path) -> None:
+    arrays = dict(np.load(run / "drive.npz"))
+    del arrays["usable"]
+    np.savez(run / "drive.npz", **arrays)
+
+
+def _without_box(run: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(run / "avatar.safetensors")
+    del tensors["avatar.aabb"]
+    save_file(tensors, run / "avatar.safetensors")

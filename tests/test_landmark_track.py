@@ -53,6 +53,7 @@ def test_a_foreign_track_moves_the_own_face(track: LandmarkTrack) -> None:
         ({"landmarks": np.full((3, 68, 3), 100.0), "eye": None}, "face heights"),
         ({"landmarks": np.array(["a"])}, "must be numbers"),
         ({"eye": np.zeros((7, 2))}, "'eye'"),
+        ({"eye": np.full((30, 2), 50.0)}, "not from 50 to 50"),
     ],
 )
 def test_wrong_tracks_are_refused_by_what_is_wrong(

@@ -84,6 +84,35 @@ def test_pictures_of_all_kinds_are_one_and_the_same_face(
     assert photo.read(tmp_path / "alpha.webp").shape == (512, 512, 3)
 
 
+@pytest.mark.parametrize(("turns", "told"), [(1, "right"), (2, "upside down"), (3, "left")])
+def test_pictures_that_lie_are_turned_upright(
+    likeness: np.ndarray, tmp_path: Path, turns: int, told: str
+) -> None:
+    true, notes = look(save(tmp_path / "plain.png", likeness))
+    assert not any("upright" in note for note in notes)
+    lying = np.ascontiguousarray(np.rot90(likeness, turns))
+    found, notes = look(save(tmp_path / "lying.png", lying))
+    assert any("does not stand upright" in note and told in note for note in notes)
+    assert torch.equal(found.portrait.pictures, true.portrait.pictures)
+
+
+def test_a_small_face_in_a_large_picture_is_found(likeness: np.ndarray, tmp_path: Path) -> None:
+    """The detector alone finds none of 0.04 of the picture's side."""
+    wide = np.full((2700, 3600, 3), 128, np.uint8)
+    wide[1300:1700, 2100:2500] = cv2.resize(likeness, (400, 400), interpolation=cv2.INTER_AREA)
+    assert look(save(tmp_path / "wide.png", wide))[0].portrait is not None
+    mesh, _ = photo._mesh(tmp_path / "wide.png", wide, "largest", SilentProgress())
+    true, _ = photo._mesh(tmp_path / "plain.png", likeness, "largest", SilentProgress())
+    off = (mesh[:, :2] - [2100, 1300]) * 512 / 400 - true[:, :2]
+    assert np.linalg.norm(off, axis=1).mean() < 8, "pixels of 512"
+
+
+def test_a_dark_picture_stays_dark(tmp_path: Path) -> None:
+    dark = np.full((8, 8), 65_535 // 4, np.uint16)
+    cv2.imwrite(str(tmp_path / "dark.png"), dark)
+    assert photo.read(tmp_path / "dark.png").mean() == pytest.approx(64, abs=1)
+
+
 def test_transparent_pictures_lie_on_paper(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -45,6 +45,7 @@ class Speaker(Protocol):
     magnification: int
     maps: Mapping[str, tuple[str, ...]]
     has_kernel: bool
+    lids_in_landmarks: bool
 
     @property
     def neutral(self) -> Tensor | None: ...
@@ -79,6 +80,7 @@ class Avatar(nn.Module):
     maps            parts of a frame to visualise: names of their channels, which are never negative
     has_kernel      without gradients a Triton kernel evaluates its field (which then `skips`), and
                     no operation on rays or signals causes a host sync on CUDA
+    lids_in_landmarks  lids are where landmarks are: openness alone does not move them
     """
 
     aabb: Tensor
@@ -95,6 +97,7 @@ class Avatar(nn.Module):
     composing: frozenset[str] = frozenset()
     needs_portrait = False
     has_kernel = False
+    lids_in_landmarks = False
     box: tuple[float, ...] | None = None
 
     def __init__(self) -> None:

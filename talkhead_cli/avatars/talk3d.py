@@ -30,6 +30,7 @@ Where we differ on purpose:
 * U learns from random pixels by their colour; perceptual losses and a weight on the mouth come
   with the upscaler, which is our own.  There is no identity loss; `sync` is available, but no
   shipped stage weighs it.
+* Rays take a few samples where the grid has seen surfaces, not 48 and 48 more.
 * Angles are not frequency-encoded as in the paper: encoded, they would identify each of a few
   hundred frames.
 """

@@ -61,7 +61,6 @@ def import_(
     """Import an avatar file, or preprocess the pictures and sound of a dataset."""
     with speaking(verbose) as report:
         from talkhead_cli.store import home_folder
-        from talkhead_cli.store.parcel import unpack
 
         if file.is_dir():
             from talkhead_cli.jobs.import_dataset import import_dataset
@@ -69,7 +68,9 @@ def import_(
             space = import_dataset(file, home_folder(home), report, name=name)
             say([space.root], {"manifest": space.manifest()}, json)
             return
-        _, run = unpack(file, home_folder(home), name)
+        from talkhead_cli.jobs.import_avatar import import_avatar
+
+        _, run = import_avatar(file, home_folder(home), name)
         say([run.root], {"meta": run.meta()}, json)
 
 

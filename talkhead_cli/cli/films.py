@@ -201,6 +201,7 @@ def evaluate(
 def _table(figures: dict[str, Any]) -> None:
     picture, lips, eyes = figures["picture"], figures["lips"], figures["eyes"]
     low, high = lips["correlation"]["interval_90"]
+    jitter = figures["jitter_px_at_512"]["ratio"]
     rows = [
         ("PSNR, face box", f"{picture['face_box']['psnr_db']:.2f} dB"),
         ("PSNR, full", f"{picture['full']['psnr_db']:.2f} dB"),
@@ -218,7 +219,7 @@ def _table(figures: dict[str, Any]) -> None:
         ),
         ("LMD, mouth", f"{figures['lmd_px_at_512']:.2f} px at 512"),
         *_sync_rows(figures["sync"]),
-        ("jitter against truth's", f"{figures['jitter_px_at_512']['ratio']:.2f}"),
+        ("jitter against truth's", "-" if jitter is None else f"{jitter:.2f}"),
         ("marching", f"{figures['render']['frames_per_second']:.1f} frames/s"),
     ]
     for label, value in rows:

@@ -5,6 +5,7 @@ Every value is a function of the frame number alone, so that frames can be rende
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,7 +107,8 @@ class Drive:
         swing = ORBIT_DEG * np.sin(2 * np.pi * frames / (FPS * ORBIT_S)) if self.orbit else 0.0
         yaw = np.broadcast_to(self.yaw_deg + swing, frames.shape)
         angles = np.stack([yaw, np.full(len(frames), -self.pitch_deg)], 1)
-        turn = Rotation.from_euler("yx", angles, degrees=True).as_matrix()
+        # yaw about the head's upright axis, then pitch about the turned one: no roll
+        turn = Rotation.from_euler("YX", angles, degrees=True).as_matrix()
         carried = torch.eye(4).repeat(len(frames), 1, 1)
         carried[:, :3, :3] = torch.from_numpy(turn).float()
         return Camera(carried @ seen.c2w, seen.k, seen.size_px)
@@ -355,7 +357,8 @@ def read_table(path: Path, columns: tuple[int, ...], option: str) -> Array:
             table = np.load(path, allow_pickle=False)
         else:
             between = "," if path.suffix == ".csv" else None
-            table = np.loadtxt(path, delimiter=between, ndmin=2, encoding="utf-8-sig")
+            with warnings.catch_warnings(action="ignore"):  # numpy's on an empty file
+                table = np.loadtxt(path, delimiter=between, ndmin=2, encoding="utf-8-sig")
         table = np.asarray(table, float)
     except (ValueError, TypeError, EOFError, OSError) as error:
         raise TalkheadError(f"{option} {path}: not a table of numbers ({error})") from error

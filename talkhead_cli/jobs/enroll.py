@@ -55,11 +55,13 @@ def enroll(
             "preprocess a video"
         )
     began = time.monotonic()
+    sized = asked if len(preset_names) > 1 else None  # else a prior of any size will do
     if prior is None:
-        # if only the method is given, a prior of any size will do
-        prior = priors.newest(priors_home, method, asked if len(preset_names) > 1 else None)
+        prior = priors.newest(priors_home, method, sized)
         progress.note(f"prior: {prior}")
     start = priors.named_prior(priors_home, prior, method)
+    if sized is not None:
+        priors.refuse_unfit(start, sized)
     text = start.preset_text()
     assert text is not None
     preset = presets.from_yaml(text)

@@ -236,7 +236,8 @@ def _sync_figures(
 ) -> dict[str, Any]:
     """Return the scores of talkhead's own lip-sync expert, if there is one."""
     if found is None:
-        return {"expert": None, "note": "no expert of this home; talkhead pretrain --expert"}
+        why = "this home has no lip-sync expert that hears as this run does"
+        return {"expert": None, "note": f"{why}; talkhead pretrain --expert makes one"}
     if found.knows(space):
         progress.note(f"the lip-sync expert '{found.name}' was trained on '{space.id}'")
     try:

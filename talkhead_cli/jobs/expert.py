@@ -135,8 +135,9 @@ def _expert_if_weighed(
             judge = load_expert(prior)
     if judge is None:
         progress.note(
-            f"stage '{stages[0]}' does without a lip-sync expert, since this home has none; lips "
-            "will follow speech a little less (train one first: talkhead pretrain --expert -p tiny)"
+            f"stage '{stages[0]}' does without a lip-sync expert, since this home has none that "
+            "hears by this speech backend; lips will follow speech a little less (train one first: "
+            "talkhead pretrain --expert -p tiny)"
         )
     else:
         progress.note(f"lip-sync expert: {judge.name}")

@@ -367,7 +367,8 @@ def box_of(camera: Camera) -> Tensor:
 def read_plate(path: Path, size_px: int, *, cure: str = "run preprocess again") -> Tensor:
     """Read the background (s, s, 3) in [0, 1]; `cure` says what to do if it is missing."""
     picture = read_picture(path, cure=cure)
-    small = cv2.resize(picture, (size_px, size_px), interpolation=cv2.INTER_AREA)
+    way = cv2.INTER_AREA if picture.shape[1] > size_px else cv2.INTER_CUBIC
+    small = cv2.resize(picture, (size_px, size_px), interpolation=way)
     return torch.from_numpy(small.astype(np.float32) / 255)
 
 

@@ -179,7 +179,9 @@ def _pictures(folder: Path) -> list[Path]:
     }
     missing = next((i for i in range(len(numbered)) if i not in numbered), None)
     if missing is not None:
-        raise TalkheadError(f"{folder} lacks picture {missing}; copy the dataset anew")
+        raise TalkheadError(
+            f"{folder} lacks picture {missing}; they must be numbered from 0 without gaps"
+        )
     return [numbered[i] for i in range(len(numbered))]
 
 

@@ -28,6 +28,7 @@ from talkhead_cli.contracts import (
     UPPER_LIP,
     TalkheadError,
 )
+from talkhead_cli.jobs.drive import EYE_ROOM
 from talkhead_cli.store.files import read_arrays, write_arrays
 
 MAX_AWAY = 1.0  # face heights from the neutral face; more than any jaw drops
@@ -81,6 +82,11 @@ def read(path: Path) -> LandmarkTrack:
     marks = _array(path, arrays, "landmarks", (None, N_LANDMARKS, 3))
     neutral = _array(path, arrays, "neutral", (N_LANDMARKS, 3))
     eye = _array(path, arrays, "eye", (len(marks), 2)) if "eye" in arrays else None
+    if eye is not None and (eye.min() < -EYE_ROOM or eye.max() > 1 + EYE_ROOM):
+        raise TalkheadError(
+            f"--landmarks {path}: 'eye' counts from 0 (shut) to 1 (open), not from {eye.min():g} "
+            f"to {eye.max():g}"
+        )
     away = float(np.abs(marks - neutral).max())
     if away > MAX_AWAY:
         raise TalkheadError(

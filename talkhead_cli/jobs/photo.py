@@ -24,6 +24,8 @@ MAX_SIDE = 4096  # pixels; larger pictures are shrunk to it
 MESH_SIDE = 1280
 DETECT_PX = 320
 SURE = 0.6  # detector score: people's faces get 0.67 and more, animals' less than this
+CLEARLY = 0.1  # by how much more, if the face stands upright after a turn
+MIN_TILE = 600  # pixels
 TURNED_DEG, AWAY_DEG = 25.0, 50.0  # a head turned beyond: poor results; refused
 PAPER = 235  # grey level behind transparent pictures
 
@@ -52,8 +54,7 @@ def read(path: Path) -> NDArray[np.uint8]:
             upright = ImageOps.exif_transpose(picture)
             upright.thumbnail((MAX_SIDE, MAX_SIDE))
             if upright.mode.startswith(("I", "F")):  # 16 bits and more a channel
-                grey = np.asarray(upright, np.float64)
-                upright = Image.fromarray((255 * grey / max(grey.max(), 1)).astype(np.uint8))
+                upright = Image.fromarray(_eight_bits(np.asarray(upright, np.float64)))
             layers = upright.convert("RGBA")
     except (
         UnidentifiedImageError,
@@ -69,6 +70,13 @@ def read(path: Path) -> NDArray[np.uint8]:
     return np.asarray(Image.alpha_composite(paper, layers).convert("RGB")).copy()
 
 
+def _eight_bits(grey: NDArray[np.float64]) -> NDArray[np.uint8]:
+    """Return grey levels of any range in 8 bits; white is what can be meant by it."""
+    ranges = [white for white in (1.0, 255.0, 65_535.0) if grey.max() <= white]
+    white = ranges[0] if ranges else grey.max()
+    return (255 * grey.clip(0) / white).round().astype(np.uint8)
+
+
 def portrait_of(
     path: Path, size_px: int, progress: Progress, *, which_face: str = "largest"
 ) -> Photo:
@@ -76,8 +84,7 @@ def portrait_of(
 
     `which_face` is largest, left or right, as seen in the picture.
     """
-    rgb = read(path)
-    mesh, rgb = _mesh(path, rgb, which_face, progress)
+    mesh, rgb = _mesh(path, read(path), which_face, progress)
     height, width = rgb.shape[:2]
     points, found = mesh[None], np.array([True])
     head = pose.fit_head(points, found, (width, height))
@@ -99,7 +106,8 @@ def portrait_of(
     in_crop = crop.fractions(mesh)
     labels, plate = _regions(square, in_crop)
     k = crop.intrinsics(head.focal_px, head.centre_px, FILM_PX).astype(np.float32)
-    small = cv2.resize(square, (size_px, size_px), interpolation=cv2.INTER_AREA)
+    way = cv2.INTER_AREA if size_px < FILM_PX else cv2.INTER_CUBIC
+    small = cv2.resize(square, (size_px, size_px), interpolation=way)
     portrait = Portrait(
         pictures=torch.from_numpy(small)[None].float() / 255,
         labels=torch.from_numpy(labels)[None].float() / 255,
@@ -113,18 +121,35 @@ def _mesh(
     path: Path, rgb: NDArray[np.uint8], which: str, progress: Progress
 ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
     """Return the mesh (478, 3) of the chosen face, in pixels of the part of the picture around it,
-    and that part."""
-    height, width = rgb.shape[:2]
-    scene = scout([rgb], (width, height), which, narrow=False)
-    if scene.n_faces > 1:
+    and that part.  A picture that lies on its side or its head is turned first."""
+    mesh, part, n_faces = _found(path, rgb, which)
+    scores = _scores(part, mesh)
+    turns = int(scores.argmax())
+    if scores[turns] > scores[0] + CLEARLY:
+        how = ("a quarter turn to the left", "upside down", "a quarter turn to the right")
+        progress.note(f"{path.name} does not stand upright; it was turned {how[turns - 1]}")
+        mesh, part, n_faces = _found(path, np.ascontiguousarray(np.rot90(rgb, turns)), which)
+        scores = _scores(part, mesh)
+    if n_faces > 1:
         progress.note(
-            f"{scene.n_faces} faces are in {path.name}; the {which} one speaks "
+            f"{n_faces} faces are in {path.name}; the {which} one speaks "
             "(--face left|right|largest chooses)"
         )
+    if scores[0] < SURE:
+        progress.note(f"{path.name} may not show a person's face; the result may look wrong")
+    return mesh, part
+
+
+def _found(
+    path: Path, rgb: NDArray[np.uint8], which: str
+) -> tuple[NDArray[np.float32], NDArray[np.uint8], int]:
+    """Return the mesh of the chosen face, the part of the picture around it, and the number of
+    faces; TalkheadError if there is none."""
+    height, width = rgb.shape[:2]
+    scene = scout([rgb], (width, height), which, narrow=False)
     x, y, w, h = scene.roi
     part = np.ascontiguousarray(rgb[y : y + h, x : x + w])
-    with face.FaceDetector() as detect:
-        boxes = detect(part)
+    boxes = _boxes(part)
     mesh = _seen(part)
     if mesh is None and len(boxes):  # too small in the whole picture: retry on an enlarged crop
         x0, y0, x1, y1 = boxes[0]
@@ -136,16 +161,40 @@ def _mesh(
             mesh = mesh + np.array([b, a, 0], np.float32)
     if mesh is None:
         raise TalkheadError(
-            f"no face is found in {path.name}; give a picture of one person who faces the camera"
+            f"no face is found in {path.name}; give a picture of one person who faces the camera, "
+            "upright"
         )
-    if _doubt(part, mesh):
-        progress.note(f"{path.name} may not show a person's face; the result may look wrong")
-    return mesh, part
+    return mesh, part, scene.n_faces
 
 
-def _doubt(rgb: NDArray[np.uint8], mesh: NDArray[np.float32]) -> bool:
-    """Return whether the detector's score of the face is below SURE.  The score depends on the
-    face's size, so the face is scaled to a fixed one."""
+def _boxes(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return boxes (n, 4) of faces, the largest first; if the whole picture shows the detector
+    none, those in overlapping tiles of a half, then of a quarter of its longer side."""
+    height, width = rgb.shape[:2]
+    with face.FaceDetector() as detect:
+        found = detect(rgb)
+        for share in (2, 4):
+            side = max(height, width) // share
+            if len(found) or side < MIN_TILE:
+                break
+            corners = (
+                (x, y)
+                for y in range(0, max(1, height - side // 2), side // 2)
+                for x in range(0, max(1, width - side // 2), side // 2)
+            )
+            tiles = [
+                detect(np.ascontiguousarray(rgb[y : y + side, x : x + side]))
+                + np.array([x, y, x, y], np.float32)
+                for x, y in corners
+            ]
+            found = np.concatenate(tiles)
+    area = (found[:, 2] - found[:, 0]) * (found[:, 3] - found[:, 1])
+    return found[np.argsort(-area)]
+
+
+def _scores(rgb: NDArray[np.uint8], mesh: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the detector's scores (4,) of the face as it is and after each quarter turn to the
+    left.  They depend on the face's size, so the face is scaled to a fixed one."""
     middle = mesh[:, :2].mean(0)
     half = 1.1 * float(face.face_height(mesh[:, :2]))
     scale = DETECT_PX / (2 * half)
@@ -157,8 +206,8 @@ def _doubt(rgb: NDArray[np.uint8], mesh: NDArray[np.float32]) -> bool:
         rgb, place, (DETECT_PX, DETECT_PX), flags=way, borderMode=cv2.BORDER_REPLICATE
     )
     with face.FaceDetector() as detect:
-        _, scores = detect.scored(shown)
-    return not len(scores) or float(scores[0]) < SURE
+        found = [detect.scored(np.ascontiguousarray(np.rot90(shown, n)))[1] for n in range(4)]
+    return np.array([score[0] if len(score) else 0.0 for score in found], np.float32)
 
 
 def _seen(rgb: NDArray[np.uint8]) -> NDArray[np.float32] | None:

@@ -69,11 +69,7 @@ def choose_start(
 
     if wanted is not None:
         named = named_prior(home, wanted, preset.method, speech)
-        if not _fits(named, preset):
-            raise TalkheadError(
-                f"prior '{wanted}' does not fit these presets: it is of another size, window "
-                "or version; use the presets that it was trained with, or another --prior"
-            )
+        refuse_unfit(named, preset)
         return start_from(named)
     known = finished(home, preset.method)
     found = [start_from(prior) for prior in known if _fits(prior, preset, speech)]
@@ -101,6 +97,15 @@ def prior_of_begun_run(runs: Sequence[Run], name: str, *, exactly: bool) -> str 
 def finished(home: Path, method: str) -> list[Run]:
     """Return the finished priors of a method, newest first."""
     return [p for p in finished_runs(priors_folder(home)) if p.meta()["method"] == method]
+
+
+def refuse_unfit(prior: Run, preset: Preset) -> None:
+    """Raise TalkheadError unless a named prior agrees with the preset's size."""
+    if not _fits(prior, preset):
+        raise TalkheadError(
+            f"prior '{prior.name}' does not fit these presets: it is of another size, window or "
+            "version; use the presets that it was trained with, or another --prior"
+        )
 
 
 def _fits(prior: Run, preset: Preset, speech: dict[str, Any] | None = None) -> bool:

@@ -91,6 +91,7 @@ def render(
             player.open_views(film_script.scattered(at))
         progress.stage("render", n_frames)
         n_empty = shoot.film(film_script, progress)
+    files.drop_old_depth()
     if n_empty:
         why = (
             "the run has learnt too little"
@@ -132,12 +133,18 @@ class _Files:
         for what, given in (("speech file", speech), ("video it is set into", options.into)):
             if given is not None and film.exists() and given.exists() and film.samefile(given):
                 raise MisuseError(f"the output would overwrite the {what}; give another -o")
-        depth = film.with_name(film.stem + ".depth.mkv") if options.depth else None
+        depth = _depth_of(film) if options.depth else None
         files = cls(film, depth, film.with_name(film.name + ".json"))
-        ours = dict.fromkeys(files.films, _is_synthetic) | {files.sidecar: _is_sidecar}
+        ours = dict.fromkeys(files.films, _is_render) | {files.sidecar: _is_sidecar}
         refuse_foreign(ours, "talkhead render")
         media.refuse_container(film, alpha=options.alpha)
         return files
+
+    def drop_old_depth(self) -> None:
+        """Delete the depth video of an earlier render of that name, if this one has none."""
+        old = _depth_of(self.film)
+        if self.depth is None and old.exists() and _is_render(old):
+            old.unlink()
 
     @property
     def films(self) -> list[Path]:
@@ -275,10 +282,14 @@ def _refuse_contradictions(options: RenderOptions) -> None:
         )
 
 
-def _is_synthetic(film: Path) -> bool:
-    """Return whether a file is a film with the mark that renders leave in its metadata."""
+def _depth_of(film: Path) -> Path:
+    return film.with_name(film.stem + ".depth.mkv")
+
+
+def _is_render(film: Path) -> bool:
+    """Return whether a file is a film with the mark that renders, unlike evaluations, leave."""
     try:
-        return media.probe(film).is_synthetic
+        return media.probe(film).is_render
     except TalkheadError:
         return False
 
@@ -332,7 +343,8 @@ def _middle(picture: NDArray[np.uint8], size_px: int) -> Tensor:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     middle = picture[top : top + side, left : left + side]
-    shown = cv2.resize(middle, (size_px, size_px), interpolation=cv2.INTER_AREA)
+    way = cv2.INTER_AREA if side > size_px else cv2.INTER_CUBIC
+    shown = cv2.resize(middle, (size_px, size_px), interpolation=way)
     return torch.from_numpy(shown.astype(np.float32) / 255)
 
 

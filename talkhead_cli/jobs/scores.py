@@ -177,16 +177,19 @@ def mouth_distance(truth: Seen, rendered: Seen) -> float:
     return round(float(np.linalg.norm(a - b, axis=-1).mean()), 4)
 
 
-def jitter(mesh: Array, frames: NDArray[np.integer[Any]]) -> float:
+def jitter(mesh: Array, frames: NDArray[np.integer[Any]]) -> float | None:
     """Return the mean norm of second time differences of rigid points; mesh (T, 478, >=2) in px of
-    frames number (T,), of which only three in a row count."""
+    frames number (T,), of which only three in a row count.  None if there are not three."""
     change = np.linalg.norm(np.diff(mesh[:, RIGID, :2], 2, axis=0), axis=-1)
-    return float(change[frames[2:] - frames[:-2] == 2].mean())
+    change = change[frames[2:] - frames[:-2] == 2]
+    return round(float(change.mean()), 4) if len(change) else None
 
 
 def jitter_scores(
     truth: Seen, rendered: Seen, frames: NDArray[np.integer[Any]]
-) -> dict[str, float]:
-    """Return how much the head trembles in frames number (T,), and the truth's."""
+) -> dict[str, float | None]:
+    """Return how much the head trembles in frames number (T,), and the truth's; None where that
+    cannot be told, of frames too few or a truth that does not move."""
     true, made = jitter(truth.mesh, frames), jitter(rendered.mesh, frames)
-    return {"truth": round(true, 4), "render": round(made, 4), "ratio": round(made / true, 4)}
+    ratio = round(made / true, 4) if made is not None and true else None
+    return {"truth": true, "render": made, "ratio": ratio}

@@ -169,6 +169,12 @@ def open_script(
         drive = drives.make(player.run.drive(), n_frames, moves, as_filmed=as_filmed)
         track = _track(player, moves.landmarks, n_frames)
         own_eyes = moves.blink != "footage" or as_filmed is not None
+        if track is not None and moves.blink != "footage" and player.avatar.lids_in_landmarks:
+            own_eyes = False
+            progress.note(
+                f"--blink moves nothing: the lids of run '{player.run.name}' are where --landmarks "
+                "has them (give --blink when the track is made)"
+            )
         lids = None if track is None or own_eyes else track.eye
         yield Script(player, pcm, ear, stats, drive, n_frames, track, lids, talking(pcm, n_frames))
 
@@ -210,8 +216,7 @@ def neutral_of(player: Player) -> NDArray[np.float32]:
     rest = player.avatar.neutral
     if rest is None:
         raise TalkheadError(
-            f"run '{player.run.name}' is not driven by landmarks; use a run of preset landmark or "
-            "lokitalk"
+            f"run '{player.run.name}' is not driven by landmarks; use a run of another method"
         )
     return rest.cpu().numpy().astype(np.float32)
 

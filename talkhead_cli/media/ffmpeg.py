@@ -164,6 +164,7 @@ class Probe:
     is_estimated   no duration is declared: ffmpeg estimates it from bit rate and size
     fps            nominal; 0 without video
     rotation_deg   clockwise turn that makes the stored picture upright: 0, 90, 180, 270
+    is_synthetic   made by talkhead; is_render: by `render` or what it calls
     colour         pixel format and colour tags as ffmpeg writes them, e.g.
                    "yuv420p10le(tv, bt2020nc/bt2020/smpte2084, progressive)"
     origin_s       what the file's time stamps call time 0 of its common clock
@@ -185,6 +186,7 @@ class Probe:
     video_start_s: float
     audio_start_s: float
     is_synthetic: bool
+    is_render: bool
     has_index: bool
     restarts: bool
 
@@ -234,6 +236,7 @@ def probe(path: Path | str) -> Probe:
         video_start_s=_start_s(nominal, origin_s),
         audio_start_s=_start_s(audio, origin_s),
         is_synthetic=_SYNTHETIC.search(text) is not None,
+        is_render=_RENDER.search(text) is not None,
         has_index=_INDEXED.search(head) is not None,
         restarts=_RESTARTING.search(head) is not None,
     )
@@ -257,6 +260,7 @@ def count_packets(path: Path | str, track: str) -> tuple[int, float]:
     return int(frames[-1]) if frames else 0, int(micros[-1]) / 1e6 if micros else 0.0
 
 
+_RENDER = re.compile(r"^ +talkhead_avatar *: ", re.M | re.I)
 _SYNTHETIC = re.compile(r"^ +talkhead_synthetic *: true", re.M | re.I)
 _RESTARTING = re.compile(r"^Input #0, (mpegts|mpeg|ogg),", re.M)
 _INDEXED = re.compile(r"^Input #0, (mov|matroska),", re.M)

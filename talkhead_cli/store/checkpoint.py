@@ -175,5 +175,10 @@ def list_runs(folder: Path) -> list[Run]:
         for p in folder.iterdir()
         if (p / "meta.json").exists() and set(p.name) <= _NAME_CHARS
     ]
-    ended = {run.name: run.meta().get("finished_at", 0.0) for run in runs if run.is_finished}
+    ended = {run.name: _number(run.meta().get("finished_at")) for run in runs if run.is_finished}
     return sorted(runs, key=lambda run: (run.name not in ended, -ended.get(run.name, 0.0)))
+
+
+def _number(value: Any) -> float:
+    """Return a number from a file that anybody may have written; 0 if it is none."""
+    return float(value) if isinstance(value, int | float) else 0.0

@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -59,10 +60,13 @@ def pack(space: Workspace, run: Run, out: Path) -> Path:
     return out
 
 
-def unpack(file: Path, home: Path, name: str | None = None) -> tuple[Workspace, Run]:
+def unpack(
+    file: Path, home: Path, name: str | None = None, *, check: Callable[[Run], None] | None = None
+) -> tuple[Workspace, Run]:
     """Import a parcel into `home`, as identity `name` or its own; all of it or nothing.
 
-    An identity that exists already must be of the same footage; its other runs stay.
+    An identity that exists already must be of the same footage; its other runs stay.  `check`
+    raises TalkheadError for a run, still aside, that is not to be imported.
     """
     if not file.is_file():
         raise TalkheadError(f"there is no file {file}")
@@ -78,6 +82,8 @@ def unpack(file: Path, home: Path, name: str | None = None) -> tuple[Workspace, 
                     _fits(space, run, archive)
                     with tempfile.TemporaryDirectory(prefix=".part-", dir=space.root) as folder:
                         _extract(archive, record, Path(folder))
+                        if check is not None:
+                            check(Run(Path(folder) / "runs" / run.name))
                         _settle(Path(folder), space, run)
                 except BaseException:
                     if is_new:
@@ -129,19 +135,23 @@ def _record(archive: zipfile.ZipFile) -> dict[str, Any]:
             raise _Wrong(f"'{name}' has no place in an avatar")
         if not isinstance(facts, dict) or not isinstance(facts.get("size"), int):
             raise _Wrong(f"it does not say the size of '{name}'")
-        if not 0 <= facts["size"] <= MAX_FILE or archive.getinfo(name).file_size != facts["size"]:
+        entry = archive.getinfo(name)
+        if not 0 <= facts["size"] <= MAX_FILE or entry.file_size != facts["size"]:
             raise _Wrong(f"the size of '{name}' is not what it says")
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise _Wrong(f"'{name}' is compressed in another way than talkhead does")
     return record
 
 
 def _fits(space: Workspace, run: Run, archive: zipfile.ZipFile) -> None:
-    """Raise if the identity exists with other footage, or already has this run."""
-    if not space.exists():
-        return
+    """Raise if the manifest names no footage, or if the identity exists with other footage or
+    already has this run."""
     try:
         theirs = json.loads(archive.read("manifest.json"))["source"]["sha256"]
     except (ValueError, KeyError, TypeError) as error:
         raise _Wrong("its manifest does not name its footage") from error
+    if not space.exists():
+        return
     if space.manifest().get("source", {}).get("sha256") != theirs:
         raise MisuseError(
             f"there is another '{space.id}' here, of other footage; name the avatar with --id"

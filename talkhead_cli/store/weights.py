@@ -314,4 +314,4 @@ def _record_of(path: Path) -> Path:
 
 def _recorded(path: Path) -> str:
     record = _record_of(path)
-    return str(read_json(record)["sha256"]) if record.exists() else ""
+    return str(read_json(record).get("sha256", "")) if record.exists() else ""

@@ -19,6 +19,7 @@ differ, the reason is that a small training set has only a handful of people:
   lost.  D is supervised at landmarks, whose correspondence is known.
 * D acts in regions around mouth and eyes, each in its own unit of length (so that faces are
   alike), and is zero elsewhere; both eyes share one net, mirrored.
+* SSIM, gradients and, if installed, LPIPS take the place of the perceptual loss.
 * Critic and lip-sync expert have small weights (0.03 and 0.2), and join in the last stages only.
 * Hair is marched with the face, since it turns with it.  The final stage warps the full-size
   picture by the marched coordinates and composites it over shoulders that follow `body`.

@@ -28,6 +28,7 @@ class S3DSpeaker:
 
     past = 0
     has_kernel = False
+    lids_in_landmarks = False
     maps: Mapping[str, tuple[str, ...]] = MAPS
 
     def __init__(self, avatar: S3D, faces: Sequence[Face]) -> None:
