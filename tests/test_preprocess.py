@@ -10,7 +10,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
-from films import beginning
+from films import beginning, lavfi
 from typer.testing import CliRunner, Result
 
 from talkhead_cli import media
@@ -319,7 +319,7 @@ def test_a_film_that_shows_hardly_any_face_is_refused(tmp_path: Path) -> None:
     points = np.zeros((300, 4, 3), np.float32)
     space.save("mesh", {"points": points, "found": found, "n_faces": np.array(1)})
     space.save("shots", {"kept": np.ones(300, bool)})
-    about = media.Probe(64, 64, 12.0, False, 25, True, True, 0, "", 0.0, 0.0, False, True, False)
+    about = media.probe(lavfi(tmp_path / "talk.mkv", "testsrc=s=64x64:d=0.2"))
     material = stages.Material(space, media.Part(Path("talk.mp4")), about, SilentProgress(), {})
     with pytest.raises(TalkheadError, match=r"only 1.1 s of talk.mp4 show a face"):
         assert material.faces

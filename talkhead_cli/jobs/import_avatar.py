@@ -28,7 +28,6 @@ def _refuse_unplayable(run: Run) -> None:
         drives.make(run.drive(), 1, MotionOptions()).eyes(np.arange(1))
         facts = run.meta()
         assert player.stats.rate_hz == facts["speech"]["rate_hz"], "its speech has another rate"
-        assert facts["method"] == player.preset.method, "its method is not its preset's"
         assert isinstance(facts["finished_at"], float), "it does not say when it was finished"
     except TalkheadError:
         raise
