@@ -186,7 +186,7 @@ class Signals:
     """All driving signals that networks may use, T rows; already smoothed, never smoothed later.
 
     audio         (T, W, A) standardised speech features around each frame
-    eye           (T, 2) openness of the eyes on the picture's left, right: 0 shut ... 1 open
+    eye           (T, 2) openness of the picture's left, right eye: 0 shut, 1 open, up to 1.2
     gaze          (T, 2) iris offset right, down, in eye widths
     brow          (T, 2) height of the picture's left, right brow minus the person's mean
     landmarks     (T, 68, 3) iBUG order, head space

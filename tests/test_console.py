@@ -173,3 +173,17 @@ def test_a_stage_is_over_before_the_answer(
         console.answer("film.mp4.json")
     assert order[-2:] == ["stdout", "stdout"] and "stderr" in order, order
     assert "render" in aside.getvalue()
+
+
+@pytest.mark.parametrize(("note", "told"), [(None, "without --fresh"), ("as before", "as before")])
+def test_who_interrupts_is_told_what_to_do_next(
+    shown: Console, note: str | None, told: str
+) -> None:
+    stop = KeyboardInterrupt()
+    if note is not None:
+        stop.add_note(note)
+    with pytest.raises(SystemExit) as end, console.speaking(False):
+        raise stop
+    assert end.value.code == 130
+    said = " ".join(shown.export_text().split())
+    assert told in said and ("without --fresh" in said) == (note is None)

@@ -9,7 +9,7 @@ import pytest
 from films import lavfi, number_of, numbered, run_ffmpeg, sound_s
 
 from talkhead_cli import media
-from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, TalkheadError
+from talkhead_cli.contracts import FPS, SAMPLE_RATE_HZ, SAMPLES_PER_FRAME, TalkheadError
 
 
 @pytest.mark.parametrize("rate", ["60", "30", "30000/1001", "24000/1001", "25", "10"])
@@ -106,3 +106,11 @@ def test_a_part_is_the_film_from_where_it_begins(speaker_clip: Path) -> None:
     assert np.array_equal(part.sound(8000), sound[32_000:40_000])
     assert np.array_equal(part.sound(8000, late_s=0.1), sound[33_600:41_600])
     assert np.array_equal(part.sound(8000, late_s=-0.1), sound[30_400:38_400])
+
+
+def test_the_sound_of_a_part_ends_where_the_film_does(speaker_clip: Path) -> None:
+    """Whatever a file declares, no silence is made up."""
+    whole = len(media.sound(speaker_clip))
+    rest = media.Part(speaker_clip, 25).heard()
+    assert len(rest) == whole - 25 * SAMPLES_PER_FRAME
+    assert len(media.Part(speaker_clip, 25, 50).heard()) == 50 * SAMPLES_PER_FRAME

@@ -153,8 +153,9 @@ def test_what_stays_when_footage_is_replaced_is_named(
         else:
             (space.root / "manifest.json").unlink()
         progress = SilentProgress()
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(KeyboardInterrupt) as stop:
             job.preprocess(speaker_clip, home, progress, name="speaker", fresh=True)
+        assert ("as it was before" in str(getattr(stop.value, "__notes__", ""))) == bool(told)
         notes = [note for note in progress.notes if "came with other footage" in note]
         assert len(notes) == bool(told) and all(word in note for word in told for note in notes)
     assert space.consents() == [kept] and (space.runs / "old").is_dir()

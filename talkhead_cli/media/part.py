@@ -64,6 +64,13 @@ class Part:
                 held = list(self.frames(first=int(block[-1]), n_frames=len(block), **options))
                 yield from reversed(held)
 
+    def heard(self) -> Samples:
+        """Return the sound of the part as far as there is any, whatever duration is declared."""
+        first = self.first * SAMPLES_PER_FRAME
+        if self.n_frames is None:
+            return sound(self.path)[first:]
+        return sound(self.path, n_samples=first + self.n_frames * SAMPLES_PER_FRAME)[first:]
+
     def sound(self, n_samples: int, *, late_s: float = 0.0) -> Samples:
         """Return (n_samples,) from `late_s` after the part's start on; silence beyond the film."""
         first = self.first * SAMPLES_PER_FRAME + round(late_s * SAMPLE_RATE_HZ)

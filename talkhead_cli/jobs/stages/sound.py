@@ -21,8 +21,8 @@ def require_audible(material: Material) -> None:
     place = [material.part.first, material.part.n_frames]
     if known.get("has_audio") and known["source"].get("part") == place:
         return
-    samples = material.part.sound(material.n_declared * SAMPLES_PER_FRAME)
-    if not voice.is_audible(samples, material.n_declared).any():
+    samples = material.part.heard()
+    if not voice.is_audible(samples, -(-len(samples) // SAMPLES_PER_FRAME)).any():
         raise UnfitError(
             f"the sound of {material.name} is silent; film with a working microphone, or "
             "pass --no-audio to track the pictures alone (no avatar can be trained on them)"

@@ -19,11 +19,11 @@ def run(material: Material) -> None:
     """Fit the head's pose, then compute and save all per-frame signals.
 
     In `tracks`, of T frames: pose (T, 6), rotation vector in rad and position in face heights ·
-    k (3, 3) intrinsics of the crop · eye (T, 2) openness, 0 to 1 · gaze, brow (T, 2) · landmarks
-    (T, 68, 3) in head space · mesh_fractions (T, 478, 2) and body_fractions (T, 3) shift and
-    turn of the shoulders about body_pivot (2,), in fractions of the crop · body (T, 4) the
-    latter, shifts in face heights · shape (478, 3) the head at rest · residual_px (T,) ·
-    found, usable (T,)
+    k (3, 3) intrinsics of the crop · eye (T, 2) openness, 0 shut, 1 open, up to 1.2 wide open ·
+    gaze, brow (T, 2) · landmarks (T, 68, 3) in head space · mesh_fractions (T, 478, 2) and
+    body_fractions (T, 3) shift and turn of the shoulders about body_pivot (2,), in fractions of
+    the crop · body (T, 4) the latter, shifts in face heights · shape (478, 3) the head at rest ·
+    residual_px (T,) · found, usable (T,)
     """
     faces, crop = material.faces, material.crop
     material.progress.stage("head pose", None)
