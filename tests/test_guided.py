@@ -34,6 +34,7 @@ from talkhead_cli.march import (
 
 
 def test_rays_that_meet_boxes_are_looked_at_closely(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guided, "SEEN", torch.inf)
     field = Solid(two_balls)
     marcher = trained(field, 4).eval()
     rays = picture_rays(camera(32), torch.arange(1), BOX)
@@ -128,7 +129,8 @@ def test_blocks_of_rays_are_seamless(monkeypatch: pytest.MonkeyPatch) -> None:
     assert whole.n_points == parts.n_points
 
 
-def test_pictures_do_not_ask_for_what_a_face_hides() -> None:
+def test_pictures_do_not_ask_for_what_a_face_hides(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guided, "SEEN", torch.inf)
     field, marcher, rays = Solid(smooth), trained(Solid(smooth), 5), picture(20, 0.2)
     at_once = marcher.march(field, rays)  # gradients want every sample
     with torch.no_grad():
@@ -140,6 +142,38 @@ def test_pictures_do_not_ask_for_what_a_face_hides() -> None:
     assert all_of_them.n_points * 0.8 <= fewer.n_points < all_of_them.n_points
     assert float((fewer.opacity - all_of_them.opacity).abs().max()) <= 0.05
     assert float((fewer.feature - all_of_them.feature).abs().max()) <= 0.05
+
+
+def test_rays_that_miss_the_surface_of_a_rare_pose_are_marched_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Most poses had it in front, where most samples lie; now it is further back."""
+    marcher, rays = GuidedMarcher(packed(), 4, 200).eval(), picture(16)
+    grid = marcher.occupancy
+    first_half = torch.arange(grid.resolution) < grid.resolution / 2
+    grid.seen[:] = torch.where(first_half, 0.5, 0.04)  # along z
+    field = Solid(lambda x, row: 400.0 * ((x[:, 2] - 0.4).abs() < 0.15))
+
+    @torch.no_grad()
+    def marched() -> Rendered:
+        return marcher.march(field, rays)
+
+    slab = torch.tensor([-1.0, -1.2, 0.25, 1.0, 1.2, 0.55])
+    enter, leave = intersect_box(rays.origins, rays.directions, slab)
+    inside = (leave - enter > 0.29)[:, 0]
+    assert int(inside.sum()) > 100
+    again = marched()
+    assert float(again.opacity[inside].min()) > 0.99
+    depth = again.depth[inside, 0] * rays.directions[inside, 2] - 4
+    assert float((depth - 0.4).abs().max()) < 0.15, "where it is"
+    monkeypatch.setattr(guided, "SEEN", torch.inf)
+    once = marched()
+    assert float(once.opacity.max()) < 0.01 and once.n_points == 4 * len(rays)
+    assert again.n_points == 3 * once.n_points
+    monkeypatch.undo()
+    grid.seen[:] = 0.001  # nobody saw anything here: rays are as transparent as they seem
+    field = Solid(lambda x, row: 0 * x[:, 2])
+    assert marched().n_points == once.n_points
 
 
 def test_samples_gather_where_weights_were_seen() -> None:

@@ -70,6 +70,12 @@ def test_frames_that_march_together_are_the_same_frames(
             assert torch.allclose(x, y, atol=1e-4)
     assert not torch.allclose(alone[0].rgb, alone[4].rgb, atol=1e-3), "rows must differ"
     n_points = [n for _, n in player.pictures(rows)]
+    monkeypatch.undo()  # on a GPU, frames that march together have one number of samples
+    player.trained = views.poses_of(rows)[:4]
+    assert [n for _, n in player.pictures(rows)] == n_points
+    player.trained = views.poses_of(rows) + torch.tensor([0.0, 0.2] + 8 * [0.0])
+    assert all(b == 2 * a for a, (_, b) in zip(n_points, player.pictures(rows), strict=True))
+    player.trained = None
     player.open_views(rows)
     closer = [n for _, n in player.pictures(rows)]
     assert all(b == 2 * a for a, b in zip(n_points, closer, strict=True)), "twice the samples"
@@ -170,6 +176,8 @@ def test_frames_made_side_by_side_come_in_order_and_are_the_same(home: Path) -> 
     space = Workspace.open(home, "speaker")
     player = Player.load(pick_run(space, None, SilentProgress()), torch.device("cpu"))
     clip = footage.load(space, player.preset.data, SilentProgress())
+    assert player.trained is not None
+    assert torch.equal(player.trained, views.poses_of(clip.signals[clip.train]))
     signals = clip.signals[clip.train[:: len(clip.train) // 6]]
     n_threads = torch.get_num_threads()
     try:

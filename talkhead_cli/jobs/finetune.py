@@ -336,4 +336,6 @@ def _drive(space: Workspace, clip: Footage) -> dict[str, np.ndarray]:
     """Return what rendering needs of the footage."""
     tracks = space.load("tracks")
     kept = {name: tracks[name] for name in (*DRIVEN, "k", "usable")}
-    return kept | clip.stats.arrays()
+    trained = np.zeros(len(tracks["usable"]), bool)
+    trained[clip.train.numpy()] = True
+    return {**kept, "trained": trained, **clip.stats.arrays()}

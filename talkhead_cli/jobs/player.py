@@ -34,7 +34,7 @@ from talkhead_cli.store import Run
 from talkhead_cli.store.checkpoint import CURE
 
 T = TypeVar("T")
-CLOSER = 2  # factor on the samples per ray, for views that were not filmed
+CLOSER = 2  # factor on the samples per ray, for views and poses that were not trained on
 PIXELS_AT_ONCE, MAX_ROWS = 2 * 512**2, 8  # limits of one march on a GPU; some 3 GB
 MAX_RECORDINGS = 2  # CUDA graphs of a march; each keeps its intermediate tensors
 # Half precision where it is faster: on a GPU's tensor cores.  On a CPU the casts cost more.
@@ -53,6 +53,7 @@ class Player:
     plate: Tensor
     device: torch.device
     note: str  # which marcher, and why
+    trained: Tensor | None = None  # poses (M, 10) that it was trained on, if the run says so
     records: bool = True  # replay CUDA graphs where rendering has no host syncs
     _recorded: dict[Any, march.Replay[tuple[Frame, Any]]] = field(default_factory=dict)
     _stream: torch.cuda.Stream | None = None  # that a GPU renders on; kept to reuse its memory
@@ -81,7 +82,7 @@ class Player:
         speaker = enrolled(avatar, run, device)
         if speaker.neutral is not None:
             marcher.look_closely(lively_boxes(speaker.neutral), preset.march.n_close)
-        return cls(run, preset, speaker, marcher, plate, device, why)
+        return cls(run, preset, speaker, marcher, plate, device, why, _trained_poses(run))
 
     def pictures(
         self, signals: Signals, plate: Tensor | None = None
@@ -163,10 +164,18 @@ class Player:
         with torch.autocast(kind, HALF.get(kind), enabled=kind in HALF):
             rays = self.avatar.aim(signals, rays)
             asked = self.avatar.condition(signals)
-            rendered = self.marcher.march(asked, rays)
+            rendered = self._marcher_for(signals).march(asked, rays)
             behind = background.repeat(len(rows), 1)
             frames = self.avatar.compose(rendered, rays, signals, behind)
         return frames, rendered.n_points
+
+    def _marcher_for(self, signals: Signals) -> march.Marcher:
+        """Return the marcher, with more samples for rows in poses unlike those trained on.  On a
+        GPU, marches are recorded with one number of samples, and to look at poses would wait."""
+        on_gpu, known = self.device.type == "cuda", self.trained
+        if on_gpu or known is None or not views.are_rare(views.poses_of(signals), known):
+            return self.marcher
+        return self.marcher.finer(CLOSER * self.preset.march.n_samples)
 
     def open_views(self, signals: Signals) -> None:
         """Show the marcher poses and views that the footage does not contain."""
@@ -193,6 +202,14 @@ class Player:
     @property
     def stats(self) -> SpeechStats:
         return SpeechStats.stored(self.run.drive())
+
+
+def _trained_poses(run: Run) -> Tensor | None:
+    drive = run.drive()
+    if "trained" not in drive:
+        return None
+    rows = np.concatenate([drive["pose"], drive["body"]], 1)[drive["trained"]]
+    return torch.from_numpy(rows).float()
 
 
 def _side_by_side(work: Callable[[int], T], n: int, n_threads: int) -> Iterator[T]:

@@ -17,6 +17,9 @@ N_VIEWS = 24  # views by which a marcher is shown new poses
 NEW_POSE_DISTANCE = (
     0.04  # distance of a new pose from all known ones, rad and face heights: about a grid cell
 )
+# Distance from all poses that were trained on, from which on the guiding grid, the union over these
+# poses, is coarser than a surface: few samples give specks.
+RARE_POSE_DISTANCE = 0.1
 
 
 @torch.no_grad()
@@ -58,6 +61,11 @@ def new_poses(poses: Tensor, known: Tensor, n: int) -> list[int]:
         rows.append(int(away.argmax()))
         away = torch.minimum(away, torch.cdist(poses, poses[rows[-1:]])[:, 0])
     return rows
+
+
+def are_rare(poses: Tensor, trained: Tensor) -> bool:
+    """Return whether any of `poses` (T, K) is far from all that were trained on, (M, K)."""
+    return bool(torch.cdist(poses, trained).amin(1).max() > RARE_POSE_DISTANCE)
 
 
 def poses_of(signals: Signals) -> Tensor:

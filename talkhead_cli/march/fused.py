@@ -49,6 +49,9 @@ class FusedMarcher(GuidedMarcher):
         """As `sample_more`: kernels take the same number of samples on every ray."""
         self.sample_more(n_samples)
 
+    def _missed(self, rays: RayBundle, ray: Tensor, opacity: Tensor) -> Tensor:
+        return ray[:0]  # `lay` takes the same number of samples on every ray
+
     @torch.no_grad()
     def lay(self, rays: RayBundle, n_samples: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """As `GuidedMarcher.lay`, but if `keeps_misses`, for all rays; `n_samples` is ignored."""

@@ -23,6 +23,10 @@ FLOOR = 0.07
 # Share of a ray's samples evaluated first; the rest only on rays that are still transparent.  Of
 # 0.4 to 0.8, tried on a trained avatar, slightly the fastest.
 AT_FIRST = 0.7
+# A ray that stays more transparent than OPAQUE, though training saw at least SEEN weight in the
+# cells that it crosses, the union over all poses, has probably missed the surface of this pose: it
+# is marched again, with AGAIN times as many samples.
+OPAQUE, SEEN, AGAIN = 0.9, 3.0, 2
 # Points per call of the field without gradients: its activations stay in a CPU's cache, or within
 # a few gigabytes of GPU memory.
 POINTS_AT_ONCE = {"cpu": 32_768, "cuda": 2**20}
@@ -44,7 +48,8 @@ class GuidedMarcher(Marcher):
     rendered with few samples, at positions not randomised as in training, followed the video worse.
 
     Without gradients, a ray's last samples are skipped if its transmittance after the first ones is
-    no more than the lattice's `early_stop`.
+    no more than the lattice's `early_stop`, and rays that seem to have missed a surface are marched
+    again (OPAQUE).
     """
 
     def __init__(self, lattice: PackedMarcher, n_samples: int, n_cells: int) -> None:
@@ -95,6 +100,11 @@ class GuidedMarcher(Marcher):
     def sample_more(self, n_samples: int) -> None:
         self.n_samples = max(self.n_samples, n_samples)
 
+    def finer(self, n_samples: int) -> Marcher:
+        made = GuidedMarcher(self.lattice, max(n_samples, self.n_samples), self.n_cells)
+        made._close = self._close
+        return made.train(self.training)
+
     def _shares(self, rays: RayBundle) -> list[tuple[Tensor | None, int]]:
         """Return groups of rays: indices (R',), or None for all, and their samples per ray."""
         if self._close is None or torch.is_grad_enabled() or self._close[1] <= self.n_samples:
@@ -109,10 +119,25 @@ class GuidedMarcher(Marcher):
         these rays, and the number of points evaluated."""
         t, width, alive = self.lay(rays, n_samples)
         if torch.is_grad_enabled():
-            sums, n_points = self._sums(field, rays, alive, t, width, t[:, :1]), t.numel()
-        else:
-            sums, n_points = self._front_to_back(field, rays, alive, t, width)
-        return torch.cat((sums, t[:, :1]), 1), alive, n_points
+            sums = self._sums(field, rays, alive, t, width, t[:, :1])
+            return torch.cat((sums, t[:, :1]), 1), alive, t.numel()
+        sums, n_points = self._front_to_back(field, rays, alive, t, width)
+        found = torch.cat((sums, t[:, :1]), 1)
+        missed = self._missed(rays, alive, sums[:, field.channels])
+        if len(missed):
+            again = alive[missed]
+            t, width, crossing = self.lay(rays[again], AGAIN * n_samples)
+            sums, n_more = self._front_to_back(field, rays, again[crossing], t, width)
+            found[missed[crossing]] = torch.cat((sums, t[:, :1]), 1)
+            n_points += n_more
+        return found, alive, n_points
+
+    def _missed(self, rays: RayBundle, ray: Tensor, opacity: Tensor) -> Tensor:
+        """Return which (M,) of the rays (A,) have probably missed a surface, from their opacity."""
+        clear = (opacity < OPAQUE).nonzero().squeeze(1)
+        seen = torch.where(self.occupancy.occupied, self.occupancy.seen, 0.0)
+        _, _, along = self._along(rays[ray[clear]], seen)
+        return clear[along.sum(1) > SEEN]
 
     def _front_to_back(
         self, field: Field, rays: RayBundle, ray: Tensor, t: Tensor, width: Tensor
@@ -166,20 +191,14 @@ class GuidedMarcher(Marcher):
 
         A ray's widths add up to its length inside occupied cells; rays without any are left out.
         """
-        grid, k, device = self.occupancy, n_samples or self.n_samples, rays.near.device
-        enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
-        near, far = torch.maximum(enter, rays.near), torch.minimum(leave, rays.far)
-        worth = self._worth().view(-1)
-        lane = torch.arange(self.n_cells, device=device) + 0.5
+        k, none, device = n_samples or self.n_samples, rays.near[:0], rays.near.device
+        worth = self._worth()
         # Quantiles: odd ones are samples, even ones the edges between them.
         cuts = torch.arange(2 * k + 1, device=device) / (2 * k)
-        found = [(near.new_zeros(0, k), near.new_zeros(0, k), near.new_zeros(0).long())]
+        found = [(none.expand(0, k), none.expand(0, k), none.squeeze(1).long())]
         at_once = rays_at_once(device)
         for first in range(0, len(rays), at_once):
-            part = slice(first, first + at_once)
-            start, cell = near[part], (far[part] - near[part]) / self.n_cells
-            at = grid.cells(rays.origins[part], rays.directions[part], start + cell * lane)
-            value = worth.index_select(0, at.view(-1)).view(at.shape) * (cell > 0)
+            start, cell, value = self._along(rays[first : first + at_once], worth)
             total = value.cumsum(1)
             alive = (total[:, -1] > 0).nonzero().squeeze(1)
             start, cell, value, total = (v[alive] for v in (start, cell, value, total))
@@ -197,6 +216,19 @@ class GuidedMarcher(Marcher):
             found.append((t, (edge[:, 1:] - edge[:, :-1]) * cell, alive + first))
         t, width, alive = (torch.cat(columns) for columns in zip(*found, strict=True))
         return t, width, alive
+
+    def _along(self, rays: RayBundle, values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Cut rays inside the box of occupied cells into `n_cells` intervals; return where the
+        first begins (R, 1), their length (R, 1), and the grid's values (D, D, D) in their middles,
+        (R, n_cells)."""
+        grid = self.occupancy
+        enter, leave = intersect_box(rays.origins, rays.directions, grid.tight_box())
+        near, far = torch.maximum(enter, rays.near), torch.minimum(leave, rays.far)
+        length = (far - near) / self.n_cells
+        lane = torch.arange(self.n_cells, device=near.device) + 0.5
+        at = grid.cells(rays.origins, rays.directions, near + length * lane)
+        found = values.view(-1).index_select(0, at.view(-1)).view(at.shape)
+        return near, length, found * (length > 0)
 
 
 def _sum(w: Tensor, channels: Tensor) -> Tensor:

@@ -55,6 +55,11 @@ class Marcher(nn.Module, ABC):
     def sample_more(self, n_samples: int) -> None:
         """Let every ray take `n_samples` samples, if that is more than it takes."""
 
+    def finer(self, n_samples: int) -> Marcher:
+        """Return a marcher over the same grid with `n_samples` samples on every ray, if that is
+        more than these take; itself if it samples everything anyway."""
+        return self
+
     # -- CUDA graphs -------------------------------------------------------------------------
 
     @property
