@@ -22,6 +22,7 @@ import torch
 from talkhead_cli.avatars.lokitalk import LokiTalk
 from talkhead_cli.contracts import Portrait, SilentProgress
 from talkhead_cli.jobs import evaluate, footage, scores
+from talkhead_cli.jobs import preset as presets
 from talkhead_cli.jobs.finetune import finetune
 from talkhead_cli.jobs.player import Player
 from talkhead_cli.jobs.pretrain import pretrain
@@ -172,7 +173,9 @@ def _row(
     if kept.exists():
         found: dict[str, Any] = json.loads(kept.read_text())
         return found
-    settings = [f"train.scale={scale}", f"data.train_s={length:g}", "train.enough_s=0"]
+    # of all steps, whatever share of them a prior's rows would take by themselves
+    share = presets.share_of_steps(presets.load(PRESETS), length) if start != STARTS[0] else 1.0
+    settings = [f"train.scale={scale / share:.6g}", f"data.train_s={length:g}"]
     with _unmet() if start == STARTS[2] else contextlib.nullcontext():
         run = finetune(
             home,

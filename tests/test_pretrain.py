@@ -227,7 +227,8 @@ def test_a_prior_that_does_not_fit_is_refused_by_name(crowd: Path) -> None:
 
 
 def test_only_what_came_from_a_prior_learns_at_the_common_rate() -> None:
-    preset = presets.load(PRESETS, ["train.common_rates={speech: 0.25, pose: 0.1}"])
+    asked = ["train.common_rates={speech: 0.25, pose: 0.1}", "train.enough_s=0"]
+    preset = presets.load(PRESETS, asked)
     with pytest.raises(MisuseError, match="sppech"):
         presets.load(PRESETS, ["train.common_rates={sppech: 0.25}"])
     slow = presets.adapted_to_start(preset, ["speech", "volume"], 20)
@@ -235,6 +236,16 @@ def test_only_what_came_from_a_prior_learns_at_the_common_rate() -> None:
     assert after["speech"].rates["speech"] == 0.25 * before["speech"].rates["speech"]
     assert after["detail"].rates == before["detail"].rates
     assert presets.adapted_to_start(preset, None, 20).train.stages == before
+
+
+@pytest.mark.parametrize(("seconds", "factor"), [(0.0, 0.25), (8.0, 0.5), (16.0, 1), (60.0, 1)])
+def test_the_more_footage_the_faster_what_came_from_a_prior_learns(
+    seconds: float, factor: float
+) -> None:
+    preset = presets.load(PRESETS, ["train.common_rates={static: 0.25}", "train.enough_s=16"])
+    found = presets.adapted_to_start(preset, ["static"], seconds).train.stages["detail"].rates
+    rates = preset.train.stages["detail"].rates
+    assert found == rates | {"static": pytest.approx(factor * rates["static"])}
 
 
 def test_little_footage_takes_its_share_of_the_steps_from_a_prior_and_all_from_nothing() -> None:

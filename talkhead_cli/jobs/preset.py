@@ -134,7 +134,8 @@ class Train(_Strict):
     """Training schedule.  scale: factor on the steps of every stage · ema: decay of the averaged
     weights · enough_s: seconds of footage from which a run begun from a prior takes all steps; with
     less footage it takes a proportional share, since more would overfit it and forget the prior
-    · common_rates: factors on the learning rates of parts in runs begun from a prior."""
+    · common_rates: factors on the learning rates of parts in runs begun from a prior; with a share
+    s of `enough_s` they count to the power of 1 - s, since more footage may undo more."""
 
     scale: Annotated[float, Field(gt=0)] = 1.0
     enough_s: Annotated[float, Field(ge=0)] = 0.0
@@ -221,7 +222,9 @@ def adapted_to_start(preset: Preset, shared: Collection[str] | None, seconds: fl
     generator) has trained; steps are then scaled by `share_of_steps`, rates of these parts by
     `train.common_rates`.  None: begun from nothing.  Stages of the other `start` are left out."""
     share = 1.0 if shared is None else share_of_steps(preset, seconds)
-    slower = {p: share for p, share in preset.train.common_rates.items() if p in (shared or ())}
+    power = 1 - share if preset.train.enough_s else 1.0
+    rates = preset.train.common_rates
+    slower = {part: rates[part] ** power for part in rates if part in (shared or ())}
     other = "prior" if shared is None else "nothing"
     stages = {
         name: stage.model_copy(
