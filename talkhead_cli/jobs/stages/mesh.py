@@ -46,7 +46,8 @@ def _follow(material: Material, scene: Scene) -> dict[str, NDArray[Any]]:
     size = (max(2, round(width * shrink)), max(2, round(height * shrink)))
     scale = np.array([width / size[0], height / size[1], width / size[0]], np.float32)
     offset = np.array([x, y, 0], np.float32)
-    skin, shots = {}, Shots()
+    skin: dict[int, NDArray[Any]] = {}
+    shots = Shots()
     material.progress.stage("face mesh", material.n_declared)
     blank = np.full((face.N_MESH, 3), np.nan, np.float32)
     mark = backends.landmarks_of(material.chosen["landmarks"])
@@ -64,7 +65,7 @@ def _follow(material: Material, scene: Scene) -> dict[str, NDArray[Any]]:
             if mark is not None:
                 at = mark(rgb, seen) if seen is not None else np.full((68, 2), np.nan)
                 marks.append((at * scale[:2] + offset[:2]).astype(np.float32))
-            if seen is not None and index % SKIN_EVERY == 0:
+            if seen is not None and (not skin or index >= next(reversed(skin)) + SKIN_EVERY):
                 skin[index] = matte.skin_samples(rgb, seen)
         spool.seek(0)
         points = np.fromfile(spool, np.float32).reshape(-1, face.N_MESH, 3)
