@@ -241,7 +241,7 @@ def _begun_without(
     torch.set_num_threads(1)
     found = {}
     for part in WITHOUT:
-        settings = [f"train.scale={share}", f"data.train_s={seconds:g}", "train.enough_s=0"]
+        settings = others_worth.steps_of(share, seconds, from_prior=True)
         if part == "attention loss":
             settings += _without_attention_loss("train", ("shape", "detail", "lips", "eyes"))
         label = f"{name}-{_named(part)}"

@@ -69,9 +69,14 @@ def whole(of: dict[str, str]) -> str:
                 f"{picture['full']['psnr_db']:.2f} dB | {picture['face_box']['ssim']:.3f} "
                 f"| {row['lmd_px_at_512']:.2f} px | {found['r']:.2f} [{low:.2f}, {high:.2f}] "
                 f"| {lips['linear_baseline']['r']:.2f} | {others} | {found['spread']:.2f} "
-                f"| {_eyes(row)} | {row['jitter_px_at_512']['ratio']:.2f} |"
+                f"| {_eyes(row)} | {_jitter(row)} |"
             )
     return "\n".join(lines)
+
+
+def _jitter(row: dict[str, Any]) -> str:
+    ratio = row["jitter_px_at_512"]["ratio"]
+    return "" if ratio is None else f"{ratio:.2f}"
 
 
 def _eyes(row: dict[str, Any]) -> str:

@@ -110,7 +110,7 @@ def heard(
                 row: dict[str, Any] = {"name": name, "train_s": length}
                 for start, begun in zip(STARTS, ("none", prior), strict=False):
                     settings = [f"train.stages.{stage}.steps=0" for stage in FIELD_STAGES]
-                    settings += [f"data.train_s={length:g}", "train.enough_s=0"]
+                    settings += steps_of(1.0, length, from_prior=begun == prior)
                     run = finetune(
                         home,
                         name,
@@ -133,6 +133,13 @@ def heard(
         for length in seconds
     ]
     return {"groups": [list(g) for g in groups], "seed": 0, "mean_r": means, "rows": rows}
+
+
+def steps_of(scale: float, seconds: float, *, from_prior: bool) -> list[str]:
+    """Return settings for `scale` of all steps on seconds of footage, of which a run from a prior
+    would take a smaller share by itself."""
+    share = presets.share_of_steps(presets.load(PRESETS), seconds) if from_prior else 1.0
+    return [f"train.scale={scale / share:.6g}", f"data.train_s={seconds:g}"]
 
 
 @torch.no_grad()
@@ -173,9 +180,7 @@ def _row(
     if kept.exists():
         found: dict[str, Any] = json.loads(kept.read_text())
         return found
-    # of all steps, whatever share of them a prior's rows would take by themselves
-    share = presets.share_of_steps(presets.load(PRESETS), length) if start != STARTS[0] else 1.0
-    settings = [f"train.scale={scale / share:.6g}", f"data.train_s={length:g}"]
+    settings = steps_of(scale, length, from_prior=start != STARTS[0])
     with _unmet() if start == STARTS[2] else contextlib.nullcontext():
         run = finetune(
             home,

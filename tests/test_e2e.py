@@ -240,6 +240,9 @@ def test_what_speech_said_can_be_seen_edited_and_drawn(
         films[name] = frames_of(tmp_path / f"{name}.mp4").astype(int)
     assert np.abs(films["plain"] - films["said"]).max() <= 2, "an unedited track changes nothing"
     assert np.abs(films["plain"] - films["shut"]).max() > 10
+    blinks = talkhead("render", *common, "-o", tmp_path / "b.mp4", "--landmarks", track, "--blink",
+                      "auto")  # fmt: skip
+    assert ("--blink moves nothing" in blinks.stderr) == (method == "landmark"), blinks.stderr
     short = landmark_track.LandmarkTrack(said.landmarks[:9], said.neutral)
     landmark_track.write(track, short)
     refused = talkhead("render", *common, "-o", tmp_path / "no.mp4", "--landmarks", track)
@@ -384,12 +387,17 @@ def test_transparency_and_depth(home: Path, speech: Path, tmp_path: Path, method
     # straight colours: laid over green they make the film that has a green background
     ok(*base, "-o", tmp_path / "green.mp4", "--background", "#00ff00", "--home", home)
     share = rgba[..., 3:] / 255
+    assert (tmp_path / "clear.depth.mkv").exists()
     laid = share * rgba[..., :3] + (1 - share) * np.array([0, 255, 0])
     assert np.abs(laid - frames_of(tmp_path / "green.mp4")).mean() < 8
     depth = stored(tmp_path / "clear.depth.mkv", "gray16le", 1).astype(float)
     unit = json.loads(out.with_name("clear.webm.json").read_text())["depth_unit_face_heights"]
     away = depth[face] * unit  # a face is some heads away from its camera, and nothing is behind
     assert len(depth) == 50 and 1 < away.mean() < 30 and away.std() < 1
+    ok(*base, "-o", tmp_path / "clear.mp4", "--home", home)
+    assert (tmp_path / "clear.depth.mkv").exists(), "it is the other film's"
+    ok(*base, "-o", out, "--home", home)
+    assert not (tmp_path / "clear.depth.mkv").exists(), "it was of a film that is gone"
     assert np.median(depth[corner]) == 65_535
     refused = talkhead(
         "render",
@@ -443,6 +451,9 @@ def test_evaluate_writes_figures_and_films(home: Path) -> None:
     error = ((truth.astype(float) - made) / 255) ** 2
     psnr = float(np.mean(-10 * np.log10(error.mean((1, 2, 3)))))
     assert psnr == pytest.approx(figures["picture"]["full"]["psnr_db"], abs=0.5)
+    refused = talkhead("render", "--id", "speaker", "--audio", folder / "sound.wav",
+                       "-o", folder / "side_by_side.mp4", "--home", home)  # fmt: skip
+    assert refused.exit_code == 2 and "side_by_side.mp4 is there already" in refused.stderr
     assert figures["picture"]["full"]["psnr_db"] > 20
     low, high = figures["lips"]["correlation"]["interval_90"]
     assert -1 <= low <= figures["lips"]["correlation"]["r"] <= high <= 1
@@ -643,6 +654,9 @@ def test_one_picture_speaks(home: Path, face: Path, speech: Path, tmp_path: Path
        again, "--pose", "still", "--blink", "none", "--home", home)  # fmt: skip
     calm = frames_of(again).astype(int)
     assert np.abs(np.diff(calm, axis=0)).mean() < np.abs(np.diff(frames, axis=0)).mean()
+    refused = talkhead("render", "-p", "s3d", "-p", "small", "--prior", "strangers", "--image",
+                       face, "--audio", speech, "-o", out, "--home", home)  # fmt: skip
+    assert refused.exit_code == 1 and "does not fit these presets" in refused.stderr
 
 
 def test_a_picture_is_refused_in_one_sentence(

@@ -63,6 +63,7 @@ def test_jitter_is_blind_to_steady_motion_and_sees_shaking() -> None:
     mesh[15:, :, 0] += 50.0  # another shot: its frames are not the next ones
     assert scores.jitter(mesh, frames) > 6
     assert scores.jitter(mesh, frames + 40 * (frames >= 15)) == pytest.approx(4.0)
+    assert scores.jitter(mesh, 2 * frames) is None, "no three frames in a row"
 
 
 def test_landmark_distance_ignores_where_the_mouth_is() -> None:

@@ -57,6 +57,10 @@ def test_rays_that_meet_boxes_are_looked_at_closely(monkeypatch: pytest.MonkeyPa
                 expected = torch.where(meets[:, None], getattr(many, name), getattr(few, name))
                 torch.testing.assert_close(getattr(both, name), expected)
             assert few.n_points < both.n_points < many.n_points
+        finer = marcher.finer(6).march(field, rays)
+        assert both.n_points < finer.n_points < many.n_points, "boxes are looked at as closely"
+        assert marcher.finer(12).march(field, rays).n_points > many.n_points
+        assert marcher.march(field, rays).n_points == both.n_points, "it stays as it was"
     marcher.n_samples = 9
     assert marcher.march(field, rays).n_points == many.n_points, "all have as many"
 

@@ -158,6 +158,30 @@ def test_a_name_that_is_no_text_is_refused_in_words(tmp_path: Path) -> None:
             use(clip)
 
 
+@pytest.mark.parametrize("colours", ["yuv420p", "yuv420p10le", "bt2020"])
+@pytest.mark.parametrize("crop", [(1, 1, 32, 32), (0, 0, 33, 33), (3, 2, 31, 40)])
+def test_crops_at_odd_places_keep_their_colours(
+    tmp_path: Path, colours: str, crop: tuple[int, int, int, int]
+) -> None:
+    """Two by two pixels share a colour: red ones on the left, and none anywhere else."""
+    source = "color=0xc02020:s=16x65:d=0.2[a];color=0x606060:s=47x65:d=0.2[b];[a][b]hstack"
+    tags = "setparams=color_primaries=bt2020:color_trc=bt2020-10:colorspace=bt2020nc:range=tv"
+    narrow = "format=gbrp,scale=out_color_matrix=bt709:out_range=tv,format=" + colours
+    wide = f"format=gbrp,scale=out_color_matrix=bt2020:out_range=tv,format=yuv420p10le,{tags}"
+    made = f"{source},{wide if colours == 'bt2020' else narrow}"
+    clip = lavfi(tmp_path / "a.mkv", made, "-c:v", "ffv1")
+    whole = next(media.frames(clip)).astype(int)
+    assert whole.shape == (65, 63, 3)
+    x, y, w, h = crop
+    part = next(media.frames(clip, crop=crop)).astype(int)
+    assert part.shape == (h, w, 3)
+    off = np.abs(part - whole[y : y + h, x : x + w])
+    edge = np.abs(np.arange(x, x + w) - 15.5) < 3
+    assert off[:, ~edge].max() <= 4 and off.mean() < 3
+    assert part[5, 12 - x, 0] > part[5, 12 - x, 1] + 90, "red"
+    assert np.ptp(part[5, 25 - x]) <= 6, "grey"
+
+
 def _old(path: Path) -> str:
     """A program that probes as ffmpeg 7.0 does."""
     path.write_text(
@@ -175,7 +199,14 @@ def test_an_ffmpeg_that_does_not_say_when_tracks_begin_is_not_used(
         monkeypatch.setattr(ffmpeg, "_installed_with_us", lambda found=ours: found)
         monkeypatch.setattr(ffmpeg.shutil, "which", lambda _, found=others: found)
         assert ffmpeg.executable.__wrapped__() == used
-    for ours, words in ((old, "too old"), (None, "not found")):
+    broken = str(tmp_path / "broken")
+    Path(broken).write_bytes(b"\0" * 64)
+    Path(broken).chmod(0o755)
+    for wrong in (broken, str(tmp_path / "absent")):
+        monkeypatch.setattr(ffmpeg, "_installed_with_us", lambda found=wrong: found)
+        monkeypatch.setattr(ffmpeg.shutil, "which", lambda _: good)
+        assert ffmpeg.executable.__wrapped__() == good
+    for ours, words in ((old, "too old"), (broken, "cannot be run"), (None, "not found")):
         monkeypatch.setattr(ffmpeg, "_installed_with_us", lambda found=ours: found)
         monkeypatch.setattr(ffmpeg.shutil, "which", lambda _: None)
         with pytest.raises(TalkheadError, match=words):

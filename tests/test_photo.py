@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from scipy.spatial.transform import Rotation
 
 from talkhead_cli.contracts import SilentProgress, TalkheadError
 from talkhead_cli.jobs import footage, photo
@@ -94,6 +95,46 @@ def test_pictures_that_lie_are_turned_upright(
     found, notes = look(save(tmp_path / "lying.png", lying))
     assert any("does not stand upright" in note and told in note for note in notes)
     assert torch.equal(found.portrait.pictures, true.portrait.pictures)
+
+
+@pytest.mark.parametrize("tilt", [-40, 40])
+def test_a_tilted_head_is_no_lying_picture(likeness: np.ndarray, tmp_path: Path, tilt: int) -> None:
+    around = cv2.getRotationMatrix2D((256, 230), tilt, 0.9)
+    tilted = cv2.warpAffine(likeness, around, (512, 512), borderMode=cv2.BORDER_REPLICATE)
+    found, notes = look(save(tmp_path / "tilted.png", tilted))
+    assert not any("upright" in note for note in notes)
+    turn = Rotation.from_rotvec(found.portrait.signals.pose[0, :3].numpy())
+    assert abs(turn.as_euler("yxz", degrees=True)[2]) == pytest.approx(40, abs=8)
+
+
+def test_a_face_that_is_found_only_upright_is_found_lying(
+    likeness: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = photo._seen
+
+    def upright_only(rgb: np.ndarray) -> np.ndarray | None:
+        mesh = honest(rgb)
+        return None if mesh is None or mesh[152, 1] < mesh[10, 1] + 20 else mesh
+
+    monkeypatch.setattr(photo, "_seen", upright_only)
+    path = save(tmp_path / "lying.png", np.ascontiguousarray(np.rot90(likeness)))
+    _, notes = look(path)
+    assert any("turned a quarter turn to the right" in note for note in notes)
+
+
+def test_of_two_small_faces_the_chosen_one_speaks(likeness: np.ndarray, tmp_path: Path) -> None:
+    wide = np.full((2700, 3600, 3), 128, np.uint8)
+    for x, side in ((600, 400), (2500, 360)):
+        small = cv2.resize(likeness, (side, side), interpolation=cv2.INTER_AREA)
+        wide[1300 : 1300 + side, x : x + side] = small
+    for which, half in (("largest", 0), ("left", 0), ("right", 1)):
+        progress = SilentProgress()
+        found = photo._found(wide, which)
+        assert found is not None and found.n_faces == 2
+        mesh, _ = photo._mesh(tmp_path / "wide.png", wide, which, progress)
+        assert any(f"2 faces are in wide.png; the {which} one" in n for n in progress.notes)
+        x = float(mesh[:, 0].mean()) + (wide.shape[1] - found.part.shape[1]) * half
+        assert (x > 1800) == bool(half)
 
 
 def test_a_small_face_in_a_large_picture_is_found(likeness: np.ndarray, tmp_path: Path) -> None:

@@ -56,6 +56,7 @@ def test_crop_of_a_face_with_room_is_roomy_and_level(a_face: Array) -> None:
 def test_the_crop_is_where_a_nearer_shot_shows_it() -> None:
     square, size = Crop(100, 80, 200), (1000, 600)
     assert square.zoomed(STILL, size) == (100, 80, 200, 200)
+    assert Crop(101, 81, 200).zoomed(STILL, size) == (101, 81, 200, 200), "as older crops are"
     x, y, _, _ = square.zoomed(Zoom(1.0, (3.2, 5.4)), size)
     assert x % 2 == y % 2 == 0, "pixels share their colours in squares of two by two"
     assert square.zoomed(Zoom(1.5, (-50.0, 20.4)), size) == (100, 140, 300, 300)

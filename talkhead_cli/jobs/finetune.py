@@ -215,7 +215,7 @@ def _initialised(
     if knows and (share := presets.share_of_steps(preset, seconds)) < 1:
         progress.note(
             f"{seconds:.1f} s to learn from: training for {share:.0%} of the steps, since more "
-            "would overfit (-s train.enough_s=0 takes all)"
+            f"would overfit (-s train.scale={preset.train.scale / share:.3g} takes all)"
         )
     trained = avatar.common_parts() if start is not None else avatar.generator_parts
     stages = presets.adapted_to_start(preset, trained if knows else None, seconds)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from talkhead_cli import march
 from talkhead_cli.contracts import TalkheadError
 from talkhead_cli.jobs import drive as drives
 from talkhead_cli.jobs.drive import MotionOptions
@@ -24,11 +24,12 @@ def import_avatar(file: Path, home: Path, name: str | None = None) -> tuple[Work
 def _refuse_unplayable(run: Run) -> None:
     """Raise TalkheadError unless the run can be loaded and driven."""
     try:
-        player = Player.load(run, torch.device("cpu"))
+        player = Player.load(run, march.device_of("auto"))
         drives.make(run.drive(), 1, MotionOptions()).eyes(np.arange(1))
         facts = run.meta()
-        assert player.stats.rate_hz == facts["speech"]["rate_hz"], "its speech has another rate"
-        assert isinstance(facts["finished_at"], float), "it does not say when it was finished"
+        if player.stats.rate_hz != facts["speech"]["rate_hz"]:
+            raise ValueError("its speech has another rate than its drive")
+        float(facts["finished_at"])
     except TalkheadError:
         raise
     except Exception as error:  # whatever a file of the right name and wrong content leads to

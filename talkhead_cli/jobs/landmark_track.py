@@ -7,7 +7,8 @@ A track is a .npz archive of plain arrays (no pickles):
     neutral    (68, 3) float  the same face at rest; motion is the displacement from it, so that
                one person's track can drive another's face
     eye        (T, 2) float, optional  openness of the eyes on the picture's left and right,
-               0 shut ... 1 open; used only while --blink is at its default
+               0 shut ... 1 open; used while --blink is at its default, and where lids are
+               among the landmarks (method landmark)
 """
 
 from __future__ import annotations

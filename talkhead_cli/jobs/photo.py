@@ -24,7 +24,8 @@ MAX_SIDE = 4096  # pixels; larger pictures are shrunk to it
 MESH_SIDE = 1280
 DETECT_PX = 320
 SURE = 0.6  # detector score: people's faces get 0.67 and more, animals' less than this
-CLEARLY = 0.1  # by how much more, if the face stands upright after a turn
+CLEARLY = 0.1  # by how much more, if the face stands on its head
+LYING_DEG = 60.0  # roll of a face on its side; people tilt their heads by up to 40
 MIN_TILE = 600  # pixels
 TURNED_DEG, AWAY_DEG = 25.0, 50.0  # a head turned beyond: poor results; refused
 PAPER = 235  # grey level behind transparent pictures
@@ -122,34 +123,63 @@ def _mesh(
 ) -> tuple[NDArray[Any], NDArray[np.uint8]]:
     """Return the mesh (478, 3) of the chosen face, in pixels of the part of the picture around it,
     and that part.  A picture that lies on its side or its head is turned first."""
-    mesh, part, n_faces = _found(path, rgb, which)
-    scores = _scores(part, mesh)
-    turns = int(scores.argmax())
-    if scores[turns] > scores[0] + CLEARLY:
+    found, turns = _found(rgb, which), 0
+    if found is None:
+        tries = [_found(_turned(rgb, n), which) for n in (1, 2, 3)]
+        turns = 1 + int(np.argmax([-1 if one is None else one.scores[0] for one in tries]))
+        found = tries[turns - 1]
+    elif (wanted := _turns_needed(found)) and (upright := _found(_turned(rgb, wanted), which)):
+        found, turns = upright, wanted
+    if found is None:
+        raise TalkheadError(
+            f"no face is found in {path.name}; give a picture of one person who faces the camera"
+        )
+    if turns:
         how = ("a quarter turn to the left", "upside down", "a quarter turn to the right")
         progress.note(f"{path.name} does not stand upright; it was turned {how[turns - 1]}")
-        mesh, part, n_faces = _found(path, np.ascontiguousarray(np.rot90(rgb, turns)), which)
-        scores = _scores(part, mesh)
-    if n_faces > 1:
+    if found.n_faces > 1:
         progress.note(
-            f"{n_faces} faces are in {path.name}; the {which} one speaks "
+            f"{found.n_faces} faces are in {path.name}; the {which} one speaks "
             "(--face left|right|largest chooses)"
         )
-    if scores[0] < SURE:
+    if found.scores[0] < SURE:
         progress.note(f"{path.name} may not show a person's face; the result may look wrong")
-    return mesh, part
+    return found.mesh, found.part
 
 
-def _found(
-    path: Path, rgb: NDArray[np.uint8], which: str
-) -> tuple[NDArray[np.float32], NDArray[np.uint8], int]:
-    """Return the mesh of the chosen face, the part of the picture around it, and the number of
-    faces; TalkheadError if there is none."""
+@dataclass(frozen=True)
+class _Found:
+    """A face: its mesh (478, 3) in pixels of `part`, the number of faces in the picture, and the
+    detector's scores (4,) of it after 0 to 3 quarter turns to the left."""
+
+    mesh: NDArray[np.float32]
+    part: NDArray[np.uint8]
+    n_faces: int
+    scores: NDArray[np.float32]
+
+
+def _turned(rgb: NDArray[np.uint8], turns: int) -> NDArray[np.uint8]:
+    return np.ascontiguousarray(np.rot90(rgb, turns))
+
+
+def _turns_needed(found: _Found) -> int:
+    """Return by how many quarter turns to the left the face would stand upright.  The mesh follows
+    faces on their side, but on an upside-down face it stands upright: there the scores decide."""
+    x, y = found.mesh[face.CHIN, :2] - found.mesh[face.TOP, :2]
+    roll = float(np.degrees(np.arctan2(x, y)))
+    if abs(roll) > LYING_DEG:
+        return -round(roll / 90) % 4
+    return 2 if found.scores[2] > found.scores[0] + CLEARLY else 0
+
+
+def _found(rgb: NDArray[np.uint8], which: str) -> _Found | None:
+    """Return the chosen face of a picture, None if there is none."""
     height, width = rgb.shape[:2]
-    scene = scout([rgb], (width, height), which, narrow=False)
+    scene = scout([rgb], (width, height), which, _Detector, narrow=False)
     x, y, w, h = scene.roi
     part = np.ascontiguousarray(rgb[y : y + h, x : x + w])
-    boxes = _boxes(part)
+    with _Detector() as detect:
+        boxes = detect(part)
     mesh = _seen(part)
     if mesh is None and len(boxes):  # too small in the whole picture: retry on an enlarged crop
         x0, y0, x1, y1 = boxes[0]
@@ -159,20 +189,16 @@ def _found(
         mesh = _seen(close)
         if mesh is not None:
             mesh = mesh + np.array([b, a, 0], np.float32)
-    if mesh is None:
-        raise TalkheadError(
-            f"no face is found in {path.name}; give a picture of one person who faces the camera, "
-            "upright"
-        )
-    return mesh, part, scene.n_faces
+    return None if mesh is None else _Found(mesh, part, scene.n_faces, _scores(part, mesh))
 
 
-def _boxes(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return boxes (n, 4) of faces, the largest first; if the whole picture shows the detector
-    none, those in overlapping tiles of a half, then of a quarter of its longer side."""
-    height, width = rgb.shape[:2]
-    with face.FaceDetector() as detect:
-        found = detect(rgb)
+class _Detector(face.FaceDetector):
+    """Boxes of all faces, largest first; of a picture that shows the detector none, those in
+    overlapping tiles of a half, then of a quarter of its longer side."""
+
+    def __call__(self, rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+        height, width = rgb.shape[:2]
+        found = super().__call__(rgb)
         for share in (2, 4):
             side = max(height, width) // share
             if len(found) or side < MIN_TILE:
@@ -183,13 +209,29 @@ def _boxes(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
                 for x in range(0, max(1, width - side // 2), side // 2)
             )
             tiles = [
-                detect(np.ascontiguousarray(rgb[y : y + side, x : x + side]))
+                self.scored(np.ascontiguousarray(rgb[y : y + side, x : x + side]))[0]
                 + np.array([x, y, x, y], np.float32)
                 for x, y in corners
             ]
-            found = np.concatenate(tiles)
-    area = (found[:, 2] - found[:, 0]) * (found[:, 3] - found[:, 1])
-    return found[np.argsort(-area)]
+            found = _once_each(np.concatenate(tiles))
+        return found
+
+
+def _once_each(boxes: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return boxes (n, 4), the largest first, without those that lie half inside a larger one: the
+    same face in another tile."""
+    kept: list[NDArray[np.float32]] = []
+    for box in sorted(boxes, key=_area, reverse=True):
+        shared = (
+            np.concatenate([np.maximum(box[:2], b[:2]), np.minimum(box[2:], b[2:])]) for b in kept
+        )
+        if all(_area(both) < 0.5 * _area(box) for both in shared):
+            kept.append(box)
+    return np.array(kept, np.float32).reshape(-1, 4)
+
+
+def _area(box: NDArray[np.float32]) -> float:
+    return float(np.maximum(box[2:] - box[:2], 0).prod())
 
 
 def _scores(rgb: NDArray[np.uint8], mesh: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -206,7 +206,7 @@ class Player:
 
 def _trained_poses(run: Run) -> Tensor | None:
     drive = run.drive()
-    if "trained" not in drive:
+    if "trained" not in drive or not drive["trained"].any():
         return None
     rows = np.concatenate([drive["pose"], drive["body"]], 1)[drive["trained"]]
     return torch.from_numpy(rows).float()

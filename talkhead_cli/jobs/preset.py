@@ -135,7 +135,8 @@ class Train(_Strict):
     weights · enough_s: seconds of footage from which a run begun from a prior takes all steps; with
     less footage it takes a proportional share, since more would overfit it and forget the prior
     · common_rates: factors on the learning rates of parts in runs begun from a prior; with a share
-    s of `enough_s` they count to the power of 1 - s, since more footage may undo more."""
+    s of `enough_s` they count to the power of 1 - s, since more footage may undo more (0: in full,
+    however much there is)."""
 
     scale: Annotated[float, Field(gt=0)] = 1.0
     enough_s: Annotated[float, Field(ge=0)] = 0.0

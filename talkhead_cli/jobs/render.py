@@ -25,6 +25,7 @@ from talkhead_cli.jobs.paste import Original
 from talkhead_cli.jobs.player import Player, eight_bits
 from talkhead_cli.jobs.runs import pick_run
 from talkhead_cli.jobs.script import Script
+from talkhead_cli.media.video import SUFFIXES
 from talkhead_cli.store import Run, Workspace
 from talkhead_cli.store.files import read_json, refuse_foreign, sha256_of, write_json
 
@@ -78,6 +79,7 @@ def render(
     meta, speech_sha256 = run.meta(), sha256_of(speech)
     consent = sorted({*meta.get("consent", []), *space.consents()})
     tags = _marks(space, run, speech, consent)
+    old_depth = files.old_depth()
     shoot = _Shoot(player, options, plate, original, speech, files, tags)
     files.film.parent.mkdir(parents=True, exist_ok=True)
     with script.open_script(player, speech, options, progress, as_filmed=as_filmed) as film_script:
@@ -91,7 +93,8 @@ def render(
             player.open_views(film_script.scattered(at))
         progress.stage("render", n_frames)
         n_empty = shoot.film(film_script, progress)
-    files.drop_old_depth()
+    if old_depth is not None:
+        old_depth.unlink()
     if n_empty:
         why = (
             "the run has learnt too little"
@@ -140,11 +143,15 @@ class _Files:
         media.refuse_container(film, alpha=options.alpha)
         return files
 
-    def drop_old_depth(self) -> None:
-        """Delete the depth video of an earlier render of that name, if this one has none."""
+    def old_depth(self) -> Path | None:
+        """Return the depth video of an earlier render to this name, if this one replaces it and has
+        none of its own."""
         old = _depth_of(self.film)
-        if self.depth is None and old.exists() and _is_render(old):
-            old.unlink()
+        names = (self.film.stem + suffix for suffix in SUFFIXES["video"])  # with one depth video
+        records = (self.film.with_name(f"{name}.json") for name in names)
+        owners = [record for record in records if _tells_of_depth(record)]
+        mine = self.depth is None and owners == [self.sidecar]
+        return old if mine and old.exists() and _is_render(old) else None
 
     @property
     def films(self) -> list[Path]:
@@ -284,6 +291,12 @@ def _refuse_contradictions(options: RenderOptions) -> None:
 
 def _depth_of(film: Path) -> Path:
     return film.with_name(film.stem + ".depth.mkv")
+
+
+def _tells_of_depth(sidecar: Path) -> bool:
+    if not sidecar.exists() or not _is_sidecar(sidecar):
+        return False
+    return read_json(sidecar).get("depth_unit_face_heights") is not None
 
 
 def _is_render(film: Path) -> bool:

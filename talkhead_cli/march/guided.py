@@ -136,8 +136,11 @@ class GuidedMarcher(Marcher):
         """Return which (M,) of the rays (A,) have probably missed a surface, from their opacity."""
         clear = (opacity < OPAQUE).nonzero().squeeze(1)
         seen = torch.where(self.occupancy.occupied, self.occupancy.seen, 0.0)
-        _, _, along = self._along(rays[ray[clear]], seen)
-        return clear[along.sum(1) > SEEN]
+        missed = [
+            part[self._along(rays[ray[part]], seen)[2].sum(1) > SEEN]
+            for part in clear.split(rays_at_once(ray.device))
+        ]
+        return torch.cat(missed) if missed else clear
 
     def _front_to_back(
         self, field: Field, rays: RayBundle, ray: Tensor, t: Tensor, width: Tensor

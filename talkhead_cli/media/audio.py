@@ -138,8 +138,6 @@ def _heard(
 def _first_sample(path: Path | str, about: Probe) -> int:
     """Return which sample is the first that can be decoded; the track may begin with packets that
     cannot, or that only prepare the decoder."""
-    if not about.has_audio:
-        raise TalkheadError(f"{path} has no sound; give a file that has a sound track")
     track = graphs.input(url(path))["a:0"].filter("aresample", SAMPLE_RATE_HZ)
     graph = track.output("pipe:1", format="framecrc", copyts=None, **{"frames:a": 1})
     with closing(Run(graph)) as run:

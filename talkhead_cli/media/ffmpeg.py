@@ -6,7 +6,6 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import subprocess
 import tempfile
 from contextlib import closing, suppress
@@ -30,16 +29,20 @@ def executable() -> str:
     TalkheadError if there is none, or only ones that do not print when a track begins, such as
     7.0: late sound would come out early.
     """
-    found = [each for each in (_installed_with_us(), shutil.which("ffmpeg")) if each]
-    for each in found:
-        if re.search(r"Audio: .*, start 1\.0", _said(each, "-f", "lavfi", "-i", _LATE_SILENCE)):
+    wrong = []
+    for each in (_installed_with_us(), shutil.which("ffmpeg")):
+        if each is None:
+            continue
+        try:
+            told = _said(each, "-f", "lavfi", "-i", _LATE_SILENCE)
+        except OSError as error:
+            wrong.append(f"{each} cannot be run ({error.strerror})")
+            continue
+        if re.search(r"Audio: .*, start 1\.0", told):
             return each
-    if found:
-        raise TalkheadError(
-            f"{found[0]} is too old to say when a track begins; get a newer one: "
-            "pip install -U imageio-ffmpeg"
-        )
-    raise TalkheadError("ffmpeg was not found; `pip install imageio-ffmpeg`")
+        wrong.append(f"{each} does not say when a track begins: it is too old, or lacks lavfi")
+    why = "; ".join(wrong) or "ffmpeg was not found"
+    raise TalkheadError(f"{why}; get another one: pip install -U imageio-ffmpeg")
 
 
 _LATE_SILENCE = "anullsrc=r=8000,asetpts=PTS+8000"
@@ -129,10 +132,9 @@ class Run:
         beginning."""
         self.finish()
         if self._process.returncode < 0:
-            number = -self._process.returncode
             raise TalkheadError(
-                f"ffmpeg was killed ({signal.Signals(number).name}) while it read {path}; run the "
-                "command again, with more free memory if it ran out"
+                f"ffmpeg was killed (signal {-self._process.returncode}) while it read {path}; run "
+                "the command again, with more free memory if it ran out"
             )
 
     @property

@@ -229,23 +229,38 @@ def _graph(
             raise ValueError(f"crop {crop} leaves the picture of {about.width}x{about.height}")
         # stored pixels (iw, ih) need not be square
         across, down = f"*iw/{about.width}", f"*ih/{about.height}"
-        stream = stream.filter("scale", "iw", "ih")  # pictures of other sizes to that of the first
+        # pictures of other sizes to that of the first
+        stream = stream.filter("scale", "iw", "ih", flags=f"bicubic+{EXACT}")
+        if any(number % 2 for number in crop):
+            stream = _with_all_colours(stream, about)
         stream = stream.filter(
             "crop", f"{width}{across}", f"{height}{down}", f"{x}{across}", f"{y}{down}", exact=1
         )
     matrix, primaries, transfer = _colour_tags(about)
     if transfer in HDR or primaries == "bt2020":  # the filter `scale` converts the matrix alone
         convert = _tone_mapped if transfer in HDR else _narrowed
-        stream = convert(stream, matrix, primaries, transfer)
+        stream = convert(_with_all_colours(stream, about), matrix, primaries, transfer)
     untagged_hd = matrix == "unknown" and (about.height >= 720 or about.width >= 1280)
-    is_yuv = not re.match(r"[0xa]?(rgb|bgr)|gbr|gray|ya\d|pal|mono", about.colour)
     how = "area" if size[0] * size[1] < width * height else "lanczos"
     return stream.filter(
         "scale",
         *size,
-        in_color_matrix="bt709" if untagged_hd and is_yuv else "auto",
+        in_color_matrix="bt709" if untagged_hd and _is_yuv(about) else "auto",
         flags=f"{how}+{EXACT}",
     )
+
+
+def _is_yuv(about: Probe) -> bool:
+    return not re.match(r"[0xa]?(rgb|bgr)|gbr|gray|ya\d|pal|mono", about.colour)
+
+
+def _with_all_colours(stream: Any, about: Probe) -> Any:
+    """Give every pixel its own colour where two by two share one: a crop at an odd place would
+    shift them, or read them wrongly, and zscale takes no odd sizes."""
+    if not _is_yuv(about) or "444" in about.colour:
+        return stream
+    deep = re.match(r"\w*?(9|10|12|14|16)[lb]e", about.colour)
+    return stream.filter("format", "yuv444p10le" if deep else "yuv444p")
 
 
 def _colour_tags(about: Probe) -> tuple[str, str, str]:

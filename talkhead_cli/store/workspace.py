@@ -224,7 +224,12 @@ class Workspace:
 
     def _replaceable(self) -> list[Path]:
         """Return what preprocessing wrote: people keep other files here, such as renders."""
-        written = ("manifest.json", "cache", *(f for files in STAGE_FILES.values() for f in files))
+        written = (
+            "manifest.json",
+            "cache",
+            "compare",
+            *(f for files in STAGE_FILES.values() for f in files),
+        )
         return [self.root / name for name in written if (self.root / name).exists()]
 
     def remove(self) -> None:
@@ -319,7 +324,7 @@ class Workspace:
             return None
         try:
             found: NDArray[np.uint8] = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError):  # damaged
+        except (OSError, EOFError, ValueError):  # damaged
             return None
         return found
 

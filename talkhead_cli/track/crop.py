@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from talkhead_cli.contracts import UnfitError
 from talkhead_cli.track.face import face_height
-from talkhead_cli.track.zoom import Box, Zoom
+from talkhead_cli.track.zoom import STILL, Box, Zoom
 
 HEIGHTS_PER_SIDE = 2.3  # face heights per crop side: room for head, hair and shoulders
 ABOVE_CENTRE = 0.08  # how far the face lies above the middle, as a fraction of the side
@@ -52,6 +52,8 @@ class Crop:
 
     def zoomed(self, zoom: Zoom, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """Return the same square (x, y, w, h) in a zoomed shot of `size` (w, h)."""
+        if zoom == STILL:
+            return self.x, self.y, self.side, self.side
         side = min(round(zoom.scale * self.side), *size)
         x, y = (
             min(max(0, round(zoom.scale * start + shift)), whole - side) // 2 * 2
