@@ -72,8 +72,10 @@ def read(path: Path) -> NDArray[np.uint8]:
 
 
 def _eight_bits(grey: NDArray[np.float64]) -> NDArray[np.uint8]:
-    """Return grey levels of any range in 8 bits; white is what can be meant by it."""
-    ranges = [white for white in (1.0, 255.0, 65_535.0) if grey.max() <= white]
+    """Return grey levels of any range in 8 bits; white is what can be meant by it (4095: cameras
+    with 12 bits)."""
+    grey = np.nan_to_num(grey)
+    ranges = [white for white in (1.0, 255.0, 4095.0, 65_535.0) if grey.max() <= white]
     white = ranges[0] if ranges else grey.max()
     return (255 * grey.clip(0) / white).round().astype(np.uint8)
 

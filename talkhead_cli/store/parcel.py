@@ -109,6 +109,9 @@ def _record(archive: zipfile.ZipFile) -> dict[str, Any]:
     names = archive.namelist()
     if "parcel.json" not in names:
         raise _Wrong("it has no parcel.json")
+    for entry in archive.infolist():
+        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            raise _Wrong(f"'{entry.filename}' is compressed in another way than talkhead does")
     if archive.getinfo("parcel.json").file_size > MAX_RECORD:
         raise _Wrong("its parcel.json is too large")
     try:
@@ -135,11 +138,8 @@ def _record(archive: zipfile.ZipFile) -> dict[str, Any]:
             raise _Wrong(f"'{name}' has no place in an avatar")
         if not isinstance(facts, dict) or not isinstance(facts.get("size"), int):
             raise _Wrong(f"it does not say the size of '{name}'")
-        entry = archive.getinfo(name)
-        if not 0 <= facts["size"] <= MAX_FILE or entry.file_size != facts["size"]:
+        if not 0 <= facts["size"] <= MAX_FILE or archive.getinfo(name).file_size != facts["size"]:
             raise _Wrong(f"the size of '{name}' is not what it says")
-        if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            raise _Wrong(f"'{name}' is compressed in another way than talkhead does")
     return record
 
 
