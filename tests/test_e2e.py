@@ -766,7 +766,8 @@ def test_somebody_new_begins_from_others_and_speaks(
         hurt = tmp_path / f"hurt{number}"
         shutil.copytree(own / "pat", hurt / "pat")
         damage(hurt / "pat" / "runs" / run.name)
-        parcel = ok("export", "--id", "pat", "-o", hurt / "pat.talkhead", "--home", hurt)[0]
+        parcel = ok("export", "--id", "pat", "--run", run.name, "-o", hurt / "pat.talkhead",
+                    "--home", hurt)[0]  # fmt: skip
         with pytest.raises(TalkheadError, match="cannot be played"):
             import_avatar(parcel, tmp_path / "third")
         assert not list((tmp_path / "third").rglob("*"))
