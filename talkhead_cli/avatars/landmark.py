@@ -19,8 +19,9 @@ Where the paper's release does not say, or we differ on purpose:
   units its sines and cosines hardly differ from z and 1.
 * Tri-planes take the place of hash grids, and there are no codes of single frames.  Colours are
   compared by squared error; the Style-U-Net works at the picture's own resolution.
-* Speech comes from the home's backend, by default an embedding without formants.  Lids and lips
-  are drawn as often as elsewhere (`shots`): no weight by openness, no steps of their own.
+* Speech comes from the home's backend, by default an embedding without formants.  Eyes and lips
+  are refined in stages after the others, not in steps between them, and without a weight on
+  shut eyes.
 * A loss penalises ambient coordinates away from mouth and eyes.
 * The torso network is trained on training frames only, outputs alpha, and warps a learned canvas
   with the shoulders.

@@ -26,7 +26,7 @@ DETECT_PX = 320
 SURE = 0.6  # detector score: people's faces get 0.67 and more, animals' less than this
 CLEARLY = 0.1  # by how much more, if the face stands on its head
 LYING_DEG = 60.0  # roll of a face on its side; people tilt their heads by up to 40
-MIN_TILE = 600  # pixels
+MIN_TILE = 600  # side of the smallest part of a picture in which faces are looked for, pixels
 TURNED_DEG, AWAY_DEG = 25.0, 50.0  # a head turned beyond: poor results; refused
 PAPER = 235  # grey level behind transparent pictures
 

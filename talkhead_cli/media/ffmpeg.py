@@ -166,7 +166,7 @@ class Probe:
     is_estimated   no duration is declared: ffmpeg estimates it from bit rate and size
     fps            nominal; 0 without video
     rotation_deg   clockwise turn that makes the stored picture upright: 0, 90, 180, 270
-    is_synthetic   made by talkhead; is_render: by `render` or what it calls
+    is_synthetic   made by talkhead; is_render: by `render`, not by `evaluate`
     colour         pixel format and colour tags as ffmpeg writes them, e.g.
                    "yuv420p10le(tv, bt2020nc/bt2020/smpte2084, progressive)"
     origin_s       what the file's time stamps call time 0 of its common clock
